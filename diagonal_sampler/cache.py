@@ -1,0 +1,299 @@
+"""The KV cache of chunk-by-chunk generation: fixed slots in one preallocated buffer a layer.
+
+Attention does not care about the order of keys that are already rotated, so nothing is ever rolled, cloned or
+concatenated: the current chunk overwrites its own slot at every step, the slot of the oldest chunk becomes the slot
+of the next one, and attention reads one contiguous prefix. All bookkeeping is in Python ints.
+
+Shape suffixes: B batch, L tokens, N heads, D channels a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .rope import rotate_time_
+from .settings import CausalSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of latent frames: `source` counts inside the chunk, `slot` inside the buffer."""
+
+    source: int
+    slot: int
+    frames: int
+
+
+class KVCache:
+    """Which latent frames are kept, where, and the keys and values of every condition.
+
+    One cache serves one clip. `begin` opens a chunk, the model's forwards call `condition(key).update(...)` as often
+    as they like, `commit` turns the chunk into history. Conditions (positive, negative, ...) share the bookkeeping
+    and own their buffers, which are allocated at their first use.
+
+    Args:
+        settings: window, sink and positions.
+        total_frames: latent frames of the whole clip, context included.
+        time_scale: RoPE positions per latent frame, 1 for Wan.
+    """
+
+    def __init__(self, settings: CausalSettings, total_frames: int, *, time_scale: float = 1.0) -> None:
+        if total_frames < 1:
+            raise ValueError(f"total_frames is {total_frames}; a clip has at least 1 latent frame.")
+        self.settings = settings
+        self.capacity = settings.capacity(total_frames)
+        self.total_frames = total_frames
+        self.time_scale = time_scale
+        self.committed = 0
+        self.frames = 0
+        self._window_positions = settings.window_positions(total_frames)
+        self._conditions: dict[Hashable, ConditionKV] = {}
+
+    @property
+    def start_frame(self) -> int:
+        """Latent frames before the current chunk."""
+        return self.committed
+
+    @property
+    def filled(self) -> int:
+        """Latent frames that attention reads: sink, history and current chunk."""
+        return min(self.committed + self.frames, self.capacity)
+
+    @property
+    def evicted(self) -> int:
+        """Latent frames that have left the cache, the current chunk counted in."""
+        return self.committed + self.frames - self.filled
+
+    @property
+    def position(self) -> float:
+        """RoPE position of the current chunk's first latent frame."""
+        return (self.committed - self._position_shift) * self.time_scale
+
+    @property
+    def _position_shift(self) -> int:
+        return self.evicted if self._window_positions else 0
+
+    @property
+    def max_position(self) -> float:
+        """The largest RoPE position that this clip reaches."""
+        last = self.capacity if self._window_positions else self.total_frames
+        return (last - 1) * self.time_scale
+
+    def begin(self, frames: int) -> None:
+        """Open the next chunk of `frames` latent frames. The first write evicts what has to go.
+
+        Raises:
+            ValueError: the chunk does not fit beside the sink, or goes beyond the clip.
+        """
+        if frames < 1 or self.committed + frames > self.total_frames:
+            raise ValueError(
+                f"A chunk of {frames} latent frames after {self.committed} does not fit a clip of {self.total_frames}."
+            )
+        if self.committed + frames > self.capacity and frames > self.capacity - self.settings.sink:
+            raise ValueError(
+                f"A chunk of {frames} latent frames does not fit a window of {self.capacity} beside a sink of "
+                f"{self.settings.sink}; use a window of at least {self.settings.sink + frames}."
+            )
+        self.frames = frames
+
+    def commit(self) -> None:
+        """Turn the current chunk, as its last forward wrote it, into sink or history."""
+        self.committed += self.frames
+        self.frames = 0
+
+    def segments(self) -> list[Segment]:
+        """Slots of the current chunk: the sink's own, then a ring over the rest of the buffer."""
+        sink = min(self.settings.sink, self.capacity)
+        ring = self.capacity - sink
+        out: list[Segment] = []
+        source = 0
+        while source < self.frames:
+            frame = self.committed + source
+            if frame < sink:
+                slot, room = frame, sink - frame
+            else:
+                offset = (frame - sink) % ring
+                slot, room = sink + offset, ring - offset
+            run = min(room, self.frames - source)
+            out.append(Segment(source, slot, run))
+            source += run
+        return out
+
+    def condition(self, key: Hashable, *, layers: int) -> ConditionKV:
+        """Buffers of one condition, made at the first call."""
+        found = self._conditions.get(key)
+        if found is None:
+            found = self._conditions[key] = ConditionKV(self, layers)
+        return found
+
+    def free(self) -> None:
+        """Drop every buffer. The cache must not be used afterwards."""
+        self._conditions.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated so far."""
+        return sum(condition.nbytes for condition in self._conditions.values())
+
+    @staticmethod
+    def bytes_needed(
+        settings: CausalSettings,
+        total_frames: int,
+        *,
+        layers: int,
+        tokens_per_frame: int,
+        width: int,
+        element_bytes: int,
+        batch: int = 1,
+        conditions: int = 1,
+    ) -> int:
+        """Bytes that a clip's cache will take, before anything is allocated.
+
+        Args:
+            layers: transformer blocks.
+            tokens_per_frame: tokens of one latent frame.
+            width: channels of a key, heads * head_dim.
+            element_bytes: bytes a channel (2 for bf16).
+            conditions: 1 without guidance, 2 with.
+        """
+        tokens = settings.capacity(total_frames) * tokens_per_frame
+        return 2 * layers * batch * conditions * tokens * width * element_bytes
+
+
+@dataclass(slots=True)
+class _Layer:
+    keys_BLND: Tensor
+    values_BLND: Tensor
+    # How far this layer's history has been moved in time, and through which chunk it was written.
+    shift: int = 0
+    written_until: int = 0
+
+
+@dataclass(slots=True)
+class ConditionKV:
+    """Keys and values of one condition, a pair of [B, capacity*tokens, N, D] buffers a layer."""
+
+    cache: KVCache
+    layers: int
+    _layers: dict[int, _Layer] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys_BLND.nbytes + layer.values_BLND.nbytes for layer in self._layers.values())
+
+    def update(self, index: int, keys_BLND: Tensor, values_BLND: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the current chunk and return everything that it attends to.
+
+        Without gradients the results are views of the buffer's prefix. With gradients they are copies in which the
+        current chunk keeps its graph and the history is detached, while the buffer receives detached values.
+
+        Args:
+            index: layer, 0 <= index < layers.
+            keys_BLND: rotated keys of the current chunk, [B, frames*tokens_per_frame, N, D].
+            values_BLND: values, the same shape.
+
+        Returns:
+            keys and values [B, filled*tokens_per_frame, N, D]; the order of the frames is the buffer's.
+        """
+        cache = self.cache
+        if cache.frames == 0:
+            raise RuntimeError("KVCache.update outside a chunk; call begin() first.")
+        tokens, remainder = divmod(keys_BLND.shape[1], cache.frames)
+        if remainder:
+            raise ValueError(
+                f"{keys_BLND.shape[1]} tokens are no multiple of the chunk's {cache.frames} latent frames."
+            )
+        layer = self._layer(index, keys_BLND, tokens)
+        segments = cache.segments()
+        self._advance(layer, tokens, segments)
+
+        for segment in segments:
+            rows = slice(segment.slot * tokens, (segment.slot + segment.frames) * tokens)
+            own = slice(segment.source * tokens, (segment.source + segment.frames) * tokens)
+            layer.keys_BLND[:, rows] = keys_BLND[:, own].detach()
+            layer.values_BLND[:, rows] = values_BLND[:, own].detach()
+
+        filled = cache.filled * tokens
+        if torch.is_grad_enabled() and keys_BLND.requires_grad:
+            kept = self._kept_runs(segments, tokens, filled)
+            keys = torch.cat([*(layer.keys_BLND[:, run] for run in kept), keys_BLND], dim=1)
+            values = torch.cat([*(layer.values_BLND[:, run] for run in kept), values_BLND], dim=1)
+            return keys, values
+        return layer.keys_BLND[:, :filled], layer.values_BLND[:, :filled]
+
+    def _layer(self, index: int, keys_BLND: Tensor, tokens: int) -> _Layer:
+        layer = self._layers.get(index)
+        batch, _, heads, head_dim = keys_BLND.shape
+        shape = (batch, self.cache.capacity * tokens, heads, head_dim)
+        if layer is None:
+            if self.cache.committed:
+                raise RuntimeError(
+                    f"This condition has no keys for the first {self.cache.committed} latent frames: it must take part "
+                    "in every chunk from the first one on."
+                )
+            make = lambda: torch.empty(shape, dtype=keys_BLND.dtype, device=keys_BLND.device)  # noqa: E731
+            layer = self._layers[index] = _Layer(make(), make())
+        elif layer.keys_BLND.shape != shape:
+            raise ValueError(
+                f"Layer {index} was opened with keys {tuple(layer.keys_BLND.shape)} and now gets {shape}; one cache "
+                "serves one size and batch."
+            )
+        return layer
+
+    def _advance(self, layer: _Layer, tokens: int, segments: list[Segment]) -> None:
+        """Move the surviving history down in time, once per chunk, when positions count inside the window."""
+        cache = self.cache
+        if layer.written_until < cache.committed:
+            raise RuntimeError(
+                f"Latent frames {layer.written_until} to {cache.committed} of a layer were committed unwritten."
+            )
+        delta = cache._position_shift - layer.shift
+        if delta:
+            first = min(cache.settings.sink, cache.capacity) * tokens
+            filled = min(cache.committed, cache.capacity) * tokens
+            for run in self._kept_runs(segments, tokens, filled):
+                moved = slice(max(run.start, first), run.stop)
+                if moved.start < moved.stop:
+                    rotate_time_(layer.keys_BLND[:, moved], -delta * cache.time_scale)
+            layer.shift = cache._position_shift
+        layer.written_until = cache.committed + cache.frames
+
+    @staticmethod
+    def _kept_runs(segments: list[Segment], tokens: int, filled: int) -> list[slice]:
+        """Rows below `filled` that the current chunk does not overwrite."""
+        runs: list[slice] = []
+        at = 0
+        for segment in sorted(segments, key=lambda s: s.slot):
+            if at < segment.slot * tokens:
+                runs.append(slice(at, min(segment.slot * tokens, filled)))
+            at = (segment.slot + segment.frames) * tokens
+        if at < filled:
+            runs.append(slice(at, filled))
+        return [run for run in runs if run.start < run.stop]
+
+
+def visible_frames(
+    total_frames: int, chunk_frames: list[int], settings: CausalSettings, device: torch.device | None = None
+) -> Tensor:
+    """The same rule as a mask over latent frames, for training in one forward with absolute positions.
+
+    Returns:
+        [T, T] bool, true where the query frame (row) sees the key frame (column).
+    """
+    if sum(chunk_frames) != total_frames:
+        raise ValueError(f"Chunks of {chunk_frames} latent frames do not add up to {total_frames}.")
+    window = math.inf if settings.window < 0 else settings.window
+    visible = torch.zeros(total_frames, total_frames, dtype=torch.bool, device=device)
+    start = 0
+    for frames in chunk_frames:
+        end = start + frames
+        for frame in range(end):
+            in_window = end <= window or frame >= end - (window - settings.sink)
+            visible[start:end, frame] = frame < settings.sink or in_window
+        start = end
+    return visible

@@ -1,0 +1,298 @@
+"""A trainable Wan 2.1 text-to-video transformer in plain torch, with Wan's state-dict names.
+
+One network, three forwards that differ by what a token may see: everything (the bidirectional teacher), its own and
+earlier chunks through a mask (causal training in one pass), or its chunk and a KV cache (streaming).
+
+Shape suffixes: B batch, T latent frames, S tokens of a latent frame, L = T*S tokens, N heads, D channels a head,
+C channels of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .cache import ConditionKV, visible_frames
+from .rope import rotate, rotation_table
+from .settings import CausalSettings
+
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WanConfig:
+    """Sizes of a Wan 2.1 text-to-video model; the defaults are the 1.3B model's.
+
+    Raises:
+        ValueError: `dim` is no multiple of 128 (ComfyUI reads the number of heads from it), or a size below 1.
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    text_dim: int = 4096
+    in_channels: int = 16
+    out_channels: int = 16
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim < HEAD_DIM or self.dim % HEAD_DIM:
+            raise ValueError(
+                f"dim is {self.dim}; it must be a positive multiple of {HEAD_DIM}, the channels of a head."
+            )
+        for name in ("ffn_dim", "num_layers", "text_dim", "in_channels", "out_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}; it must be even, half cosines and half sines.")
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> WanConfig:
+        """Read the sizes from a bare Wan state dict.
+
+        Raises:
+            KeyError: a tensor that the sizes are read from is missing.
+        """
+        patch = state_dict["patch_embedding.weight"].shape
+        patch_size = (int(patch[2]), int(patch[3]), int(patch[4]))
+        pixels = patch_size[0] * patch_size[1] * patch_size[2]
+        return cls(
+            dim=patch[0],
+            ffn_dim=state_dict["blocks.0.ffn.0.weight"].shape[0],
+            num_layers=1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+            text_dim=state_dict["text_embedding.0.weight"].shape[1],
+            in_channels=patch[1],
+            out_channels=state_dict["head.head.weight"].shape[0] // pixels,
+            freq_dim=state_dict["time_embedding.0.weight"].shape[1],
+            patch_size=patch_size,
+        )
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding [..., dim] of timesteps in [0, 1000]; cosines first (Wan's order)."""
+    half = dim // 2
+    frequency = torch.pow(10000, -torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angle = timestep.float()[..., None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Attention with RMS-normalised queries and keys (over all heads at once, as Wan does) and rotary positions."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+    def _heads(self, x_BLC: Tensor) -> Tensor:
+        return x_BLC.unflatten(-1, (self.heads, -1))
+
+    def attend(self, q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, mask_LL: Tensor | None = None) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q_BLND, k_BLND, v_BLND))
+        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask_LL)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def forward(
+        self, x_BLC: Tensor, rope_LP2: Tensor, mask_LL: Tensor | None, cache: ConditionKV | None, layer: int
+    ) -> Tensor:
+        q = rotate(self._heads(self.norm_q(self.q(x_BLC))), rope_LP2)
+        k = rotate(self._heads(self.norm_k(self.k(x_BLC))), rope_LP2)
+        v = self._heads(self.v(x_BLC))
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        return self.attend(q, k, v, mask_LL)
+
+
+class CrossAttention(SelfAttention):
+    """Attention from video tokens to text tokens; no positions."""
+
+    def forward(self, x_BLC: Tensor, context_BLC: Tensor) -> Tensor:  # type: ignore[override]
+        q = self._heads(self.norm_q(self.q(x_BLC)))
+        k = self._heads(self.norm_k(self.k(context_BLC)))
+        return self.attend(q, k, self._heads(self.v(context_BLC)))
+
+
+def modulate(x_BTSC: Tensor, shift_BTC: Tensor, scale_BTC: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part; a latent frame's tokens share shift and scale."""
+    return x_BTSC * (1 + scale_BTC[:, :, None]) + shift_BTC[:, :, None]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and a feed-forward layer, modulated by the timestep of each latent frame."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        x_BTSC: Tensor,
+        time_BT6C: Tensor,
+        context_BLC: Tensor,
+        rope_LP2: Tensor,
+        mask_LL: Tensor | None,
+        cache: ConditionKV | None,
+        layer: int,
+    ) -> Tensor:
+        frames = x_BTSC.shape[1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BT6C).unbind(2)
+        y = modulate(self.norm1(x_BTSC), shift1, scale1).flatten(1, 2)
+        y = self.self_attn(y, rope_LP2, mask_LL, cache, layer).unflatten(1, (frames, -1))
+        x_BTSC = x_BTSC + y * gate1[:, :, None]
+        y = self.cross_attn(self.norm3(x_BTSC).flatten(1, 2), context_BLC).unflatten(1, (frames, -1))
+        x_BTSC = x_BTSC + y
+        y = self.ffn(modulate(self.norm2(x_BTSC), shift2, scale2))
+        return x_BTSC + y * gate2[:, :, None]
+
+
+class Head(nn.Module):
+    """Modulated projection from tokens to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        pt, ph, pw = config.patch_size
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, pt * ph * pw * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x_BTSC: Tensor, time_BTC: Tensor) -> Tensor:
+        shift, scale = (self.modulation[:, None] + time_BTC[:, :, None]).unbind(2)
+        return self.head(modulate(self.norm(x_BTSC), shift, scale))
+
+
+@lru_cache(maxsize=32)
+def _rope(frames: int, height: int, width: int, start: float, device: torch.device) -> Tensor:
+    return rotation_table(frames, height, width, HEAD_DIM, start=start, device=device)
+
+
+@lru_cache(maxsize=8)
+def _token_mask(frames: int, tokens: int, settings: CausalSettings, device: torch.device) -> Tensor:
+    size = settings.frames_per_chunk
+    chunks = [min(size, frames - start) for start in range(0, frames, size)]
+    visible = visible_frames(frames, chunks, settings, device)
+    return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+class WanDiT(nn.Module):
+    """Wan 2.1 text-to-video transformer that predicts the flow, noise - x0.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        frames_per_chunk: int | None = None,
+        window: int = -1,
+        sink: int = 0,
+        cache: ConditionKV | None = None,
+    ) -> Tensor:
+        """Predict the flow.
+
+        Args:
+            x: [B, in_channels, T, H, W] noisy latent; H and W multiples of the patch (2).
+            timestep: 1000*sigma in [0, 1000], [B] for the whole clip or [B, T] a latent frame.
+            context: [B, tokens, text_dim] text embedding.
+            frames_per_chunk: latent frames a chunk for the masked causal forward; None sees everything.
+            window, sink: latent frames, as in CausalSettings, for the masked causal forward.
+            cache: the KV cache of this condition for the streaming forward: `x` is then the current chunk.
+
+        Returns:
+            [B, out_channels, T, H, W] flow = noise - x0.
+
+        Raises:
+            ValueError: a shape that does not fit, or a mask and a cache together.
+        """
+        pt, ph, pw = self.config.patch_size
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels or x.shape[3] % ph or x.shape[4] % pw:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; it must be [B, {self.config.in_channels}, T, H, W] with H a multiple of "
+                f"{ph} and W of {pw}."
+            )
+        if cache is not None and frames_per_chunk is not None:
+            raise ValueError(
+                "frames_per_chunk masks a whole clip and cache streams one chunk; give one of them."
+            )
+        tokens_BCTHW = self.patch_embedding(x)
+        _, _, frames, height, width = tokens_BCTHW.shape
+        hidden = rearrange(tokens_BCTHW, "b c t h w -> b t (h w) c")
+
+        if timestep.ndim == 1:
+            timestep = timestep[:, None]
+        embedded = timestep_embedding(timestep, self.config.freq_dim).to(hidden.dtype)
+        time_BTC = self.time_embedding(embedded)
+        time_BT6C = self.time_projection(time_BTC).unflatten(-1, (6, -1))
+        context_BLC = self.text_embedding(context)
+
+        start = cache.cache.position if cache is not None else 0.0
+        rope = _rope(frames, height, width, start, x.device)
+        mask = None
+        if frames_per_chunk is not None:
+            settings = CausalSettings(frames_per_chunk=frames_per_chunk, window=window, sink=sink)
+            mask = _token_mask(frames, height * width, settings, x.device)
+
+        for layer, block in enumerate(self.blocks):
+            hidden = block(hidden, time_BT6C, context_BLC, rope, mask, cache, layer)
+        patches = self.head(hidden, time_BTC)
+        return rearrange(
+            patches,
+            "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+            h=height, w=width, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip

@@ -1,0 +1,48 @@
+"""Noise that depends on the seed, the chunk and the step, and on nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+INITIAL_STEP = -1
+CONTEXT_STEP = -2
+
+
+class NoiseSource(Protocol):
+    """What the chunk iterator draws from. `step` counts from 0; see INITIAL_STEP and CONTEXT_STEP."""
+
+    def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
+        """Gaussian noise [B, C, frames, H, W] of chunk `chunk` at step `step`."""
+        ...
+
+
+class SeededNoise:
+    """Gaussian noise drawn on the CPU from one generator a draw, so that no draw depends on another.
+
+    The same seed gives the same noise on any device, a longer clip begins like a shorter one, and a run resumed at
+    chunk k needs no replay. The global random state is neither read nor changed.
+
+    Args:
+        seed: any integer; only its low 64 bits count.
+        shape: (B, C, H, W) of one latent frame.
+        device: where the noise goes; it is always drawn on the CPU.
+    """
+
+    def __init__(
+        self, seed: int, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.seed = seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.shape = shape
+        self.device = torch.device(device)
+        self._generator = torch.Generator("cpu")
+
+    def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=8).digest()
+        self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        batch, channels, height, width = self.shape
+        noise = torch.randn((batch, channels, frames, height, width), generator=self._generator)
+        return noise.to(self.device, non_blocking=True)

@@ -1,0 +1,58 @@
+"""How a causal model looks back: the settings that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POSITIONS = ("auto", "absolute", "window")
+GLOBAL_WINDOW = -1
+# Wan 2.1 was trained on clips of 81 pixel frames. Absolute positions beyond were never seen in training.
+TRAINED_LATENT_FRAMES = 21
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalSettings:
+    """Attention window of a causal video model, in latent frames.
+
+    Attributes:
+        frames_per_chunk: latent frames denoised together, >= 1.
+        window: latent frames that a chunk attends to, sink and current chunk included; -1 attends to all.
+        sink: latent frames at the start of the clip that are never evicted, >= 0.
+        positions: "absolute" counts RoPE positions from the start of the clip; "window" counts inside the window, so
+            that they never grow; "auto" is absolute up to the 21 latent frames that Wan was trained on, else window.
+
+    Raises:
+        ValueError: a value out of range, or a window without room for the sink and one chunk.
+    """
+
+    frames_per_chunk: int = 3
+    window: int = 12
+    sink: int = 3
+    positions: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.frames_per_chunk < 1:
+            raise ValueError(
+                f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame."
+            )
+        if self.sink < 0:
+            raise ValueError(f"sink is {self.sink} latent frames; it must be 0 or more.")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}; choose one of {', '.join(POSITIONS)}.")
+        if self.window != GLOBAL_WINDOW and self.window < self.sink + self.frames_per_chunk:
+            raise ValueError(
+                f"window is {self.window} latent frames but must hold the sink ({self.sink}) and one chunk "
+                f"({self.frames_per_chunk}); use at least {self.sink + self.frames_per_chunk}, or -1 for all frames."
+            )
+
+    def capacity(self, total_frames: int) -> int:
+        """Latent frames that the cache of a clip of `total_frames` latent frames holds."""
+        if self.window == GLOBAL_WINDOW:
+            return total_frames
+        return min(self.window, total_frames)
+
+    def window_positions(self, total_frames: int) -> bool:
+        """Whether a clip of `total_frames` latent frames counts its RoPE positions inside the window."""
+        if self.window == GLOBAL_WINDOW or self.positions == "absolute":
+            return False
+        return self.positions == "window" or total_frames > TRAINED_LATENT_FRAMES
