@@ -1,0 +1,164 @@
+"""The chunk iterator: one loop for the ComfyUI node and for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .noise import CONTEXT_STEP, INITIAL_STEP, NoiseSource
+from .schedule import DiagonalSchedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """Where a forward stands: chunk index, latent frames, step index, its noise level and how it is used.
+
+    `step` is CONTEXT_STEP for a forward that only writes keys and values.
+    """
+
+    chunk: int
+    start_frame: int
+    frames: int
+    step: int
+    steps: int
+    sigma: float
+
+
+class Denoise(Protocol):
+    """The model as the loop sees it: the prediction of x0. It writes the chunk's keys and values as a side effect."""
+
+    def __call__(self, x: Tensor, forward: Forward) -> Tensor:
+        """Predict x0 [B, C, frames, H, W] from `x`, the same shape, at noise level `forward.sigma`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A finished chunk.
+
+    Attributes:
+        index: counted from 0, chunks of given context excluded.
+        start_frame: latent frames before it, context included.
+        latents: [B, C, frames, H, W] the last denoised.
+        exit_latents: the denoised of the exit step, with gradients, when an exit step was asked for.
+    """
+
+    index: int
+    start_frame: int
+    latents: Tensor
+    exit_latents: Tensor | None = None
+
+
+def split_frames(frames: int, frames_per_chunk: int) -> list[int]:
+    """Latent frames of each chunk; the last may be shorter."""
+    return [min(frames_per_chunk, frames - start) for start in range(0, frames, frames_per_chunk)]
+
+
+def count_forwards(
+    schedule: DiagonalSchedule, frames: int, frames_per_chunk: int, context_frames: int = 0
+) -> int:
+    """Forwards of a run over `frames` latent frames, of which `context_frames` are given: the nfe of sample_chunks."""
+    made = len(split_frames(frames - context_frames, frames_per_chunk))
+    return schedule.nfe(made) + len(split_frames(context_frames, frames_per_chunk))
+
+
+def mix(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Rectified flow: (1 - sigma) * x0 + sigma * noise."""
+    return (1.0 - sigma) * x0 + sigma * noise
+
+
+def sample_chunks(
+    denoise: Denoise,
+    noise: NoiseSource,
+    schedule: DiagonalSchedule,
+    cache: KVCache,
+    *,
+    frames: int,
+    frames_per_chunk: int,
+    context: Tensor | None = None,
+    source: Callable[[int, int], Tensor] | None = None,
+    exit_step: Callable[[int], int] | None = None,
+) -> Iterator[Chunk]:
+    """Denoise a clip chunk by chunk, each conditioned through the cache on the ones before it.
+
+    The caller chooses the grad mode. With `exit_step`, all forwards but the exit one run without gradient and later
+    steps go on from its detached result, so that the committed keys and values are those of inference.
+
+    Args:
+        denoise: the model.
+        noise: fresh noise for a chunk and step.
+        schedule: steps and noise levels per chunk, and the context mode.
+        cache: opened and committed here, chunk by chunk; the caller owns and frees it.
+        frames: latent frames to reach, context included.
+        frames_per_chunk: latent frames a chunk; the last may be shorter.
+        context: [B, C, n, H, W] finished latents that the clip begins with; they are cached, not yielded.
+        source: (start_frame, frames) -> clean latents that a schedule starting below sigma 1 is mixed from.
+        exit_step: chunk index -> the step whose denoised keeps its gradient.
+
+    Yields:
+        Chunk, in order.
+
+    Raises:
+        ValueError: a schedule that starts below sigma 1 without a source, or no frame to make.
+    """
+    given = 0 if context is None else context.shape[2]
+    if frames <= given:
+        raise ValueError(
+            f"frames is {frames} and the context has {given} already; ask for more than the context."
+        )
+
+    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int) -> None:
+        x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
+        with torch.no_grad():
+            denoise(
+                x,
+                Forward(
+                    chunk=chunk, start_frame=at, frames=x0.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma
+                ),
+            )
+
+    start = 0
+    for piece in split_frames(given, frames_per_chunk):
+        assert context is not None
+        cache.begin(piece)
+        # Draws of given context count down from -1, so that they never share noise with a chunk.
+        write_context(
+            context[:, :, start : start + piece], 0, schedule.given_context_sigma, start, -1 - start
+        )
+        cache.commit()
+        start += piece
+
+    for index, count in enumerate(split_frames(frames - given, frames_per_chunk)):
+        sigmas = schedule.chunk_sigmas(index)
+        exit_at = None if exit_step is None else exit_step(index)
+        exit_latents = None
+        cache.begin(count)
+        x = noise(index, INITIAL_STEP, count)
+        if sigmas[0] < 1:
+            if source is None:
+                raise ValueError(
+                    f"Chunk {index} starts at sigma {sigmas[0]:.3f}, below pure noise, and there is no latent to start "
+                    "from; start the schedule at sigma 1 or give a source latent."
+                )
+            x = mix(source(start, count), x, sigmas[0])
+        for step, sigma in enumerate(sigmas):
+            at = Forward(
+                chunk=index, start_frame=start, frames=count, step=step, steps=len(sigmas), sigma=sigma
+            )
+            with nullcontext() if exit_at is None or step == exit_at else torch.no_grad():
+                x0 = denoise(x, at)
+            if step == exit_at:
+                exit_latents, x0 = x0, x0.detach()
+            if step + 1 < len(sigmas):
+                x = mix(x0, noise(index, step, count), sigmas[step + 1])
+        if schedule.cache_pass_sigma is not None:
+            write_context(x0, index, schedule.cache_pass_sigma, start, index)
+        cache.commit()
+        yield Chunk(index=index, start_frame=start, latents=x0, exit_latents=exit_latents)
+        start += count

@@ -1,0 +1,267 @@
+"""How many denoising steps each chunk takes, at which noise levels, and what the next chunk is conditioned on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+CONTEXT_MODES = ("noisy", "clean", "renoise")
+DEFAULT_SHIFT = 5.0
+# The paper's best context noise (Figure 5a): "timestep 100" before the shift.
+DEFAULT_CONTEXT_SIGMA = 0.357142857
+MAX_STEPS = 1000
+# Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
+UNINFORMATIVE_SIGMA = 0.9
+
+
+def shift_sigma(u: float, shift: float) -> float:
+    """Noise level of the uniform time `u` in [0, 1] under a shift (METHOD: sigma = s*u / (1 + (s-1)*u))."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published sampling recipe.
+
+    Attributes:
+        times: the full list of uniform times u in (0, 1], descending; the shift turns them into sigmas.
+        steps: steps per chunk, the last repeats.
+        context_mode: see DiagonalSchedule.
+        shift: 1.0 means that the times are sigmas already.
+        frames_per_chunk: latent frames a chunk that its checkpoints were trained with.
+    """
+
+    times: tuple[float, ...]
+    steps: tuple[int, ...]
+    context_mode: str
+    shift: float = DEFAULT_SHIFT
+    frames_per_chunk: int = 3
+
+
+# The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
+_DIAGONAL = (1.0, 0.736, 0.354, 0.1)
+_SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
+PRESETS: dict[str, Preset] = {
+    "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),
+    "diagonal 4-2": Preset(_DIAGONAL, (4, 2), "noisy"),
+    "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
+    "longlive": Preset(_SELF_FORCING, (4,), "clean"),
+    "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
+    "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
+    "krea": Preset((1.0, 0.937, 0.833, 0.625), (4,), "clean", shift=1.0),
+}
+DEFAULT_PRESET = "diagonal 4-3-2"
+
+
+def select_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """Times for any number of steps from one list, keeping its first and its last.
+
+    Fewer steps than the list has: its first `steps - 1` entries and its last one, since steps at high noise decide
+    structure (this yields the release's lists for 3 and 2). One step: the first entry. More: the list read as a
+    function of its index, interpolated linearly at `steps` even places and rounded to the 1000-entry table.
+
+    Args:
+        times: uniform times in (0, 1], descending.
+        steps: 1 to 1000.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}; a chunk takes 1 to {MAX_STEPS} denoising steps.")
+    if steps == 1:
+        return times[:1]
+    if steps <= len(times):
+        return (*times[: steps - 1], times[-1])
+    out = []
+    for i in range(steps):
+        at = i * (len(times) - 1) / (steps - 1)
+        low = min(int(at), len(times) - 2)
+        value = times[low] + (times[low + 1] - times[low]) * (at - low)
+        # The table has 1000 entries; more than a few hundred steps need a finer one to stay descending.
+        out.append(round(value, 3 if steps <= 100 else 6))
+    return tuple(out)
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Read "4,3,2" as steps per chunk; the last repeats.
+
+    Raises:
+        ValueError: not a list of whole numbers from 1 to 1000.
+    """
+    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    rule = f"Write whole numbers from 1 to {MAX_STEPS} with commas, one a chunk, such as 4,3,2 (the last repeats)."
+    if not parts:
+        raise ValueError(f"steps is empty. {rule}")
+    try:
+        steps = tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"steps is {text!r}. {rule}") from None
+    for value in steps:
+        if not 1 <= value <= MAX_STEPS:
+            raise ValueError(f"steps holds {value}. {rule}")
+    return steps
+
+
+def parse_sigmas(text: str) -> tuple[tuple[float, ...], ...]:
+    """Read "1, 0.93, 0.36; 1, 0.36" as sigmas per chunk: a list a chunk, split by semicolons or lines.
+
+    Raises:
+        ValueError: not numbers.
+    """
+    rows = [row.strip() for row in text.replace("\n", ";").split(";") if row.strip()]
+    try:
+        return tuple(tuple(float(value) for value in row.split(",") if value.strip()) for row in rows)
+    except ValueError:
+        raise ValueError(
+            f"sigmas is {text!r}. Write numbers in (0, 1] with commas, and a semicolon between chunks, such as "
+            "1, 0.93, 0.36; 1, 0.36 (the last chunk repeats)."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagonalSchedule:
+    """Noise levels of every chunk, and what is left in the KV cache of a finished one.
+
+    Attributes:
+        sigmas: a descending tuple in (0, 1] for each chunk; the last repeats for all later chunks.
+        context_mode: "noisy" keeps the keys and values of the last denoising forward (diagonal forcing, no extra
+            forward); "clean" runs one more forward at sigma 0; "renoise" adds noise to the finished chunk up to
+            `context_sigma` and runs one forward (the paper's X~ = sqrt(a) X + sqrt(1-a) eps, as rectified flow).
+        context_sigma: noise level of "renoise", in [0, 1].
+        shift: the shift that made the sigmas; kept for `denoise` and for provenance.
+        frames_per_chunk: latent frames a chunk, or None to use the model's.
+
+    Raises:
+        ValueError: an empty table, sigmas out of range or not descending, an unknown context mode.
+    """
+
+    sigmas: tuple[tuple[float, ...], ...]
+    context_mode: str = "noisy"
+    context_sigma: float = DEFAULT_CONTEXT_SIGMA
+    shift: float = DEFAULT_SHIFT
+    frames_per_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sigmas:
+            raise ValueError("sigmas is empty; give at least one chunk's list, such as 1, 0.93, 0.36.")
+        for chunk, row in enumerate(self.sigmas):
+            if not row:
+                raise ValueError(f"sigmas of chunk {chunk} are empty; every chunk needs at least one step.")
+            if len(row) > MAX_STEPS:
+                raise ValueError(f"chunk {chunk} has {len(row)} steps; the most is {MAX_STEPS}.")
+            if not all(math.isfinite(sigma) and 0 < sigma <= 1 for sigma in row):
+                raise ValueError(f"sigmas of chunk {chunk} are {row}; each must be in (0, 1].")
+            if any(a <= b for a, b in zip(row, row[1:])):
+                raise ValueError(f"sigmas of chunk {chunk} are {row}; they must descend.")
+        if self.context_mode not in CONTEXT_MODES:
+            raise ValueError(
+                f"context_mode is {self.context_mode!r}; choose one of {', '.join(CONTEXT_MODES)}."
+            )
+        if not 0 <= self.context_sigma <= 1:
+            raise ValueError(f"context_sigma is {self.context_sigma}; it must be in [0, 1].")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift is {self.shift}; it must be a positive number (Wan: 5).")
+        if self.frames_per_chunk is not None and self.frames_per_chunk < 1:
+            raise ValueError(
+                f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame."
+            )
+
+    @classmethod
+    def from_steps(
+        cls,
+        steps: tuple[int, ...],
+        *,
+        times: tuple[float, ...] = _DIAGONAL,
+        shift: float = DEFAULT_SHIFT,
+        context_mode: str = "noisy",
+        context_sigma: float = DEFAULT_CONTEXT_SIGMA,
+        frames_per_chunk: int | None = None,
+    ) -> DiagonalSchedule:
+        """Build from steps per chunk, the last repeating; see `select_times` for the rule."""
+        sigmas = tuple(tuple(shift_sigma(u, shift) for u in select_times(times, count)) for count in steps)
+        return cls(
+            sigmas=sigmas,
+            context_mode=context_mode,
+            context_sigma=context_sigma,
+            shift=shift,
+            frames_per_chunk=frames_per_chunk,
+        )
+
+    @classmethod
+    def preset(
+        cls, name: str, *, steps: tuple[int, ...] | None = None, shift: float | None = None
+    ) -> DiagonalSchedule:
+        """A published recipe by name, with other steps or another shift if given.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}.")
+        preset = PRESETS[name]
+        return cls.from_steps(
+            preset.steps if steps is None else steps,
+            times=preset.times,
+            shift=preset.shift if shift is None else shift,
+            context_mode=preset.context_mode,
+            frames_per_chunk=preset.frames_per_chunk,
+        )
+
+    @classmethod
+    def uniform(
+        cls, steps: int, *, shift: float = DEFAULT_SHIFT, context_mode: str = "clean"
+    ) -> DiagonalSchedule:
+        """The undistilled baseline: `steps` even steps of uniform time from 1 down to 1/steps, for every chunk."""
+        times = tuple((steps - i) / steps for i in range(steps))
+        return cls.from_steps((steps,), times=times, shift=shift, context_mode=context_mode)
+
+    def chunk_sigmas(self, chunk: int) -> tuple[float, ...]:
+        """Noise levels of chunk `chunk`, counted from 0; the last row repeats."""
+        return self.sigmas[min(chunk, len(self.sigmas) - 1)]
+
+    def steps(self, chunk: int) -> int:
+        """Denoising forwards of chunk `chunk`."""
+        return len(self.chunk_sigmas(chunk))
+
+    @property
+    def cache_pass_sigma(self) -> float | None:
+        """Noise level of the extra forward that writes a finished chunk's keys and values, None without one."""
+        return {"noisy": None, "clean": 0.0, "renoise": self.context_sigma}[self.context_mode]
+
+    @property
+    def given_context_sigma(self) -> float:
+        """Noise level at which frames from outside (a start image) enter the cache: the one of generated history."""
+        sigma = self.cache_pass_sigma
+        return self.chunk_sigmas(0)[-1] if sigma is None else sigma
+
+    def nfe(self, chunks: int) -> int:
+        """Forwards of a clip of `chunks` chunks, cache passes included."""
+        passes = 0 if self.cache_pass_sigma is None else chunks
+        return sum(self.steps(chunk) for chunk in range(chunks)) + passes
+
+    def start_at(self, sigma: float) -> DiagonalSchedule:
+        """The schedule of video to video: levels above `sigma` are dropped and every chunk begins at `sigma`."""
+        if not 0 < sigma <= 1:
+            raise ValueError(f"The starting sigma is {sigma}; it must be in (0, 1].")
+        return replace(self, sigmas=tuple((sigma, *(s for s in row if s < sigma)) for row in self.sigmas))
+
+    def describe(self, chunks: int = 7) -> str:
+        """One line: forwards, and by how much they beat a uniform schedule with a cache pass (Self Forcing's)."""
+        steps = self.steps(0)
+        uniform = (steps + 1) * chunks
+        nfe = self.nfe(chunks)
+        shown = ",".join(str(self.steps(chunk)) for chunk in range(min(chunks, len(self.sigmas) + 1)))
+        dots = ",..." if chunks > len(self.sigmas) + 1 else ""
+        return (
+            f"{shown}{dots} steps, {self.context_mode} context: {nfe} forwards for {chunks} chunks; {steps} uniform "
+            f"steps with a cache pass need {uniform} ({uniform / nfe:.2f}x)."
+        )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before running this."""
+        found = []
+        last = max(row[-1] for row in self.sigmas)
+        if self.context_mode == "noisy" and last > UNINFORMATIVE_SIGMA:
+            found.append(
+                f"A chunk ends at sigma {last:.3f} with noisy context: the next chunk is conditioned on almost pure "
+                "noise. Use context_mode renoise or clean, or more steps."
+            )
+        return found
