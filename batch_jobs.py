@@ -1,0 +1,420 @@
+"""The jobs of queue_batch.py: input files, where prompt and seed go in a graph, file names, and the log.
+
+Nothing here talks to a server, and nothing a prompts file says becomes a path.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import unicodedata
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Graph = dict[str, dict[str, Any]]
+
+MAX_SEED = 2**64 - 1  # ComfyUI's own bound for seed widgets
+MAX_JOBS = 1_000_000  # a slip like 0-99999999999 is refused before it fills the memory
+SLUG_LENGTH = 32
+TEXT_INPUTS = ("text", "prompt", "value", "string")
+SEED_INPUTS = ("seed", "noise_seed")
+PROMPT_TITLES = frozenset({"prompt", "positive", "positive prompt"})
+SEED_TITLES = frozenset({"seed", "noise seed"})
+LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # line ends to some readers of the log
+
+
+class BatchError(Exception):
+    """A condition that stops the batch; the message is for the person who started it."""
+
+
+# ----------------------------------------------------------------------------------------------- input files
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of "0-3,7,9": numbers and inclusive ranges, in the order given, doubles dropped."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part, re.ASCII)
+        if not match:
+            raise BatchError(f"--seeds: {part.strip()!r} is no seed; write numbers and ranges like 0-3,7,9")
+        first = int(match[1])
+        last = int(match[2]) if match[2] else first
+        if last < first:
+            raise BatchError(f"--seeds: the range {part.strip()} runs backwards; write {last}-{first}")
+        if last > MAX_SEED:
+            raise BatchError(f"--seeds: {last} is above {MAX_SEED}, the largest seed ComfyUI takes")
+        if last - first >= MAX_JOBS:
+            raise BatchError(f"--seeds: {part.strip()} holds more than {MAX_JOBS} seeds; split the batch")
+        seeds.update(dict.fromkeys(range(first, last + 1)))
+    return list(seeds)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BatchError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise BatchError(
+            f"--prompts: {path} is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}; "
+            "save the file again as UTF-8"
+        ) from error
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not prompts:
+        raise BatchError(f"--prompts: {path} holds no prompt; write one a line")
+    if any("\0" in prompt for prompt in prompts):
+        raise BatchError(f"--prompts: {path} holds a zero byte; save the file again as UTF-8 text")
+    return prompts
+
+
+def load_graph(path: Path) -> Graph:
+    """Read a graph in ComfyUI's API form: {node id: {"class_type": ..., "inputs": {...}}}."""
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BatchError(f"cannot read the workflow {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise BatchError(f"the workflow {path} is not JSON: {error}") from error
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
+        raise BatchError(f"{path} is a canvas workflow; give its API form: File > Export (API), or workflows/api/")
+    is_api = isinstance(graph, dict) and all(
+        isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+        for node in graph.values()
+    )
+    if not is_api or not graph:
+        raise BatchError(f"{path} is no ComfyUI API graph: every node needs class_type and inputs")
+    return graph
+
+
+# ---------------------------------------------------------------------------------- where prompt and seed go
+
+
+@dataclass(frozen=True)
+class Target:
+    """One widget of the graph: the input ``name`` of node ``node_id``."""
+
+    node_id: str
+    name: str
+
+
+def _title(node: dict[str, Any]) -> str:
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return title if isinstance(title, str) else node["class_type"]
+
+
+def _link_source(graph: Graph, value: Any) -> str | None:
+    """The node id that a link ["id", slot] comes from, or None where ``value`` is no link into the graph."""
+    is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return value[0] if is_link and value[0] in graph else None
+
+
+def _describe(graph: Graph, targets: list[Target]) -> str:
+    names = [f"{t.node_id}.{t.name} ({printable(_title(graph[t.node_id]))})" for t in targets]
+    return ", ".join(names) if names else "none"
+
+
+def _literals(graph: Graph, kind: type, names: tuple[str, ...] | None = None) -> list[Target]:
+    """Every widget of the graph that holds a ``kind`` (bool is no int here), in graph order."""
+    return [
+        Target(node_id, name)
+        for node_id, node in graph.items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, kind) and not isinstance(value, bool) and (names is None or name in names)
+    ]
+
+
+def _widget_behind(graph: Graph, node_id: str, names: tuple[str, ...], kind: type) -> Target | None:
+    """The first of the inputs ``names`` of a node that is a ``kind``, or the primitive node linked to it."""
+    for name in names:
+        value = graph[node_id]["inputs"].get(name)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return Target(node_id, name)
+        source = _link_source(graph, value)
+        if source is not None and isinstance(graph[source]["inputs"].get("value"), kind):
+            return Target(source, "value")
+    return None
+
+
+def _text_behind_positive(graph: Graph) -> list[Target]:
+    """Follow each link into an input called ``positive`` up to the text widgets it comes from."""
+    found: dict[Target, None] = {}
+    seen: set[str] = set()
+    todo = [source for node in graph.values() if (source := _link_source(graph, node["inputs"].get("positive")))]
+    while todo:
+        node_id = todo.pop(0)
+        if node_id in seen:
+            continue
+        seen.add(node_id)
+        target = _widget_behind(graph, node_id, TEXT_INPUTS, str)
+        if target:
+            found[target] = None
+            continue
+        inputs = graph[node_id]["inputs"]
+        # A node between encoder and sampler (ControlNet, conditioning maths) carries the positive side on.
+        names = ["positive"] if "positive" in inputs else [n for n in inputs if "cond" in n]
+        todo += [source for n in names if (source := _link_source(graph, inputs[n]))]
+    return list(found)
+
+
+def _resolve_override(graph: Graph, flag: str, reference: str, names: tuple[str, ...], kind: type) -> Target:
+    """A widget named by the user as a node id or title, with an optional ``.input`` behind it."""
+
+    def nodes_called(name: str) -> list[str]:
+        if name in graph:
+            return [name]
+        return [node_id for node_id, node in graph.items() if _title(node).casefold() == name.casefold()]
+
+    node_ids, name = nodes_called(reference), None
+    if not node_ids and "." in reference:
+        head, _, name = reference.rpartition(".")
+        node_ids = nodes_called(head)
+    word = "text" if kind is str else "whole-number"
+    candidates = _describe(graph, _literals(graph, kind))
+    if len(node_ids) != 1:
+        what = "no node" if not node_ids else f"{len(node_ids)} nodes (ids {', '.join(node_ids)})"
+        raise BatchError(f"{flag} {reference!r} names {what}; give an id or title. {word} widgets: {candidates}")
+    inputs = graph[node_ids[0]]["inputs"]
+    usable = [n for n, v in inputs.items() if isinstance(v, kind) and not isinstance(v, bool)]
+    if name is None:
+        preferred = [n for n in names if n in usable]
+        if not preferred and len(usable) != 1:
+            raise BatchError(
+                f"{flag} {reference!r}: the node has {len(usable)} {word} widgets "
+                f"({', '.join(usable) or 'none'}); write {node_ids[0]}.INPUT. In the graph: {candidates}"
+            )
+        name = preferred[0] if preferred else usable[0]
+    if name not in usable:
+        raise BatchError(f"{flag} {reference!r}: {name!r} is no {word} widget there; it has: {', '.join(usable)}")
+    return Target(node_ids[0], name)
+
+
+def find_prompt_targets(graph: Graph, overrides: list[str]) -> list[Target]:
+    """Where the prompt goes: as told, else what ``positive`` links to, else by title, else the encoder."""
+    if overrides:
+        return [_resolve_override(graph, "--prompt-node", ref, TEXT_INPUTS, str) for ref in overrides]
+    found = _text_behind_positive(graph)
+    if not found:
+        titled = [node_id for node_id, node in graph.items() if _title(node).casefold() in PROMPT_TITLES]
+        found = [t for node_id in titled if (t := _widget_behind(graph, node_id, TEXT_INPUTS, str))]
+    if not found:
+        encoders = [node_id for node_id, node in graph.items() if node["class_type"].startswith("CLIPTextEncode")]
+        found = [t for node_id in encoders if (t := _widget_behind(graph, node_id, TEXT_INPUTS, str))]
+    if len(found) != 1:
+        candidates = _describe(graph, found or _literals(graph, str))
+        raise BatchError(
+            f"the graph has {len(found)} places for the prompt; choose with --prompt-node ID[.INPUT] "
+            f"(more than once to set several). Candidates: {candidates}"
+        )
+    return found
+
+
+def find_seed_targets(graph: Graph, overrides: list[str]) -> list[Target]:
+    """Where the seed goes: as told, else the input called seed or noise_seed, else by title."""
+    if overrides:
+        return [_resolve_override(graph, "--seed-node", ref, (*SEED_INPUTS, "value"), int) for ref in overrides]
+    owners = [node_id for node_id, node in graph.items() if any(name in node["inputs"] for name in SEED_INPUTS)]
+    found = dict.fromkeys(t for node_id in owners if (t := _widget_behind(graph, node_id, SEED_INPUTS, int)))
+    if not found:
+        titled = [node_id for node_id, node in graph.items() if _title(node).casefold() in SEED_TITLES]
+        found = dict.fromkeys(
+            t for node_id in titled if (t := _widget_behind(graph, node_id, (*SEED_INPUTS, "value"), int))
+        )
+    if len(found) != 1:
+        candidates = _describe(graph, list(found) or _literals(graph, int))
+        raise BatchError(
+            f"the graph has {len(found)} places for the seed; choose with --seed-node ID[.INPUT] "
+            f"(more than once to set several). Candidates: {candidates}"
+        )
+    return list(found)
+
+
+# ------------------------------------------------------------------------------------------------------ jobs
+
+
+@dataclass(eq=False)
+class Job:
+    """One (prompt, seed) combination; ``name`` is made of letters, digits, - and _ only."""
+
+    index: int
+    prompt: str
+    seed: int
+    name: str
+    prompt_id: str
+    home: str | None = None  # the server that an earlier, killed run had given it to
+    attempts: int = 0
+    downloads: int = 0  # attempts to fetch its results
+    outcome_unknown: bool = False  # the connection broke while the request was under way
+    missing: int = 0  # polls in a row that found it neither queued nor finished
+    posted: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt, self.seed
+
+
+def slug(text: str) -> str:
+    """A short ASCII name for any text: letters, digits and single dashes; never a path, never empty."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:SLUG_LENGTH].strip("-") or "prompt"
+
+
+def make_jobs(prompts: list[str], seeds: list[int], digest: str) -> list[Job]:
+    """All combinations, numbered from 1, prompt by prompt; ``digest`` keeps two graphs' files apart."""
+    if len(prompts) * len(seeds) > MAX_JOBS:
+        raise BatchError(f"{len(prompts)} prompts x {len(seeds)} seeds is more than {MAX_JOBS} jobs; split the batch")
+    jobs = []
+    for prompt in prompts:
+        for seed in seeds:
+            mark = hashlib.sha256(f"{digest}\0{prompt}\0{seed}".encode("utf-8", "backslashreplace")).hexdigest()[:8]
+            name = f"{len(jobs) + 1:04d}_s{seed}_{slug(prompt)}_{mark}"
+            jobs.append(Job(len(jobs) + 1, prompt, seed, name, str(uuid.uuid4())))
+    return jobs
+
+
+def graph_for(graph: Graph, job: Job, prompt_targets: list[Target], seed_targets: list[Target]) -> Graph:
+    """A copy of the graph with this job's prompt, seed and file names."""
+    result = copy.deepcopy(graph)
+    for target in prompt_targets:
+        result[target.node_id]["inputs"][target.name] = job.prompt
+    for target in seed_targets:
+        result[target.node_id]["inputs"][target.name] = job.seed
+    for node in result.values():
+        prefix = node["inputs"].get("filename_prefix")
+        if isinstance(prefix, str):
+            node["inputs"]["filename_prefix"] = f"{prefix}_{job.name}"
+    return result
+
+
+def graph_digest(graph: Graph, targets: list[Target]) -> str:
+    """A short hash of what the batch keeps constant: the graph without its prompt and seed widgets."""
+    fixed = copy.deepcopy(graph)
+    for target in targets:
+        fixed[target.node_id]["inputs"][target.name] = None
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Text of others made fit for a terminal: no control characters, at most ``limit`` characters."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+# ------------------------------------------------------------------------------------------------------- log
+
+
+class BatchLog:
+    """The JSON-lines log, one line a finished job, and beside it the ids in flight (LOG.inflight)."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        self.inflight_path = path.with_name(path.name + ".inflight")
+        self.records: list[dict[str, Any]] = []
+        self.inflight: dict[tuple[str, int], tuple[str, str]] = {}  # (prompt, seed) -> (prompt id, server)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = path.stat().st_size if path.exists() else 0
+            if (size or self.inflight_path.exists()) and not resume:
+                raise BatchError(
+                    f"the log {path} is there from an earlier run; add --resume to skip what it has done, "
+                    "or name another file with --log"
+                )
+            if size:
+                self._read_and_repair()
+            if self.inflight_path.exists():
+                self._read_inflight()
+            self._file = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise BatchError(f"--log: cannot use {path}: {error.strerror}") from error
+
+    def _read_and_repair(self) -> None:
+        """Read all lines; a half line that a crash left at the end is cut off."""
+        raw = self.path.read_bytes()
+        *lines, tail = raw.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            record = json_object(line)
+            if record is None and line.strip():
+                raise BatchError(f"--log: line {number} of {self.path} is no JSON object; is this the log of a batch?")
+            if record:
+                self.records.append(record)
+        if not tail:
+            return
+        record = json_object(tail)
+        if record is None and not tail.startswith((b"{", b"\0")):
+            raise BatchError(f"--log: the last line of {self.path} is no JSON; is this the log of a batch?")
+        with open(self.path, "r+b") as file:
+            if record is None:
+                file.truncate(len(raw) - len(tail))
+            else:
+                self.records.append(record)
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+
+    def _read_inflight(self) -> None:
+        for item in (json_object(self.inflight_path.read_bytes()) or {}).get("jobs", []):
+            if isinstance(item, list) and [type(value) for value in item] == [str, int, str, str]:
+                prompt, seed, prompt_id, server = item
+                if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id):
+                    self.inflight[prompt, seed] = prompt_id, server
+
+    def done(self, digest: str) -> tuple[set[tuple[str, int]], int]:
+        """The (prompt, seed) pairs done with this graph, and how many done lines another graph made."""
+        pairs, foreign = set(), 0
+        for record in self.records:
+            if record.get("status", "done") != "done" or record.get("error"):
+                continue
+            if record.get("graph", digest) != digest:
+                foreign += 1
+            else:
+                pairs.add((record.get("prompt"), record.get("seed")))
+        return pairs, foreign
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line and make it durable before anything else happens."""
+        line = json.dumps(record, ensure_ascii=False).translate(LINE_BREAKS) + "\n"
+        try:
+            self._file.write(line.encode("utf-8", "backslashreplace"))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise BatchError(f"cannot write the log {self.path}: {error.strerror}") from error
+
+    def start(self, job: Job, server: str) -> None:
+        self.inflight[job.key] = job.prompt_id, server
+        self._save_inflight()
+
+    def forget(self, job: Job) -> None:
+        if self.inflight.pop(job.key, None):
+            self._save_inflight()
+
+    def _save_inflight(self) -> None:
+        jobs = [[*key, *value] for key, value in self.inflight.items()]
+        partial = self.inflight_path.with_name(self.inflight_path.name + ".partial")
+        try:
+            if jobs:
+                partial.write_text(json.dumps({"jobs": jobs}), encoding="utf-8")
+                os.replace(partial, self.inflight_path)
+            else:
+                self.inflight_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise BatchError(f"cannot write {self.inflight_path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def json_object(raw: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

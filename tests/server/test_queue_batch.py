@@ -1,0 +1,511 @@
+"""queue_batch.py against real servers: every job once, whatever breaks on the way.
+
+One server carries a probe node that notes each run in a ledger, so that "run twice" is counted and not inferred.
+A small TCP proxy stands between where a test must lose the connection and not the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy_host
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND_SECONDS = 120
+
+pytest.importorskip("aiohttp")
+import batch_jobs  # noqa: E402
+import queue_batch  # noqa: E402
+
+PICTURE = {  # the seed is the colour of the picture
+    "1": {"class_type": "PrimitiveString", "inputs": {"value": "x"}, "_meta": {"title": "Prompt"}},
+    "2": {"class_type": "PrimitiveInt", "inputs": {"value": 1}, "_meta": {"title": "Seed"}},
+    "3": {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": ["2", 0]},
+    },
+    "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "batch/picture"}},
+    "5": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+}
+PROBE = {
+    "7": {
+        "class_type": "BatchProbe",
+        "inputs": {"text": "x", "seed": 0, "seconds": 0.0, "filename_prefix": "probe"},
+        "_meta": {"title": "Prompt"},
+    }
+}
+PROBE_NODE = '''
+import os, time
+import comfy.model_management
+import folder_paths
+
+class BatchProbe:
+    """Notes start and end of each run, sleeps, writes a small file."""
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "text": ("STRING", {}), "seed": ("INT", {"max": 2**64 - 1}),
+        "seconds": ("FLOAT", {"max": 60.0}), "filename_prefix": ("STRING", {})}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
+
+    def note(self, event, text, seed):
+        with open(LEDGER, "a") as ledger:
+            ledger.write(f"{event} {seed} {text}\\n")
+
+    def run(self, text, seed, seconds, filename_prefix):
+        self.note("start", text, seed)
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            time.sleep(0.02)
+        if "fails" in text:
+            raise RuntimeError("the probe was told to fail")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory())
+        file = f"{name}_{counter:05}_.txt"
+        with open(os.path.join(folder, file), "w") as out:
+            out.write(f"{text} {seed}")
+        self.note("end", text, seed)
+        return {"ui": {"files": [{"filename": file, "subfolder": subfolder, "type": "output"}]}}
+
+NODE_CLASS_MAPPINGS = {"BatchProbe": BatchProbe}
+'''
+
+
+# ------------------------------------------------------------------------------------------------- the machinery
+
+
+class ProbeServer:
+    """A ComfyUI server with the probe node, on one port for good; it can be killed and started again."""
+
+    def __init__(self, comfyui: Path, folder: Path) -> None:
+        self.comfyui, self.folder = comfyui, folder
+        self.ledger = folder / "ledger.txt"
+        self.port = comfy_host.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        base = self.folder / f"base{self.starts}"
+        self.starts += 1
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "custom_nodes" / "batch_probe.py").write_text(f"LEDGER = {str(self.ledger)!r}\n{PROBE_NODE}")
+        self.server = comfy_host.ComfyServer(self.comfyui, base, extra_args=("--port", str(self.port)))
+        self.server.port, self.server.url = self.port, self.url
+
+    def kill(self) -> None:
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def events(self, event: str) -> Counter[str]:
+        """How often each job was noted with ``start`` or ``end``."""
+        lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
+        return Counter(line.split(" ", 1)[1] for line in lines if line.startswith(event + " "))
+
+
+class Proxy:
+    """Forwards TCP to a server. ``down`` refuses; ``swallow_answer`` loses the answer to the next POST /prompt."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.swallow_answer = False
+        self.swallowed = 0
+        self.sockets: set[socket.socket] = set()
+        self.port = comfy_host.free_port()
+        self.listener: socket.socket | None = None
+        self.up()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def up(self) -> None:
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+        self.listener.listen()
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def down(self) -> None:
+        assert self.listener is not None
+        for item in [self.listener, *self.sockets]:
+            with contextlib.suppress(OSError):
+                item.shutdown(socket.SHUT_RDWR)
+            item.close()
+        self.sockets.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+                self.sockets |= {client, server}
+                lose = threading.Event()
+                for source, sink, is_request in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self._copy, args=(source, sink, is_request, lose), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket, is_request: bool, lose: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_request and self.swallow_answer and data.startswith(b"POST /prompt "):
+                    self.swallow_answer = False
+                    lose.set()
+                if not is_request and lose.is_set():
+                    self.swallowed += 1
+                    break
+                sink.sendall(data)
+        for item in (source, sink):
+            with contextlib.suppress(OSError):
+                item.shutdown(socket.SHUT_RDWR)
+
+
+class Run:
+    """One call of queue_batch.py in its own process, and the log it writes."""
+
+    def __init__(self, folder: Path, graph: dict, prompts: str, seeds: str, servers: list[str], *more: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "graph.json").write_text(json.dumps(graph))
+        (folder / "prompts.txt").write_text(prompts, encoding="utf-8")
+        self.output, self.log = folder / "out", folder / "out" / "batch.jsonl"
+        command = [sys.executable, str(ROOT / "queue_batch.py"), str(folder / "graph.json")]
+        command += ["--prompts", str(folder / "prompts.txt"), "--seeds", seeds, "--output", str(self.output)]
+        for server in servers:
+            command += ["--server", server]
+        self.process = subprocess.Popen(
+            [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+        )
+
+    def end(self) -> tuple[int, str]:
+        """The exit status and all that was printed."""
+        try:
+            printed, _ = self.process.communicate(timeout=COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail("queue_batch.py did not end: " + self.process.communicate()[0])
+        return self.process.returncode, printed
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").split("\n") if line]
+
+    def done(self) -> Counter[tuple[str, int]]:
+        return Counter((r["prompt"], r["seed"]) for r in self.records() if r["status"] == "done")
+
+
+def wait_for(condition, what: str, seconds: float = 60.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.02)
+
+
+def probe_graph(seconds: float) -> dict:
+    graph = json.loads(json.dumps(PROBE))
+    graph["7"]["inputs"]["seconds"] = seconds
+    return graph
+
+
+@pytest.fixture(scope="module")
+def probe(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProbeServer]:
+    server = ProbeServer(comfyui_dir, tmp_path_factory.mktemp("probe"))
+    try:
+        server.server.wait_ready()
+        yield server
+    finally:
+        server.server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_ledger(request: pytest.FixtureRequest) -> None:
+    if "probe" in request.fixturenames:
+        request.getfixturevalue("probe").ledger.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- real servers
+
+
+def test_two_servers_share_the_jobs_and_no_name_becomes_a_path(comfy_server, probe, tmp_path):
+    hostile = ["../../outside", "/etc/passwd", "C:\\con", "%date:yyyy% \x1b[31m $(touch x)", "ein Kätzchen 小猫", "."]
+    run = Run(tmp_path / "a", PICTURE, "# comment\n\n" + "\n".join(hostile), "0-1,255", [comfy_server.url, probe.url])
+    status, printed = run.end()
+    assert status == 0, printed
+    assert run.done() == {(prompt.strip(), seed): 1 for prompt in hostile for seed in (0, 1, 255)}
+    assert {record["server"] for record in run.records()} == {comfy_server.url, probe.url}
+    for record in run.records():
+        file = Path(record["file"])
+        assert file.parent == run.output and file.suffix == ".png"
+        assert Image.open(file).getpixel((0, 0)) == (0, 0, record["seed"])  # the very job's result
+        assert record["seconds"] >= 0 and record["error"] is None
+    assert len(list(run.output.iterdir())) == len(hostile) * 3 + 1  # and the log
+    assert not (run.output / "batch.jsonl.inflight").exists()
+    assert "\x1b" not in printed
+    outputs = [comfy_server.output_dir, probe.server.output_dir]
+    saved = [file for folder in outputs for file in folder.rglob("picture_*.png")]
+    assert len(saved) == len({file.name for file in saved}) == len(hostile) * 3  # no two jobs share a name
+
+
+def test_without_output_the_log_names_the_files_on_the_server(comfy_server, tmp_path):
+    run = Run(tmp_path / "a", PICTURE, "p", "3", [comfy_server.url])
+    run.end()
+    run = Run(tmp_path / "a", PICTURE, "p", "3", [comfy_server.url], "--log", str(tmp_path / "b.jsonl"))
+    command = [part for part in run.process.args]
+    run.process.kill()
+    run.process.communicate()
+    del command[command.index("--output") : command.index("--output") + 2]
+    command[command.index("--log") + 1] = str(tmp_path / "c.jsonl")
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=COMMAND_SECONDS, stdout=subprocess.DEVNULL)
+    record = json.loads((tmp_path / "c.jsonl").read_text())
+    assert record["file"].startswith("output/batch/picture_0001_s3_p_")
+    assert (comfy_server.output_dir / record["file"].removeprefix("output/")).is_file()
+
+
+def test_a_refused_job_is_reported_with_the_nodes_words_and_the_others_go_on(comfy_server, tmp_path):
+    run = Run(tmp_path / "a", PICTURE, "p", "0,8,16", [comfy_server.url], "--seed-node", "3.width")
+    status, printed = run.end()
+    assert status == 1, printed
+    assert run.done() == {("p", 8): 1, ("p", 16): 1}
+    (record,) = [r for r in run.records() if r["status"] == "error"]
+    assert record["seed"] == 0 and record["file"] is None
+    assert "EmptyImage (node 3)" in record["error"] and "smaller than min" in record["error"]
+
+
+def test_a_failing_node_is_reported_and_resume_tries_it_again(probe, tmp_path):
+    run = Run(tmp_path / "a", PROBE, "good\nthis fails", "5", [probe.url])
+    assert run.end()[0] == 1
+    (record,) = [r for r in run.records() if r["status"] == "error"]
+    assert record["prompt"] == "this fails" and record["seed"] == 5
+    assert record["error"] == "BatchProbe (node 7): RuntimeError: the probe was told to fail"
+    again = Run(tmp_path / "a", PROBE, "good\nthis fails", "5", [probe.url], "--resume")
+    assert again.end()[0] == 1
+    assert probe.events("start") == {"5 good": 1, "5 this fails": 2}
+
+
+def test_a_lost_connection_runs_no_job_twice(probe, tmp_path):
+    proxy = Proxy(probe.port)
+    proxy.swallow_answer = True  # the first job arrives, its receipt does not
+    run = Run(tmp_path / "a", probe_graph(0.3), "one\ntwo", "0-2", [proxy.url])
+    wait_for(lambda: probe.events("start"), "the first job to start")
+    for _ in range(2):
+        finished = len(probe.events("end"))
+        proxy.down()
+        time.sleep(0.5)
+        proxy.up()
+        wait_for(lambda n=finished: len(probe.events("end")) > n or run.process.poll() is not None, "a job")
+    status, printed = run.end()
+    proxy.down()
+    assert status == 0, printed
+    assert proxy.swallowed == 1
+    assert "no connection" in printed and "connected again" in printed
+    once = {f"{seed} {prompt}": 1 for prompt in ("one", "two") for seed in range(3)}
+    assert probe.events("start") == probe.events("end") == once
+    assert sum(run.done().values()) == 6
+
+
+def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
+    run = Run(tmp_path / "a", probe_graph(0.5), "p", "0-4", [probe.url])
+    wait_for(lambda: len(probe.events("start")) == 2, "the second job to start")
+    run.process.kill()
+    run.process.communicate()
+    with open(run.log, "ab") as log:
+        log.write(b'{"index": 2, "prompt": "p", "se')  # the half line of a crash
+    refused = Run(tmp_path / "a", probe_graph(0.5), "p", "0-4", [probe.url])
+    status, printed = refused.end()
+    assert status == 2 and "--resume" in printed
+    again = Run(tmp_path / "a", probe_graph(0.5), "p", "0-4", [probe.url], "--resume")
+    status, printed = again.end()
+    assert status == 0, printed
+    assert probe.events("start") == probe.events("end") == {f"{seed} p": 1 for seed in range(5)}
+    assert again.done() == {("p", seed): 1 for seed in range(5)}
+    assert not (run.output / "batch.jsonl.inflight").exists()
+    more = Run(tmp_path / "a", probe_graph(0.5), "p", "0-5", [probe.url], "--resume")
+    assert more.end()[0] == 0
+    assert probe.events("start") == {f"{seed} p": 1 for seed in range(6)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_takes_only_our_own_jobs_off_the_queue(probe, tmp_path):
+    run = Run(tmp_path / "a", probe_graph(20.0), "p", "0-4", [probe.url], "--in-flight", "3")
+    wait_for(lambda: len(probe.server.get("/queue")["queue_pending"]) == 2, "two jobs to wait")
+    other = json.loads(json.dumps(PROBE))
+    other["7"]["inputs"]["text"] = "of another person"
+    prompt_id = probe.server.queue(other)
+    run.process.send_signal(signal.SIGINT)
+    status, printed = run.end()
+    assert status == 130, printed
+    assert "5 of 5 jobs not finished" in printed
+    assert probe.server.wait(prompt_id, 30)["status"]["status_str"] == "success"
+    queue = probe.server.get("/queue")
+    assert not queue["queue_running"] and not queue["queue_pending"]
+    assert probe.events("end") == {"0 of another person": 1}
+    assert run.records() == [] and not (run.output / "batch.jsonl.inflight").exists()
+
+
+def test_a_server_killed_in_mid_run_and_started_again(probe, tmp_path):
+    run = Run(tmp_path / "a", probe_graph(0.5), "p", "0-3", [probe.url])
+    wait_for(lambda: len(probe.events("start")) == 2, "the second job to start")
+    wait_for(lambda: run.log.exists() and len(run.records()) == 1, "the first line of the log")
+    probe.kill()
+    assert run.process.poll() is None
+    probe.start()
+    probe.server.wait_ready()
+    status, printed = run.end()
+    assert status == 0, printed
+    assert probe.events("end") == {f"{seed} p": 1 for seed in range(4)}
+    assert probe.events("start")["1 p"] == 2  # it had not finished: nothing else could be done
+    assert run.done() == {("p", seed): 1 for seed in range(4)}
+
+
+def test_jobs_of_a_server_that_stays_away_move_to_another(comfy_server, tmp_path):
+    gone = f"http://127.0.0.1:{comfy_host.free_port()}"
+    run = Run(tmp_path / "a", PICTURE, "p", "0-3", [gone, comfy_server.url], "--patience", "1")
+    status, printed = run.end()
+    assert status == 0, printed
+    assert {record["server"] for record in run.records()} == {comfy_server.url}
+    alone = Run(tmp_path / "b", PICTURE, "p", "0-3", [gone], "--patience", "1")
+    status, printed = alone.end()
+    assert status == 1 and "4 not run" in printed and "is ComfyUI running there?" in printed
+
+
+# --------------------------------------------------------------------------------------------------- no server
+
+
+def test_seeds():
+    assert batch_jobs.parse_seeds("0-3, 7,9,2") == [0, 1, 2, 3, 7, 9]
+    for wrong in ("", "a", "3-1", "-1", "1.5", "0-99999999999", str(2**64), "1" * 5000):
+        with pytest.raises(batch_jobs.BatchError, match="--seeds"):
+            batch_jobs.parse_seeds(wrong)
+
+
+def test_prompts_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff# head\r\n a cat \r\n\r\na dog\ra cat\n".encode())
+    assert batch_jobs.read_prompts(file) == ["a cat", "a dog"]
+    file.write_bytes(b"fine\nnot \xff fine\n")
+    with pytest.raises(batch_jobs.BatchError, match="byte 0xff in line 2; save the file again as UTF-8"):
+        batch_jobs.read_prompts(file)
+    file.write_bytes(b"# nothing\n")
+    with pytest.raises(batch_jobs.BatchError, match="holds no prompt"):
+        batch_jobs.read_prompts(file)
+    with pytest.raises(batch_jobs.BatchError, match="cannot read"):
+        batch_jobs.read_prompts(tmp_path / "missing.txt")
+
+
+def test_graph_files_that_are_none(tmp_path):
+    file = tmp_path / "graph.json"
+    cases = ['{"nodes": [], "links": []}', '{"1": {"inputs": {}}}', "[]", "{}", "not json", "[" * 100_000]
+    messages = ["canvas workflow", "API graph", "API graph", "API graph", "not JSON", "not JSON"]
+    for text, message in zip(cases, messages, strict=True):
+        file.write_text(text)
+        with pytest.raises(batch_jobs.BatchError, match=message):
+            batch_jobs.load_graph(file)
+
+
+def _encoder(text="x", title=None):
+    meta = {"_meta": {"title": title}} if title else {}
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": text, "clip": ["9", 0]}, **meta}
+
+
+def _sampler(positive="1", negative="2", **inputs):
+    return {
+        "class_type": "KSampler",
+        "inputs": {"positive": [positive, 0], "negative": [negative, 0], "seed": 1, **inputs},
+    }
+
+
+def test_the_prompt_goes_to_the_text_behind_positive():
+    graph = {"2": _encoder(), "1": _encoder(), "3": _sampler()}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+    assert batch_jobs.find_seed_targets(graph, []) == [batch_jobs.Target("3", "seed")]
+    control = {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["1", 0], "negative": ["2", 0]}}
+    graph = {"1": _encoder(["5", 0]), "2": _encoder(), "3": _sampler("4", "4"), "4": control}
+    graph["5"] = {"class_type": "PrimitiveString", "inputs": {"value": "x"}}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("5", "value")]
+
+
+def test_an_ambiguous_graph_is_refused_with_the_candidates_and_an_override_decides():
+    graph = {"1": _encoder(), "2": _encoder(), "3": _sampler(), "4": _sampler("2", "1", seed=["6", 0])}
+    graph["5"] = {"class_type": "SamplerCustom", "inputs": {"noise_seed": 3, "add_noise": True}}
+    graph["6"] = {"class_type": "PrimitiveInt", "inputs": {"value": 3}, "_meta": {"title": "My number"}}
+    with pytest.raises(batch_jobs.BatchError, match=r"2 places for the prompt.*1\.text.*2\.text"):
+        batch_jobs.find_prompt_targets(graph, [])
+    with pytest.raises(batch_jobs.BatchError, match=r"3 places for the seed.*3\.seed.*6\.value.*5\.noise_seed"):
+        batch_jobs.find_seed_targets(graph, [])
+    assert batch_jobs.find_prompt_targets(graph, ["2"]) == [batch_jobs.Target("2", "text")]
+    assert batch_jobs.find_seed_targets(graph, ["my number", "3.seed"]) == [
+        batch_jobs.Target("6", "value"),
+        batch_jobs.Target("3", "seed"),
+    ]
+    for wrong in ("nowhere", "CLIPTextEncode", "1.clip", "5"):
+        with pytest.raises(batch_jobs.BatchError, match="--prompt-node"):
+            batch_jobs.find_prompt_targets(graph, [wrong])
+
+
+def test_a_cycle_of_links_ends():
+    loop = {"class_type": "A", "inputs": {"conditioning": ["2", 0], "positive": ["2", 0], "text": ["1", 0]}}
+    graph = {"1": loop, "2": {"class_type": "B", "inputs": {"conditioning": ["1", 0]}}}
+    with pytest.raises(batch_jobs.BatchError, match="0 places"):
+        batch_jobs.find_prompt_targets(graph, [])
+
+
+def test_log_is_repaired_only_if_it_is_one(tmp_path):
+    log = tmp_path / "batch.jsonl"
+    line = json.dumps({"prompt": "a", "seed": 1, "file": "x", "seconds": 1.0})
+    log.write_text(line + '\n{"prompt": "b", "se')
+    opened = batch_jobs.BatchLog(log, resume=True)
+    assert opened.done("any") == ({("a", 1)}, 0)
+    opened.append({"prompt": "line\u2028separator \ud800", "seed": 2})
+    opened.close()
+    assert [json.loads(text)["prompt"] for text in log.read_text().splitlines()] == [
+        "a",
+        "line\u2028separator \ud800",
+    ]
+    log.write_text(line)  # whole, but its line end is lost
+    batch_jobs.BatchLog(log, resume=True).close()
+    assert log.read_text() == line + "\n"
+    for text in ("a prompt\nanother", "a prompt\n", line + "\nhalf a prompt"):
+        log.write_text(text)
+        with pytest.raises(batch_jobs.BatchError, match="is this the log of a batch"):
+            batch_jobs.BatchLog(log, resume=True)
+        assert log.read_text() == text
+
+
+def test_lines_of_another_graph_are_not_skipped(tmp_path):
+    log = tmp_path / "batch.jsonl"
+    lines = [{"prompt": "a", "seed": 1, "status": "done", "graph": g} for g in ("g1", "g2")]
+    lines.append({"prompt": "b", "seed": 1, "status": "error", "error": "x", "graph": "g1"})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened = batch_jobs.BatchLog(log, resume=True)
+    assert opened.done("g1") == ({("a", 1)}, 1)
+    opened.close()
+
+
+def test_names_from_a_server_are_not_used():
+    entry = {
+        "outputs": {
+            "1": {"images": [{"filename": "../../x.exe", "subfolder": "..", "type": "output"}, "odd", 3]},
+            "2": {"animated": [True], "text": ["a"]},
+            "3": {"images": [{"filename": "a.MP4", "type": "output"}, {"filename": "b.png", "type": "temp"}]},
+        }
+    }
+    results = queue_batch.result_files(entry)
+    assert [item["filename"] for item in results] == ["a.MP4", "../../x.exe"]
+    assert [queue_batch.media_suffix(item["filename"]) for item in results] == [".mp4", ".bin"]
+
+
+def test_addresses():
+    assert queue_batch.server_url("127.0.0.1:8188") == "http://127.0.0.1:8188"
+    assert queue_batch.server_url("https://host/comfy/") == "https://host/comfy"
+    for wrong in ("ftp://host", "http://", "host name"):
+        with pytest.raises(batch_jobs.BatchError, match="--server"):
+            queue_batch.server_url(wrong)
