@@ -267,9 +267,7 @@ class WanDiT(nn.Module):
                 f"{ph} and W of {pw}."
             )
         if cache is not None and frames_per_chunk is not None:
-            raise ValueError(
-                "frames_per_chunk masks a whole clip and cache streams one chunk; give one of them."
-            )
+            raise ValueError("frames_per_chunk masks a whole clip and cache streams one chunk; give one of them.")
         tokens_BCTHW = self.patch_embedding(x)
         _, _, frames, height, width = tokens_BCTHW.shape
         hidden = rearrange(tokens_BCTHW, "b c t h w -> b t (h w) c")

@@ -32,9 +32,7 @@ class SeededNoise:
         device: where the noise goes; it is always drawn on the CPU.
     """
 
-    def __init__(
-        self, seed: int, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, seed: int, shape: tuple[int, int, int, int], device: torch.device | str = "cpu") -> None:
         self.seed = seed & 0xFFFF_FFFF_FFFF_FFFF
         self.shape = shape
         self.device = torch.device(device)

@@ -60,9 +60,7 @@ def split_frames(frames: int, frames_per_chunk: int) -> list[int]:
     return [min(frames_per_chunk, frames - start) for start in range(0, frames, frames_per_chunk)]
 
 
-def count_forwards(
-    schedule: DiagonalSchedule, frames: int, frames_per_chunk: int, context_frames: int = 0
-) -> int:
+def count_forwards(schedule: DiagonalSchedule, frames: int, frames_per_chunk: int, context_frames: int = 0) -> int:
     """Forwards of a run over `frames` latent frames, of which `context_frames` are given: the nfe of sample_chunks."""
     made = len(split_frames(frames - context_frames, frames_per_chunk))
     return schedule.nfe(made) + len(split_frames(context_frames, frames_per_chunk))
@@ -109,18 +107,14 @@ def sample_chunks(
     """
     given = 0 if context is None else context.shape[2]
     if frames <= given:
-        raise ValueError(
-            f"frames is {frames} and the context has {given} already; ask for more than the context."
-        )
+        raise ValueError(f"frames is {frames} and the context has {given} already; ask for more than the context.")
 
     def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int) -> None:
         x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
         with torch.no_grad():
             denoise(
                 x,
-                Forward(
-                    chunk=chunk, start_frame=at, frames=x0.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma
-                ),
+                Forward(chunk=chunk, start_frame=at, frames=x0.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
             )
 
     start = 0
@@ -128,9 +122,7 @@ def sample_chunks(
         assert context is not None
         cache.begin(piece)
         # Draws of given context count down from -1, so that they never share noise with a chunk.
-        write_context(
-            context[:, :, start : start + piece], 0, schedule.given_context_sigma, start, -1 - start
-        )
+        write_context(context[:, :, start : start + piece], 0, schedule.given_context_sigma, start, -1 - start)
         cache.commit()
         start += piece
 
@@ -148,9 +140,7 @@ def sample_chunks(
                 )
             x = mix(source(start, count), x, sigmas[0])
         for step, sigma in enumerate(sigmas):
-            at = Forward(
-                chunk=index, start_frame=start, frames=count, step=step, steps=len(sigmas), sigma=sigma
-            )
+            at = Forward(chunk=index, start_frame=start, frames=count, step=step, steps=len(sigmas), sigma=sigma)
             with nullcontext() if exit_at is None or step == exit_at else torch.no_grad():
                 x0 = denoise(x, at)
             if step == exit_at:

@@ -28,14 +28,14 @@ class Preset:
         steps: steps per chunk, the last repeats.
         context_mode: see DiagonalSchedule.
         shift: 1.0 means that the times are sigmas already.
-        frames_per_chunk: latent frames a chunk that its checkpoints were trained with.
+        frames_per_chunk: latent frames a chunk where it is not the model's usual 3, else None.
     """
 
     times: tuple[float, ...]
     steps: tuple[int, ...]
     context_mode: str
     shift: float = DEFAULT_SHIFT
-    frames_per_chunk: int = 3
+    frames_per_chunk: int | None = None
 
 
 # The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
@@ -152,17 +152,13 @@ class DiagonalSchedule:
             if any(a <= b for a, b in zip(row, row[1:])):
                 raise ValueError(f"sigmas of chunk {chunk} are {row}; they must descend.")
         if self.context_mode not in CONTEXT_MODES:
-            raise ValueError(
-                f"context_mode is {self.context_mode!r}; choose one of {', '.join(CONTEXT_MODES)}."
-            )
+            raise ValueError(f"context_mode is {self.context_mode!r}; choose one of {', '.join(CONTEXT_MODES)}.")
         if not 0 <= self.context_sigma <= 1:
             raise ValueError(f"context_sigma is {self.context_sigma}; it must be in [0, 1].")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"shift is {self.shift}; it must be a positive number (Wan: 5).")
         if self.frames_per_chunk is not None and self.frames_per_chunk < 1:
-            raise ValueError(
-                f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame."
-            )
+            raise ValueError(f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame.")
 
     @classmethod
     def from_steps(
@@ -186,9 +182,7 @@ class DiagonalSchedule:
         )
 
     @classmethod
-    def preset(
-        cls, name: str, *, steps: tuple[int, ...] | None = None, shift: float | None = None
-    ) -> DiagonalSchedule:
+    def preset(cls, name: str, *, steps: tuple[int, ...] | None = None, shift: float | None = None) -> DiagonalSchedule:
         """A published recipe by name, with other steps or another shift if given.
 
         Raises:
@@ -206,9 +200,7 @@ class DiagonalSchedule:
         )
 
     @classmethod
-    def uniform(
-        cls, steps: int, *, shift: float = DEFAULT_SHIFT, context_mode: str = "clean"
-    ) -> DiagonalSchedule:
+    def uniform(cls, steps: int, *, shift: float = DEFAULT_SHIFT, context_mode: str = "clean") -> DiagonalSchedule:
         """The undistilled baseline: `steps` even steps of uniform time from 1 down to 1/steps, for every chunk."""
         times = tuple((steps - i) / steps for i in range(steps))
         return cls.from_steps((steps,), times=times, shift=shift, context_mode=context_mode)

@@ -32,9 +32,7 @@ class CausalSettings:
 
     def __post_init__(self) -> None:
         if self.frames_per_chunk < 1:
-            raise ValueError(
-                f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame."
-            )
+            raise ValueError(f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame.")
         if self.sink < 0:
             raise ValueError(f"sink is {self.sink} latent frames; it must be 0 or more.")
         if self.positions not in POSITIONS:

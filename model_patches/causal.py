@@ -1,0 +1,235 @@
+"""Makes any Wan 2.1 text-to-video MODEL causal by swapping one function per attention layer.
+
+Wan's own forward does the rest, so that LoRA, fp8, GGUF and offloading keep working. The swapped functions look for a
+run in `transformer_options`; without one (any sampler but ours) they call what they replaced.
+
+Shape suffixes: B batch (conditions times samples), L tokens, N heads, D channels a head, C channels of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.wan.ar_model import CausalWanModel
+from comfy.ldm.wan.model import WanModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.settings import CausalSettings
+
+WRAPPER_KEY = "diagonal_causal"
+SETTINGS_KEY = "diagonal_causal_settings"
+RUN_KEY = "diagonal_run"
+FORWARD_KEY = "diagonal_forward"
+
+
+@dataclass(slots=True)
+class CausalRun:
+    """What one sampling run adds to `transformer_options`: owned by the sampler, dropped when it returns.
+
+    Attributes:
+        cache: keys and values of this run.
+        cache_text: keep the keys and values of the text; not while hooks change weights during the run.
+    """
+
+    cache: KVCache
+    cache_text: bool = True
+    _text: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rope: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def free(self) -> None:
+        """Drop every tensor, also when the run failed."""
+        self.cache.free()
+        self._text.clear()
+        self._rope.clear()
+
+    def rope(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Rotations of one grid and position; a run uses few, and only the newest position comes again."""
+        if key not in self._rope:
+            if len(self._rope) >= 8:
+                self._rope.clear()
+            self._rope[key] = make()
+        return self._rope[key]
+
+    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, computed once per prompt and clip."""
+        if not self.cache_text:
+            return make()
+        if key not in self._text:
+            self._text[key] = make()
+        return self._text[key]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInfo:
+    """What the layers of one forward need: the run, its conditions in batch order, and the rotations."""
+
+    run: CausalRun
+    conditions: tuple[Hashable, ...]
+    freqs: Tensor
+    layers: int
+
+
+def causal_settings(model: ModelPatcher) -> CausalSettings | None:
+    """The settings of a causal MODEL, None for any other."""
+    return model.model_options.get(SETTINGS_KEY)
+
+
+def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
+    """A clone of `model` whose attention can be cached chunk by chunk. Applying it again replaces the settings.
+
+    Args:
+        model: any MODEL whose network is ComfyUI's Wan 2.1 text-to-video class or its causal class.
+        settings: window, sink, positions and frames per chunk, in latent frames.
+
+    Raises:
+        ValueError: the MODEL is no Wan 2.1 text-to-video model.
+    """
+    network = model.get_model_object("diffusion_model")
+    network = getattr(network, "_orig_mod", network)
+    _require_text_to_video(network)
+    patched = model.clone()
+    for layer in range(len(network.blocks)):
+        for name, make in (("self_attn", _CausalSelfAttention), ("cross_attn", _CachedCrossAttention)):
+            path = f"diffusion_model.blocks.{layer}.{name}"
+            original = patched.get_model_object(f"{path}.forward")
+            if isinstance(original, _Patch):
+                original = original.original
+            patched.add_object_patch(f"{path}.forward", make(model.get_model_object(path), original, layer))
+    patched.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY, _prepare_forward)
+    patched.model_options[SETTINGS_KEY] = settings
+    return patched
+
+
+def _require_text_to_video(network: torch.nn.Module) -> None:
+    kind = type(network)
+    if not isinstance(network, WanModel):
+        raise ValueError(
+            f"The MODEL is a {kind.__name__}, not a Wan 2.1 video model: causal attention is defined for Wan only. "
+            "Load a Wan 2.1 text-to-video model."
+        )
+    if kind not in (WanModel, CausalWanModel) or network.model_type != "t2v" or network.ref_conv is not None:
+        raise ValueError(
+            f"The MODEL is a {kind.__name__} of type {network.model_type}: only Wan 2.1 text-to-video models can "
+            "stream chunk by chunk. For a start image use a text-to-video model with ARVideoI2V."
+        )
+
+
+def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """APPLY_MODEL wrapper: gives the layers of this forward their conditions and rotations.
+
+    Rotations are computed here, outside of what TorchCompileModel compiles: it drops guards on transformer_options,
+    so that a position read inside would stay frozen at the first chunk's.
+    """
+    transformer_options = {} if transformer_options is None else transformer_options
+    run: CausalRun | None = transformer_options.get(RUN_KEY)
+    if run is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    base = executor.class_obj
+    network = base.diffusion_model
+    dtype = base.get_dtype_inference()
+    position = run.cache.position
+    limit = exact_positions(dtype)
+    if position + run.cache.frames > limit:
+        raise ValueError(
+            f"RoPE position {position + run.cache.frames:.0f} is not exact in {dtype} (the limit is {limit}). Set "
+            "positions to window, or to auto, on the causal model."
+        )
+    options = transformer_options.copy()
+    rope_options = dict(options.get("rope_options") or {})
+    rope_options["shift_t"] = rope_options.get("shift_t", 0.0) + position
+    options["rope_options"] = rope_options
+    frames, height, width = x.shape[2:]
+    freqs = run.rope(
+        (frames, height, width, position, dtype),
+        lambda: network.rope_encode(
+            frames, height, width, device=x.device, dtype=dtype, transformer_options={"rope_options": rope_options}
+        ),
+    )
+    conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+    options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, len(network.blocks))
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def exact_positions(dtype: torch.dtype) -> int:
+    """Largest whole number up to which `dtype` holds every whole number: ComfyUI builds positions in it."""
+    return round(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else 2**31
+
+
+class _Patch:
+    """A replacement for one module's forward. `original` is what it replaced."""
+
+    def __init__(self, module: torch.nn.Module, original: Callable, layer: int) -> None:
+        self.module = module
+        self.original = original
+        self.layer = layer
+
+    # Always eager: see _prepare_forward. The graph breaks here and goes on after it.
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
+        options = {} if transformer_options is None else transformer_options
+        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        if forward is None:
+            return self.original(x, *args, transformer_options=options, **kwargs)
+        return self.cached(x, *args, forward=forward, transformer_options=options)
+
+    def cached(self, x: Tensor, *args: Any, forward: ForwardInfo, transformer_options: dict) -> Tensor:
+        raise NotImplementedError
+
+
+class _CausalSelfAttention(_Patch):
+    """Writes the chunk's keys and values to the cache and attends to everything in it."""
+
+    def cached(self, x_BLC: Tensor, freqs: Tensor, *, forward: ForwardInfo, transformer_options: dict) -> Tensor:
+        module, cache = self.module, forward.run.cache
+        heads = module.num_heads
+        split = (*x_BLC.shape[:2], heads, module.head_dim)
+        q = apply_rope1(module.norm_q(module.q(x_BLC)).view(split), forward.freqs)
+        k = apply_rope1(module.norm_k(module.k(x_BLC)).view(split), forward.freqs)
+        v = module.v(x_BLC).view(split)
+
+        samples = x_BLC.shape[0] // len(forward.conditions)
+        outputs = []
+        for index, condition in enumerate(forward.conditions):
+            rows = slice(index * samples, (index + 1) * samples)
+            keys, values = cache.condition(condition, layers=forward.layers).update(self.layer, k[rows], v[rows])
+            outputs.append(
+                optimized_attention(
+                    q[rows].flatten(2),
+                    keys.flatten(2),
+                    values.flatten(2),
+                    heads=heads,
+                    transformer_options=transformer_options,
+                )
+            )
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
+            out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
+        return module.o(out)
+
+
+class _CachedCrossAttention(_Patch):
+    """Computes the text's keys and values once per prompt and clip."""
+
+    def cached(
+        self,
+        x_BLC: Tensor,
+        context_BLC: Tensor,
+        *,
+        forward: ForwardInfo,
+        transformer_options: dict,
+    ) -> Tensor:
+        module = self.module
+        key = (self.layer, forward.conditions, context_BLC.shape)
+        k, v = forward.run.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
+        q = module.norm_q(module.q(x_BLC))
+        return module.o(optimized_attention(q, k, v, heads=module.num_heads, transformer_options=transformer_options))

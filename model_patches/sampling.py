@@ -1,0 +1,441 @@
+"""Samples a causal MODEL chunk by chunk through ComfyUI's own guider.
+
+The guider loads the model, prepares the conditionings and applies guidance, hooks, wrappers and other packs' patches;
+only the loop over chunks and steps is ours (`diagonal_sampler.sampler`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
+from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, sample_chunks, split_frames
+from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
+from ..diagonal_sampler.settings import CausalSettings
+from .causal import RUN_KEY, CausalRun, causal_settings
+from .loading import PROVENANCE_ATTACHMENT
+
+log = logging.getLogger(__name__)
+
+UNSUPPORTED_CONDITIONS = {
+    "control": "a ControlNet",
+    "gligen": "GLIGEN",
+    "concat_latent_image": "an image to concatenate",
+    "reference_latents": "reference latents",
+    "time_dim_concat": "frames to concatenate",
+    "context_latents": "context latents",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One forward done: `forwards` of `total`, in chunk `chunk` (from 0) of `chunks` at step `step` of `steps`."""
+
+    forwards: int
+    total: int
+    chunk: int
+    chunks: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan:
+    """Sizes of one run, known before anything is allocated.
+
+    Attributes:
+        shape: [B, C, T, H, W] of the latent.
+        settings: the model's, with the frames per chunk of this run.
+        schedule: the noise levels of this run.
+        context_frames: latent frames that are given.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    settings: CausalSettings
+    schedule: DiagonalSchedule
+    context_frames: int
+
+    @property
+    def chunks(self) -> int:
+        return len(split_frames(self.shape[2] - self.context_frames, self.settings.frames_per_chunk))
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the run, cache passes included."""
+        return count_forwards(self.schedule, self.shape[2], self.settings.frames_per_chunk, self.context_frames)
+
+    def cache_bytes(self, model: ModelPatcher, conditions: int) -> int:
+        """Bytes of keys and values."""
+        network = model.get_model_object("diffusion_model")
+        _, height, width = network.patch_size
+        batch, _, frames, rows, columns = self.shape
+        return KVCache.bytes_needed(
+            self.settings,
+            frames,
+            layers=len(network.blocks),
+            tokens_per_frame=-(-rows // height) * -(-columns // width),
+            width=network.dim,
+            element_bytes=comfy.model_management.dtype_size(model.model.get_dtype_inference()),
+            batch=batch,
+            conditions=conditions,
+        )
+
+
+def plan_clip(model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule) -> ClipPlan:
+    """Check sizes and settle what model and schedule say of the chunk.
+
+    Raises:
+        ValueError: a MODEL that is not causal, or a latent size that does not fit.
+    """
+    settings = causal_settings(model)
+    if settings is None:
+        raise ValueError(
+            "The MODEL is not causal: it cannot be sampled chunk by chunk. Load it with Diagonal Model Loader, or put "
+            "Diagonal Causal Attention behind your loader."
+        )
+    wanted = schedule.frames_per_chunk
+    if wanted is not None and wanted != settings.frames_per_chunk:
+        log.warning(
+            "The schedule asks for %d latent frames a chunk, the model was set to %d; the schedule's are used.",
+            wanted,
+            settings.frames_per_chunk,
+        )
+        settings = replace(settings, frames_per_chunk=wanted)
+    _require_size(model, shape)
+    initial = _initial_latent(model)
+    context_frames = 0 if initial is None else initial.shape[2]
+    if context_frames >= shape[2]:
+        raise ValueError(
+            f"The latent has {shape[2]} latent frames and the start image takes {context_frames}: nothing is left to "
+            "make. Use a longer length."
+        )
+    return ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, context_frames=context_frames)
+
+
+def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
+    channels = model.get_model_object("latent_format").latent_channels
+    if len(shape) != 5 or shape[1] != channels:
+        raise ValueError(
+            f"The latent has shape {tuple(shape)}; a causal Wan model needs [batch, {channels}, frames, height, "
+            "width]. Use Empty AR Video Latent, EmptyHunyuanLatentVideo or VAE Encode with the Wan VAE."
+        )
+    network = model.get_model_object("diffusion_model")
+    for name, size, patch in (("height", shape[3], network.patch_size[1]), ("width", shape[4], network.patch_size[2])):
+        if size % patch:
+            scale = model.get_model_object("latent_format").spacial_downscale_ratio
+            down, up = size - size % patch, size - size % patch + patch
+            raise ValueError(
+                f"The {name} is {size * scale} pixels ({size} in the latent); it must be a multiple of "
+                f"{patch * scale}. The nearest that fit are {down * scale} and {up * scale}."
+            )
+
+
+def _initial_latent(model: ModelPatcher) -> Tensor | None:
+    """The start image of ComfyUI's ARVideoI2V: [B, C, n, H, W], before the latent format's scaling."""
+    return model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+
+
+def sample_latent(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict[str, Any],
+    schedule: DiagonalSchedule,
+    *,
+    seed: int,
+    cfg: float = 1.0,
+    denoise: float = 1.0,
+    noise: NoiseSource | None = None,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_chunk: Callable[[Chunk], None] | None = None,
+) -> dict[str, Any]:
+    """Denoise a LATENT with a causal MODEL.
+
+    Args:
+        model: a causal MODEL; it is not changed.
+        positive, negative: CONDITIONING; the negative is ignored at cfg 1.
+        latent: LATENT with samples [B, 16, T, H, W] and perhaps a noise_mask.
+        schedule: noise levels per chunk and the context mode.
+        seed: of the noise; the same seed gives the same noise on any device.
+        cfg: guidance scale, 1 is off.
+        denoise: in (0, 1]; below 1 every chunk starts from the latent at the schedule's noise level for it.
+        noise: replaces the seeded noise.
+        callback: ComfyUI's (step, denoised, x, total) after every forward, with the newest chunk alone.
+        on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
+
+    Returns:
+        a new LATENT.
+
+    Raises:
+        ValueError: an input that cannot be sampled, with the reason and the remedy.
+    """
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
+    if samples.is_nested:
+        raise ValueError("The latent holds several streams (video with audio); a causal Wan model makes video only.")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    if denoise < 1:
+        if torch.count_nonzero(samples) == 0:
+            raise ValueError(
+                f"denoise is {denoise} but the latent is empty: there is nothing to start from. Use denoise 1, or "
+                "encode a video with VAE Encode."
+            )
+        schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
+    for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
+        log.warning(warning)
+    plan = plan_clip(model, samples.shape, schedule)
+    conditions = _check_conditionings(model, positive, negative if cfg != 1.0 else [])
+
+    batch, channels, _, height, width = plan.shape
+    draws = noise if noise is not None else SeededNoise(seed, (batch, channels, height, width))
+    # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
+    initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
+    initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
+
+    run_model = model.clone()
+    run_model.add_wrapper_with_key(
+        comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
+        "diagonal_memory",
+        _memory_request(plan, plan.cache_bytes(model, conditions)),
+    )
+    guider = comfy.samplers.CFGGuider(run_model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    sampler = DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk)
+    result = guider.sample(
+        initial,
+        samples,
+        sampler,
+        torch.tensor([*plan.schedule.chunk_sigmas(0), 0.0]),
+        denoise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    out["samples"] = result.to(
+        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
+    )
+    return out
+
+
+def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[str, ...]:
+    """What the schedule does otherwise than the checkpoint's header says it was trained."""
+    provenance = model.get_attachment(PROVENANCE_ATTACHMENT)
+    if provenance is None:
+        return ()
+    return provenance.contradictions(context_mode=schedule.context_mode, frames_per_chunk=schedule.frames_per_chunk)
+
+
+def _made_frames(plan: ClipPlan) -> list[int]:
+    return split_frames(plan.shape[2] - plan.context_frames, plan.settings.frames_per_chunk)
+
+
+class DiagonalSampler(comfy.samplers.Sampler):
+    """The loop over chunks as a ComfyUI sampler; one instance serves one run."""
+
+    def __init__(
+        self,
+        plan: ClipPlan,
+        noise: NoiseSource,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.noise = noise
+        self.on_progress = on_progress
+        self.on_chunk = on_chunk
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """ComfyUI's contract: noise and latent_image [B, C, T, H, W] in the model's space; returns the same shape."""
+        plan = self.plan
+        options = extra_args["model_options"]
+        transformer_options = options["transformer_options"]
+        scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
+        cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
+        run = CausalRun(cache, cache_text="registered_hooks" not in options)
+        transformer_options[RUN_KEY] = run
+        context = self._context(model_wrap, noise)
+        output = torch.zeros_like(noise)
+        if context is not None:
+            output[:, :, : context.shape[2]] = context
+        done = 0
+
+        def frames_of(tensor: Tensor, at: Forward) -> Tensor:
+            return tensor[:, :, at.start_frame : at.start_frame + at.frames]
+
+        def denoise(x: Tensor, at: Forward) -> Tensor:
+            nonlocal done
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            chunk_sigmas = torch.tensor([*plan.schedule.chunk_sigmas(at.chunk), 0.0], device=x.device)
+            transformer_options["sample_sigmas"] = chunk_sigmas
+            model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
+            mask = None
+            # A forward that only fills the cache sees the finished frames as they are.
+            if denoise_mask is not None and at.step >= 0:
+                mask = frames_of(denoise_mask, at)
+                model.latent_image = frames_of(latent_image, at)
+                model.noise = frames_of(noise, at)
+            sigma = x.new_full((x.shape[0],), at.sigma)
+            denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
+            done += 1
+            if callback is not None:
+                callback(done - 1, denoised, x, plan.forwards)
+            if self.on_progress is not None:
+                self.on_progress(
+                    Progress(
+                        forwards=done,
+                        total=plan.forwards,
+                        chunk=at.chunk,
+                        chunks=plan.chunks,
+                        step=at.step,
+                        steps=at.steps,
+                    )
+                )
+            return denoised
+
+        def draw(chunk: int, step: int, frames: int) -> Tensor:
+            if step == INITIAL_STEP:
+                start = plan.context_frames + chunk * plan.settings.frames_per_chunk
+                return noise[:, :, start : start + frames]
+            return self.noise(chunk, step, frames).to(noise)
+
+        try:
+            for chunk in sample_chunks(
+                denoise,
+                draw,
+                plan.schedule,
+                cache,
+                frames=plan.shape[2],
+                frames_per_chunk=plan.settings.frames_per_chunk,
+                context=context,
+                source=None if latent_image is None else lambda start, n: latent_image[:, :, start : start + n],
+            ):
+                _require_finite(chunk, plan.chunks)
+                output[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
+                if self.on_chunk is not None:
+                    self.on_chunk(chunk)
+        finally:
+            run.free()
+            transformer_options.pop(RUN_KEY, None)
+        return output
+
+    def _context(self, model_wrap, noise: Tensor) -> Tensor | None:
+        initial = _initial_latent(model_wrap.model_patcher)
+        if initial is None:
+            return None
+        if initial.shape[3:] != noise.shape[3:]:
+            ratio = model_wrap.inner_model.latent_format.spacial_downscale_ratio
+            want, got = ((s[4] * ratio, s[3] * ratio) for s in (noise.shape, initial.shape))
+            raise ValueError(
+                f"The start image is {got[0]}x{got[1]} but the video is {want[0]}x{want[1]}; give ARVideoI2V the "
+                "video's width and height."
+            )
+        initial = comfy.utils.repeat_to_batch_size(initial.to(noise), noise.shape[0])
+        return model_wrap.inner_model.process_latent_in(initial)
+
+
+def _require_finite(chunk: Chunk, chunks: int) -> None:
+    if not torch.isfinite(chunk.latents).all():
+        raise ValueError(
+            f"Chunk {chunk.index + 1} of {chunks} (latent frames {chunk.start_frame} to "
+            f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values. Try another "
+            "weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
+        )
+
+
+def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> int:
+    """Refuse, by name, what cannot follow a clip chunk by chunk. Returns how many conditions keep a cache."""
+    if not positive:
+        raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
+    if model.model_options.get("multigpu_clones"):
+        raise ValueError(
+            "MultiGPU work units split one forward over devices; the KV cache lives on one. Remove the node."
+        )
+    if model.model_options.get("context_handler") is not None:
+        raise ValueError("Context windows cut the clip in another way than chunks do; remove the context windows node.")
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        for index, (_, extra) in enumerate(conditioning):
+            reason = _unsupported(extra)
+            if reason is not None:
+                raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
+    return len(positive) + len(negative)
+
+
+def _unsupported(extra: dict[str, Any]) -> str | None:
+    starts = (extra.get("start_percent", 0.0), extra.get("clip_start_percent", 0.0))
+    ends = (extra.get("end_percent", 1.0), extra.get("clip_end_percent", 1.0))
+    if max(starts) > 0 or min(ends) < 1:
+        return (
+            "a timestep range (ConditioningSetTimestepRange): its keys would be missing from the cache outside of the "
+            "range. Remove the range."
+        )
+    if "mask" in extra:
+        return "a mask (ConditioningSetMask), which ComfyUI does not apply to video. Use ConditioningSetArea."
+    area = extra.get("area")
+    if area is not None and (area[0] == "percentage" or len(area) != 4):
+        return "an area in percent or in time. Use ConditioningSetArea, in pixels."
+    for key, what in UNSUPPORTED_CONDITIONS.items():
+        if extra.get(key) is not None:
+            return f"{what} ({key}), which a causal text-to-video model cannot follow chunk by chunk. Remove it."
+    for hook in extra["hooks"].hooks if extra.get("hooks") is not None else ():
+        if len(hook.hook_keyframe.keyframes) > 1:
+            return (
+                "a hook with several keyframes: every chunk goes through all noise levels again, so that the keyframes "
+                "would not. Use a hook of constant strength."
+            )
+    return None
+
+
+class _CacheMemory:
+    """Stands in the conditionings where ComfyUI asks ControlNets for the memory they need while sampling."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.extra_hooks = None
+        self.previous_controlnet = None
+
+    def get_models(self) -> list:
+        return []
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        return self.nbytes
+
+
+def _memory_request(plan: ClipPlan, cache_bytes: int) -> Callable:
+    """PREPARE_SAMPLING wrapper: asks for one chunk and the KV window, where ComfyUI would ask for the whole clip."""
+
+    def wrapper(executor, model, noise_shape, conds, *args, **kwargs):
+        chunk = (*noise_shape[:2], plan.settings.frames_per_chunk, *noise_shape[3:])
+        asking = {**conds, "diagonal_cache": [{"control": _CacheMemory(cache_bytes)}]}
+        real_model, _, models = executor(model, chunk, asking, *args, **kwargs)
+        return real_model, conds, models
+
+    return wrapper

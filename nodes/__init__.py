@@ -1,0 +1,31 @@
+"""The nodes that a person drags. Widgets become a checked configuration and one call; no tensor maths here."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .causal_attention import DiagonalCausalAttention
+from .chunk_sampler import DiagonalChunkSampler
+from .demo_loader import DiagonalDemoLoader
+from .model_loader import DiagonalModelLoader
+from .schedule import DiagonalScheduleNode
+
+NODES: list[type[io.ComfyNode]] = [
+    DiagonalModelLoader,
+    DiagonalCausalAttention,
+    DiagonalDemoLoader,
+    DiagonalScheduleNode,
+    DiagonalChunkSampler,
+]
+
+
+class DiagonalExtension(ComfyExtension):
+    """What ComfyUI asks for the list of nodes."""
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> DiagonalExtension:
+    """ComfyUI's entry point of a pack of V3 nodes."""
+    return DiagonalExtension()

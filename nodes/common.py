@@ -1,0 +1,38 @@
+"""What several nodes share: the pack's own types, and the widgets that stand in more than one node."""
+
+from comfy_api.latest import io
+
+from ..diagonal_sampler.settings import POSITIONS, CausalSettings
+
+ScheduleType = io.Custom("DIAGONAL_SCHEDULE")
+
+CATEGORY = "Diagonal"
+_DEFAULTS = CausalSettings()
+
+
+def window_inputs() -> list[io.Input]:
+    """Widgets of CausalSettings' window, sink and positions."""
+    return [
+        io.Int.Input(
+            "window",
+            default=_DEFAULTS.window,
+            min=-1,
+            max=4096,
+            tooltip="Latent frames (4 pixel frames each) that a chunk attends to, the sink and the chunk itself "
+            "included. Memory grows with it. -1 attends to the whole clip.",
+        ),
+        io.Int.Input(
+            "sink",
+            default=_DEFAULTS.sink,
+            min=0,
+            max=4096,
+            tooltip="Latent frames at the start of the clip that are never forgotten. They keep long videos stable.",
+        ),
+        io.Combo.Input(
+            "positions",
+            options=list(POSITIONS),
+            default=_DEFAULTS.positions,
+            tooltip="How time is counted (RoPE, in latent frames). absolute: from the start of the clip. window: "
+            "inside the window, for any length. auto: absolute up to 21 latent frames (81 pixel frames), else window.",
+        ),
+    ]

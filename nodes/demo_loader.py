@@ -1,0 +1,44 @@
+"""DiagonalDemoLoader: the bundled demo model."""
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..diagonal_sampler.captions import COLOURS, DIRECTIONS, SHAPES
+from ..model_patches.demo import load_demo_clip, load_demo_model, load_demo_vae
+from .common import CATEGORY
+
+DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
+FILES = ("demo_dit.safetensors", "demo_text_encoder.safetensors", "demo_autoencoder.safetensors")
+
+
+class DiagonalDemoLoader(io.ComfyNode):
+    """Loads the demo that ships with the pack: moving coloured shapes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiagonalDemoLoader",
+            display_name="Diagonal Demo Loader",
+            category=f"{CATEGORY}/loaders",
+            description="The small model that ships with this pack, to try everything without a download. It draws one "
+            f"or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move {', '.join(DIRECTIONS)}, slowly or "
+            'fast: "a red circle moves right and a blue square moves up slowly". 64x64 pixels, 16 frames a second.',
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="A causal MODEL for the Diagonal Chunk Sampler."),
+                io.Clip.Output(display_name="CLIP", tooltip="For CLIP Text Encode; it knows the demo's words only."),
+                io.Vae.Output(display_name="VAE", tooltip="For VAE Decode and VAE Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        missing = [name for name in FILES if not (DEMO_DIRECTORY / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"The demo's files are missing from the pack's demo folder: {', '.join(missing)}. Clone the repository "
+                "again, or train them with python -m distillation.train_demo."
+            )
+        dit, text_encoder, autoencoder = (DEMO_DIRECTORY / name for name in FILES)
+        return io.NodeOutput(load_demo_model(dit), load_demo_clip(text_encoder), load_demo_vae(autoencoder))
