@@ -1,0 +1,372 @@
+"""Runs inside `.venv`: queue a workflow on a running ComfyUI, follow it, and lay out a contact sheet of its video."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import av
+from PIL import Image, ImageDraw, ImageFont
+
+SAMPLERS = ("DiagonalChunkSampler", "DiagonalStreamVideo")
+EVENT = "diagonal.progress"  # what the sampler sends after every forward
+POLL_S = 2.0  # how often the history is asked, in case the websocket misses the end
+LINE_EVERY_S = 5.0  # how often a progress line is printed where the output is no terminal
+SHEET_COLUMNS, SHEET_ROWS = 4, 3
+TILE_WIDTH = 240  # pixels; smaller frames are enlarged to about this, larger ones reduced
+GAP, CAPTION = 6, 16  # pixels between tiles, and for the words under a tile
+PAPER, INK = (250, 250, 248), (40, 40, 40)
+
+
+class JobError(Exception):
+    """What went wrong, in one line."""
+
+
+# ------------------------------------------------------------------------------------------------ the graph
+
+
+def _find(graph: dict, name: str, kind: type) -> Iterator[dict]:
+    """Yield the inputs of every node that holds a value, not a link, of this name."""
+    for node in graph.values():
+        value = node.get("inputs", {}).get(name)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            yield node["inputs"]
+
+
+def _positive_text(graph: dict) -> dict:
+    """Return the inputs of the CLIPTextEncode that the sampler's positive conditioning comes from."""
+    samplers = [node for node in graph.values() if "positive" in node.get("inputs", {})]
+    link = samplers[0]["inputs"]["positive"] if samplers else None
+    for _ in graph:  # a path through the graph is no longer than the graph
+        if not isinstance(link, list) or str(link[0]) not in graph:
+            break
+        inputs = graph[str(link[0])]["inputs"]
+        if isinstance(inputs.get("text"), str):
+            return inputs
+        link = next((inputs[name] for name in ("positive", "conditioning") if name in inputs), None)
+    raise JobError("--prompt: the workflow has no CLIPTextEncode on its sampler's positive input.")
+
+
+def edit_graph(graph: dict, *, prompt: str | None, seed: int | None, length: int | None, prefix: str) -> None:
+    """Set the prompt, seed and length (pixel frames; None keeps the workflow's) and the file name, in place."""
+    if prompt is not None:
+        _positive_text(graph)["text"] = prompt
+    for name, value in (("seed", seed), ("length", length)):
+        if value is None:
+            continue
+        found = list(_find(graph, name, int))
+        if not found:
+            raise JobError(f"--{name}: no node of the workflow has an input {name!r}.")
+        for inputs in found:
+            inputs[name] = value
+    saves = list(_find(graph, "filename_prefix", str))
+    if not saves:
+        raise JobError("the workflow saves no file: no node has an input 'filename_prefix'.")
+    for inputs in saves:
+        inputs["filename_prefix"] = prefix
+
+
+def total_frames(graph: dict) -> int | None:
+    """Return the pixel frames the graph makes, None where no node says."""
+    return next((inputs["length"] for inputs in _find(graph, "length", int)), None)
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+@dataclass
+class Progress:
+    """What is known of a run, and the one line that shows it.
+
+    Attributes:
+        samplers: ids of the nodes whose progress counts forwards.
+        frames: pixel frames the run makes, None if unknown.
+    """
+
+    samplers: set[str]
+    frames: int | None
+    stage: str = "queued"
+    forwards: int = 0
+    total: int = 0
+    chunk: int = 0
+    chunks: int = 0
+    fps: float | None = None
+    started: float | None = None  # when the sampler began
+    seconds: float = 0.0  # that the sampler has taken
+    shown: str = field(default="", repr=False)
+    next_line: float = field(default=0.0, repr=False)
+
+    def event(self, kind: str, data: dict) -> None:
+        """Take in one message of ComfyUI's websocket."""
+        if kind == "executing" and data.get("node") is not None:
+            self.stage = "sampling" if str(data["node"]) in self.samplers else self.stage_of_others()
+            if self.stage == "sampling" and self.started is None:
+                self.started = time.monotonic()
+        elif kind == "progress_state":
+            for node_id, state in data.get("nodes", {}).items():
+                if str(node_id) in self.samplers:
+                    self.count(state.get("value", 0), state.get("max", 0))
+        elif kind == "progress" and str(data.get("node")) in self.samplers:
+            self.count(data.get("value", 0), data.get("max", 0))
+        elif kind == EVENT:
+            self.chunk, self.chunks = int(data.get("chunk") or 0), int(data.get("chunks") or 0)
+            self.count(data.get("forwards", self.forwards), data.get("total", self.total))
+            if data.get("fps"):
+                self.fps = float(data["fps"])
+
+    def stage_of_others(self) -> str:
+        """Return the name of the stage when a node other than the sampler runs."""
+        return "preparing" if self.started is None else "decoding and saving"
+
+    def count(self, forwards: float, total: float) -> None:
+        """Note how many forwards are done; a count never goes back."""
+        if total:
+            self.total = int(total)
+            self.forwards = max(self.forwards, int(forwards))
+            self.started = self.started or time.monotonic()
+            if forwards < total or not self.seconds:
+                self.seconds = time.monotonic() - self.started
+
+    def line(self) -> str:
+        """Return the line: stage, forwards, chunk, ETA, frames per second."""
+        parts = [self.stage]
+        if self.total:
+            parts.append(f"forwards {self.forwards}/{self.total}")
+        if self.chunks:
+            parts.append(f"chunk {self.chunk}/{self.chunks}")
+        if self.forwards and self.seconds > 0:
+            left = self.seconds * (self.total - self.forwards) / self.forwards
+            parts.append(f"ETA {left:.0f} s")
+            fps = self.fps
+            if fps is None and self.frames:
+                fps = self.frames * self.forwards / self.total / self.seconds
+            if fps is not None:
+                parts.append(f"{fps:.1f} frames/s")
+        return " · ".join(parts)
+
+    def show(self, *, last: bool = False) -> None:
+        """Rewrite the line on a terminal; elsewhere print it now and then, and once at the end."""
+        line, now = self.line(), time.monotonic()
+        if sys.stdout.isatty():
+            line = line[: max(20, shutil.get_terminal_size().columns - 1)]
+            print("\r" + line.ljust(len(self.shown)), end="\n" if last else "", flush=True)
+        elif last or (line != self.shown and now >= self.next_line):
+            print(line, flush=True)
+            self.next_line = now + LINE_EVERY_S
+        self.shown = line
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+async def _answer_of(response: aiohttp.ClientResponse) -> dict:
+    try:
+        answer = await response.json(content_type=None)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _refusal(status: int, answer: dict) -> str:
+    """Return in one line why ComfyUI refused a graph."""
+    reasons = []
+    for node_id, node in (answer.get("node_errors") or {}).items():
+        for error in node.get("errors", []):
+            details = error.get("details") or error.get("message")
+            reasons.append(f"{node.get('class_type', 'node')} {node_id}: {details}")
+    general = (answer.get("error") or {}).get("message", "no reason given")
+    return f"ComfyUI refused the workflow ({status}): {'; '.join(reasons) or general}"
+
+
+def _failure(entry: dict) -> str | None:
+    """Return in one line why a finished run failed, None where it did not."""
+    status = entry.get("status") or {}
+    if status.get("status_str") == "success":
+        return None
+    for kind, data in status.get("messages") or []:
+        if kind == "execution_error":
+            reason = " ".join(str(data.get("exception_message", "")).split())
+            return f"{data.get('node_type', 'a node')} failed: {reason or data.get('exception_type')}"
+        if kind == "execution_interrupted":
+            return "the run was cancelled"
+    return "the run failed, and ComfyUI does not say why"
+
+
+async def run_graph(url: str, graph: dict, progress: Progress) -> dict:
+    """Queue a graph, follow it to its end and return its outputs by node id. Raises JobError."""
+    client = uuid.uuid4().hex
+    # No proxy, no overall limit: the address is this machine's, and a long clip takes long.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    async with aiohttp.ClientSession(url, timeout=timeout) as session:
+        async with session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as socket:
+            async with session.post("/prompt", json={"prompt": graph, "client_id": client}) as response:
+                answer = await _answer_of(response)
+                if response.status != 200:
+                    raise JobError(_refusal(response.status, answer))
+            prompt_id = answer["prompt_id"]
+            listener = asyncio.create_task(_listen(socket, prompt_id, progress))
+            try:
+                return await _until_done(session, prompt_id, progress, listener)
+            finally:
+                listener.cancel()
+
+
+async def _listen(socket: aiohttp.ClientWebSocketResponse, prompt_id: str, progress: Progress) -> None:
+    """Take in messages until the run ends or the connection does; the history has the last word either way."""
+    async for message in socket:
+        if message.type != aiohttp.WSMsgType.TEXT:
+            continue  # binary messages are previews
+        content = message.json()
+        kind, data = content.get("type", ""), content.get("data") or {}
+        if data.get("prompt_id", prompt_id) != prompt_id:
+            continue
+        progress.event(kind, data)
+        progress.show()
+        if kind in ("execution_success", "execution_error", "execution_interrupted"):
+            return
+
+
+async def _until_done(session, prompt_id: str, progress: Progress, listener: asyncio.Task) -> dict:
+    while True:
+        await asyncio.wait([listener], timeout=POLL_S)
+        if listener.done():
+            await asyncio.sleep(0.1)  # the history follows the last message
+        async with session.get(f"/history/{prompt_id}") as response:
+            entry = (await _answer_of(response)).get(prompt_id)
+        if entry is not None:
+            failure = _failure(entry)
+            if failure is not None:
+                raise JobError(failure)
+            progress.stage = "done"
+            return entry.get("outputs") or {}
+
+
+def find_videos(outputs: dict, folder: Path) -> list[Path]:
+    """Return the video files that the nodes report, which must lie in `folder`."""
+    videos = []
+    for output in outputs.values():
+        for item in [item for items in output.values() if isinstance(items, list) for item in items]:
+            if not isinstance(item, dict) or item.get("type") != "output":
+                continue
+            path = (folder / item.get("subfolder", "") / item.get("filename", "")).resolve()
+            if path.suffix == ".mp4" and path.is_relative_to(folder.resolve()) and path not in videos:
+                videos.append(path)
+    if not videos or not all(path.is_file() for path in videos):
+        raise JobError(f"the run ended well but left no .mp4 in {folder}.")
+    return videos
+
+
+# ------------------------------------------------------------------------------------------------ contact sheet
+
+
+def pick_frames(count: int, tiles: int) -> list[int]:
+    """Return up to `tiles` frame numbers in order, evenly spread over `count` frames, the first and last included."""
+    if count <= tiles:
+        return list(range(count))
+    return [round(k * (count - 1) / (tiles - 1)) for k in range(tiles)]
+
+
+def read_frames(video: Path, tiles: int) -> tuple[list[tuple[float, Image.Image]], int]:
+    """Return evenly spread frames as (seconds from the start, picture), and how many frames the video has."""
+    with av.open(str(video)) as container:
+        count = sum(1 for _ in container.decode(video=0))
+    wanted = set(pick_frames(count, tiles))
+    with av.open(str(video)) as container:
+        frames = enumerate(container.decode(video=0))
+        return [(frame.time or 0.0, frame.to_image()) for k, frame in frames if k in wanted], count
+
+
+def make_contact_sheet(video: Path, sheet: Path, title: str) -> None:
+    """Write a PNG that shows a video's frames in reading order, each with its time."""
+    frames, count = read_frames(video, SHEET_COLUMNS * SHEET_ROWS)
+    if not frames:
+        raise JobError(f"{video.name} holds no frame.")
+    width, height = frames[0][1].size
+    scale = TILE_WIDTH / width
+    # Whole factors without smoothing show small frames as they are.
+    scale = max(1, round(scale)) if scale >= 1 else scale
+    tile = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    rows = math.ceil(len(frames) / SHEET_COLUMNS)
+    size = (SHEET_COLUMNS * (tile[0] + GAP) + GAP, CAPTION + rows * (tile[1] + CAPTION + GAP) + GAP)
+    canvas = Image.new("RGB", size, PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    draw.text((GAP, GAP // 2), f"{title} ({count} frames)", fill=INK, font=font)
+    for k, (seconds, picture) in enumerate(frames):
+        x = GAP + (k % SHEET_COLUMNS) * (tile[0] + GAP)
+        y = CAPTION + GAP + (k // SHEET_COLUMNS) * (tile[1] + CAPTION + GAP)
+        canvas.paste(picture.resize(tile, resample), (x, y))
+        draw.text((x, y + tile[1] + 2), f"{seconds:.2f} s", fill=INK, font=font)
+    partial = sheet.with_name(sheet.name + ".partial")
+    try:
+        canvas.save(partial, format="PNG")
+        os.replace(partial, sheet)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options; quickstart.py has checked their values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", required=True, help="the server's address")
+    parser.add_argument("--workflow", required=True, type=Path, help="a graph in API form")
+    parser.add_argument("--output", required=True, type=Path, help="the server's output folder")
+    parser.add_argument("--prefix", required=True, help="how the files' names begin")
+    parser.add_argument("--prompt")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--length", type=int)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the video and its contact sheet, and say where they are."""
+    graph = json.loads(options.workflow.read_text(encoding="utf-8"))
+    edit_graph(graph, prompt=options.prompt, seed=options.seed, length=options.length, prefix=options.prefix)
+    samplers = {node_id for node_id, node in graph.items() if node.get("class_type") in SAMPLERS}
+    progress = Progress(samplers, total_frames(graph))
+    try:
+        outputs = asyncio.run(run_graph(options.url, graph, progress))
+    finally:
+        progress.show(last=True)
+    for video in find_videos(outputs, options.output):
+        sheet = video.with_suffix(".png")
+        make_contact_sheet(video, sheet, _positive_text(graph)["text"])
+        print(f"Video:         {os.path.relpath(video)}\nContact sheet: {os.path.relpath(sheet)}", flush=True)
+
+
+def main() -> int:
+    """Return the exit code; every failure that is no defect of this file is one line."""
+    try:
+        run(parse_arguments())
+    except JobError as error:
+        message = str(error)
+    except aiohttp.ClientError as error:
+        message = f"the connection to ComfyUI was lost: {error}"
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        message = "the disk is full: free some space and run again." if full else str(error)
+    else:
+        return 0
+    if "No space left on device" in message:
+        message = "the disk is full: free some space and run again."
+    print(f"quickstart: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

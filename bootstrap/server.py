@@ -1,0 +1,133 @@
+"""ComfyUI's process: its port, its GPU, its start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from . import HOST, OUTPUT
+from .host import FETCHED, link_pack
+from .packages import PYTHON
+from .processes import CHILDREN, DISK_ERRORS, STATUS, Problem, child_environment, shorten, succeeds
+
+BASE = HOST / "base"  # ComfyUI's own folders: input, user, temp, and for a fetched host models and custom_nodes
+LOG = HOST / "logs" / "server.log"
+START_TIMEOUT_S = 300.0
+PROBE_NODE = "DiagonalDemoLoader"  # there once ComfyUI has loaded this pack
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def require_port(port: int) -> None:
+    """Raise Problem where no server can listen on this loopback port."""
+    with socket.socket() as probe:
+        if os.name != "nt":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free again
+        try:
+            probe.bind(("127.0.0.1", port))
+        except PermissionError:
+            raise Problem(f"port {port} is not allowed for this user. Give one above 1023 with --port.") from None
+        except OSError:
+            raise Problem(f"port {port} is taken. Give another with --port, or none for a free one.") from None
+
+
+def choose_gpu(choice: str) -> bool:
+    """Whether ComfyUI is to use a GPU; `choice` is "auto", "on" or "off". Problem for "on" where there is none."""
+    if choice == "off" or sys.platform == "darwin":
+        return choice != "off"  # ComfyUI finds Apple's GPU by itself
+    if sys.platform.startswith("linux"):
+        likely = any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+    else:
+        likely = shutil.which("nvidia-smi") is not None
+    if choice == "auto" and not likely:
+        return False  # spares the seconds that importing torch takes
+    found = succeeds([PYTHON, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"])
+    if choice == "on" and not found:
+        raise Problem("--gpu on, but torch finds no CUDA GPU. Check the driver, or leave --gpu out for the CPU.")
+    if not found:
+        print("quickstart: warning: torch cannot use this machine's GPU; using the CPU.", file=sys.stderr)
+    return found
+
+
+def command_line(python: Path | str, comfyui: Path, *, base: Path, output: Path, port: int, gpu: bool) -> list[str]:
+    """Return the command that starts ComfyUI on loopback with all that it writes in `base` and `output`."""
+    for folder in (base / "input", base / "user", base / "temp", output):
+        folder.mkdir(parents=True, exist_ok=True)
+    command = [python, comfyui / "main.py", "--listen", "127.0.0.1", "--port", port]
+    command += ["--output-directory", output, "--input-directory", base / "input"]
+    command += ["--user-directory", base / "user", "--temp-directory", base / "temp"]
+    command += ["--database-url", "sqlite:///" + (base / "user" / "comfyui.db").as_posix()]
+    command += ["--disable-auto-launch", "--disable-api-nodes"]
+    return [str(part) for part in command] + ([] if gpu else ["--cpu"])
+
+
+def start(comfyui: Path, *, port: int | None, gpu: bool) -> tuple[subprocess.Popen, str]:
+    """Start ComfyUI with this pack; return its process and its address when it answers."""
+    # A fetched host has its folders in `.host/base`; an existing install keeps its own models and custom_nodes.
+    fetched = comfyui == FETCHED
+    pack = link_pack((BASE if fetched else comfyui) / "custom_nodes")
+    if port is not None:
+        require_port(port)
+    port = port or free_port()
+    command = command_line(PYTHON, comfyui, base=BASE, output=OUTPUT, port=port, gpu=gpu)
+    command += ["--base-directory", str(BASE)] if fetched else []
+    # The other packs of an install need packages that `.venv` does not have.
+    command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", pack]
+    # Byte code goes to `.host` too, so that an existing install stays as it is.
+    environment = child_environment(PYTHONPYCACHEPREFIX=str(HOST / "pycache"))
+    STATUS.step(f"Starting ComfyUI on the {'GPU' if gpu else 'CPU'} ...")
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with LOG.open("wb") as log:
+        process = CHILDREN.start(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=BASE, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    while not answers(f"{url}/system_stats"):
+        require_alive(process)
+        seconds = time.monotonic() - started
+        if seconds > START_TIMEOUT_S:
+            raise Problem(f"ComfyUI did not answer within {START_TIMEOUT_S:.0f} s. {log_end()}")
+        STATUS.detail(f"Starting ComfyUI: {seconds:.0f} s")
+        time.sleep(0.2)
+    STATUS.clear()
+    if not answers(f"{url}/object_info/{PROBE_NODE}"):
+        raise Problem(f"ComfyUI runs but could not load this pack. {log_end()}")
+    return process, url
+
+
+def answers(url: str) -> bool:
+    """Whether a GET gives JSON that is not empty. No proxy: the address is this machine."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+            return bool(json.load(answer))
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def require_alive(server: subprocess.Popen) -> None:
+    """Raise Problem with the end of its log where the server has ended."""
+    if server.poll() is not None:
+        raise Problem(f"ComfyUI ended with code {server.returncode}. {log_end()}")
+
+
+def log_end() -> str:
+    """Return, in one line, the lines of the server's log that say most about a failure."""
+    lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if any(DISK_ERRORS.search(line) for line in lines[-40:]):
+        return "The disk is full: free some space and run again."
+    telling = [line for line in lines if re.search(r"(Error|Exception)\b.*:|Cannot import", line)]
+    shown = " | ".join(telling[-2:] or lines[-3:]) or "(it is empty)"
+    return f"Its log says: {shown} (all of it: {shorten(LOG)})"
