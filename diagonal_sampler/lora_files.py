@@ -1,0 +1,276 @@
+"""Recognise a Wan LoRA in the PEFT, ComfyUI or kohya layout and rename it to ComfyUI's, every tensor
+accounted for.
+
+A low-rank adapter changes a weight W [out, in] to W + strength * alpha / rank * up @ down, with up [out,
+rank] (PEFT: lora_B) and down [rank, in] (PEFT: lora_A). Without an alpha, alpha is the rank, as in the
+published files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .wan_layout import strip_wrappers
+from .weight_files import WeightFile, flat_tensors, is_finite, listed, short
+
+LORA_SECTIONS = ("generator_lora", "lora", "state_dict")
+"""Dicts that may hold the adapter, best first; a critic's adapter is never one of them."""
+PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "generator.", "model.")
+"""What trainers and converters put before a layer's name, in any order."""
+KOHYA_PREFIX = "lora_unet_"
+HOST_PREFIX = "diffusion_model."
+
+ALPHA_KEY = "lora_alpha"
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+WANTED_METADATA = (ALPHA_KEY, ADAPTER_METADATA_KEY)
+
+_KINDS = (
+    ("down", re.compile(r"\.lora_A(?:\.(?P<adapter>(?!weight$)[\w-]+))?(?:\.weight)?$"), "PEFT"),
+    ("up", re.compile(r"\.lora_B(?:\.(?P<adapter>(?!weight$)[\w-]+))?(?:\.weight)?$"), "PEFT"),
+    ("down", re.compile(r"(?:\.lora_down|[._]lora\.down)\.weight$"), "ComfyUI"),
+    ("up", re.compile(r"(?:\.lora_up|[._]lora\.up)\.weight$"), "ComfyUI"),
+    ("alpha", re.compile(r"\.alpha$"), None),
+    ("dora_scale", re.compile(r"\.dora_scale$"), None),
+    ("diff", re.compile(r"\.diff$"), None),
+    ("diff_b", re.compile(r"\.diff_b$"), None),
+    ("diff_m", re.compile(r"\.diff_m$"), None),
+)
+"""Part of an adapter -> the ending that names it, and the layout this ending gives away."""
+
+_HOST_ENDINGS = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "alpha": "alpha",
+    "dora_scale": "dora_scale",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "diff_m": "modulation.diff",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """An adapter under ComfyUI's names.
+
+    tensors: `diffusion_model.<layer>.lora_up.weight` and so on -> tensor. targets: the bare names of the
+    parameters that change. ranks: the ranks in use, ascending. unused: what else the file holds, not applied.
+    """
+
+    file: str
+    layout: str
+    tensors: dict[str, torch.Tensor]
+    targets: tuple[str, ...]
+    ranks: tuple[int, ...]
+    unused: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line for a person."""
+        ranks = f"rank {'/'.join(map(str, self.ranks))}" if self.ranks else "full differences"
+        unused = f"; not used: {listed(self.unused)}" if self.unused else ""
+        return f"{self.file}: {self.layout} LoRA on {len(self.targets)} parameters, {ranks}{unused}"
+
+
+def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+    """Rename an adapter's tensors to ComfyUI's names.
+
+    shapes: the base network, bare parameter name -> shape (`expected_shapes`).
+
+    Raises ValueError naming the file and the keys: no adapter, keys that fit no parameter of the base, half a
+    pair, a wrong shape or dtype, NaN or Inf.
+    """
+    name = file.name
+    section, tensors, unused = _choose_section(file)
+    alpha = _common_alpha(file)
+    kohya = {
+        parameter.removesuffix(".weight").replace(".", "_"): parameter.removesuffix(".weight") for parameter in shapes
+    }
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    layouts: set[str] = set()
+    adapters: set[str | None] = set()
+    unmatched: list[str] = []
+    for key, tensor in tensors.items():
+        found = _parse_key(key, kohya)
+        if found is None or _target(found[0], found[1]) not in shapes:
+            unmatched.append(key)
+            continue
+        layer, kind, layout, adapter = found
+        if kind in parts.setdefault(layer, {}):
+            raise ValueError(f"LoRA {name!r}, key {key!r}: layer {layer!r} has two {kind} tensors; keep one adapter")
+        parts[layer][kind] = tensor
+        if layout is not None:
+            layouts.add(layout)
+        if kind in ("up", "down"):
+            adapters.add(adapter)
+    if not parts:
+        raise ValueError(_no_lora(name, tensors))
+    if unmatched:
+        raise ValueError(
+            f"LoRA {name!r}: {len(unmatched)} of {len(tensors)} tensors fit no parameter of this model: "
+            f"{listed(unmatched)}. Nothing was applied; use a LoRA made for this model, or try ComfyUI's "
+            "LoraLoaderModelOnly, which skips what it does not know"
+        )
+    if len(adapters) > 1:
+        raise ValueError(
+            f"LoRA {name!r} holds several adapters ({listed(str(adapter) for adapter in adapters)}); save one per file"
+        )
+    problems = [problem for layer, found in parts.items() for problem in _check_layer(layer, found, shapes)]
+    if problems:
+        raise ValueError(
+            f"LoRA {name!r} does not fit this model: {listed(problems)}. Nothing was applied; use a LoRA "
+            "made for this model's size"
+        )
+    return _renamed(file, section, parts, layouts, alpha, unused)
+
+
+def _renamed(
+    file: WeightFile,
+    section: str,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    layouts: set[str],
+    alpha: float | None,
+    unused: list[str],
+) -> Lora:
+    tensors: dict[str, torch.Tensor] = {}
+    targets: list[str] = []
+    for layer, found in parts.items():
+        for kind, tensor in found.items():
+            tensors[f"{HOST_PREFIX}{layer}.{_HOST_ENDINGS[kind]}"] = tensor
+            if kind not in ("down", "alpha", "dora_scale"):
+                targets.append(_target(layer, kind))
+        if alpha is not None and "up" in found and "alpha" not in found:
+            tensors[f"{HOST_PREFIX}{layer}.alpha"] = torch.tensor(alpha)
+    ranks = sorted({found["down"].shape[0] for found in parts.values() if "down" in found})
+    layout = " and ".join(sorted(layouts)) or "ComfyUI"
+    return Lora(
+        file=file.name,
+        layout=layout + (f" (dict {section!r})" if section else ""),
+        tensors=tensors,
+        targets=tuple(dict.fromkeys(targets)),
+        ranks=tuple(ranks),
+        unused=tuple(unused),
+    )
+
+
+def _choose_section(file: WeightFile) -> tuple[str, dict[str, torch.Tensor], list[str]]:
+    """The dict of adapter tensors, its name ("" for the file itself) and what stays unused."""
+    tree, section = file.tree, ""
+    for candidate in LORA_SECTIONS:
+        if isinstance(tree.get(candidate), Mapping):
+            tree, section = tree[candidate], candidate
+            break
+    tensors, others = flat_tensors(_with_number_alphas(tree), file.name, f"dict {section or 'flat'!r}")
+    beside = [str(key) for key in file.tree if section and key != section]
+    return section, tensors, [key for key in others if key != ALPHA_KEY] + beside
+
+
+def _with_number_alphas(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A pickle may hold a layer's alpha as a plain number: make it a tensor like the others."""
+    return {
+        key: torch.tensor(float(value))
+        if isinstance(value, (int, float)) and isinstance(key, str) and key.endswith(".alpha")
+        else value
+        for key, value in tree.items()
+    }
+
+
+def _common_alpha(file: WeightFile) -> float | None:
+    """The alpha of all layers that have none of their own, where the file states one apart from the tensors."""
+    stated: Any = file.tree.get(ALPHA_KEY, file.metadata.get(ALPHA_KEY))
+    if stated is None and ADAPTER_METADATA_KEY in file.metadata:
+        try:
+            entries = json.loads(file.metadata[ADAPTER_METADATA_KEY])
+        except (ValueError, RecursionError):
+            entries = {}
+        entries = entries if isinstance(entries, dict) else {}
+        stated = next((entries[key] for key in entries if key.rpartition(".")[2] == ALPHA_KEY), None)
+    if stated is None:
+        return None
+    try:
+        alpha = float(stated)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise ValueError(f"LoRA {file.name!r}, {ALPHA_KEY}: expected a number, got {short(stated)}; correct the file")
+    return alpha
+
+
+def _parse_key(key: str, kohya: Mapping[str, str]) -> tuple[str, str, str | None, str | None] | None:
+    """A tensor's name -> bare layer, part, layout, adapter name; None for a name of another kind."""
+    plain = strip_wrappers(key)
+    for kind, ending, layout in _KINDS:
+        match = ending.search(plain)
+        if match is None:
+            continue
+        layer = plain[: match.start()]
+        adapter = match.groupdict().get("adapter")
+        if layer.startswith(KOHYA_PREFIX):
+            # Wan Fun's own trainer writes two underscores after lora_unet.
+            bare = kohya.get(layer.removeprefix(KOHYA_PREFIX).lstrip("_"))
+            return None if bare is None else (bare, kind, "kohya" if layout else None, adapter)
+        return _without_prefixes(layer), kind, layout, adapter
+    return None
+
+
+def _without_prefixes(layer: str) -> str:
+    while (prefix := next((prefix for prefix in PREFIXES if layer.startswith(prefix)), None)) is not None:
+        layer = layer.removeprefix(prefix)
+    return layer
+
+
+def _target(layer: str, kind: str) -> str:
+    """The bare parameter that this part changes."""
+    if kind == "diff_b":
+        return f"{layer}.bias"
+    if kind == "diff_m":
+        return f"{layer}.modulation"
+    # A modulation is a parameter of its own: it has no .weight below it.
+    return layer if layer.endswith("modulation") else f"{layer}.weight"
+
+
+def _check_layer(layer: str, found: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
+    """Say what is wrong with one layer's tensors."""
+    for kind, tensor in found.items():
+        if not tensor.dtype.is_floating_point:
+            yield f"{layer} {kind}: expected a floating dtype, got {tensor.dtype}"
+        elif not is_finite(tensor):
+            yield f"{layer} {kind}: NaN or Inf"
+    if ("up" in found) != ("down" in found):
+        yield f"{layer}: has {'up' if 'up' in found else 'down'} but not its other half"
+    elif "up" in found:
+        yield from _check_pair(layer, found["up"], found["down"], shapes[f"{layer}.weight"])
+    elif "alpha" in found or "dora_scale" in found:
+        yield f"{layer}: has an alpha or dora_scale but no low-rank pair"
+    if "alpha" in found and found["alpha"].numel() != 1:
+        yield f"{layer} alpha: expected one number, got shape {tuple(found['alpha'].shape)}"
+    for kind in ("diff", "diff_b", "diff_m"):
+        if kind in found:
+            expected = shapes[_target(layer, kind)]
+            if tuple(found[kind].shape) != expected:
+                yield f"{layer} {kind}: expected {expected}, got {tuple(found[kind].shape)}"
+
+
+def _check_pair(layer: str, up: torch.Tensor, down: torch.Tensor, weight: tuple[int, ...]) -> Iterable[str]:
+    if up.ndim < 2 or down.ndim < 2:
+        yield f"{layer}: expected matrices, got up {tuple(up.shape)} and down {tuple(down.shape)}"
+        return
+    expected_up, expected_down = (weight[0], down.shape[0]), (down.shape[0], math.prod(weight[1:]))
+    if tuple(up.flatten(1).shape) != expected_up:
+        yield f"{layer} up: expected {expected_up}, got {tuple(up.shape)}"
+    if tuple(down.flatten(1).shape) != expected_down:
+        yield f"{layer} down: expected {expected_down}, got {tuple(down.shape)}"
+
+
+def _no_lora(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    if "patch_embedding.weight" in {_without_prefixes(strip_wrappers(key)) for key in tensors}:
+        return f"LoRA {name!r} is a whole model, not a LoRA; choose it as ckpt_name"
+    return (
+        f"LoRA {name!r} holds no low-rank tensors for this model; expected keys ending in lora_A/lora_B or "
+        f"lora_up/lora_down, found {len(tensors)} tensors: {listed(tensors, 5) or 'none'}"
+    )

@@ -1,0 +1,114 @@
+"""The names and shapes of a Wan text-to-video network's tensors, and what checkpoints put around the names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "")
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
+"""Name components that sharding, checkpointing, compiling and data-parallel wrappers insert anywhere."""
+
+HEAD_DIM = 128
+"""Wan's attention heads are 128 wide at every size; the number of heads is dim / 128."""
+PATCH = (1, 2, 2)
+LATENT_CHANNELS = 16
+
+PUBLISHED_SIZES = {1536: ("1.3B", 30, 8960), 5120: ("14B", 40, 13824)}
+"""dim -> (name, depth, ffn_dim) of the sizes that Wan 2.1 was published in."""
+
+
+_BLOCK_LINEARS = tuple(f"{kind}.{name}" for kind in ("self_attn", "cross_attn") for name in "qkvo") + (
+    "ffn.0",
+    "ffn.2",
+)
+_ROOT_LINEARS = (
+    "text_embedding.0",
+    "text_embedding.2",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "head.head",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WanDims:
+    """The sizes of a Wan network, all read off its tensors. Counts, not bytes."""
+
+    dim: int
+    depth: int
+    ffn_dim: int
+    text_dim: int
+    freq_dim: int
+    in_channels: int
+    out_channels: int
+
+    @property
+    def heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+    @property
+    def size_name(self) -> str | None:
+        """`1.3B` or `14B` for the published sizes, else None."""
+        name, depth, ffn_dim = PUBLISHED_SIZES.get(self.dim, (None, 0, 0))
+        return name if (self.depth, self.ffn_dim) == (depth, ffn_dim) else None
+
+
+def linear_layers(depth: int) -> set[str]:
+    """The bare names of all layers that multiply by a matrix: those that a file may hold quantised."""
+    return set(_ROOT_LINEARS) | {f"blocks.{index}.{layer}" for index in range(depth) for layer in _BLOCK_LINEARS}
+
+
+def expected_shapes(dims: WanDims) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Wan text-to-video network of these sizes: bare name -> shape."""
+    dim, ffn = dims.dim, dims.ffn_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(layer: str, out_features: int, in_features: int) -> None:
+        shapes[f"{layer}.weight"] = (out_features, in_features)
+        shapes[f"{layer}.bias"] = (out_features,)
+
+    shapes["patch_embedding.weight"] = (dim, dims.in_channels, *PATCH)
+    shapes["patch_embedding.bias"] = (dim,)
+    linear("text_embedding.0", dim, dims.text_dim)
+    linear("text_embedding.2", dim, dim)
+    linear("time_embedding.0", dim, dims.freq_dim)
+    linear("time_embedding.2", dim, dim)
+    linear("time_projection.1", 6 * dim, dim)
+    for index in range(dims.depth):
+        block = f"blocks.{index}"
+        for attention in ("self_attn", "cross_attn"):
+            for projection in "qkvo":
+                linear(f"{block}.{attention}.{projection}", dim, dim)
+            for norm in ("norm_q", "norm_k"):
+                shapes[f"{block}.{attention}.{norm}.weight"] = (dim,)
+        shapes[f"{block}.norm3.weight"] = shapes[f"{block}.norm3.bias"] = (dim,)
+        linear(f"{block}.ffn.0", ffn, dim)
+        linear(f"{block}.ffn.2", dim, ffn)
+        shapes[f"{block}.modulation"] = (1, 6, dim)
+    linear("head.head", dims.out_channels * PATCH[0] * PATCH[1] * PATCH[2], dim)
+    shapes["head.modulation"] = (1, 2, dim)
+    return shapes
+
+
+def strip_wrappers(key: str) -> str:
+    """Remove the components that training wrappers insert into a parameter's name."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def count_blocks(bare: Iterable[str], name: str) -> int:
+    """Transformer blocks by the highest number among bare names, at least 1. name: the file, for the error.
+
+    Raises ValueError for a number that the file cannot have tensors for.
+    """
+    bare = list(bare)
+    indices = [int(match.group(1)) for key in bare if (match := re.match(r"blocks\.(\d{1,9})\.", key))]
+    depth = max(indices, default=-1) + 1
+    if depth > len(bare):
+        raise ValueError(
+            f"weight file {name!r}: it has a block {depth - 1} but only {len(bare)} tensors; blocks must be "
+            "numbered from 0 without gaps: download it again"
+        )
+    return max(depth, 1)

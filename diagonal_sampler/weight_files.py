@@ -1,0 +1,308 @@
+"""Read a weight file from disk without running anything in it: safetensors headers first, pickles tensors
+only.
+
+Nothing here knows Wan. The result is a tree: str -> tensor, str -> tree, or bookkeeping (numbers, strings).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+READABLE_SUFFIXES = SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
+
+MIN_TORCH_FOR_PICKLES = (2, 10)
+"""Before 2.10 a crafted file could corrupt memory through torch's weights_only unpickler (CVE-2026-24747)."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit that the safetensors format itself sets on its JSON header."""
+
+MAX_LISTED = 10
+"""Names an error spells out before it only counts."""
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_GGUF_MAGIC = b"GGUF"
+_LFS_MAGIC = b"version https://git-lfs"
+_SNIFF_BYTES = 64
+
+FULL_CHECK_ELEMENTS = 1 << 20
+"""Tensors up to this many elements are checked for NaN and Inf whole; larger ones in SAMPLED_SPANS spans."""
+SAMPLED_SPANS = 64
+SPAN_ELEMENTS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """What one file holds.
+
+    name: file name without its folder. tree: str -> tensor | tree | bookkeeping value. metadata: the wanted
+    entries of a safetensors header, str -> str ({} for a pickle).
+    """
+
+    name: str
+    tree: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def listed(names: Iterable[str], limit: int = MAX_LISTED) -> str:
+    """Join names for an error: the first `limit` in natural order, then how many more."""
+    ordered = sorted(names, key=_natural)
+    shown = ", ".join(ordered[:limit])
+    return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
+
+
+def short(value: Any, limit: int = 60) -> str:
+    """A value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts blocks.2 before blocks.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_weight_file(
+    path: str | Path,
+    *,
+    wanted_metadata: Iterable[str] = (),
+    read_safetensors: Callable[[Path], Mapping[str, torch.Tensor]] | None = None,
+) -> WeightFile:
+    """Read a .safetensors or .pt file on the CPU, memory mapped where the format allows it.
+
+    path: the file. wanted_metadata: names of safetensors header entries to keep; the rest is never looked at.
+    read_safetensors: reads the tensors of a file whose header has been checked (default: safetensors itself);
+    the host passes its own reader so that its memory management knows the file.
+
+    Raises ValueError naming the file (and the key where there is one) for a missing, empty, truncated or
+    foreign file, a GGUF file, a pickle that holds anything but tensors and plain containers, or a torch too
+    old to open pickles safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weight file {path.name!r} does not exist or is not a file; choose one that ComfyUI lists")
+    with path.open("rb") as handle:
+        head = handle.read(_SNIFF_BYTES)
+    _refuse_foreign(path.name, head)
+    suffix = path.suffix.lower()
+    if suffix in SAFETENSORS_SUFFIXES:
+        return _read_safetensors(path, frozenset(wanted_metadata), read_safetensors)
+    if suffix in PICKLE_SUFFIXES:
+        return WeightFile(name=path.name, tree=_read_pickle(path, zipped=head.startswith(_ZIP_MAGIC)))
+    raise ValueError(
+        f"weight file {path.name!r} ends in {suffix or 'nothing'!r}; this loader reads "
+        f"{', '.join(READABLE_SUFFIXES)}: convert it to .safetensors"
+    )
+
+
+def _refuse_foreign(name: str, head: bytes) -> None:
+    """Raise ValueError for what the first bytes already give away, whatever the file is called."""
+    if not head:
+        raise ValueError(f"weight file {name!r} is empty (0 bytes); download or copy it again")
+    if head.startswith(_GGUF_MAGIC) or name.lower().endswith(".gguf"):
+        raise ValueError(
+            f"weight file {name!r} is a GGUF file, which this loader does not read; load it with the GGUF "
+            "pack's own Unet Loader and connect its MODEL to DiagonalCausalAttention"
+        )
+    if head.startswith(_LFS_MAGIC):
+        raise ValueError(
+            f"weight file {name!r} is a Git LFS pointer, not the weights; fetch it with 'git lfs pull' or download it"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"weight file {name!r} is a web page, not weights; the download failed: download it again")
+
+
+def _read_safetensors(
+    path: Path, wanted: frozenset[str], reader: Callable[[Path], Mapping[str, torch.Tensor]] | None
+) -> WeightFile:
+    try:
+        # Opening checks the whole header (offsets, sizes, file length) before any tensor is touched.
+        with safetensors.safe_open(str(path), framework="pt", device="cpu") as opened:
+            header = opened.metadata() or {}
+            keys = list(opened.keys())
+            tensors = {key: _get_tensor(opened, key, path.name) for key in keys} if reader is None else None
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"weight file {path.name!r} is not a sound safetensors file: "
+            f"{_diagnose_safetensors(path) or error}; download or copy it again"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"weight file {path.name!r} cannot be read: {error}") from error
+    if not keys:
+        raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
+    if tensors is None and reader is not None:
+        tensors = dict(reader(path))
+    metadata = {key: value for key, value in header.items() if key in wanted}
+    return WeightFile(name=path.name, tree=tensors or {}, metadata=metadata)
+
+
+def _get_tensor(opened: Any, key: str, name: str) -> torch.Tensor:
+    try:
+        return opened.get_tensor(key)
+    except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"weight file {name!r}, key {key!r}: cannot read this tensor ({error}); its dtype is "
+            f"{opened.get_slice(key).get_dtype()}: convert the file to bfloat16 or download it again"
+        ) from error
+
+
+def _diagnose_safetensors(path: Path) -> str | None:
+    """Say in words what is wrong with a header that safetensors refused; None where nothing better is known."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        if len(prefix) < 8:
+            return f"it is {size} bytes long, shorter than any header"
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > MAX_HEADER_BYTES:
+            return f"its first 8 bytes give a header of {header_bytes} bytes, more than the format allows"
+        if 8 + header_bytes > size:
+            return f"it ends inside its header ({size} of at least {8 + header_bytes} bytes)"
+        raw = handle.read(header_bytes)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return f"its header is not JSON ({error})"
+    if not isinstance(header, dict):
+        return f"its header is a JSON {type(header).__name__}, not an object"
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            start, end = (int(offset) for offset in entry["data_offsets"])
+        except (TypeError, KeyError, ValueError):
+            return f"key {key!r} has no valid data_offsets in the header"
+        if not 0 <= start <= end:
+            return f"key {key!r} has data_offsets [{start}, {end}]"
+        if 8 + header_bytes + end > size:
+            return (
+                f"it is cut short: key {key!r} ends at byte {8 + header_bytes + end}, the file has {size} "
+                f"({len(header)} header entries)"
+            )
+    return None
+
+
+def _read_pickle(path: Path, *, zipped: bool) -> Mapping[str, Any]:
+    """Unpickle tensors and plain containers only; mapped into memory when torch wrote it as a zip."""
+    version = _torch_version()
+    if version < MIN_TORCH_FOR_PICKLES:
+        raise ValueError(
+            f"weight file {path.name!r} is a pickle, and torch {torch.__version__} cannot open pickles "
+            f"safely: torch {'.'.join(map(str, MIN_TORCH_FOR_PICKLES))} or newer is needed (CVE-2026-24747); "
+            "upgrade torch, or use a .safetensors file"
+        )
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to switch the protection off: pass on only the name of what was refused.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"the Python object {found.group(1)}" if found else "something other than tensors and plain containers"
+        raise ValueError(
+            f"weight file {path.name!r} is refused: its pickle holds {what}, and nothing of it was run; use "
+            "a .safetensors version, or one saved with torch.save of a plain dict of tensors"
+        ) from None
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(
+            f"weight file {path.name!r} cannot be read as a torch file ({type(error).__name__}: "
+            f"{_first_line(error)}); it is damaged, cut short or of another kind: download or copy it again"
+        ) from None
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"weight file {path.name!r} holds a {type(tree).__name__}, not a dict of tensors; choose a model file"
+        )
+    return tree
+
+
+def _torch_version() -> tuple[int, int]:
+    """The running torch's major and minor version; pre-releases count as the version before them."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(a|b|rc|\.?dev)?", str(torch.__version__))
+    if match is None:
+        return (0, 0)
+    major, minor = int(match.group(1)), int(match.group(2))
+    return (major, minor - 1) if match.group(3) else (major, minor)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
+
+
+def json_object(file: WeightFile, key: str) -> dict[str, Any]:
+    """A header entry that must be a JSON object; {} where it is absent."""
+    if key not in file.metadata:
+        return {}
+    try:
+        value = json.loads(file.metadata[key])
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"weight file {file.name!r}, header key {key!r}: expected a JSON object, got "
+            f"{short(file.metadata[key])}; correct the header or remove the key"
+        )
+    return value
+
+
+def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Split one level of a tree into its tensors and the names of all else in it (numbers, strings,
+    sub-dicts).
+
+    name: the file, where: the dict inside it, both for errors. Raises ValueError for a key that is no string
+    and for a tensor that is not dense and on the CPU.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    others: list[str] = []
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"weight file {name!r}, {where}: key {key!r} is a {type(key).__name__}, not a string; "
+                "this is no state dict: choose a model file"
+            )
+        if not isinstance(value, torch.Tensor):
+            others.append(key)
+            continue
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise ValueError(
+                f"weight file {name!r}, key {key!r}: expected a dense CPU tensor, got {value.layout} on "
+                f"{value.device}; save plain tensors"
+            )
+        tensors[key] = value.detach()
+    return tensors, others
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating tensor holds no NaN or Inf.
+
+    Up to FULL_CHECK_ELEMENTS every element is looked at; of a larger one, SAMPLED_SPANS spans of
+    SPAN_ELEMENTS spread from its start to its end, so that a 28 GB file is not read twice.
+    """
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return True
+    # float8 has no isfinite of its own: widen what is looked at, never the whole file.
+    return all(bool(torch.isfinite(span.float()).all()) for span in _spans(tensor))
+
+
+def _spans(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if tensor.numel() <= FULL_CHECK_ELEMENTS or not tensor.is_contiguous():
+        yield tensor
+        return
+    flat = tensor.view(-1)
+    last = flat.numel() - SPAN_ELEMENTS
+    for index in range(SAMPLED_SPANS):
+        start = last * index // (SAMPLED_SPANS - 1)
+        yield flat[start : start + SPAN_ELEMENTS]

@@ -1,0 +1,543 @@
+"""Checkpoint and LoRA recognition without ComfyUI: every layout gives the same tensors, every defect an error."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import wan_files
+from safetensors.torch import save_file
+from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
+
+from diagonal_sampler import weight_files
+from diagonal_sampler.checkpoints import load_checkpoint
+from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
+from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
+from diagonal_sampler.settings import CausalSettings
+from diagonal_sampler.wan_layout import expected_shapes
+from diagonal_sampler.weight_files import is_finite, listed, read_weight_file
+
+
+def save(folder: Path, tensors: dict, metadata: dict | None = None, name: str = "model.safetensors") -> Path:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, metadata=metadata)
+    return folder / name
+
+
+def load_lora(path: Path):
+    return convert_lora(read_weight_file(path, wanted_metadata=WANTED_METADATA), expected_shapes(DIMS))
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_bare_tensors(layout: str, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    checkpoint = load_checkpoint(LAYOUTS[layout](tmp_path, weights, tiny_wan(1)))
+    assert checkpoint.state_dict.keys() == weights.keys()
+    assert all(torch.equal(checkpoint.state_dict[key], weights[key]) for key in weights)
+    assert checkpoint.info.dims == DIMS
+    assert checkpoint.info.dims.heads == 1
+    assert json.loads(checkpoint.host_metadata["config"])["transformer"]["causal_ar"] is True
+    assert "dim 128, 2 blocks" in checkpoint.info.summary()
+
+
+def test_weights_choice_takes_the_one_asked_for(tmp_path: Path) -> None:
+    path = LAYOUTS["self forcing, ema and generator"](tmp_path, tiny_wan(0), tiny_wan(1))
+    for choice, source, seed in (
+        ("auto", "generator_ema", 0),
+        ("ema", "generator_ema", 0),
+        ("generator", "generator", 1),
+    ):
+        checkpoint = load_checkpoint(path, weights=choice)
+        assert checkpoint.info.source == source
+        assert torch.equal(checkpoint.state_dict["head.head.weight"], tiny_wan(seed)["head.head.weight"])
+    assert "step" in checkpoint.info.unused
+    assert f"generator_ema ({len(tiny_wan())} tensors)" in checkpoint.info.unused
+
+
+def test_ema_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    path = LAYOUTS["causvid, generator"](tmp_path, tiny_wan(0), {})
+    with pytest.raises(ValueError, match=r"weights='ema'.*holds only generator.*choose auto"):
+        load_checkpoint(path, weights="ema")
+    with pytest.raises(ValueError, match="weights='best' is not known; choose one of auto"):
+        load_checkpoint(path, weights="best")
+
+
+def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
+    weights = tiny_wan()
+    marked = load_checkpoint(save(tmp_path, weights, {"config": wan_files.CONFIG})).info
+    plain = load_checkpoint(save(tmp_path, weights)).info
+    section = load_checkpoint(LAYOUTS["causvid, generator"](tmp_path, weights, {})).info
+    assert [info.causal_marker for info in (marked, plain, section)] == ["header", None, "section"]
+    assert marked.warnings == section.warnings == ()
+    assert "bidirectional" in plain.warnings[0]
+
+
+def test_all_in_one_file_names_the_models_it_leaves(tmp_path: Path) -> None:
+    tensors = prefixed(tiny_wan(), "model.diffusion_model.") | {"vae.decoder.conv1.weight": torch.zeros(2)}
+    assert load_checkpoint(save(tmp_path, tensors)).info.unused == ("vae (1 tensors)",)
+
+
+# --- header ---
+
+
+def test_provenance_round_trip(tmp_path: Path) -> None:
+    provenance = Provenance(
+        frames_per_chunk=3,
+        steps_per_chunk=(4, 3, 2),
+        sigmas=((1.0, 0.933, 0.733, 0.357), (1.0, 0.933, 0.357), (1.0, 0.357)),
+        shift=5.0,
+        context_mode="noisy",
+        window=12,
+        sink=3,
+        recipe="demo",
+        data="sprites",
+        git_commit="0123abc",
+    )
+    assert set(provenance.to_metadata()) == set(PROVENANCE_KEYS)
+    info = load_checkpoint(save(tmp_path, tiny_wan(), provenance.to_metadata())).info
+    assert info.provenance == provenance
+    assert info.suggested_preset == "diagonal 4-3-2"
+
+
+@pytest.mark.parametrize(
+    ("entries", "preset"),
+    [
+        ({"steps_per_chunk": "4,2", "context_mode": "noisy"}, "diagonal 4-2"),
+        ({"steps_per_chunk": "[4]", "context_mode": "clean", "frames_per_chunk": "1"}, "causal forcing framewise"),
+        ({"steps_per_chunk": "5,3", "context_mode": "noisy"}, None),
+        ({"steps_per_chunk": "4,3,2", "context_mode": "noisy", "sigmas": "[[1.0, 0.9, 0.7, 0.2], [1.0]]"}, None),
+        ({}, None),
+    ],
+)
+def test_preset_is_suggested_only_where_all_agrees(entries: dict, preset: str | None, tmp_path: Path) -> None:
+    assert load_checkpoint(save(tmp_path, tiny_wan(), entries)).info.suggested_preset == preset
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("frames_per_chunk", "0"),
+        ("frames_per_chunk", "three"),
+        ("window", "0"),
+        ("sink", "-1"),
+        ("shift", "nan"),
+        ("shift", "inf"),
+        ("steps_per_chunk", "4,,2"),
+        ("sigmas", "[[2.0]]"),
+        ("sigmas", "[[true]]"),
+        ("sigmas", "{}"),
+        ("sigmas", "[" * 100_000),
+        ("context_mode", "dirty"),
+        ("config", "not json"),
+        ("config", "[]"),
+        ("config", '{"transformer": 3}'),
+        ("config", '{"transformer": {"num_layers": 30}}'),
+        ("config", '{"transformer": {"text_len": -1}}'),
+        ("_quantization_metadata", "{}"),
+    ],
+)
+def test_wrong_header_entry_names_file_and_key(key: str, value: str, tmp_path: Path) -> None:
+    path = save(tmp_path, tiny_wan(), {key: value})
+    with pytest.raises(ValueError, match=f"model.safetensors.*{key}"):
+        load_checkpoint(path)
+
+
+def test_settings_follow_widget_then_file_then_default() -> None:
+    provenance = Provenance(frames_per_chunk=1, window=9)
+    settings, contradictions = causal_settings(provenance)
+    assert settings == CausalSettings(frames_per_chunk=1, window=9)
+    assert contradictions == ()
+    settings, contradictions = causal_settings(provenance, frames_per_chunk=1, window=12, sink=2)
+    assert (settings.window, settings.sink) == (12, 2)
+    assert contradictions == ("window is set to 12, but the file was trained with 9",)
+
+
+# --- quantised files ---
+
+
+def legacy_fp8(weights: dict) -> dict:
+    """Scaled fp8 as ComfyUI wrote it first: float8 linear weights, one scale each, a marker tensor."""
+    out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, value in weights.items():
+        if key.startswith("blocks.") and value.ndim == 2:
+            scale = value.abs().max() / 448
+            out[key] = (value / scale).to(torch.float8_e4m3fn)
+            out[key.replace(".weight", ".scale_weight")] = scale
+        else:
+            out[key] = value
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_legacy_fp8_passes_through_untouched(prefix: str, tmp_path: Path) -> None:
+    tensors = legacy_fp8(tiny_wan())
+    checkpoint = load_checkpoint(save(tmp_path, prefixed(tensors, prefix)))
+    assert checkpoint.state_dict.keys() == tensors.keys()
+    assert checkpoint.info.quantization == "scaled float8 (scaled_fp8)"
+    assert all(checkpoint.state_dict[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_scales_without_the_marker_are_left_over(tmp_path: Path) -> None:
+    tensors = legacy_fp8(tiny_wan())
+    del tensors["scaled_fp8"]
+    with pytest.raises(ValueError, match=r"20 are left over: blocks.0.cross_attn.k.scale_weight.* and 10 more"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+def test_header_layer_names_lose_the_file_prefix(tmp_path: Path) -> None:
+    layer, prefix = "blocks.0.ffn.0", "model.diffusion_model."
+    tensors = tiny_wan()
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{layer}.weight_scale"] = torch.tensor(1.0)
+    header = {"format_version": "1.0", "layers": {prefix + layer: {"format": "float8_e4m3fn"}}}
+    path = save(tmp_path, prefixed(tensors, prefix), {"_quantization_metadata": json.dumps(header)})
+    checkpoint = load_checkpoint(path, quant_formats=["float8_e4m3fn"])
+    assert json.loads(checkpoint.host_metadata["_quantization_metadata"])["layers"] == {
+        layer: {"format": "float8_e4m3fn"}
+    }
+    assert checkpoint.info.quantization == "float8_e4m3fn (1 layers)"
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.0.*float8_e4m3fn.*not known to this ComfyUI \(it knows int9\)"):
+        load_checkpoint(path, quant_formats=["int9"])
+
+
+def test_quantised_layer_without_its_scale_is_missing(tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    mark = json.dumps({"format": "int8_tensorwise"}).encode()
+    tensors["blocks.1.ffn.2.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    tensors["blocks.1.ffn.2.weight"] = tensors["blocks.1.ffn.2.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match="1 tensors are missing: blocks.1.ffn.2.weight_scale"):
+        load_checkpoint(save(tmp_path, tensors))
+    tensors["blocks.1.ffn.2.weight_scale"] = torch.tensor(1.0)
+    assert load_checkpoint(save(tmp_path, tensors)).info.quantization == "int8_tensorwise (1 layers)"
+
+
+# --- refusals of what a file is ---
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({"vace_patch_embedding.weight": (4,)}, "Wan VACE"),
+        ({"img_emb.proj.0.bias": (4,)}, "image-to-video"),
+        ({"control_adapter.conv.weight": (4,)}, "Fun Camera"),
+        ({"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "Animate"),
+        ({"patch_embedding.weight": (128, 36, 1, 2, 2)}, "36 in and 16 out.*image-to-video"),
+        (
+            {"patch_embedding.weight": (128, 48, 1, 2, 2), "head.head.weight": (192, 128), "head.head.bias": (192,)},
+            "48 in and 48 out.*Wan 2.2 5B or LongLive 2",
+        ),
+        ({"blocks.0.self_attn.q.quantized_weight_values": (4,)}, "LongLive 2.*NVFP4"),
+    ],
+)
+def test_variants_are_refused_by_name(extra: dict, match: str, tmp_path: Path) -> None:
+    tensors = tiny_wan() | {key: torch.zeros(shape) for key, shape in extra.items()}
+    with pytest.raises(ValueError, match=f"model.safetensors.*{match}"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["condition_embedder.text_embedder.linear_1.weight"], "diffusers layout"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "text encoder; load it with CLIPLoader"),
+        (["decoder.middle.0.residual.0.gamma"], "Wan VAE; load it with VAELoader"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
+        ([f"layer{i}.weight" for i in range(12)], "found 12 tensors: layer0.weight, layer1.weight.* and 7 more"),
+    ],
+)
+def test_other_files_are_refused_with_what_was_found(keys: list, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"model.safetensors.*not a Wan diffusion model.*{match}"):
+        load_checkpoint(save(tmp_path, {key: torch.zeros(2) for key in keys}))
+
+
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_lora_given_as_checkpoint(layout: str, tmp_path: Path) -> None:
+    path, _ = write_lora(tmp_path, layout)
+    with pytest.raises(ValueError, match=r"is a LoRA.*not a whole model.*lora_name"):
+        load_checkpoint(path)
+
+
+def test_pickle_without_weights_lists_what_it_has(tmp_path: Path) -> None:
+    torch.save({"critic": {"a": torch.zeros(2)}, "epoch": 3}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt.*no dict of weights; found critic, epoch"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+# --- every tensor accounted for ---
+
+
+def test_missing_and_left_over_are_listed_by_name(tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    del tensors["blocks.1.ffn.0.bias"]
+    tensors["blocks.0.extra.weight"] = torch.zeros(2)
+    with pytest.raises(
+        ValueError,
+        match=r"1 tensors are missing: blocks.1.ffn.0.bias; 1 are left over: blocks.0.extra.weight. Nothing was loaded",
+    ):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("key", sorted(tiny_wan()))
+def test_any_missing_tensor_is_named(key: str, tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    del tensors[key]
+    with pytest.raises(ValueError, match="model.safetensors.*missing") as error:
+        load_checkpoint(save(tmp_path, tensors))
+    assert key in str(error.value)
+
+
+def test_a_missing_block_is_abbreviated(tmp_path: Path) -> None:
+    tensors = {key: value for key, value in tiny_wan().items() if not key.startswith("blocks.0.")}
+    with pytest.raises(ValueError, match="27 tensors are missing: blocks.0.cross_attn.k.bias, .* and 17 more"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+def test_a_huge_block_number_is_no_long_loop(tmp_path: Path) -> None:
+    tensors = tiny_wan() | {"blocks.999999999.modulation": torch.zeros(1, 6, 128)}
+    with pytest.raises(ValueError, match="block 999999999 but only 70 tensors"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("key", [key for key in sorted(tiny_wan()) if "blocks.1" not in key])
+def test_any_wrong_shape_is_named_with_expected_and_got(key: str, tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    tensors[key] = torch.zeros(*tensors[key].shape, 3)
+    with pytest.raises(ValueError, match="expected") as error:
+        load_checkpoint(save(tmp_path, tensors))
+    assert key in str(error.value)
+    assert str(tuple(tensors[key].shape)) in str(error.value)
+    if "1 tensors do not fit" not in str(error.value):
+        assert "expected 2 dimensions" in str(error.value) or "expected 5 dimensions" in str(error.value)
+
+
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match="blocks.0.ffn.0.weight: expected a floating dtype, got int8"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_are_named(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {key: value.to(dtype) for key, value in tiny_wan().items()}
+    tensors["blocks.1.norm3.weight"][17] = bad
+    with pytest.raises(ValueError, match="NaN or Inf in 1 tensors: blocks.1.norm3.weight"):
+        load_checkpoint(save(tmp_path, tensors))
+
+
+def test_finite_check_samples_large_tensors_from_first_to_last() -> None:
+    large = torch.zeros(weight_files.FULL_CHECK_ELEMENTS * 2 + 5)
+    assert is_finite(large)
+    for index in (0, -1):
+        broken = large.clone()
+        broken[index] = torch.nan
+        assert not is_finite(broken)
+    assert not is_finite(torch.full((4,), torch.nan).to(torch.float8_e4m3fn))
+    assert is_finite(torch.ones(4).to(torch.float8_e4m3fn))
+
+
+def test_listed_sorts_numbers_as_numbers() -> None:
+    assert listed([f"b.{i}" for i in (10, 2, 1)]) == "b.1, b.2, b.10"
+    assert listed([f"b.{i}" for i in range(12)]).endswith("b.9 and 2 more")
+
+
+# --- damaged and foreign files ---
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.99])
+def test_truncated_safetensors(keep: float, tmp_path: Path) -> None:
+    path = save(tmp_path, tiny_wan())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="model.safetensors") as error:
+        load_checkpoint(path)
+    if isinstance(keep, float):
+        assert "cut short: key '" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (b"not json", "not JSON"),
+        (b"[1, 2]", "JSON list"),
+        (b'{"a": {"dtype": "F32", "shape": [1]}}', "key 'a' has no valid data_offsets"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "key 'a' has data_offsets"),
+    ],
+)
+def test_wrong_safetensors_header(header: bytes, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=f"model.safetensors.*{match}"):
+        load_checkpoint(path)
+
+
+def test_huge_header_length(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    with pytest.raises(ValueError, match="model.safetensors.*more than the format allows"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("model.gguf", b"GGUF\x03\x00\x00\x00", "GGUF pack's own.*DiagonalCausalAttention"),
+        ("model.safetensors", b"GGUF\x03\x00\x00\x00", "GGUF"),
+        ("model.safetensors", b"<!DOCTYPE html><html>", "web page"),
+        ("model.pt", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("model.onnx", b"\x08\x01", r"ends in '.onnx'.*reads .safetensors"),
+        ("model.pt", b"", "empty"),
+        ("model.pt", b"PK\x03\x04 cut", "cannot be read as a torch file"),
+        ("model.pth", b"\x80\x04garbage", "model.pth"),
+        ("model.pt", b"\x93NUMPY", "model.pt"),
+    ],
+)
+def test_foreign_files(name: str, content: bytes, match: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(tmp_path / name)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(ValueError, match="does not exist or is not a file"):
+            load_checkpoint(path)
+
+
+class _Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_payload_is_refused_and_never_runs(zipped: bool, tmp_path: Path) -> None:
+    target, path = tmp_path / "owned", tmp_path / "model.pt"
+    torch.save({"generator": _Payload(target)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="model.pt.*refused.*nothing of it was run") as error:
+        load_checkpoint(path)
+    assert not target.exists()
+    assert "weights_only=False" not in str(error.value)
+    torch.load(path, weights_only=False)  # the payload is live: without the guard the file appears
+    assert target.exists()
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.10.0a0", "2.5.1", "1.13.1"])
+def test_old_torch_refuses_pickles_but_not_safetensors(version: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    pickle_path = LAYOUTS["causvid, generator"](tmp_path, tiny_wan(), {})
+    with pytest.raises(ValueError, match=f"model.pt.*torch {version.split('+')[0]}.*2.10 or newer"):
+        load_checkpoint(pickle_path)
+    load_checkpoint(save(tmp_path, tiny_wan()))
+
+
+def test_pickle_that_is_no_dict_or_has_odd_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(ValueError, match="holds a list, not a dict"):
+        load_checkpoint(path)
+    torch.save({"generator": {3: torch.zeros(2)}}, path)
+    with pytest.raises(ValueError, match="key 3 is a int, not a string"):
+        load_checkpoint(path)
+    torch.save(tiny_wan() | {"head.modulation": torch.zeros(1, 2, 128).to_sparse()}, path)
+    with pytest.raises(ValueError, match="'head.modulation': expected a dense CPU tensor"):
+        load_checkpoint(path)
+
+
+def test_wrapped_and_unwrapped_copy_of_one_tensor(tmp_path: Path) -> None:
+    weights = tiny_wan()
+    torch.save({"generator": weights | {"module.head.modulation": weights["head.modulation"]}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="'head.modulation' is there twice"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+def test_unwanted_header_entries_are_not_kept(tmp_path: Path) -> None:
+    file = read_weight_file(save(tmp_path, tiny_wan(), {"junk": "x" * 1000, "sink": "3"}), wanted_metadata=["sink"])
+    assert dict(file.metadata) == {"sink": "3"}
+
+
+# --- LoRA ---
+
+
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_every_lora_layout_gives_the_same_update(layout: str, tmp_path: Path) -> None:
+    path, scale = write_lora(tmp_path, layout)
+    lora = load_lora(path)
+    assert set(lora.targets) == {f"{layer}.weight" for layer in lora_pairs()}
+    assert lora.ranks == (wan_files.LORA_RANK,)
+    for layer, (up, down) in lora_pairs().items():
+        name = f"diffusion_model.{layer}"
+        assert torch.equal(lora.tensors[f"{name}.lora_up.weight"], up)
+        assert torch.equal(lora.tensors[f"{name}.lora_down.weight"], down)
+        alpha = lora.tensors.get(f"{name}.alpha", torch.tensor(float(wan_files.LORA_RANK)))
+        assert alpha.item() / wan_files.LORA_RANK == scale
+
+
+def test_alpha_outside_the_tensors_is_used(tmp_path: Path) -> None:
+    entry = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}
+    lora = load_lora(save(tmp_path, peft(lora_pairs()), entry, "lora.safetensors"))
+    assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 2
+    torch.save({"generator_lora": peft(lora_pairs()), "lora_alpha": 8, "step": 3}, tmp_path / "lora.pt")
+    lora = load_lora(tmp_path / "lora.pt")
+    assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 8
+    assert "step" in lora.unused
+
+
+def test_full_differences_have_their_targets(tmp_path: Path) -> None:
+    tensors = {
+        "diffusion_model.blocks.0.norm3.diff": torch.ones(128),
+        "diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(256),
+        "diffusion_model.blocks.1.diff_m": torch.ones(1, 6, 128),
+    }
+    lora = load_lora(save(tmp_path, tensors))
+    assert set(lora.targets) == {"blocks.0.norm3.weight", "blocks.0.ffn.0.bias", "blocks.1.modulation"}
+    assert "diffusion_model.blocks.1.modulation.diff" in lora.tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p: p | {"base_model.model.blocks.7.ffn.0.lora_A.weight": torch.zeros(4, 128)}, "blocks.7.ffn.0.lora_A"),
+        (lambda p: p | {"text_encoder.q.lora_A.weight": torch.zeros(4, 4)}, "1 of 11 tensors fit no parameter"),
+        (lambda p: p | {"base_model.model.blocks.0.ffn.0.hada_w1_a": torch.zeros(4, 4)}, "hada_w1_a"),
+        (lambda p: dict(list(p.items())[:-1]), "blocks.1.ffn.2: has down but not its other half"),
+        (
+            lambda p: p | {"base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(64, 4)},
+            r"blocks.0.ffn.0 up: expected \(256, 4\), got \(64, 4\)",
+        ),
+        (
+            lambda p: p | {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 1536)},
+            r"blocks.0.ffn.0 down: expected \(4, 128\), got \(4, 1536\)",
+        ),
+        (lambda p: p | {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.full((4, 128), torch.nan)}, "NaN"),
+        (lambda p: p | {"base_model.model.blocks.0.ffn.0.alpha": torch.zeros(2)}, "alpha: expected one number"),
+        (lambda p: p | {"blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 128)}, "has two down tensors"),
+        (lambda p: peft(lora_pairs(), adapter=".a") | {"blocks.0.ffn.0.dora_scale": torch.zeros(256)}, None),
+        (lambda p: {"a.weight": torch.zeros(2)}, "no low-rank tensors.*a.weight"),
+        (lambda p: tiny_wan(), "whole model, not a LoRA; choose it as ckpt_name"),
+    ],
+)
+def test_lora_that_does_not_fit_is_refused(change, match: str | None, tmp_path: Path) -> None:
+    path = save(tmp_path, change(peft(lora_pairs())), name="lora.safetensors")
+    if match is None:
+        load_lora(path)
+        return
+    with pytest.raises(ValueError, match=match):
+        load_lora(path)
+
+
+def test_two_adapters_in_one_file(tmp_path: Path) -> None:
+    pairs = lora_pairs()
+    first = dict(list(pairs.items())[:2])
+    second = dict(list(pairs.items())[2:])
+    path = save(tmp_path, peft(first, adapter=".one") | peft(second, adapter=".two"))
+    with pytest.raises(ValueError, match="several adapters.*one, two"):
+        load_lora(path)
