@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.noise import INITIAL_STEP
 from diagonal_sampler.sampler import sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 DIRECTORY = Path(os.environ.get("DIAGONAL_PARITY_DIR") or Path(__file__).resolve().parents[1] / "data" / "parity")
 MODEL_SUFFIX = ".model.safetensors"

@@ -1,0 +1,501 @@
+"""The chunk sampler on ComfyUI's Wan: exactness, isolation, refusals."""
+
+import copy
+import math
+
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import node_helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.noise import INITIAL_STEP, SeededNoise
+from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+
+DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
+UNIFORM = DiagonalSchedule.preset("self forcing")
+EXACT = 1e-5
+# The header of a Wan file whose text embedding is not UMT5's; without "causal_ar" ComfyUI takes its plain class.
+TINY_TEXT = {"config": '{"transformer": {"text_dim": 64}}'}
+
+
+class ArVideoNoise:
+    """The noise of ComfyUI's own sampler: the clip's noise, then a generator seeded for each block and step."""
+
+    def __init__(self, noise, seed):
+        self.noise, self.seed = noise, seed
+
+    def __call__(self, chunk, step, frames):
+        start = 3 * chunk
+        if step == INITIAL_STEP:
+            return self.noise[:, :, start : start + frames]
+        generator = torch.Generator().manual_seed(self.seed + 1000 * chunk + step)
+        return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
+
+
+def ar_video(model, conditioning, noise, seed, schedule=UNIFORM):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3})
+    sigmas = torch.tensor([*schedule.chunk_sigmas(0), 0.0])
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=seed, disable_pbar=True)
+
+
+def test_equals_comfyuis_own_ar_sampler(tiny_wan, causal, prompt, sample_latent):
+    noise = torch.randn(1, 16, 11, 4, 6, generator=torch.Generator().manual_seed(1))
+    expected = ar_video(tiny_wan, prompt(), noise, 7)
+    draws = ArVideoNoise(noise, 7)
+    ours = sample_latent(
+        causal(tiny_wan), prompt(), [], {"samples": torch.zeros_like(noise)}, UNIFORM, seed=7, noise=draws
+    )
+    assert expected.std() > 0.1
+    assert (ours["samples"] - expected).abs().max() < EXACT
+
+
+def test_start_image_of_ar_video_i2v_is_honoured(tiny_wan, causal, prompt, sample_latent):
+    image_latent = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(2))
+    model = tiny_wan.clone()
+    model.model_options["transformer_options"]["ar_config"] = {"initial_latent": image_latent}
+    noise = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))
+
+    class Shifted(ArVideoNoise):
+        def __call__(self, chunk, step, frames):
+            if step == INITIAL_STEP:
+                return self.noise[:, :, 1 + 3 * chunk : 1 + 3 * chunk + frames]
+            return super().__call__(chunk, step, frames)
+
+    expected = ar_video(model, prompt(), noise, 7)
+    result = sample_latent(
+        causal(model), prompt(), [], {"samples": torch.zeros_like(noise)}, UNIFORM, seed=7, noise=Shifted(noise, 7)
+    )["samples"]  # fmt: skip
+    assert (result - expected).abs().max() < EXACT
+    assert torch.allclose(result[:, :, :1], image_latent, atol=1e-5)
+    other = sample_latent(causal(tiny_wan), prompt(), [], {"samples": torch.zeros_like(noise)}, UNIFORM, seed=7)
+    assert (other["samples"] - result).abs().max() > 0.1
+
+
+def test_start_image_of_another_size_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    model = tiny_wan.clone()
+    model.model_options["transformer_options"]["ar_config"] = {"initial_latent": torch.randn(1, 16, 1, 6, 6)}
+    with pytest.raises(ValueError, match="start image is 48x48 but the video is 32x32"):
+        sample_latent(causal(model), prompt(), [], empty_latent(), DIAGONAL, seed=0)
+
+
+def reference(path, settings, schedule, noise_source, shape, contexts, cfg=1.0, weights=None):
+    """The same run on the core's DiT: contexts are the positive and perhaps the negative text."""
+    weights = load_file(path) if weights is None else weights
+    model = WanDiT(WanConfig.from_state_dict(weights))
+    model.load_state_dict(weights)
+    cache = KVCache(settings, shape[2])
+
+    def denoise(x, at):
+        out = []
+        for index, context in enumerate(contexts):
+            condition = cache.condition(index, layers=model.config.num_layers)
+            timestep = torch.full((x.shape[0],), 1000 * at.sigma)
+            flow = model(x, timestep, context.expand(x.shape[0], -1, -1), cache=condition)
+            out.append(x - at.sigma * flow)
+        return out[0] if len(out) == 1 else out[1] + cfg * (out[0] - out[1])
+
+    with torch.no_grad():
+        chunks = sample_chunks(
+            denoise, noise_source, schedule, cache, frames=shape[2], frames_per_chunk=settings.frames_per_chunk
+        )
+        return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+def in_model_space(model, result):
+    return model.get_model_object("latent_format").process_in(result["samples"])
+
+
+@pytest.mark.parametrize("negative_tokens", [16, 12])
+def test_guidance_keeps_one_cache_per_condition(
+    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, negative_tokens
+):
+    settings = {"window": 6, "sink": 3}
+    positive, negative = prompt(0), prompt(5, negative_tokens)
+    model = causal(tiny_wan, **settings)
+    result = sample_latent(
+        model, positive, negative, {"samples": torch.zeros(1, 16, 11, 4, 4)}, DIAGONAL, seed=3, cfg=3.0
+    )
+    expected = reference(
+        tiny_wan_path, CausalSettings(**settings), DIAGONAL, SeededNoise(3, (1, 16, 4, 4)), (1, 16, 11, 4, 4),
+        [positive[0][0], negative[0][0]], cfg=3.0,
+    )  # fmt: skip
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+
+
+def test_a_batch_equals_its_samples_alone(tiny_wan, causal, prompt, sample_latent):
+    model = causal(tiny_wan, window=6, sink=3)
+    pair = SeededNoise(1, (2, 16, 4, 4))
+    both = sample_latent(model, prompt(), [], {"samples": torch.zeros(2, 16, 8, 4, 4)}, DIAGONAL, seed=1, noise=pair)
+    alone = sample_latent(
+        model, prompt(), [], {"samples": torch.zeros(1, 16, 8, 4, 4)}, DIAGONAL, seed=1,
+        noise=lambda chunk, step, frames: pair(chunk, step, frames)[1:],
+    )  # fmt: skip
+    assert (both["samples"][1:] - alone["samples"]).abs().max() < EXACT
+
+
+def test_negative_is_ignored_at_cfg_1(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    model = causal(tiny_wan)
+    a = sample_latent(model, prompt(), prompt(8), empty_latent(), DIAGONAL, seed=1)
+    b = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)
+    assert torch.equal(a["samples"], b["samples"])
+
+
+def lora_file(seed=0, rank=4):
+    generator = torch.Generator().manual_seed(seed)
+    key = "diffusion_model.blocks.{}.{}"
+    out = {}
+    for layer in (0, 1):
+        for name in ("self_attn.q", "self_attn.k", "cross_attn.v", "ffn.0"):
+            size = (256 if name == "ffn.0" else 128, 128)
+            path = key.format(layer, name)
+            out[f"{path}.lora_A.weight"] = torch.randn(rank, size[1], generator=generator) * 0.1
+            out[f"{path}.lora_B.weight"] = torch.randn(size[0], rank, generator=generator) * 0.1
+    return out
+
+
+def merged(path, lora, strength):
+    weights = load_file(path)
+    for key in [k for k in lora if k.endswith("lora_A.weight")]:
+        target = key.removeprefix("diffusion_model.").replace("lora_A.weight", "weight")
+        weights[target] = weights[target] + strength * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+    return weights
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_exact_under_comfyuis_lora(tiny_wan, tiny_wan_path, causal, prompt, sample_latent, lora_first):
+    lora, settings = lora_file(), {"window": 6, "sink": 3}
+    if lora_first:
+        model = causal(comfy.sd.load_lora_for_models(tiny_wan, None, lora, 0.7, 0)[0], **settings)
+    else:
+        model = comfy.sd.load_lora_for_models(causal(tiny_wan, **settings), None, lora, 0.7, 0)[0]
+    result = sample_latent(model, prompt(), [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
+    run = (CausalSettings(**settings), DIAGONAL, SeededNoise(3, (1, 16, 4, 4)), (1, 16, 9, 4, 4), [prompt()[0][0]])
+    expected = reference(tiny_wan_path, *run, weights=merged(tiny_wan_path, lora, 0.7))
+    plain = reference(tiny_wan_path, *run)
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 0.01
+
+
+def test_exact_with_manually_cast_fp8_weights(tiny_wan_path, causal, prompt, sample_latent):
+    weights = load_file(tiny_wan_path)
+    wan = comfy.sd.load_diffusion_model_state_dict(
+        {k: v.clone() for k, v in weights.items()},
+        model_options={"dtype": torch.float8_e4m3fn},
+        metadata=TINY_TEXT,
+    )
+    assert wan.model.get_dtype() == torch.float8_e4m3fn
+    compute = wan.model.get_dtype_inference()
+    model = causal(wan, window=6, sink=3)
+    rounded = {
+        k: (v if k.startswith("patch_embedding") else v.to(torch.float8_e4m3fn)).float() for k, v in weights.items()
+    }
+    result = sample_latent(model, prompt(), [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
+    expected = reference(
+        tiny_wan_path, CausalSettings(window=6, sink=3), DIAGONAL, SeededNoise(3, (1, 16, 4, 4)), (1, 16, 9, 4, 4),
+        [prompt()[0][0]], weights=rounded,
+    )  # fmt: skip
+    difference = (in_model_space(model, result) - expected).abs().max()
+    assert difference < (1e-4 if compute == torch.float32 else 0.1)
+
+
+def test_a_lora_hook_applies_to_its_condition(tiny_wan, causal, prompt, sample_latent):
+    import comfy.hooks
+
+    lora = lora_file()
+    hooks = comfy.hooks.create_hook_lora(lora, 0.7, 0.0)
+    hooked = prompt(0, hooks=hooks)
+    model = causal(tiny_wan, window=6, sink=3)
+    result = sample_latent(model, hooked, [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
+    patched = comfy.sd.load_lora_for_models(causal(tiny_wan, window=6, sink=3), None, lora, 0.7, 0)[0]
+    expected = sample_latent(patched, prompt(0), [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
+    plain = sample_latent(model, prompt(0), [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
+    assert (result["samples"] - expected["samples"]).abs().max() < 1e-4
+    assert (plain["samples"] - expected["samples"]).abs().max() > 0.01
+
+
+def test_two_conditions_are_averaged(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    model = causal(tiny_wan)
+    both = sample_latent(model, prompt(0) + prompt(1), [], empty_latent(), DIAGONAL, seed=1)
+    same = sample_latent(model, prompt(0) + prompt(0), [], empty_latent(), DIAGONAL, seed=1)
+    one = sample_latent(model, prompt(0), [], empty_latent(), DIAGONAL, seed=1)
+    assert (same["samples"] - one["samples"]).abs().max() < EXACT
+    assert (both["samples"] - one["samples"]).abs().max() > 0.01
+
+
+def test_an_area_changes_only_its_side_of_the_first_step(tiny_wan, causal, prompt, sample_latent):
+    model = causal(tiny_wan)
+    right = node_helpers.conditioning_set_values(
+        prompt(1), {"area": (4, 4, 0, 4), "strength": 1.0, "set_area_to_bounds": False}
+    )
+    one_step = DiagonalSchedule.from_steps((1,), context_mode="clean")
+    latent = {"samples": torch.zeros(1, 16, 3, 4, 8)}
+    plain = sample_latent(model, prompt(0), [], latent, one_step, seed=1)["samples"]
+    area = sample_latent(model, prompt(0) + right, [], latent, one_step, seed=1)["samples"]
+    assert torch.allclose(plain[..., :4], area[..., :4], atol=1e-5)
+    assert (plain[..., 6:] - area[..., 6:]).abs().max() > 0.01
+
+
+def test_area_over_chunks_with_guidance(tiny_wan, causal, prompt, sample_latent):
+    right = node_helpers.conditioning_set_values(
+        prompt(1), {"area": (4, 4, 0, 4), "strength": 1.0, "set_area_to_bounds": False}
+    )
+    latent = {"samples": torch.zeros(1, 16, 9, 4, 8)}
+    result = sample_latent(causal(tiny_wan), prompt(0) + right, prompt(2), latent, DIAGONAL, seed=1, cfg=2.0)
+    assert torch.isfinite(result["samples"]).all()
+
+
+def test_text_keys_are_computed_once_per_prompt_and_clip(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    calls = []
+    for block in tiny_wan.model.diffusion_model.blocks:
+        block.cross_attn.k.register_forward_hook(lambda module, args, output: calls.append(output.shape[0]))
+    model = causal(tiny_wan)
+    sample_latent(model, prompt(0), [], empty_latent(), DIAGONAL, seed=1)
+    assert len(calls) == 2, "one call a layer"
+    sample_latent(model, prompt(0), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0)
+    assert sum(calls) == 2 + 4, "a second clip and two prompts: computed again, once for each"
+
+
+def euler(model, conditioning, shape=(1, 16, 3, 4, 4)):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.0])
+    return guider.sample(
+        noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True
+    )
+
+
+def test_any_other_sampler_runs_comfyuis_forward(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    expected = euler(tiny_wan, prompt())
+    model = causal(tiny_wan, window=6, sink=3)
+    assert torch.equal(euler(model, prompt()), expected)
+    sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)
+    assert torch.equal(euler(model, prompt()), expected)
+    assert torch.equal(euler(tiny_wan, prompt()), expected)
+
+
+def test_a_plain_wan_becomes_causal_like_comfyuis_causal_class(
+    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, empty_latent
+):
+    plain = comfy.sd.load_diffusion_model_state_dict(
+        load_file(tiny_wan_path), model_options={"dtype": torch.float32}, metadata=TINY_TEXT
+    )
+    assert type(plain.model.diffusion_model) is not type(tiny_wan.model.diffusion_model)
+    a, b = (
+        sample_latent(causal(m, window=6, sink=3), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+        for m in (plain, tiny_wan)
+    )
+    assert torch.equal(a, b)
+
+
+def test_applying_twice_is_applying_once(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    once = causal(tiny_wan, window=6, sink=3)
+    twice = causal(causal(tiny_wan, window=-1), window=6, sink=3)
+    assert twice.object_patches.keys() == once.object_patches.keys()
+    a, b = (sample_latent(m, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"] for m in (once, twice))
+    assert torch.equal(a, b)
+
+
+def options_of(model):
+    return copy.deepcopy({k: v for k, v in model.model_options.items() if k != "diagonal_causal_settings"}), {
+        kind: {key: len(found) for key, found in by_key.items()} for kind, by_key in model.wrappers.items()
+    }
+
+
+def test_the_users_model_and_the_global_random_state_are_left_alone(
+    tiny_wan, causal, prompt, sample_latent, empty_latent
+):
+    patches_before = dict(tiny_wan.object_patches)
+    model = causal(tiny_wan)
+    before, plain_before = options_of(model), options_of(tiny_wan)
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    sample_latent(model, prompt(), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=2.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert options_of(model) == before
+    assert options_of(tiny_wan) == plain_before
+    assert tiny_wan.object_patches == patches_before == {}
+
+
+def test_same_seed_same_video_whatever_ran_before(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    model = causal(tiny_wan)
+    first = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=5)["samples"]
+    other = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=6)["samples"]
+    again = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=5)["samples"]
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_progress_counts_every_forward(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    for schedule in (DIAGONAL, UNIFORM):
+        steps, seen = [], []
+        sample_latent(
+            causal(tiny_wan), prompt(), [], empty_latent(8), schedule, seed=1,
+            callback=lambda i, denoised, x, total, steps=steps: steps.append((i, total, denoised.shape[2])),
+            on_progress=seen.append,
+        )  # fmt: skip
+        nfe = schedule.nfe(3)
+        assert [s[:2] for s in steps] == [(i, nfe) for i in range(nfe)]
+        assert steps[0][2] == 3 and steps[-1][2] == 2, "the preview gets the newest chunk alone"
+        assert [p.forwards for p in seen] == list(range(1, nfe + 1))
+        assert seen[-1].chunk == 2 and seen[-1].chunks == 3
+
+
+def test_cancel_stops_within_one_forward_and_leaves_nothing(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
+):
+    runs = []
+    causal_module, sampling = pack_module("model_patches.causal"), pack_module("model_patches.sampling")
+    monkeypatch.setattr(
+        sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
+    )
+    model = causal(tiny_wan)
+    clean = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    for stop_at in (1, 4, 6):
+        done = []
+
+        def cancel(progress, stop_at=stop_at, done=done):
+            done.append(progress)
+            if progress.forwards == stop_at:
+                comfy.model_management.interrupt_current_processing()
+
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1, on_progress=cancel)
+        assert len(done) == stop_at
+        assert runs[-1].cache.nbytes == 0
+    assert torch.equal(sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"], clean)
+
+
+def test_memory_request_is_one_chunk_and_the_window(tiny_wan, causal, prompt, sample_latent, monkeypatch):
+    asked = []
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda *a, **k: asked.append((k["memory_required"], k["minimum_memory_required"])) or load(*a, **k),
+    )
+    model = causal(tiny_wan, window=6, sink=3)
+    for frames in (9, 90):
+        sample_latent(
+            model, prompt(), prompt(1), {"samples": torch.zeros(1, 16, frames, 4, 4)}, DIAGONAL, seed=1, cfg=2.0
+        )
+    short, long = asked
+    assert short == long, "a clip ten times as long asks for the same"
+    chunk = model.model.memory_required([1, 16, 3, 4, 4])
+    cache = KVCache.bytes_needed(
+        CausalSettings(window=6, sink=3), 90, layers=2, tokens_per_frame=4, width=128, element_bytes=4, conditions=2
+    )
+    assert short[1] == pytest.approx(chunk + cache)
+    assert short[0] == pytest.approx(2 * chunk + cache)
+
+
+def test_video_to_video_keeps_what_the_mask_protects(tiny_wan, causal, prompt, sample_latent):
+    generator = torch.Generator().manual_seed(3)
+    video = torch.randn(1, 16, 9, 4, 8, generator=generator)
+    mask = torch.zeros(1, 9, 4, 8)
+    mask[..., 4:] = 1
+    model = causal(tiny_wan)
+    for schedule in (DIAGONAL, UNIFORM):
+        result = sample_latent(
+            model, prompt(), [], {"samples": video, "noise_mask": mask}, schedule, seed=1, denoise=0.5
+        )["samples"]
+        assert torch.allclose(result[..., :4], video[..., :4], atol=1e-5)
+        assert (result[..., 4:] - video[..., 4:]).abs().max() > 0.05
+    little, much = (
+        sample_latent(model, prompt(), [], {"samples": video}, DIAGONAL, seed=1, denoise=d)["samples"]
+        for d in (0.05, 0.9)
+    )
+    assert (little - video).abs().mean() < (much - video).abs().mean()
+
+
+def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    with pytest.raises(ValueError, match="denoise is 0.5 but the latent is empty"):
+        sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, denoise=0.5)
+
+
+@pytest.mark.parametrize(
+    "extra, name",
+    [
+        ({"start_percent": 0.2}, "timestep range"),
+        ({"end_percent": 0.8}, "timestep range"),
+        ({"mask": torch.ones(1, 4, 4)}, "mask"),
+        ({"area": ("percentage", 0.5, 0.5, 0, 0)}, "area in percent"),
+        ({"control": object()}, "ControlNet"),
+        ({"concat_latent_image": torch.zeros(1)}, "image to concatenate"),
+    ],
+)
+def test_conditionings_that_cannot_be_followed_are_refused_by_name(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, extra, name
+):
+    with pytest.raises(ValueError, match=f"positive conditioning .entry 1.*{name}"):
+        sample_latent(causal(tiny_wan), prompt(0, **extra), [], empty_latent(), DIAGONAL, seed=1)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_nearest(tiny_wan, causal, prompt, sample_latent):
+    with pytest.raises(ValueError, match="width is 40 pixels.*nearest that fit are 32 and 48"):
+        sample_latent(causal(tiny_wan), prompt(), [], {"samples": torch.zeros(1, 16, 3, 4, 5)}, DIAGONAL, seed=1)
+
+
+def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    with pytest.raises(ValueError, match="not causal.*Diagonal Causal Attention"):
+        sample_latent(tiny_wan, prompt(), [], empty_latent(), DIAGONAL, seed=1)
+    other = torch.nn.Module()
+    other.diffusion_model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear, not a Wan"):
+        causal(comfy.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu")))
+
+
+def test_absolute_positions_that_bf16_cannot_hold_are_refused(tiny_wan_path, causal, prompt, sample_latent):
+    wan = comfy.sd.load_diffusion_model(str(tiny_wan_path), model_options={"dtype": torch.bfloat16})
+    wan.model.manual_cast_dtype = None  # a CPU would compute in float32
+    assert wan.model.get_dtype_inference() == torch.bfloat16
+    latent = {"samples": torch.zeros(1, 16, 262, 2, 2)}
+    with pytest.raises(ValueError, match="Set positions to window"):
+        sample_latent(causal(wan, window=6, sink=3, positions="absolute"), prompt(), [], latent, DIAGONAL, seed=1)
+    result = sample_latent(causal(wan, window=6, sink=3), prompt(), [], latent, DIAGONAL, seed=1)
+    assert torch.isfinite(result["samples"]).all()
+
+
+def test_a_thousand_latent_frames_at_constant_memory(tiny_wan, causal, prompt, sample_latent, pack_module, monkeypatch):
+    causal_module, sampling = pack_module("model_patches.causal"), pack_module("model_patches.sampling")
+    runs, sizes, positions, tables = [], [], [], []
+    monkeypatch.setattr(
+        sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
+    )
+
+    def watch(progress):
+        cache = runs[0].cache
+        sizes.append(cache.nbytes)
+        positions.append(cache.position)
+        tables.append(len(runs[0]._rope))
+
+    model = causal(tiny_wan, window=12, sink=3)
+    steps = DiagonalSchedule.from_steps((2, 1), context_mode="renoise")
+    result = sample_latent(
+        model, prompt(), [], {"samples": torch.zeros(1, 16, 1000, 2, 2)}, steps, seed=1, on_progress=watch
+    )
+    assert torch.isfinite(result["samples"]).all()
+    assert set(sizes) == {2 * 2 * 12 * 1 * 128 * 4}
+    assert max(positions) == 12 - 1, "the last, shorter chunk of one frame stands at the end of the window"
+    assert max(tables) <= 8
+
+
+def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    def poisoned(chunk, step, frames):
+        noise = SeededNoise(1, (1, 16, 4, 4))(chunk, step, frames)
+        return noise * (math.nan if chunk == 1 and step == 0 else 1)
+
+    with pytest.raises(ValueError, match="Chunk 2 of 3.*NaN"):
+        sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
