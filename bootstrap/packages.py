@@ -190,10 +190,9 @@ def installed(comfyui: Path, *, test: bool) -> bool:
 
 
 def install(comfyui: Path, *, test: bool) -> None:
-    """Install the pinned packages, and those of the tests if asked; nothing where the stamp says it is done."""
+    """Install the pinned packages into the `.venv` there is; nothing where the stamp says it is done."""
     if installed(comfyui, test=test):
         return
-    make_venv()
     files = ["-r", LOCK, *(["-r", TEST_LOCK] if test else [])]
     _install(["--no-deps", *files], "Installing the pinned packages")
     requirements = comfyui / "requirements.txt"

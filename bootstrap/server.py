@@ -125,9 +125,10 @@ def require_alive(server: subprocess.Popen) -> None:
 
 def log_end() -> str:
     """Return, in one line, the lines of the server's log that say most about a failure."""
-    lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", LOG.read_text(encoding="utf-8", errors="replace"))  # without colours
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(DISK_ERRORS.search(line) for line in lines[-40:]):
         return "The disk is full: free some space and run again."
-    telling = [line for line in lines if re.search(r"(Error|Exception)\b.*:|Cannot import", line)]
-    shown = " | ".join(telling[-2:] or lines[-3:]) or "(it is empty)"
+    telling = [line for line in lines if re.search(r"^\w*(Error|Exception): |Cannot import", line)]
+    shown = " | ".join(telling[-1:] or lines[-3:]) or "(it is empty)"
     return f"Its log says: {shown} (all of it: {shorten(LOG)})"

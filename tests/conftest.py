@@ -4,6 +4,7 @@
 - `pack`: this pack, loaded into this process by ComfyUI's own loader on the CPU.
 - `pack_module`: `pack_module("nodes.sampling")` gives a module of it. `<pack>.diagonal_sampler` and
   `import diagonal_sampler` are one and the same module.
+- `build_tools`: the test is skipped where torch.compile cannot work, with what is missing.
 - `comfy_server`: a real server in its own process (`tests/helpers/comfy_host.py`).
 
 Core tests `import diagonal_sampler` and need no ComfyUI. Files below tests/comfy may import ComfyUI's modules
@@ -28,6 +29,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 sys.path += [str(TESTS / "helpers"), str(ROOT)]
 
 import comfy_host  # noqa: E402
+
+from bootstrap.packages import missing_build_tools  # noqa: E402
 
 NEEDS_COMFYUI = (
     "comfy",
@@ -61,11 +64,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if (
-        config.comfyui_dir is None
-        and collection_path.parent == TESTS
-        and collection_path.name in NEEDS_COMFYUI
-    ):
+    if config.comfyui_dir is None and collection_path.parent == TESTS and collection_path.name in NEEDS_COMFYUI:
         return True
     return None
 
@@ -99,9 +98,15 @@ def pack_module(pack: ModuleType) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def comfy_server(
-    comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[comfy_host.ComfyServer]:
+def build_tools() -> None:
+    """Skip where there is no C++ compiler or no Python headers, which torch.compile needs."""
+    missing = missing_build_tools()
+    if missing is not None:
+        pytest.skip(f"torch.compile is not tested here: {missing}")
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.ComfyServer]:
     """A running ComfyUI server with this pack; one for the whole session."""
     server = comfy_host.ComfyServer(comfyui_dir, tmp_path_factory.mktemp("comfy-server"))
     try:

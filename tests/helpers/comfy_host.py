@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import ModuleType
+
+from bootstrap.host import link_pack
+from bootstrap.processes import CHILDREN
+from bootstrap.server import command_line, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # The name under which ComfyUI's load_custom_node registers a pack: its path, without dots.
@@ -130,13 +133,6 @@ def pack_module(name: str) -> ModuleType:
     return importlib.import_module(f"{PACK_NAME}.{name}")
 
 
-def free_port() -> int:
-    """Return a loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class ComfyServer:
     """A real ComfyUI server in its own process, with this pack in custom_nodes and private folders.
 
@@ -148,36 +144,17 @@ class ComfyServer:
     """
 
     def __init__(self, comfyui: Path, base_dir: Path, *, extra_args: tuple[str, ...] = ()) -> None:
-        self.comfyui = comfyui
-        self.base_dir = base_dir
         self.output_dir = base_dir / "output"
         self.input_dir = base_dir / "input"
         self.log_path = base_dir / "server.log"
-        for folder in ("custom_nodes", "input", "output", "user", "models"):
-            (base_dir / folder).mkdir(parents=True, exist_ok=True)
-        (base_dir / "custom_nodes" / "diagonal-distillation").symlink_to(ROOT, target_is_directory=True)
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [
-            sys.executable,
-            str(comfyui / "main.py"),
-            "--listen",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
-        command += ["--base-directory", str(base_dir), "--output-directory", str(self.output_dir)]
-        command += ["--input-directory", str(self.input_dir), "--user-directory", str(base_dir / "user")]
-        command += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch"]
-        command += [] if USE_GPU else ["--cpu"]
+        (base_dir / "models").mkdir(parents=True, exist_ok=True)
+        link_pack(base_dir / "custom_nodes")
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = command_line(sys.executable, comfyui, base=base_dir, output=self.output_dir, port=port, gpu=USE_GPU)
+        command += ["--base-directory", str(base_dir), *extra_args]
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *extra_args],
-                cwd=base_dir,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.process = CHILDREN.start(command, cwd=base_dir, stdout=log, stderr=subprocess.STDOUT)
 
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
         """Wait until the server answers. Raises RuntimeError with the log's end on failure."""
@@ -236,16 +213,9 @@ class ComfyServer:
         """Queue a graph, wait for it and return its outputs. Raises RuntimeError with the node's error."""
         entry = self.wait(self.queue(graph), timeout)
         if entry["status"]["status_str"] != "success":
-            raise RuntimeError(
-                f"the graph failed: {json.dumps(entry['status'], indent=1)}\n{self.log_tail()}"
-            )
+            raise RuntimeError(f"the graph failed: {json.dumps(entry['status'], indent=1)}\n{self.log_tail()}")
         return entry["outputs"]
 
     def stop(self) -> None:
         """End the server."""
-        self.process.terminate()
-        try:
-            self.process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        CHILDREN.stop(self.process)

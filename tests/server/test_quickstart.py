@@ -1,0 +1,492 @@
+"""quickstart.py: options, set-up, faults in one line, no process left behind, the job's progress and contact sheet."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from bootstrap import cli, host, job, packages, processes
+from bootstrap.processes import Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Runs the command line against the ComfyUI folder argv[1], with this test's Python in the place of `.venv` and all
+# that quickstart writes below argv[2].
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from bootstrap import cli, host, packages, processes, server
+comfyui, home = Path(sys.argv[1]), Path(sys.argv[2])
+packages.PYTHON = server.PYTHON = sys.executable
+packages.make_venv = lambda: None
+packages.install = lambda comfyui, *, test: None
+packages.HOST = home
+packages.STAMP = comfyui / "main.py"
+host.FETCHED = server.FETCHED = comfyui
+host.fetched = lambda: True
+server.BASE, server.LOG = home / "base", home / "server.log"
+cli.OUTPUT = server.OUTPUT = home / "output"
+cli.OUTPUT.mkdir(parents=True, exist_ok=True)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+# Answers every GET with JSON, starts a process of its own, and does not care about polite signals.
+STUBBORN_SERVER = """
+import http.server, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"it": "runs"}')
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+
+def fake_comfyui(folder: Path, main: str, version: str = "99.0.0") -> Path:
+    folder.mkdir()
+    (folder / "main.py").write_text(main)
+    (folder / "nodes.py").touch()
+    (folder / "requirements.txt").touch()
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+def start_driver(comfyui: Path, home: Path, *arguments: str) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k != "COMFYUI_DIR"}
+    command = [sys.executable, "-c", DRIVER.format(root=str(ROOT)), str(comfyui), str(home), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def quickstart(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "quickstart.py"), *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+
+
+def one_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if "warning:" not in line]
+    assert len(lines) == 1 and lines[0].startswith("quickstart: "), stderr
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--length", "80"], "give 77 or 81"),
+        (["--length", "0"], "from 1 to 16381"),
+        (["--length", "many"], "'many'"),
+        (["--seed", "-1"], "from 0 to 18446744073709551615"),
+        (["--port", "65536"], "from 1 to 65535"),
+        (["--prompt", "  "], "it is empty"),
+        (["--gpu", "maybe"], "invalid choice"),
+        (["--wat"], "unrecognized arguments: --wat"),
+        (["--no-job"], "goes with --serve"),
+        (["--test", "--seed", "1"], "leave them out"),
+        (["--test", "--serve"], "do not go together"),
+    ],
+)
+def test_wrong_options_end_with_a_message(arguments, says, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.parse_arguments(arguments)
+    assert exit_info.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_options():
+    options = cli.parse_arguments(["--prompt", "a", "--seed", "0", "--length", "81", "--gpu", "off", "--port", "8190"])
+    assert (options.prompt, options.seed, options.length, options.gpu, options.port) == ("a", 0, 81, "off", 8190)
+    assert cli.parse_arguments(["--gpu"]).gpu == "on"
+    assert cli.parse_arguments([]).gpu == "auto"
+    assert cli.parse_arguments(["--test", "-k", "x", "tests/core"]).pytest_arguments == ["-k", "x", "tests/core"]
+    assert cli.parse_arguments(["--test", "--", "-x"]).pytest_arguments == ["-x"]
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 15)])
+def test_an_unsupported_python_is_told_which_it_needs(version, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / "quickstart.py"), run_name="__main__")
+    assert exit_info.value.code == 1
+    assert "need 3.10 to 3.14" in one_line(capsys.readouterr().err)
+
+
+def test_an_old_python_can_read_the_file_that_tells_it():
+    source = (ROOT / "quickstart.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 4))
+    assert not any(isinstance(node, (ast.JoinedStr, ast.AnnAssign)) for node in ast.walk(ast.parse(source)))
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_taken_port_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = quickstart("--serve", "--no-job", "--port", port)
+    assert result.returncode == 1
+    assert f"port {port} is taken" in one_line(result.stderr)
+
+
+def test_a_wrong_comfyui_dir_is_one_line(tmp_path):
+    result = quickstart("--serve", "--no-job", COMFYUI_DIR=str(tmp_path))
+    assert result.returncode == 1
+    assert "has no main.py" in one_line(result.stderr)
+
+
+def test_a_comfyui_too_old_is_told_the_version_it_needs(tmp_path):
+    comfyui = fake_comfyui(tmp_path / "old", "", version="0.3.10")
+    with pytest.raises(Problem, match=r"is ComfyUI 0\.3\.10; this pack needs \d+\.\d+\.\d+ or newer"):
+        host.check_version(comfyui)
+    (comfyui / "comfyui_version.py").unlink()
+    with pytest.raises(Problem, match="a ComfyUI without a version"):
+        host.check_version(comfyui)
+
+
+def test_a_server_that_dies_is_one_line_with_its_reason(tmp_path):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", "raise ImportError('libsomething is missing')")
+    _, errors = (process := start_driver(comfyui, tmp_path / "home", "--serve", "--no-job")).communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ended with code 1" in one_line(errors) and "ImportError: libsomething is missing" in errors
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(Problem, match="the disk is full: a video needs 1073741824.0 GiB and"):
+        packages.require_space(2**60, "a video")
+    assert "the disk is full" in str(
+        processes.explain("x", "error: write failed: No space left on device (os error 28)")
+    )
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", "raise OSError(28, 'No space left on device')")
+    _, errors = start_driver(comfyui, tmp_path / "home", "--serve", "--no-job").communicate(timeout=60)
+    assert "The disk is full" in one_line(errors)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "error: Failed to fetch: `x`\n  Caused by: error sending request\n  Caused by: dns error: failed to lookup",
+        "WARNING: Retrying: NewConnectionError: Failed to establish a new connection\nERROR: No matching version",
+    ],
+)
+def test_no_network_says_so(output):
+    assert "the package registry cannot be reached" in str(processes.explain("Installing", output))
+
+
+def test_any_other_failure_shows_the_last_error_and_the_log():
+    text = str(processes.explain("Installing", "note\nerror: No solution found\n  hint: x"))
+    assert "error: No solution found" in text and "setup.log" in text
+
+
+# ------------------------------------------------------------------------------------------------ set-up
+
+
+def make_archive(path: Path, members: dict[str, bytes | None], links: dict[str, str] | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    return path
+
+
+def test_only_the_wanted_folder_is_extracted(tmp_path):
+    archive = make_archive(
+        tmp_path / "a.tar.gz",
+        {"p-1/v/C/main.py": b"x", "p-1/v/C/sub": None, "p-1/v/C/sub/y.py": b"yy", "p-1/other.py": b"", "../out": b""},
+    )
+    host.extract_folder(archive, "p-1/v/C", tmp_path / "C")
+    found = {str(path.relative_to(tmp_path / "C")) for path in (tmp_path / "C").rglob("*") if path.is_file()}
+    assert found == {"main.py", os.path.join("sub", "y.py")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["C", "a.tar.gz"]
+    with pytest.raises(Problem, match="holds no p-2"):
+        host.extract_folder(archive, "p-2", tmp_path / "D")
+
+
+@pytest.mark.parametrize("name", ["p/C/../../../escape", "p/C/..\\escape", "p/C/c:evil"])
+def test_an_archive_cannot_write_outside(name, tmp_path):
+    archive = make_archive(tmp_path / "a.tar.gz", {name: b"x"})
+    with pytest.raises(Problem, match="refused"):
+        host.extract_folder(archive, "p/C", tmp_path / "deep" / "C")
+    assert not list(tmp_path.rglob("*escape*"))
+
+
+def test_an_archive_cannot_bring_links(tmp_path):
+    archive = make_archive(tmp_path / "a.tar.gz", {"p/C/a": b""}, links={"p/C/b": "/etc"})
+    with pytest.raises(Problem, match="no plain file"):
+        host.extract_folder(archive, "p/C", tmp_path / "C")
+
+
+def test_the_stamp_says_done_only_for_the_same_pins_and_host(tmp_path, monkeypatch):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", "")
+    lock, test_lock = tmp_path / "lock.txt", tmp_path / "test-lock.txt"
+    lock.write_text("torch==1\n")
+    test_lock.write_text("pytest==1\n")
+    for name, value in (("LOCK", lock), ("TEST_LOCK", test_lock), ("STAMP", tmp_path / "stamp.json")):
+        monkeypatch.setattr(packages, name, value)
+    monkeypatch.setattr(packages, "PYTHON", Path(sys.executable))
+    assert not packages.installed(comfyui, test=False)
+    packages.write_whole(packages.STAMP, json.dumps({"run": packages.stamp_key(comfyui, test=False)}))
+    assert packages.installed(comfyui, test=False) and not packages.installed(comfyui, test=True)
+    lock.write_bytes(b"torch==1\r\n")
+    assert packages.installed(comfyui, test=False), "line ends are no difference"
+    (comfyui / "requirements.txt").write_text("av>=99\n")
+    assert not packages.installed(comfyui, test=False)
+    (comfyui / "requirements.txt").write_text("")
+    monkeypatch.setattr(packages, "PYTHON", tmp_path / "gone")
+    assert not packages.installed(comfyui, test=False)
+    packages.STAMP.write_text("half writ")
+    assert packages.read_stamp() == {}
+
+
+def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(tmp_path, monkeypatch):
+    folder = tmp_path / ".venv"
+    for name, value in (
+        ("VENV", folder),
+        ("UNFINISHED", folder / "unfinished"),
+        ("PYTHON", folder / packages.PYTHON.relative_to(packages.VENV)),
+    ):
+        monkeypatch.setattr(packages, name, value)
+    packages.make_venv()
+    assert packages.succeeds([packages.PYTHON, "-c", "import sys; sys.exit(sys.prefix == sys.base_prefix)"])
+    (folder / "leftover").touch()
+    packages.make_venv()
+    assert not (folder / "leftover").exists(), "no install had finished in it"
+    packages.UNFINISHED.unlink()
+    (folder / "kept").touch()
+    packages.make_venv()
+    assert (folder / "kept").exists()
+
+
+def test_linking_the_pack(tmp_path):
+    nodes = tmp_path / "custom_nodes"
+    assert host.link_pack(nodes) == host.PACK_LINK
+    assert (nodes / host.PACK_LINK / "pyproject.toml").samefile(ROOT / "pyproject.toml")
+    assert host.link_pack(nodes) == host.PACK_LINK and len(list(nodes.iterdir())) == 1
+    (nodes / host.PACK_LINK).rename(nodes / "by-hand")
+    assert host.link_pack(nodes) == "by-hand", "a pack that is there already is not linked twice"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a symbolic link, which needs rights on Windows")
+def test_a_link_to_another_clone_is_pointed_here_and_a_folder_is_kept(tmp_path):
+    nodes, other = tmp_path / "custom_nodes", tmp_path / "other"
+    other.mkdir()
+    nodes.mkdir()
+    (nodes / host.PACK_LINK).symlink_to(other)
+    host.link_pack(nodes)
+    assert (nodes / host.PACK_LINK).resolve() == ROOT and other.is_dir()
+    (nodes / host.PACK_LINK).unlink()
+    (nodes / host.PACK_LINK).symlink_to(tmp_path / "gone")
+    host.link_pack(nodes)
+    assert (nodes / host.PACK_LINK).resolve() == ROOT
+    (nodes / host.PACK_LINK).unlink()
+    (nodes / host.PACK_LINK).mkdir()
+    with pytest.raises(Problem, match="is a folder"):
+        host.link_pack(nodes)
+
+
+def test_the_requirements_are_written_once_and_pin_nothing():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"(.+?)"', re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL).group(1))
+    assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert all(re.fullmatch(r"[\w-]+", name) for name in listed)
+
+
+def test_the_lock_pins_everything_and_names_no_registry():
+    for path in (packages.LOCK, packages.TEST_LOCK):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        assert all(re.match(r"[\w.-]+==[\w.]+( ; |$)", line) for line in lines)
+    assert "torch==2.11.0" in packages.LOCK.read_text(encoding="utf-8").splitlines()
+
+
+def test_comfyui_reads_our_metadata(comfyui_dir):
+    from comfy_config.config_parser import extract_node_configuration
+
+    config = extract_node_configuration(str(ROOT))
+    assert config.project.name == "diagonal-distillation" and "comfyui" not in config.project.name.lower()
+    assert config.project.supported_comfyui_version.startswith(">=")
+    assert config.project.supported_os == ["OS Independent"]
+    assert config.tool_comfy.publisher_id and config.tool_comfy.display_name == "Diagonal Distillation"
+    assert config.tool_comfy.web is None, "WEB_DIRECTORY alone names the web folder"
+
+
+# ------------------------------------------------------------------------------------------------ no process left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_process_behind(signum, tmp_path):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", STUBBORN_SERVER)
+    process = start_driver(comfyui, tmp_path / "home", "--serve", "--no-job")
+    while "is ready at" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) == 2, "the server and the process that it started"
+    process.send_signal(signum)
+    time.sleep(0.2)
+    process.send_signal(signum)  # an impatient second one changes nothing
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    assert one_line(errors) == "quickstart: stopped."
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's parent-death signal")
+def test_the_server_ends_with_quickstart_even_when_that_is_killed(tmp_path):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", STUBBORN_SERVER)
+    process = start_driver(comfyui, tmp_path / "home", "--serve", "--no-job")
+    while "is ready at" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    started, *rest = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=30)
+    assert started.wait(timeout=10) is None or not started.is_running()
+    for child in rest:
+        child.kill()  # what the server itself started is beyond the kernel's promise
+
+
+# ------------------------------------------------------------------------------------------------ the job
+
+
+def demo_graph() -> dict:
+    return {
+        "1": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle moves right", "clip": ["1", 1]}},
+        "4": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 81}},
+        "5": {
+            "class_type": "DiagonalChunkSampler",
+            "inputs": {"positive": ["3", 0], "negative": ["2", 0], "latent": ["4", 0], "seed": 7},
+        },
+        "6": {"class_type": "SaveVideo", "inputs": {"video": ["5", 0], "filename_prefix": "video/demo"}},
+    }
+
+
+def test_the_options_reach_the_graph():
+    graph = demo_graph()
+    job.edit_graph(graph, prompt="a green triangle", seed=0, length=33, prefix="demo_1")
+    assert graph["3"]["inputs"]["text"] == "a green triangle" and graph["2"]["inputs"]["text"] == ""
+    assert graph["5"]["inputs"]["seed"] == 0 and graph["4"]["inputs"]["length"] == 33
+    assert graph["6"]["inputs"]["filename_prefix"] == "demo_1"
+    untouched = demo_graph()
+    job.edit_graph(untouched, prompt=None, seed=None, length=None, prefix="video/demo")
+    assert untouched == demo_graph()
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"), [("3", "--prompt: the workflow has no"), ("4", "--length: no node"), ("6", "saves no file")]
+)
+def test_a_graph_that_lacks_an_input_is_refused(gone, says):
+    graph = demo_graph()
+    del graph[gone]
+    with pytest.raises(job.JobError, match=says):
+        job.edit_graph(graph, prompt="x", seed=1, length=5, prefix="p")
+
+
+def test_the_progress_line_counts_forwards_chunks_eta_and_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    progress = job.Progress({"5"}, frames=81)
+    assert progress.line() == "queued"
+    progress.event("executing", {"node": "1"})
+    assert progress.line() == "preparing"
+    progress.event("executing", {"node": "5"})
+    now[0] += 4.0
+    progress.event("progress_state", {"nodes": {"5": {"value": 4, "max": 20}, "6": {"value": 1, "max": 9}}})
+    assert progress.line() == "sampling · forwards 4/20 · ETA 16 s · 4.0 frames/s"
+    progress.event(job.EVENT, {"node": "5", "chunk": 2, "chunks": 7, "forwards": 7, "total": 20, "fps": 9.25})
+    assert "forwards 7/20 · chunk 2/7" in progress.line() and progress.line().endswith("9.2 frames/s")
+    progress.event("progress", {"node": "5", "value": 6, "max": 20})
+    assert "forwards 7/20" in progress.line(), "a late message does not turn the count back"
+    now[0] += 3.0
+    progress.event("progress", {"node": "5", "value": 20, "max": 20})
+    progress.event("executing", {"node": "6"})
+    now[0] += 50.0
+    assert progress.line().startswith("decoding and saving · forwards 20/20") and "ETA 0 s" in progress.line()
+
+
+def test_failures_of_a_run_are_one_line():
+    entry = {
+        "status": {
+            "status_str": "error",
+            "messages": [["execution_error", {"node_type": "X", "exception_message": "a\nb"}]],
+        }
+    }
+    assert job._failure(entry) == "X failed: a b"
+    assert job._failure({"status": {"status_str": "success", "messages": []}}) is None
+    refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "length: 5000000 > 16384"}]}}}
+    assert job._refusal(400, refusal) == "ComfyUI refused the workflow (400): Y 4: length: 5000000 > 16384"
+
+
+def write_video(path: Path, count: int) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for k in range(count):
+            picture = np.full((64, 64, 3), 255 * k // max(1, count - 1), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 5, 81])
+def test_the_contact_sheet_shows_frames_in_order(count, tmp_path):
+    video, sheet = write_video(tmp_path / "a.mp4", count), tmp_path / "a.png"
+    job.make_contact_sheet(video, sheet, "a grey fade")
+    tiles = min(count, 12)
+    picture = np.asarray(Image.open(sheet).convert("L"), np.float32)
+    size, rows = 256, -(-tiles // 4)
+    assert picture.shape == (16 + rows * (size + 22) + 6, 4 * (size + 6) + 6)
+    at = [(16 + 6 + k // 4 * (size + 22) + size // 2, 6 + k % 4 * (size + 6) + size // 2) for k in range(tiles)]
+    expected = [255 * frame // max(1, count - 1) for frame in job.pick_frames(count, 12)]
+    assert np.allclose([picture[y, x] for y, x in at], expected, atol=6)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.mp4", "a.png"]
+
+
+def test_frames_are_spread_evenly_first_and_last_included():
+    assert job.pick_frames(81, 12)[0] == 0 and job.pick_frames(81, 12)[-1] == 80
+    assert np.ptp(np.diff(job.pick_frames(81, 12))) <= 1
+    assert job.pick_frames(3, 12) == [0, 1, 2]
+
+
+def test_only_videos_in_the_output_folder_are_taken(tmp_path):
+    video = write_video(tmp_path / "a.mp4", 1)
+    item = {"filename": "a.mp4", "subfolder": "", "type": "output"}
+    assert job.find_videos({"6": {"images": [item], "animated": [True]}}, tmp_path) == [video]
+    for bad in ({**item, "subfolder": ".."}, {**item, "filename": "b.mp4"}, {**item, "type": "temp"}):
+        with pytest.raises(job.JobError, match=r"left no \.mp4"):
+            job.find_videos({"6": {"images": [bad]}}, tmp_path)
