@@ -314,13 +314,20 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 class BatchLog:
-    """The JSON-lines log, one line a finished job, and beside it the ids in flight (LOG.inflight)."""
+    """The JSON-lines log, one line a finished job, and beside it the ids in flight (LOG.inflight).
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = path
+    Attributes:
+        done: the (prompt, seed) pairs that an earlier run finished with the graph ``digest``.
+        foreign: how many finished lines another graph made.
+        inflight: (prompt, seed) -> (prompt id, server) of jobs whose end is not known.
+    """
+
+    def __init__(self, path: Path, digest: str, *, resume: bool) -> None:
+        self.path, self.digest = path, digest
+        self.done: set[tuple[str, int]] = set()
+        self.foreign = 0
         self.inflight_path = path.with_name(path.name + ".inflight")
-        self.records: list[dict[str, Any]] = []
-        self.inflight: dict[tuple[str, int], tuple[str, str]] = {}  # (prompt, seed) -> (prompt id, server)
+        self.inflight: dict[tuple[str, int], tuple[str, str]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             size = path.stat().st_size if path.exists() else 0
@@ -345,8 +352,7 @@ class BatchLog:
             record = json_object(line)
             if record is None and line.strip():
                 raise BatchError(f"--log: line {number} of {self.path} is no JSON object; is this the log of a batch?")
-            if record:
-                self.records.append(record)
+            self._count(record or {"status": "error"})
         if not tail:
             return
         record = json_object(tail)
@@ -356,28 +362,27 @@ class BatchLog:
             if record is None:
                 file.truncate(len(raw) - len(tail))
             else:
-                self.records.append(record)
+                self._count(record)
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
 
     def _read_inflight(self) -> None:
-        for item in (json_object(self.inflight_path.read_bytes()) or {}).get("jobs", []):
+        content = json_object(self.inflight_path.read_bytes()) or {}
+        for item in content.get("jobs", []) if content.get("graph") == self.digest else []:
             if isinstance(item, list) and [type(value) for value in item] == [str, int, str, str]:
                 prompt, seed, prompt_id, server = item
-                if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id):
+                is_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id)
+                if is_id and (prompt, seed) not in self.done:  # a kill between the two files leaves it in both
                     self.inflight[prompt, seed] = prompt_id, server
+        self._save_inflight()
 
-    def done(self, digest: str) -> tuple[set[tuple[str, int]], int]:
-        """The (prompt, seed) pairs done with this graph, and how many done lines another graph made."""
-        pairs, foreign = set(), 0
-        for record in self.records:
-            if record.get("status", "done") != "done" or record.get("error"):
-                continue
-            if record.get("graph", digest) != digest:
-                foreign += 1
-            else:
-                pairs.add((record.get("prompt"), record.get("seed")))
-        return pairs, foreign
+    def _count(self, record: dict[str, Any]) -> None:
+        if record.get("status", "done") != "done" or record.get("error"):
+            return
+        if record.get("graph", self.digest) == self.digest:
+            self.done.add((record.get("prompt", ""), record.get("seed", -1)))
+        else:
+            self.foreign += 1
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line and make it durable before anything else happens."""
@@ -401,7 +406,7 @@ class BatchLog:
         partial = self.inflight_path.with_name(self.inflight_path.name + ".partial")
         try:
             if jobs:
-                partial.write_text(json.dumps({"jobs": jobs}), encoding="utf-8")
+                partial.write_text(json.dumps({"graph": self.digest, "jobs": jobs}), encoding="utf-8")
                 os.replace(partial, self.inflight_path)
             else:
                 self.inflight_path.unlink(missing_ok=True)

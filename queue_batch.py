@@ -313,7 +313,6 @@ class Batch:
         self.display = display
         self.failed = 0
         self.unfinished = len(jobs)
-        self.digest = graph_digest(options.graph, [*options.prompt_targets, *options.seed_targets])
 
     async def run(self) -> None:
         """Run until every job is finished or every server is given up."""
@@ -560,7 +559,7 @@ class Batch:
             "status": status,
             "error": error,
             "prompt_id": job.prompt_id,
-            "graph": self.digest,
+            "graph": self.log.digest,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self.log.append(record)
@@ -679,15 +678,14 @@ def run_command(arguments: argparse.Namespace) -> int:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BatchError(f"--output: cannot make {output}: {error.strerror}") from error
-    log = BatchLog(arguments.log or (output or Path()) / "batch.jsonl", resume=arguments.resume)
+    log = BatchLog(arguments.log or (output or Path()) / "batch.jsonl", digest, resume=arguments.resume)
     try:
-        done, foreign = log.done(digest)
-        if foreign:
-            print(f"{foreign} lines of {log.path} were made with another graph and are not skipped")
+        if log.foreign:
+            print(f"{log.foreign} lines of {log.path} were made with another graph and are not skipped")
         for job in jobs:
             if job.key in log.inflight:
                 job.prompt_id, job.home = log.inflight[job.key]
-        todo = [job for job in jobs if job.key not in done]
+        todo = [job for job in jobs if job.key not in log.done]
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs are done in {log.path} and skipped")
         if not todo:

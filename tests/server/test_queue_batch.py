@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class BatchProbe:
         "text": ("STRING", {}), "seed": ("INT", {"max": 2**64 - 1}),
         "seconds": ("FLOAT", {"max": 60.0}), "filename_prefix": ("STRING", {})}})
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
+    IS_CHANGED = classmethod(lambda cls, **inputs: float("nan"))  # never cached: a second run would not show
 
     def note(self, event, text, seed):
         with open(LEDGER, "a") as ledger:
@@ -462,8 +464,8 @@ def test_log_is_repaired_only_if_it_is_one(tmp_path):
     log = tmp_path / "batch.jsonl"
     line = json.dumps({"prompt": "a", "seed": 1, "file": "x", "seconds": 1.0})
     log.write_text(line + '\n{"prompt": "b", "se')
-    opened = batch_jobs.BatchLog(log, resume=True)
-    assert opened.done("any") == ({("a", 1)}, 0)
+    opened = batch_jobs.BatchLog(log, "any", resume=True)
+    assert opened.done == {("a", 1)} and opened.foreign == 0
     opened.append({"prompt": "line\u2028separator \ud800", "seed": 2})
     opened.close()
     assert [json.loads(text)["prompt"] for text in log.read_text().splitlines()] == [
@@ -471,12 +473,12 @@ def test_log_is_repaired_only_if_it_is_one(tmp_path):
         "line\u2028separator \ud800",
     ]
     log.write_text(line)  # whole, but its line end is lost
-    batch_jobs.BatchLog(log, resume=True).close()
+    batch_jobs.BatchLog(log, "any", resume=True).close()
     assert log.read_text() == line + "\n"
     for text in ("a prompt\nanother", "a prompt\n", line + "\nhalf a prompt"):
         log.write_text(text)
         with pytest.raises(batch_jobs.BatchError, match="is this the log of a batch"):
-            batch_jobs.BatchLog(log, resume=True)
+            batch_jobs.BatchLog(log, "any", resume=True)
         assert log.read_text() == text
 
 
@@ -485,8 +487,22 @@ def test_lines_of_another_graph_are_not_skipped(tmp_path):
     lines = [{"prompt": "a", "seed": 1, "status": "done", "graph": g} for g in ("g1", "g2")]
     lines.append({"prompt": "b", "seed": 1, "status": "error", "error": "x", "graph": "g1"})
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    opened = batch_jobs.BatchLog(log, resume=True)
-    assert opened.done("g1") == ({("a", 1)}, 1)
+    opened = batch_jobs.BatchLog(log, "g1", resume=True)
+    assert opened.done == {("a", 1)} and opened.foreign == 1
+    opened.close()
+
+
+def test_ids_in_flight_are_dropped_when_the_log_has_the_job_or_another_graph_left_them(tmp_path):
+    log, ids = tmp_path / "batch.jsonl", [str(uuid.uuid4()) for _ in range(2)]
+    log.write_text(json.dumps({"prompt": "a", "seed": 1, "status": "done", "graph": "g1"}) + "\n")
+    jobs = [["a", 1, ids[0], "http://s"], ["b", 1, ids[1], "http://s"], ["c", 1, "../x", "http://s"], ["d"]]
+    inflight = tmp_path / "batch.jsonl.inflight"
+    inflight.write_text(json.dumps({"graph": "g1", "jobs": jobs}))
+    opened = batch_jobs.BatchLog(log, "g1", resume=True)
+    assert opened.inflight == {("b", 1): (ids[1], "http://s")}
+    opened.close()
+    opened = batch_jobs.BatchLog(log, "g2", resume=True)
+    assert opened.inflight == {} and not inflight.exists()
     opened.close()
 
 
