@@ -40,9 +40,12 @@ _KINDS = (
     ("dora_scale", re.compile(r"\.dora_scale$"), None),
     ("diff", re.compile(r"\.diff$"), None),
     ("diff_b", re.compile(r"\.diff_b$"), None),
-    ("diff_m", re.compile(r"\.diff_m$"), None),
 )
 """Part of an adapter -> the ending that names it, and the layout this ending gives away."""
+
+# ComfyUI 0.30 takes a patch on a modulation without a word and never applies it: it patches only modules that have no
+# modules inside.
+_MODULATION_ENDINGS = (".diff_m", ".modulation.diff")
 
 _HOST_ENDINGS = {
     "down": "lora_down.weight",
@@ -51,7 +54,6 @@ _HOST_ENDINGS = {
     "dora_scale": "dora_scale",
     "diff": "diff",
     "diff_b": "diff_b",
-    "diff_m": "modulation.diff",
 }
 
 
@@ -111,10 +113,12 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     if not parts:
         raise ValueError(_no_lora(name, tensors))
     if unmatched:
+        modulation = any(key.endswith(_MODULATION_ENDINGS) for key in unmatched)
         raise ValueError(
-            f"LoRA {name!r}: {len(unmatched)} of {len(tensors)} tensors fit no parameter of this model: "
-            f"{listed(unmatched)}. Nothing was applied; use a LoRA made for this model, or try ComfyUI's "
-            "LoraLoaderModelOnly, which skips what it does not know"
+            f"LoRA {name!r}: {len(unmatched)} of {len(tensors)} tensors fit no parameter that ComfyUI can patch: "
+            f"{listed(unmatched)}. Nothing was applied; "
+            + ("ComfyUI patches no modulation: remove these tensors from the file, or " if modulation else "")
+            + "use a LoRA made for this model, or ComfyUI's LoraLoaderModelOnly, which skips what it does not know"
         )
     if len(adapters) > 1:
         raise ValueError(
@@ -226,12 +230,7 @@ def _without_prefixes(layer: str) -> str:
 
 def _target(layer: str, kind: str) -> str:
     """The bare parameter that this part changes."""
-    if kind == "diff_b":
-        return f"{layer}.bias"
-    if kind == "diff_m":
-        return f"{layer}.modulation"
-    # A modulation is a parameter of its own: it has no .weight below it.
-    return layer if layer.endswith("modulation") else f"{layer}.weight"
+    return f"{layer}.bias" if kind == "diff_b" else f"{layer}.weight"
 
 
 def _check_layer(layer: str, found: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
@@ -249,7 +248,7 @@ def _check_layer(layer: str, found: Mapping[str, torch.Tensor], shapes: Mapping[
         yield f"{layer}: has an alpha or dora_scale but no low-rank pair"
     if "alpha" in found and found["alpha"].numel() != 1:
         yield f"{layer} alpha: expected one number, got shape {tuple(found['alpha'].shape)}"
-    for kind in ("diff", "diff_b", "diff_m"):
+    for kind in ("diff", "diff_b"):
         if kind in found:
             expected = shapes[_target(layer, kind)]
             if tuple(found[kind].shape) != expected:

@@ -41,8 +41,8 @@ _SNIFF_BYTES = 64
 
 FULL_CHECK_ELEMENTS = 1 << 20
 """Tensors up to this many elements are checked for NaN and Inf whole; larger ones in SAMPLED_SPANS spans."""
-SAMPLED_SPANS = 64
-SPAN_ELEMENTS = 4096
+SAMPLED_SPANS = 8
+SPAN_ELEMENTS = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +140,11 @@ def _read_safetensors(
             f"weight file {path.name!r} is not a sound safetensors file: "
             f"{_diagnose_safetensors(path) or error}; download or copy it again"
         ) from error
-    except OSError as error:
-        raise ValueError(f"weight file {path.name!r} cannot be read: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch reports a mapping that the system refuses as RuntimeError
+        raise ValueError(
+            f"weight file {path.name!r} cannot be read: {_first_line(error)}; check its permissions, and that the "
+            "system has memory for a file of this size"
+        ) from error
     if not keys:
         raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
     if tensors is None and reader is not None:
@@ -294,7 +297,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return True
     # float8 has no isfinite of its own: widen what is looked at, never the whole file.
-    return all(bool(torch.isfinite(span.float()).all()) for span in _spans(tensor))
+    narrow = tensor.dtype.itemsize == 1
+    return all(bool(torch.isfinite(span.float() if narrow else span).all()) for span in _spans(tensor))
 
 
 def _spans(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

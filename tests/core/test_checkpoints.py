@@ -495,11 +495,15 @@ def test_full_differences_have_their_targets(tmp_path: Path) -> None:
     tensors = {
         "diffusion_model.blocks.0.norm3.diff": torch.ones(128),
         "diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(256),
-        "diffusion_model.blocks.1.diff_m": torch.ones(1, 6, 128),
     }
     lora = load_lora(save(tmp_path, tensors))
-    assert set(lora.targets) == {"blocks.0.norm3.weight", "blocks.0.ffn.0.bias", "blocks.1.modulation"}
-    assert "diffusion_model.blocks.1.modulation.diff" in lora.tensors
+    assert set(lora.targets) == {"blocks.0.norm3.weight", "blocks.0.ffn.0.bias"}
+
+
+@pytest.mark.parametrize("key", ["diffusion_model.blocks.1.diff_m", "diffusion_model.blocks.1.modulation.diff"])
+def test_modulation_differences_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ComfyUI patches no modulation"):
+        load_lora(save(tmp_path, peft(lora_pairs()) | {key: torch.ones(1, 6, 128)}))
 
 
 @pytest.mark.parametrize(

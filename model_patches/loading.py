@@ -1,0 +1,120 @@
+"""From a weight file to a ComfyUI MODEL: ComfyUI's own loader on a state dict that the core has recognised."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.lora
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..diagonal_sampler import lora_files
+from ..diagonal_sampler.checkpoints import Checkpoint, CheckpointInfo, load_checkpoint
+from ..diagonal_sampler.lora_files import HOST_PREFIX, Lora, convert_lora
+from ..diagonal_sampler.wan_layout import expected_shapes
+from ..diagonal_sampler.weight_files import listed, read_weight_file
+
+log = logging.getLogger(__name__)
+
+WEIGHT_DTYPES: dict[str, dict] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+"""The choices of ComfyUI's own diffusion model loader -> the options it passes on."""
+
+PROVENANCE_ATTACHMENT = "diagonal_provenance"
+"""Under this name a MODEL carries the Provenance of its file, for the nodes that come after the loader."""
+
+
+def load_wan(
+    path: str | Path, *, weights: str = "auto", weight_dtype: str = "default"
+) -> tuple[ModelPatcher, CheckpointInfo]:
+    """Load a Wan text-to-video file as a MODEL of ComfyUI's causal class, which its own AR sampler runs as
+    well.
+
+    path: a file below a ComfyUI model folder. weights: see `recognise`. weight_dtype: a key of WEIGHT_DTYPES.
+
+    Raises ValueError for a file that is refused (see `load_checkpoint`) and for one that this ComfyUI does
+    not load whole.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype={weight_dtype!r} is not known; choose one of {', '.join(WEIGHT_DTYPES)}")
+    checkpoint = load_checkpoint(
+        path,
+        weights=weights,
+        quant_formats=comfy.quant_ops.QUANT_ALGOS,
+        read_safetensors=_read_safetensors,
+    )
+    return _host_model(checkpoint, WEIGHT_DTYPES[weight_dtype]), checkpoint.info
+
+
+def apply_lora(
+    model: ModelPatcher, path: str | Path, strength: float, info: CheckpointInfo
+) -> tuple[ModelPatcher, Lora]:
+    """A clone of the MODEL with the LoRA as ComfyUI weight patches: W + strength * alpha / rank * up @ down.
+
+    strength: a factor, 0 for none. info: of the model's own file, for its sizes.
+
+    Raises ValueError for a LoRA that does not fit whole (see `convert_lora`) or a strength that is not
+    finite.
+    """
+    if not math.isfinite(strength):
+        raise ValueError(f"lora_strength={strength!r} must be a finite number; 1.0 is the strength it was trained at")
+    file = read_weight_file(path, wanted_metadata=lora_files.WANTED_METADATA, read_safetensors=_read_safetensors)
+    lora = convert_lora(file, expected_shapes(info.dims))
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(lora.tensors, key_map)
+    patched = model.clone()
+    taken = set(patched.add_patches(patches, strength))
+    lost = {HOST_PREFIX + target for target in lora.targets} - taken
+    if lost:
+        raise ValueError(
+            f"LoRA {lora.file!r}: this ComfyUI takes no patch for {len(lost)} parameters: {listed(lost)}. "
+            "Nothing was applied; update ComfyUI"
+        )
+    return patched, lora
+
+
+def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """ComfyUI's reader: its tensors know their place in the file, which its dynamic VRAM loading builds on."""
+    return comfy.utils.load_torch_file(str(path), safe_load=True)
+
+
+def _host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
+    info = checkpoint.info
+    # ComfyUI empties the dict that it is given: keep ours whole.
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(checkpoint.state_dict), model_options=dict(model_options), metadata=dict(checkpoint.host_metadata)
+    )
+    if model is None:
+        raise ValueError(
+            f"weight file {info.file!r}: this ComfyUI does not recognise a causal Wan 2.1 model in it; "
+            "update ComfyUI to 0.30.0 or newer"
+        )
+    # ComfyUI only logs what its network has and the file lacks: make that an error.
+    network = {name for name, _ in model.model.diffusion_model.named_parameters()}
+    missing = network - expected_shapes(info.dims).keys() - _quantization_parameters(checkpoint)
+    if missing:
+        raise ValueError(
+            f"weight file {info.file!r}: this ComfyUI's Wan has {len(missing)} parameters that the file "
+            f"lacks: {listed(missing)}; use the ComfyUI version that this pack was tested with"
+        )
+    model.set_attachments(PROVENANCE_ATTACHMENT, info.provenance)
+    return model
+
+
+def _quantization_parameters(checkpoint: Checkpoint) -> set[str]:
+    """Names that only a quantised file has; ComfyUI renames the legacy ones (scale_weight -> weight_scale)."""
+    layers = {name.rpartition(".")[0] for name in checkpoint.state_dict}
+    parameters = {
+        parameter for algorithm in comfy.quant_ops.QUANT_ALGOS.values() for parameter in algorithm["parameters"]
+    }
+    return {f"{layer}.{parameter}" for layer in layers for parameter in parameters}

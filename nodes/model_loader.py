@@ -1,0 +1,191 @@
+"""DiagonalModelLoader: any published causal Wan checkpoint, and optionally a LoRA, as one causal MODEL."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+from ..diagonal_sampler.checkpoints import WEIGHTS
+from ..diagonal_sampler.provenance import causal_settings
+from ..diagonal_sampler.settings import POSITIONS, CausalSettings
+from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
+from ..model_patches.causal import make_causal
+from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, load_wan
+from .common import CATEGORY
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FOLDERS = ("diffusion_models", "checkpoints")
+"""ComfyUI model folders that are offered, the first winning where both have a file of one name."""
+LORA_FOLDERS = ("loras",)
+NO_LORA = "none"
+
+# Widgets hold numbers: these values stand for "what the file says, else the default".
+FRAMES_FROM_FILE = 0
+WINDOW_FROM_FILE = 0
+SINK_FROM_FILE = -1
+MAX_FRAMES = 4096
+MAX_FRAMES_PER_CHUNK = 64
+_DEFAULTS = CausalSettings()
+
+
+class DiagonalModelLoader(io.ComfyNode):
+    """Widgets -> a recognised file -> a MODEL with causal attention, and a report of what it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiagonalModelLoader",
+            display_name="Diagonal Model Loader",
+            category=f"{CATEGORY}/loaders",
+            description="Loads a causal Wan 2.1 text-to-video checkpoint in any published layout (Self Forcing, "
+            "CausVid, LongLive, Causal Forcing, Rolling Forcing, StreamDiffusionV2, Krea, ComfyUI's own) and "
+            "says what it recognised. For GGUF files use the GGUF pack's loader and DiagonalCausalAttention.",
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=_file_names(CHECKPOINT_FOLDERS),
+                    tooltip="Weight file in models/diffusion_models or models/checkpoints (.safetensors, .pt, .pth, "
+                    ".ckpt, .bin). Pickled files need torch 2.10 or newer and may hold tensors only.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    options=list(WEIGHTS),
+                    default="auto",
+                    tooltip="Which weights of a training checkpoint: auto takes the averaged ones (generator_ema) "
+                    "where there are any, else generator, model or state_dict. No effect on a file with one "
+                    "set.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Number format of the weights in memory: default follows the file; fp8 halves the memory "
+                    "of bf16 at some loss.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "frames_per_chunk",
+                    default=FRAMES_FROM_FILE,
+                    min=FRAMES_FROM_FILE,
+                    max=MAX_FRAMES_PER_CHUNK,
+                    tooltip="Latent frames denoised together (one latent frame is 4 pixel frames). Must be what the "
+                    f"model was trained with. 0: from the file, else {_DEFAULTS.frames_per_chunk}.",
+                ),
+                io.Int.Input(
+                    "window",
+                    default=WINDOW_FROM_FILE,
+                    min=-1,
+                    max=MAX_FRAMES,
+                    tooltip="Latent frames that a chunk attends to, sink and current chunk included. -1: all. "
+                    f"0: from the file, else {_DEFAULTS.window}.",
+                ),
+                io.Int.Input(
+                    "sink",
+                    default=SINK_FROM_FILE,
+                    min=SINK_FROM_FILE,
+                    max=MAX_FRAMES,
+                    tooltip="Latent frames at the start of the clip that stay in the window for ever. -1: from the "
+                    f"file, else {_DEFAULTS.sink}.",
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=list(POSITIONS),
+                    default=_DEFAULTS.positions,
+                    tooltip="How latent frames are counted: absolute from the start of the clip, or inside the window "
+                    "so that clips can be of any length. auto: absolute up to 21 latent frames, else window.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *_file_names(LORA_FOLDERS)],
+                    default=NO_LORA,
+                    tooltip="LoRA in models/loras, in PEFT (LongLive) or ComfyUI layout, applied to the weights.",
+                    optional=True,
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Factor on the LoRA, without a unit: 1 is as trained, 0 is none. No effect without a LoRA.",
+                    optional=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.String.Output(id="info", display_name="info", tooltip="What was recognised, and warnings."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str, lora_name: str = NO_LORA, **_widgets) -> tuple:
+        """Change when a file does, so that a replaced checkpoint is loaded again."""
+        names = [(CHECKPOINT_FOLDERS, ckpt_name)]
+        if lora_name != NO_LORA:
+            names.append((LORA_FOLDERS, lora_name))
+        stats = [os.stat(_full_path(folders, name, "file name")) for folders, name in names]
+        return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+
+    @classmethod
+    def execute(
+        cls,
+        ckpt_name: str,
+        weights: str,
+        weight_dtype: str,
+        frames_per_chunk: int,
+        window: int,
+        sink: int,
+        positions: str,
+        lora_name: str = NO_LORA,
+        lora_strength: float = 1.0,
+    ) -> io.NodeOutput:
+        path = _full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
+        lora_path = None if lora_name == NO_LORA else _full_path(LORA_FOLDERS, lora_name, "lora_name")
+        model, info = load_wan(path, weights=weights, weight_dtype=weight_dtype)
+        settings, contradictions = causal_settings(
+            info.provenance,
+            frames_per_chunk=None if frames_per_chunk == FRAMES_FROM_FILE else frames_per_chunk,
+            window=None if window == WINDOW_FROM_FILE else window,
+            sink=None if sink == SINK_FROM_FILE else sink,
+            positions=positions,
+        )
+        lines = [info.summary()]
+        if lora_path is not None:
+            model, lora = apply_lora(model, lora_path, lora_strength, info)
+            lines.append(f"{lora.summary()}, strength {lora_strength:g}")
+        window_text = "all" if settings.window < 0 else settings.window
+        lines.append(
+            f"attention: {settings.frames_per_chunk} latent frames a chunk, window {window_text}, sink "
+            f"{settings.sink}, positions {settings.positions}"
+        )
+        for warning in (*info.warnings, *contradictions):
+            log.warning("%s: %s", info.file, warning)
+            lines.append(f"warning: {warning}")
+        report = "\n".join(lines)
+        log.info("%s", report)
+        if cls.hidden is not None and cls.hidden.unique_id:
+            PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(make_causal(model, settings), report, ui=ui.PreviewText(report))
+
+
+def _file_names(folders: tuple[str, ...]) -> list[str]:
+    """The names of readable weight files in ComfyUI's model folders, each once."""
+    names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
+    return [name for name in dict.fromkeys(names) if name.lower().endswith(READABLE_SUFFIXES)]
+
+
+def _full_path(folders: tuple[str, ...], name: str, widget: str) -> str:
+    """The path of a name that ComfyUI lists. A name from a workflow is never used as a path of its own."""
+    for folder in folders:
+        if name in folder_paths.get_filename_list(folder):
+            return folder_paths.get_full_path_or_raise(folder, name)
+    raise ValueError(
+        f"{widget}={name!r} is not in models/{' or models/'.join(folders)}; put the file there and refresh the page"
+    )

@@ -1,0 +1,359 @@
+"""DiagonalModelLoader in ComfyUI: every layout gives the same MODEL, a LoRA adds exactly its product."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import comfy.model_base
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+import wan_files
+from safetensors.torch import save_file
+from wan_files import CONFIG, DIMS, LAYOUTS, LORA_LAYERS, LORA_LAYOUTS, lora_pairs, prefixed, tiny_wan, write_lora
+
+PARITY = sorted((Path(__file__).parents[1] / "data").rglob("*.model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def loading(pack_module):
+    return pack_module("model_patches.loading")
+
+
+@pytest.fixture(scope="module")
+def node(pack_module):
+    return pack_module("nodes.model_loader").DiagonalModelLoader
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch) -> dict[str, Path]:
+    """ComfyUI's model folders, empty and private."""
+    made = {}
+    for kind in ("diffusion_models", "checkpoints", "loras"):
+        made[kind] = tmp_path / "models" / kind
+        made[kind].mkdir(parents=True)
+        extensions = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(made[kind])], extensions))
+    folder_paths.filename_list_cache.clear()
+    yield made
+    folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture(autouse=True)
+def unload():
+    yield
+    comfy.model_management.unload_all_models()
+
+
+def run(model) -> torch.Tensor:
+    """One forward of a loaded MODEL at sigma 0.7: [1, 16, 3, 8, 8] latents and 16 text tokens."""
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    context = torch.randn(1, wan_files.TEXT_LEN, DIMS.text_dim, generator=generator)
+    with torch.no_grad():
+        return model.model.apply_model(latents, torch.tensor([0.7]), c_crossattn=context)
+
+
+def comfyui_model(tmp_path: Path, tensors: dict, metadata: dict | None = None, **options):
+    """The same weights through ComfyUI's own loader from a plain bare file."""
+    path = tmp_path / "reference.safetensors"
+    save_file(tensors, path, metadata={"config": CONFIG} if metadata is None else metadata)
+    return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_identical_output(layout: str, loading, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    model, info = loading.load_wan(LAYOUTS[layout](tmp_path, weights, tiny_wan(1)))
+    assert type(model.model) is comfy.model_base.WAN21_CausalAR
+    assert model.model.model_sampling.shift == 5.0
+    expected = run(comfyui_model(tmp_path, weights))
+    assert expected.abs().mean() > 1e-3
+    assert torch.equal(run(model), expected)
+
+
+def test_the_choice_of_weights_reaches_the_model(loading, tmp_path: Path) -> None:
+    path = LAYOUTS["self forcing, ema and generator"](tmp_path, tiny_wan(0), tiny_wan(1))
+    model, _ = loading.load_wan(path, weights="generator")
+    assert torch.equal(run(model), run(comfyui_model(tmp_path, tiny_wan(1))))
+
+
+def test_comfyui_alone_takes_a_single_key_pickle_for_a_bidirectional_wan(tmp_path: Path) -> None:
+    """The trap of METHOD.md, kept here so that we learn when ComfyUI changes."""
+    dims = wan_files.WanDims(
+        dim=128, depth=1, ffn_dim=128, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16
+    )
+    torch.save({"generator": prefixed(tiny_wan(0, dims), "model.")}, tmp_path / "model.pt")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.pt"))
+    assert type(model.model) is comfy.model_base.WAN21
+
+
+def ar_video(model, frames: int = 3) -> torch.Tensor:
+    """ComfyUI's own autoregressive sampler, two steps."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(1, 16, frames, 8, 8, generator=generator)
+    context = torch.randn(1, wan_files.TEXT_LEN, DIMS.text_dim, generator=generator)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds([[context, {}]], [[context, {}]])
+    guider.set_cfg(1.0)
+    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 1})
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+
+def test_comfyuis_own_ar_sampler_runs_a_pickle_loaded_here(loading, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    model, _ = loading.load_wan(LAYOUTS["causvid, generator"](tmp_path, weights, {}))
+    expected = ar_video(comfyui_model(tmp_path, weights))
+    assert torch.isfinite(expected).all()
+    assert torch.equal(ar_video(model), expected)
+
+
+@pytest.mark.skipif(not PARITY, reason="tests/data holds no *.model.safetensors")
+@pytest.mark.parametrize("path", PARITY, ids=lambda path: path.name)
+def test_parity_files_load_whole(path: Path, loading) -> None:
+    model, info = loading.load_wan(path)
+    assert info.causal_marker == "header"
+    stored = comfy.utils.load_torch_file(str(path))
+    loaded = model.model.diffusion_model.state_dict()
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+# --- dtypes and quantised files ---
+
+
+@pytest.mark.parametrize(("choice", "dtype"), [("fp8_e4m3fn", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_weight_dtype_is_comfyuis(choice: str, dtype: torch.dtype, loading, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    model, _ = loading.load_wan(LAYOUTS["krea, flat model."](tmp_path, weights, {}), weight_dtype=choice)
+    assert model.model.diffusion_model.blocks[0].ffn[0].weight.dtype == dtype
+    assert torch.equal(run(model), run(comfyui_model(tmp_path, weights, dtype=dtype)))
+    with pytest.raises(ValueError, match="weight_dtype='int3' is not known; choose one of default"):
+        loading.load_wan(tmp_path / "model.safetensors", weight_dtype="int3")
+
+
+def scaled_fp8(weights: dict) -> tuple[dict, dict]:
+    """Float8 block weights and their scales: (weight key -> float8, layer -> scale)."""
+    quantized, scales = dict(weights), {}
+    for key, value in weights.items():
+        if key.startswith("blocks.") and value.ndim == 2:
+            layer = key.removesuffix(".weight")
+            scales[layer] = value.abs().max() / 448
+            quantized[key] = (value / scales[layer]).to(torch.float8_e4m3fn)
+    return quantized, scales
+
+
+def legacy_file(weights: dict) -> tuple[dict, dict]:
+    quantized, scales = scaled_fp8(weights)
+    extra = {f"{layer}.scale_weight": scale for layer, scale in scales.items()}
+    # Two elements ask for full-precision products, which a CPU can run.
+    return quantized | extra | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {"config": CONFIG}
+
+
+def marked_file(weights: dict) -> tuple[dict, dict]:
+    quantized, scales = scaled_fp8(weights)
+    entry = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    mark = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    for layer, scale in scales.items():
+        quantized |= {f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": mark.clone()}
+    return quantized, {"config": CONFIG}
+
+
+def header_file(weights: dict) -> tuple[dict, dict]:
+    quantized, scales = scaled_fp8(weights)
+    quantized |= {f"{layer}.weight_scale": scale for layer, scale in scales.items()}
+    layers = {layer: {"format": "float8_e4m3fn", "full_precision_matrix_mult": True} for layer in scales}
+    return quantized, {"config": CONFIG, "_quantization_metadata": json.dumps({"layers": layers})}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kind", [legacy_file, marked_file, header_file])
+def test_fp8_files_reach_comfyui_intact(kind, prefix: str, loading, tmp_path: Path) -> None:
+    tensors, metadata = kind(tiny_wan(0))
+    expected = run(comfyui_model(tmp_path, tensors, metadata))
+    if prefix and "_quantization_metadata" in metadata:
+        layers = json.loads(metadata["_quantization_metadata"])["layers"]
+        metadata = metadata | {"_quantization_metadata": json.dumps({"layers": prefixed(layers, prefix)})}
+    save_file(prefixed(tensors, prefix), tmp_path / "model.safetensors", metadata=metadata)
+    model, info = loading.load_wan(tmp_path / "model.safetensors")
+    assert "float8" in info.quantization
+    # Not equal to the bit: another file length moves the mapped tensors, and with them the CPU's rounding.
+    torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+    exact = run(comfyui_model(tmp_path, tiny_wan(0)))
+    assert (expected - exact).abs().mean() < 0.1 * exact.abs().mean()  # the scales were applied
+
+
+# --- LoRA ---
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_a_lora_changes_weights_by_exactly_its_product(layout: str, strength: float, loading, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    model, info = loading.load_wan(LAYOUTS["comfyui, bare"](tmp_path, weights, {}))
+    path, scale = write_lora(tmp_path, layout)
+    patched, lora = loading.apply_lora(model, path, strength, info)
+    assert len(lora.targets) == len(LORA_LAYERS)
+    merged = dict(weights)
+    for layer, (up, down) in lora_pairs().items():
+        merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + strength * scale * (up @ down)
+    output = run(patched)
+    loaded = patched.model.diffusion_model.state_dict()
+    for key, value in merged.items():
+        torch.testing.assert_close(loaded[key], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, run(comfyui_model(tmp_path, merged)), rtol=0, atol=1e-5)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(run(model), run(comfyui_model(tmp_path, weights)))  # the base is as it was
+    assert (run(model) - output).abs().max() > 1e-3
+
+
+def test_norm_and_bias_differences_are_applied(loading, tmp_path: Path) -> None:
+    weights = tiny_wan(0)
+    model, info = loading.load_wan(LAYOUTS["comfyui, bare"](tmp_path, weights, {}))
+    changes = {
+        "diffusion_model.blocks.0.norm3.diff": ("blocks.0.norm3.weight", torch.full((128,), 0.25)),
+        "diffusion_model.blocks.0.ffn.0.diff_b": ("blocks.0.ffn.0.bias", torch.full((256,), 0.5)),
+    }
+    save_file({key: value for key, (_, value) in changes.items()}, tmp_path / "lora.safetensors")
+    patched, _ = loading.apply_lora(model, tmp_path / "lora.safetensors", 2.0, info)
+    merged = dict(weights)
+    for target, value in changes.values():
+        merged[target] = weights[target] + 2.0 * value
+    torch.testing.assert_close(run(patched), run(comfyui_model(tmp_path, merged)), rtol=0, atol=1e-5)
+
+
+def test_comfyui_alone_never_applies_a_modulation_difference(tmp_path: Path) -> None:
+    """Why such LoRAs are refused; when this fails, ComfyUI has learnt it and they can be allowed."""
+    model = comfyui_model(tmp_path, tiny_wan(0))
+    patched = model.clone()
+    patch = {"diffusion_model.blocks.1.modulation": ("diff", (torch.ones(1, 6, 128),))}
+    assert patched.add_patches(patch, 1.0) == list(patch)
+    assert torch.equal(run(patched), run(model))
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(loading, tmp_path: Path) -> None:
+    model, info = loading.load_wan(LAYOUTS["comfyui, bare"](tmp_path, tiny_wan(0), {}))
+    save_file({"blocks.9.ffn.0.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="lora.safetensors"):
+        loading.apply_lora(model, tmp_path / "lora.safetensors", 1.0, info)
+    path, _ = write_lora(tmp_path, "comfyui, no alpha")
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="lora_strength=.*must be a finite number"):
+            loading.apply_lora(model, path, strength, info)
+    assert not model.patches
+
+
+# --- the node ---
+
+
+WIDGETS = {
+    "weights": "auto",
+    "weight_dtype": "default",
+    "frames_per_chunk": 0,
+    "window": 0,
+    "sink": -1,
+    "positions": "auto",
+}
+
+
+def settings_of(model):
+    return model.model_options["diagonal_causal_settings"]
+
+
+def test_node_lists_pickles_and_safetensors_of_both_folders(node, folders) -> None:
+    for kind, name in (("diffusion_models", "a.pt"), ("checkpoints", "b.safetensors"), ("checkpoints", "c.pkl")):
+        (folders[kind] / name).write_bytes(b"x")
+    (folders["loras"] / "l.pt").write_bytes(b"x")
+    options = {entry.id: entry for entry in node.define_schema().inputs}
+    assert options["ckpt_name"].options == ["a.pt", "b.safetensors"]
+    assert options["lora_name"].options == ["none", "l.pt"]
+
+
+def test_every_widget_has_a_tooltip(node) -> None:
+    schema = node.define_schema()
+    assert schema.category == "Diagonal/loaders"
+    assert all(entry.tooltip and len(entry.tooltip) > 20 for entry in schema.inputs)
+
+
+def test_node_makes_a_causal_model_and_reports(node, folders, caplog) -> None:
+    LAYOUTS["self forcing, ema and generator"](folders["diffusion_models"], tiny_wan(0), tiny_wan(1))
+    write_lora(folders["loras"], "longlive, generator_lora")
+    with caplog.at_level(logging.WARNING):
+        output = node.execute(ckpt_name="model.pt", lora_name="lora.pt", lora_strength=0.5, **WIDGETS)
+    model, report = output.args
+    settings = settings_of(model)
+    assert (settings.frames_per_chunk, settings.window, settings.sink) == (3, 12, 3)
+    assert "model.pt: Wan text-to-video" in report and "'generator_ema'" in report
+    assert "lora.pt: PEFT" in report and "rank 4, strength 0.5" in report
+    assert "3 latent frames a chunk, window 12, sink 3" in report
+    assert "warning" not in report and not [r for r in caplog.records if "model_loader" in r.name]
+    assert len(model.patches) == len(LORA_LAYERS)
+
+
+def test_defaults_come_from_the_file_and_a_contradiction_warns(node, folders, caplog) -> None:
+    header = {"config": CONFIG, "frames_per_chunk": "1", "window": "7", "sink": "1"}
+    save_file(tiny_wan(0), folders["checkpoints"] / "own.safetensors", metadata=header)
+    model, report = node.execute(ckpt_name="own.safetensors", **WIDGETS).args
+    settings = settings_of(model)
+    assert (settings.frames_per_chunk, settings.window, settings.sink) == (1, 7, 1)
+    assert "warning" not in report
+    assert model.get_attachment("diagonal_provenance").window == 7
+    with caplog.at_level(logging.WARNING):
+        model, report = node.execute(ckpt_name="own.safetensors", **(WIDGETS | {"window": -1, "sink": 0})).args
+    assert (settings_of(model).window, settings_of(model).sink) == (-1, 0)
+    for sentence in (
+        "window is set to -1, but the file was trained with 7",
+        "sink is set to 0, but the file was trained with 1",
+    ):
+        assert f"warning: {sentence}" in report
+        assert any(sentence in record.getMessage() for record in caplog.records)
+
+
+def test_an_unmarked_file_warns(node, folders) -> None:
+    LAYOUTS["comfyui, bare without header"](folders["diffusion_models"], tiny_wan(0), {})
+    _, report = node.execute(ckpt_name="model.safetensors", **WIDGETS).args
+    assert "warning: nothing in the file says that it was trained causally" in report
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "missing"])
+def test_a_name_is_never_a_path(kind: str, node, folders, tmp_path: Path) -> None:
+    outside = LAYOUTS["comfyui, bare"](tmp_path, tiny_wan(0), {})
+    name = {
+        "relative": os.path.relpath(outside, folders["diffusion_models"]),
+        "absolute": str(outside),
+        "missing": "no.safetensors",
+    }[kind]
+    with pytest.raises(ValueError, match="ckpt_name=.*is not in models/diffusion_models or models/checkpoints"):
+        node.execute(ckpt_name=name, **WIDGETS)
+    LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    with pytest.raises(ValueError, match="lora_name=.*is not in models/loras"):
+        node.execute(ckpt_name="model.safetensors", lora_name=name, **WIDGETS)
+
+
+def test_errors_of_the_file_reach_the_user(node, folders) -> None:
+    write_lora(folders["diffusion_models"], "longlive, generator_lora")
+    with pytest.raises(ValueError, match="lora.pt.*is a LoRA"):
+        node.execute(ckpt_name="lora.pt", **WIDGETS)
+    LAYOUTS["comfyui, bare"](folders["loras"], tiny_wan(0), {})
+    LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    with pytest.raises(ValueError, match="whole model, not a LoRA"):
+        node.execute(ckpt_name="model.safetensors", lora_name="model.safetensors", **WIDGETS)
+    with pytest.raises(ValueError, match="window is 4 latent frames but must hold the sink"):
+        node.execute(ckpt_name="model.safetensors", **(WIDGETS | {"window": 4}))
+
+
+def test_a_replaced_file_has_another_fingerprint(node, folders) -> None:
+    path = LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    before = node.fingerprint_inputs(ckpt_name="model.safetensors", **WIDGETS)
+    assert before == node.fingerprint_inputs(ckpt_name="model.safetensors", lora_name="none", **WIDGETS)
+    os.utime(path, ns=(1, 1))
+    assert node.fingerprint_inputs(ckpt_name="model.safetensors", **WIDGETS) != before
