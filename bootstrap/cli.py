@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import OUTPUT, ROOT, host, packages, server
-from .processes import CHILDREN, STATUS, Interrupted, Problem, child_environment, shorten
+from .processes import CHILDREN, STATUS, Interrupted, Problem, runtime_environment, shorten
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 MAX_SEED = 2**64 - 1
@@ -105,7 +105,7 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
     before = set(OUTPUT.glob(f"{prefix}*"))
     done = False
     try:
-        job = CHILDREN.start(command, stdin=subprocess.DEVNULL, cwd=ROOT, env=child_environment())
+        job = CHILDREN.start(command, stdin=subprocess.DEVNULL, cwd=ROOT, env=runtime_environment())
         while job.poll() is None:
             server.require_alive(process)
             time.sleep(0.1)
@@ -128,7 +128,7 @@ def _delete(paths: set[Path]) -> None:
 def run_tests(comfyui: Path, arguments: list[str]) -> int:
     """Run pytest over tests/ in `.venv` and return its exit code."""
     command = [packages.PYTHON, "-m", "pytest", *arguments]
-    process = CHILDREN.start(command, cwd=ROOT, env=child_environment(COMFYUI_DIR=str(comfyui)))
+    process = CHILDREN.start(command, cwd=ROOT, env=runtime_environment(COMFYUI_DIR=str(comfyui)))
     while process.poll() is None:
         time.sleep(0.2)
     CHILDREN.stop(process)

@@ -140,6 +140,16 @@ def child_environment(**extra: str) -> dict[str, str]:
     return {**environment, "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **extra}
 
 
+def runtime_environment(**extra: str) -> dict[str, str]:
+    """Return the environment for ComfyUI and the tests: byte code is kept, for quick starts, and kept in `.host`.
+
+    An existing install thus stays as it is.
+    """
+    environment = child_environment(PYTHONPYCACHEPREFIX=str(HOST / "pycache"), **extra)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
 def succeeds(command: Sequence[object], timeout: float = 120.0) -> bool:
     """Whether a short command ends with code 0."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

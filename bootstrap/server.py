@@ -17,7 +17,7 @@ from pathlib import Path
 from . import HOST, OUTPUT
 from .host import FETCHED, link_pack
 from .packages import PYTHON
-from .processes import CHILDREN, DISK_ERRORS, STATUS, Problem, child_environment, shorten, succeeds
+from .processes import CHILDREN, DISK_ERRORS, STATUS, Problem, runtime_environment, shorten, succeeds
 
 BASE = HOST / "base"  # ComfyUI's own folders: input, user, temp, and for a fetched host models and custom_nodes
 LOG = HOST / "logs" / "server.log"
@@ -87,13 +87,13 @@ def start(comfyui: Path, *, port: int | None, gpu: bool) -> tuple[subprocess.Pop
     command += ["--base-directory", str(BASE)] if fetched else []
     # The other packs of an install need packages that `.venv` does not have.
     command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", pack]
-    # Byte code goes to `.host` too, so that an existing install stays as it is.
-    environment = child_environment(PYTHONPYCACHEPREFIX=str(HOST / "pycache"))
     STATUS.step(f"Starting ComfyUI on the {'GPU' if gpu else 'CPU'} ...")
     LOG.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with LOG.open("wb") as log:
-        process = CHILDREN.start(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=BASE, env=environment)
+        process = CHILDREN.start(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=BASE, env=runtime_environment()
+        )
     url = f"http://127.0.0.1:{port}"
     while not answers(f"{url}/system_stats"):
         require_alive(process)
