@@ -17,10 +17,18 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def axis_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
-    """Angular frequencies [dim/2] in radians per position, float64: theta^(-2j/dim)."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+def axis_frequencies(dim: int) -> Tensor:
+    """Angular frequencies [dim/2] in radians per position, float64 on the CPU: theta^(-2j/dim).
+
+    On the CPU, because Apple's GPUs have no float64 and float32 angles are off by 1e-4 at position 1000.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
     return THETA**-exponent
+
+
+def _turns(angles: Tensor, device: torch.device | None) -> Tensor:
+    """Cosine and sine [..., 2] in float32 of float64 angles."""
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
 def rotation_table(
@@ -44,19 +52,19 @@ def rotation_table(
     """
     dims = axis_dims(head_dim)
     positions = (
-        torch.arange(frames, dtype=torch.float64, device=device) + start,
-        torch.arange(height, dtype=torch.float64, device=device),
-        torch.arange(width, dtype=torch.float64, device=device),
+        torch.arange(frames, dtype=torch.float64, device="cpu") + start,
+        torch.arange(height, dtype=torch.float64, device="cpu"),
+        torch.arange(width, dtype=torch.float64, device="cpu"),
     )
     grid = (frames, height, width)
     parts = []
-    for axis, (dim, position) in enumerate(zip(dims, positions)):
-        angle = torch.outer(position, axis_frequencies(dim, device))
+    for axis, (dim, position) in enumerate(zip(dims, positions, strict=True)):
+        angle = torch.outer(position, axis_frequencies(dim))
         view = [1, 1, 1, dim // 2]
         view[axis] = grid[axis]
         parts.append(angle.view(view).expand(*grid, dim // 2))
     angles = torch.cat(parts, dim=-1).reshape(frames * height * width, head_dim // 2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+    return _turns(angles, device)
 
 
 def rotate(x_BLND: Tensor, table_LP2: Tensor) -> Tensor:
@@ -71,7 +79,6 @@ def rotate(x_BLND: Tensor, table_LP2: Tensor) -> Tensor:
 def rotate_time_(keys_BLND: Tensor, shift: float) -> None:
     """Move rotated keys [B, L, N, D] by `shift` positions in time, in place; only the time channels change."""
     time_dim = axis_dims(keys_BLND.shape[-1])[0]
-    angles = axis_frequencies(time_dim, keys_BLND.device) * shift
-    table = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+    table = _turns(axis_frequencies(time_dim) * shift, keys_BLND.device)
     time = keys_BLND[..., :time_dim]
     time.copy_(rotate(time, table[None]))
