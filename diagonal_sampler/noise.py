@@ -23,8 +23,8 @@ class NoiseSource(Protocol):
 class SeededNoise:
     """Gaussian noise drawn on the CPU from one generator a draw, so that no draw depends on another.
 
-    The same seed gives the same noise on any device, a longer clip begins like a shorter one, and a run resumed at
-    chunk k needs no replay. The global random state is neither read nor changed.
+    The same seed gives the same noise on any device, a longer clip begins with the whole chunks of a shorter one, and
+    a run resumed at chunk k needs no replay. The global random state is neither read nor changed.
 
     Args:
         seed: any integer; only its low 64 bits count.
@@ -42,5 +42,7 @@ class SeededNoise:
         digest = hashlib.blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         batch, channels, height, width = self.shape
-        noise = torch.randn((batch, channels, frames, height, width), generator=self._generator)
-        return noise.to(self.device, non_blocking=True)
+        shape = (batch, channels, frames, height, width)
+        # Said in full: torch's default dtype and device may be another pack's.
+        noise = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return noise.to(self.device)

@@ -19,6 +19,11 @@ def shift_sigma(u: float, shift: float) -> float:
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
+def _require_shift(shift: float) -> None:
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift is {shift}; it must be a positive number (Wan: 5).")
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A published sampling recipe.
@@ -149,14 +154,13 @@ class DiagonalSchedule:
                 raise ValueError(f"chunk {chunk} has {len(row)} steps; the most is {MAX_STEPS}.")
             if not all(math.isfinite(sigma) and 0 < sigma <= 1 for sigma in row):
                 raise ValueError(f"sigmas of chunk {chunk} are {row}; each must be in (0, 1].")
-            if any(a <= b for a, b in zip(row, row[1:])):
+            if any(a <= b for a, b in zip(row, row[1:], strict=False)):
                 raise ValueError(f"sigmas of chunk {chunk} are {row}; they must descend.")
         if self.context_mode not in CONTEXT_MODES:
             raise ValueError(f"context_mode is {self.context_mode!r}; choose one of {', '.join(CONTEXT_MODES)}.")
         if not 0 <= self.context_sigma <= 1:
             raise ValueError(f"context_sigma is {self.context_sigma}; it must be in [0, 1].")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift is {self.shift}; it must be a positive number (Wan: 5).")
+        _require_shift(self.shift)
         if self.frames_per_chunk is not None and self.frames_per_chunk < 1:
             raise ValueError(f"frames_per_chunk is {self.frames_per_chunk}; it must be at least 1 latent frame.")
 
@@ -171,7 +175,14 @@ class DiagonalSchedule:
         context_sigma: float = DEFAULT_CONTEXT_SIGMA,
         frames_per_chunk: int | None = None,
     ) -> DiagonalSchedule:
-        """Build from steps per chunk, the last repeating; see `select_times` for the rule."""
+        """Build from steps per chunk, the last repeating; see `select_times` for the rule.
+
+        Raises:
+            ValueError: no steps, a count out of range, or a value that DiagonalSchedule refuses.
+        """
+        if not steps:
+            raise ValueError("steps is empty; give the steps of at least one chunk, such as (4, 3, 2).")
+        _require_shift(shift)
         sigmas = tuple(tuple(shift_sigma(u, shift) for u in select_times(times, count)) for count in steps)
         return cls(
             sigmas=sigmas,

@@ -1,0 +1,86 @@
+"""Seeded noise: a function of seed, chunk and step alone, and really Gaussian."""
+
+import random
+
+import pytest
+import torch
+
+from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, SeededNoise
+
+SHAPE = (2, 16, 6, 8)
+
+
+def test_same_seed_same_noise_whatever_ran_before():
+    fresh = SeededNoise(7, SHAPE)(3, 1, 3)
+    used = SeededNoise(7, SHAPE)
+    for chunk, step in ((0, INITIAL_STEP), (3, 0), (9, CONTEXT_STEP)):
+        used(chunk, step, 2)
+    torch.manual_seed(99)
+    torch.randn(10)
+    assert torch.equal(used(3, 1, 3), fresh)
+    assert torch.equal(used(3, 1, 3), fresh)
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    before = torch.get_rng_state()
+    python_before = random.getstate()
+    first = SeededNoise(7, SHAPE)(0, INITIAL_STEP, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python_before
+    torch.manual_seed(1234)
+    assert torch.equal(SeededNoise(7, SHAPE)(0, INITIAL_STEP, 3), first)
+    torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("draw", [(0, 0), (0, INITIAL_STEP), (1, 0), (0, CONTEXT_STEP), (-1, CONTEXT_STEP), (11, 2)])
+def test_shape_and_dtype(draw):
+    noise = SeededNoise(0, SHAPE)(*draw, 3)
+    assert noise.shape == (2, 16, 3, 6, 8)
+    assert noise.dtype == torch.float32
+
+
+def test_global_defaults_do_not_reach_the_noise():
+    expected = SeededNoise(5, SHAPE)(0, 0, 3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = SeededNoise(5, SHAPE)(0, 0, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_draws_are_standard_normal_and_uncorrelated():
+    keys = [(chunk, step) for chunk in range(-3, 12) for step in (CONTEXT_STEP, INITIAL_STEP, 0, 1, 2, 3)]
+    source = SeededNoise(3, (1, 16, 8, 8))
+    draws = torch.stack([source(chunk, step, 3).flatten() for chunk, step in keys])
+    numbers = draws.shape[1]
+    correlation = (draws @ draws.T) / numbers
+    # Each entry is 0 or, on the diagonal, 1, with a deviation of about 1/sqrt(numbers); six of them leave room.
+    limit = 6 / numbers**0.5
+    assert (correlation - torch.eye(len(keys))).fill_diagonal_(0).abs().max() < limit
+    assert (correlation.diagonal() - 1).abs().max() < limit * 2**0.5
+    assert draws.mean(dim=1).abs().max() < limit
+    sorted_draws = draws.flatten().sort().values.double()
+    ranks = (torch.arange(sorted_draws.numel()) + 0.5) / sorted_draws.numel()
+    distance = (torch.special.ndtr(sorted_draws) - ranks).abs().max()
+    assert distance < 2 / sorted_draws.numel() ** 0.5  # Kolmogorov-Smirnov: 1.95 is the 0.1% level
+
+
+def test_seeds_differ_and_all_64_bits_count():
+    def draw(seed: int) -> torch.Tensor:
+        return SeededNoise(seed, SHAPE)(0, 0, 1)
+
+    seeds = [0, 1, 2, 2**32, 2**53 + 1, 2**53, 2**63, 2**64 - 1]
+    draws = torch.stack([draw(seed).flatten() for seed in seeds])
+    assert (draws[:, None] - draws[None]).abs().amax(dim=2).fill_diagonal_(1).min() > 0.5
+    assert torch.equal(draw(-1), draw(2**64 - 1))
+    assert torch.equal(draw(2**64), draw(0))
+
+
+def test_samples_of_a_batch_differ():
+    noise = SeededNoise(0, SHAPE)(0, 0, 3)
+    assert (noise[0] * noise[1]).mean().abs() < 0.2
+    assert (noise[0] - noise[1]).abs().max() > 1

@@ -1,0 +1,264 @@
+"""The schedule against METHOD's numbers, its counts, and what it says of bad input."""
+
+import random
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from diagonal_sampler.schedule import (
+    CONTEXT_MODES,
+    DEFAULT_PRESET,
+    MAX_STEPS,
+    PRESETS,
+    DiagonalSchedule,
+    parse_sigmas,
+    parse_steps,
+    select_times,
+    shift_sigma,
+)
+
+FOUR = (1000.0, 933.063, 732.616, 357.143)
+THREE = (1000.0, 933.063, 357.143)
+TWO = (1000.0, 357.143)
+SELF_FORCING = (1000.0, 937.5, 833.3333, 625.0)
+KREA = (1000.0, 937.0, 833.0, 625.0)
+
+PUBLISHED = {
+    "diagonal 4-3-2": ((FOUR, THREE, TWO, TWO, TWO, TWO, TWO), "noisy", None, 17),
+    "diagonal 4-2": ((FOUR, TWO, TWO, TWO, TWO, TWO, TWO), "noisy", None, 16),
+    "self forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
+    "longlive": ((SELF_FORCING,) * 7, "clean", None, 35),
+    "causal forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
+    "causal forcing framewise": ((SELF_FORCING,) * 7, "clean", 1, 35),
+    "krea": ((KREA,) * 7, "clean", None, 35),
+}
+
+
+def flat(rows) -> list[float]:
+    return [value for row in rows for value in row]
+
+
+def test_every_preset_is_checked():
+    assert set(PUBLISHED) == set(PRESETS)
+    assert DEFAULT_PRESET == "diagonal 4-3-2"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_the_published_timesteps(name):
+    rows, context_mode, frames_per_chunk, nfe = PUBLISHED[name]
+    schedule = DiagonalSchedule.preset(name)
+    assert [schedule.steps(chunk) for chunk in range(7)] == [len(row) for row in rows]
+    timesteps = flat([1000 * sigma for sigma in schedule.chunk_sigmas(chunk)] for chunk in range(7))
+    assert timesteps == pytest.approx(flat(rows), abs=1e-3)
+    assert schedule.context_mode == context_mode
+    assert schedule.frames_per_chunk == frames_per_chunk
+    assert schedule.nfe(7) == nfe
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_any_number_of_steps_keeps_first_and_last_and_descends(name):
+    published = PUBLISHED[name][0][0]
+    for steps in range(1, 61):
+        row = DiagonalSchedule.preset(name, steps=(steps,)).sigmas[0]
+        assert len(row) == steps
+        assert 1000 * row[0] == pytest.approx(published[0], abs=1e-3)
+        if steps > 1:
+            assert 1000 * row[-1] == pytest.approx(published[-1], abs=1e-3)
+        assert all(a > b for a, b in zip(row, row[1:], strict=False))
+
+
+@pytest.mark.parametrize("steps", [99, 100, 101, 500, MAX_STEPS])
+def test_large_step_counts_still_descend(steps):
+    for name in PRESETS:
+        assert DiagonalSchedule.preset(name, steps=(steps,)).steps(0) == steps
+
+
+def test_more_steps_than_the_list_pass_through_its_entries():
+    times = PRESETS["diagonal 4-3-2"].times
+    assert select_times(times, 7)[::2] == times
+    assert select_times(times, 4) == times
+
+
+def test_shift_of_known_values():
+    assert shift_sigma(0.0, 5.0) == 0.0
+    assert shift_sigma(1.0, 5.0) == 1.0
+    assert shift_sigma(0.5, 5.0) == pytest.approx(5 / 6)
+    assert shift_sigma(0.1, 5.0) == pytest.approx(0.357142857)
+    assert shift_sigma(0.3, 1.0) == pytest.approx(0.3)
+
+
+def test_a_presets_shift_can_be_changed():
+    row = DiagonalSchedule.preset("self forcing", shift=3.0).sigmas[0]
+    assert row == pytest.approx((1.0, 0.9, 0.75, 0.5))
+    assert DiagonalSchedule.preset("self forcing", shift=3.0).shift == 3.0
+
+
+def test_uniform_is_evenly_spaced_before_the_shift():
+    assert DiagonalSchedule.uniform(4, shift=1.0).sigmas == ((1.0, 0.75, 0.5, 0.25),)
+    assert DiagonalSchedule.uniform(4).sigmas[0] == pytest.approx((1.0, 0.9375, 5 / 6, 0.625))
+    assert DiagonalSchedule.uniform(50).nfe(7) == 7 * 51
+
+
+def test_last_row_repeats():
+    schedule = DiagonalSchedule(sigmas=((1.0, 0.5, 0.25), (1.0,)))
+    assert [schedule.steps(chunk) for chunk in range(5)] == [3, 1, 1, 1, 1]
+    assert schedule.chunk_sigmas(100) == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("context_mode", "extra", "cache_pass", "given"),
+    [("noisy", 0, None, 0.25), ("clean", 1, 0.0, 0.0), ("renoise", 1, 0.125, 0.125)],
+)
+def test_context_modes_count_their_extra_forward(context_mode, extra, cache_pass, given):
+    schedule = DiagonalSchedule(sigmas=((1.0, 0.25), (1.0, 0.5)), context_mode=context_mode, context_sigma=0.125)
+    assert schedule.cache_pass_sigma == cache_pass
+    assert schedule.given_context_sigma == given
+    for chunks in range(6):
+        assert schedule.nfe(chunks) == (2 + extra) * chunks
+
+
+def test_nfe_adds_up_over_random_tables():
+    rng = random.Random(0)
+    for _ in range(100):
+        steps = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 5)))
+        mode = rng.choice(CONTEXT_MODES)
+        chunks = rng.randint(0, 12)
+        counts = (list(steps) + [steps[-1]] * chunks)[:chunks]
+        schedule = DiagonalSchedule.from_steps(steps, context_mode=mode)
+        assert schedule.nfe(chunks) == sum(counts) + (chunks if mode != "noisy" else 0)
+
+
+def test_video_to_video_starts_at_its_sigma():
+    schedule = DiagonalSchedule.preset("diagonal 4-3-2").start_at(0.8)
+    assert schedule.sigmas[0] == pytest.approx((0.8, 0.732616, 0.357143), abs=1e-6)
+    assert schedule.sigmas[1] == pytest.approx((0.8, 0.357143), abs=1e-6)
+    assert schedule.start_at(0.1).sigmas == ((0.1,), (0.1,), (0.1,))
+    whole = DiagonalSchedule.preset("self forcing")
+    assert whole.start_at(1.0) == whole
+
+
+def test_description_says_what_it_costs_and_saves():
+    text = DiagonalSchedule.preset("diagonal 4-3-2").describe(7)
+    for part in ("4,3,2,2,...", "17 forwards", "7 chunks", "35", "2.06x", "noisy"):
+        assert part in text, text
+    assert "..." not in DiagonalSchedule.preset("diagonal 4-3-2").describe(3)
+    assert "1.00x" in DiagonalSchedule.preset("self forcing").describe(7)
+
+
+def test_a_context_of_almost_pure_noise_is_warned_of():
+    one = DiagonalSchedule.from_steps((1,))
+    assert any("0.36" in w or "pure noise" in w for w in one.warnings())
+    assert DiagonalSchedule.from_steps((4, 1)).warnings()
+    assert not replace(one, context_mode="clean").warnings()
+    assert not any(DiagonalSchedule.preset(name).warnings() for name in PRESETS)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: DiagonalSchedule(sigmas=()), "sigmas"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,), ())), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, 0.0),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((1.5, 0.5),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, -0.5),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, NAN),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((INF,),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((0.5, 1.0),)), "sigmas of chunk 0"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,), (0.5, 0.5))), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=(tuple(1 - i / 2000 for i in range(1001)),)), "steps"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), context_mode="dirty"), "context_mode"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), context_sigma=1.1), "context_sigma"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), context_sigma=NAN), "context_sigma"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), shift=0.0), "shift"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), shift=INF), "shift"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,),), frames_per_chunk=0), "frames_per_chunk"),
+        (lambda: DiagonalSchedule.from_steps((4, 0)), "steps"),
+        (lambda: DiagonalSchedule.from_steps((MAX_STEPS + 1,)), "steps"),
+        (lambda: DiagonalSchedule.from_steps(()), "steps"),
+        (lambda: DiagonalSchedule.from_steps((4,), shift=0.0), "shift"),
+        (lambda: DiagonalSchedule.from_steps((4,), shift=-3.0), "shift"),
+        (lambda: DiagonalSchedule.from_steps((4,), shift=NAN), "shift"),
+        (lambda: DiagonalSchedule.preset("self forcing", shift=0.0), "shift"),
+        (lambda: DiagonalSchedule.preset("wan"), "preset"),
+        (lambda: DiagonalSchedule.uniform(0), "steps"),
+        (lambda: DiagonalSchedule.preset("krea").start_at(0.0), "sigma"),
+        (lambda: DiagonalSchedule.preset("krea").start_at(1.01), "sigma"),
+    ],
+)
+def test_bad_input_names_the_parameter(build, named):
+    with pytest.raises(ValueError, match=named):
+        build()
+
+
+def test_frozen():
+    with pytest.raises(FrozenInstanceError):
+        DiagonalSchedule.preset("krea").shift = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("4,3,2", (4, 3, 2)), (" 4 , 2 ", (4, 2)), ("1000", (1000,)), ("5;3", (5, 3)), ("4,3,", (4, 3))],
+)
+def test_steps_are_read(text, steps):
+    assert parse_steps(text) == steps
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "0", "-1", "4,0", "1001", "4.5", "4x", "vier", "1e3", "9" * 5000])
+def test_bad_steps_are_refused(text):
+    with pytest.raises(ValueError, match="steps"):
+        parse_steps(text)
+
+
+def test_steps_round_trip_and_garbage_never_crashes():
+    rng = random.Random(1)
+    for _ in range(300):
+        steps = tuple(rng.randint(1, MAX_STEPS) for _ in range(rng.randint(1, 8)))
+        pad = " " * rng.randint(0, 2)
+        assert parse_steps(f"{pad},{pad}".join(map(str, steps))) == steps
+    for _ in range(2000):
+        text = "".join(rng.choice("0123456789,;. -+e_xn\n\u0663\u00b2") for _ in range(rng.randint(0, 12)))
+        try:
+            steps = parse_steps(text)
+        except ValueError as error:
+            assert "steps" in str(error)
+        else:
+            assert steps and all(1 <= count <= MAX_STEPS for count in steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("1, 0.93, 0.36; 1, 0.36", ((1.0, 0.93, 0.36), (1.0, 0.36))),
+        ("1,.5\n1,.25\n", ((1.0, 0.5), (1.0, 0.25))),
+        ("1,0.5;\n1", ((1.0, 0.5), (1.0,))),
+    ],
+)
+def test_sigmas_are_read(text, rows):
+    assert parse_sigmas(text) == rows
+    assert DiagonalSchedule(sigmas=parse_sigmas(text)).sigmas == rows
+
+
+@pytest.mark.parametrize("text", ["", ";", ",", "1,x", "nan", "1,inf", "1;,", "0.5,1", "1,0", "2", "1,,-1", "1 0.5"])
+def test_bad_sigmas_are_refused(text):
+    with pytest.raises(ValueError, match="sigmas"):
+        DiagonalSchedule(sigmas=parse_sigmas(text))
+
+
+def test_sigmas_round_trip_and_garbage_never_crashes():
+    rng = random.Random(2)
+    for _ in range(200):
+        rows = tuple(
+            tuple(sorted({round(rng.uniform(0.001, 1), 4) for _ in range(rng.randint(1, 6))}, reverse=True))
+            for _ in range(rng.randint(1, 5))
+        )
+        text = rng.choice([";", "\n", " ; "]).join(", ".join(map(repr, row)) for row in rows)
+        assert parse_sigmas(text) == rows
+    for _ in range(2000):
+        text = "".join(rng.choice("0123456789.,;\n -+einfa_") for _ in range(rng.randint(0, 14)))
+        try:
+            DiagonalSchedule(sigmas=parse_sigmas(text))
+        except ValueError as error:
+            assert "sigmas" in str(error)
