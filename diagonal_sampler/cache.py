@@ -89,7 +89,12 @@ class KVCache:
 
         Raises:
             ValueError: the chunk does not fit beside the sink, or goes beyond the clip.
+            RuntimeError: a chunk is open already.
         """
+        if self.frames:
+            raise RuntimeError(
+                "KVCache.begin inside a chunk, whose writes may have evicted history; commit() it first."
+            )
         if frames < 1 or self.committed + frames > self.total_frames:
             raise ValueError(
                 f"A chunk of {frames} latent frames after {self.committed} does not fit a clip of {self.total_frames}."
@@ -103,6 +108,8 @@ class KVCache:
 
     def commit(self) -> None:
         """Turn the current chunk, as its last forward wrote it, into sink or history."""
+        if self.frames == 0:
+            raise RuntimeError("KVCache.commit outside a chunk; call begin() first.")
         self.committed += self.frames
         self.frames = 0
 
@@ -132,7 +139,9 @@ class KVCache:
         return found
 
     def free(self) -> None:
-        """Drop every buffer. The cache must not be used afterwards."""
+        """Drop every buffer, also of conditions that someone still holds. The cache must not be used afterwards."""
+        for condition in self._conditions.values():
+            condition.free()
         self._conditions.clear()
 
     @property
@@ -186,11 +195,16 @@ class ConditionKV:
     def nbytes(self) -> int:
         return sum(layer.keys_BLND.nbytes + layer.values_BLND.nbytes for layer in self._layers.values())
 
+    def free(self) -> None:
+        """Drop the buffers of every layer."""
+        self._layers.clear()
+
     def update(self, index: int, keys_BLND: Tensor, values_BLND: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return everything that it attends to.
 
-        Without gradients the results are views of the buffer's prefix. With gradients they are copies in which the
-        current chunk keeps its graph and the history is detached, while the buffer receives detached values.
+        With grad mode off the results are views of the buffer's prefix. With it on they are copies, in which the
+        current chunk keeps its graph and the history is detached: backward may need them after the buffer has been
+        overwritten, even where the queries alone are trained. The buffer receives detached values.
 
         Args:
             index: layer, 0 <= index < layers.
@@ -208,7 +222,7 @@ class ConditionKV:
             raise ValueError(
                 f"{keys_BLND.shape[1]} tokens are no multiple of the chunk's {cache.frames} latent frames."
             )
-        layer = self._layer(index, keys_BLND, tokens)
+        layer = self._layer(index, keys_BLND, values_BLND, tokens)
         segments = cache.segments()
         self._advance(layer, tokens, segments)
 
@@ -219,14 +233,14 @@ class ConditionKV:
             layer.values_BLND[:, rows] = values_BLND[:, own].detach()
 
         filled = cache.filled * tokens
-        if torch.is_grad_enabled() and keys_BLND.requires_grad:
+        if torch.is_grad_enabled():
             kept = self._kept_runs(segments, tokens, filled)
             keys = torch.cat([*(layer.keys_BLND[:, run] for run in kept), keys_BLND], dim=1)
             values = torch.cat([*(layer.values_BLND[:, run] for run in kept), values_BLND], dim=1)
             return keys, values
         return layer.keys_BLND[:, :filled], layer.values_BLND[:, :filled]
 
-    def _layer(self, index: int, keys_BLND: Tensor, tokens: int) -> _Layer:
+    def _layer(self, index: int, keys_BLND: Tensor, values_BLND: Tensor, tokens: int) -> _Layer:
         layer = self._layers.get(index)
         batch, _, heads, head_dim = keys_BLND.shape
         shape = (batch, self.cache.capacity * tokens, heads, head_dim)
@@ -236,8 +250,7 @@ class ConditionKV:
                     f"This condition has no keys for the first {self.cache.committed} latent frames: it must take part "
                     "in every chunk from the first one on."
                 )
-            make = lambda: torch.empty(shape, dtype=keys_BLND.dtype, device=keys_BLND.device)  # noqa: E731
-            layer = self._layers[index] = _Layer(make(), make())
+            layer = self._layers[index] = _Layer(keys_BLND.new_empty(shape), values_BLND.new_empty(shape))
         elif layer.keys_BLND.shape != shape:
             raise ValueError(
                 f"Layer {index} was opened with keys {tuple(layer.keys_BLND.shape)} and now gets {shape}; one cache "

@@ -1,0 +1,544 @@
+"""The KV cache against a list of unrotated keys, and its bookkeeping against the rule in one line."""
+
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_wan import ListKV, kept_frames, normal, split
+
+from diagonal_sampler.cache import ConditionKV, KVCache, visible_frames
+from diagonal_sampler.rope import rotate, rotation_table
+from diagonal_sampler.settings import CausalSettings
+
+HEADS, HEAD_DIM, TOKENS = 2, 128, 2
+
+# window, sink, frames per chunk, frames of the clip: rings of a whole number of chunks and not, no sink, a sink that
+# is no whole number of chunks, one ring slot, chunks of one frame, a shorter last chunk, a clip inside the window.
+CASES = [
+    (12, 3, 3, 21),
+    (12, 0, 3, 20),
+    (10, 3, 3, 23),
+    (7, 2, 3, 16),
+    (8, 4, 3, 19),
+    (6, 3, 3, 14),
+    (5, 1, 1, 12),
+    (9, 1, 4, 22),
+    (4, 3, 1, 9),
+    (12, 3, 3, 8),
+    (-1, 3, 3, 11),
+]
+
+
+def settings_of(window: int, sink: int, chunk: int, positions: str = "absolute") -> CausalSettings:
+    return CausalSettings(frames_per_chunk=chunk, window=window, sink=sink, positions=positions)
+
+
+def random_settings(rng: random.Random, positions: str = "absolute") -> tuple[CausalSettings, int]:
+    chunk, sink = rng.randint(1, 4), rng.randint(0, 5)
+    window = sink + chunk + rng.randint(0, 8)
+    return settings_of(window, sink, chunk, positions), rng.randint(1, 3 * window)
+
+
+def table(frames: int, position: float) -> torch.Tensor:
+    return rotation_table(frames, 1, TOKENS, HEAD_DIM, start=position)
+
+
+def tagged(frames: range, batch: int = 1) -> torch.Tensor:
+    """Keys or values that say which latent frame they belong to."""
+    tags = torch.tensor([float(frame) for frame in frames]).repeat_interleave(TOKENS)
+    return tags[None, :, None, None].expand(batch, -1, HEADS, HEAD_DIM).contiguous()
+
+
+def attended_frames(values: torch.Tensor) -> list[int]:
+    """The tags found in values [B, L, N, D], sorted; every token of a frame must be there."""
+    tags = values[0, :, 0, 0].view(-1, TOKENS)
+    assert torch.equal(tags[:, :1].expand_as(tags), tags)
+    return sorted(int(tag) for tag in tags[:, 0])
+
+
+@torch.no_grad()
+def fill(cache: KVCache, condition: ConditionKV, chunks: int, chunk: int = 3) -> None:
+    """Commit `chunks` tagged chunks."""
+    for _ in range(chunks):
+        cache.begin(chunk)
+        tags = tagged(range(cache.start_frame, cache.start_frame + chunk))
+        for layer in range(condition.layers):
+            condition.update(layer, tags, tags)
+        cache.commit()
+
+
+# What is kept, and where it stands
+
+
+@torch.no_grad()
+def check_kept_frames(settings: CausalSettings, total: int) -> None:
+    cache = KVCache(settings, total)
+    condition = cache.condition("only", layers=1)
+    for start, stop in split(total, settings.frames_per_chunk):
+        cache.begin(stop - start)
+        kept = kept_frames(stop, settings.window, settings.sink)
+        tags = tagged(range(start, stop))
+        _, values = condition.update(0, tags, tags)
+        assert attended_frames(values) == kept
+        assert cache.start_frame == start
+        assert cache.filled == len(kept)
+        assert cache.evicted == stop - len(kept)
+        cache.commit()
+        assert cache.start_frame == stop
+    assert cache.nbytes == 2 * cache.capacity * TOKENS * HEADS * HEAD_DIM * 4
+
+
+@pytest.mark.parametrize(("window", "sink", "chunk", "total"), CASES)
+def test_each_chunk_sees_sink_newest_history_and_itself(window, sink, chunk, total):
+    check_kept_frames(settings_of(window, sink, chunk), total)
+
+
+def test_each_chunk_sees_sink_newest_history_and_itself_for_any_sizes():
+    rng = random.Random(0)
+    for _ in range(60):
+        check_kept_frames(*random_settings(rng))
+
+
+@torch.no_grad()
+def test_chunks_of_different_sizes_share_a_clip():
+    """A start image of one frame, then chunks of three, then a rest of two."""
+    settings = settings_of(7, 1, 3)
+    cache = KVCache(settings, 15)
+    condition = cache.condition("only", layers=1)
+    start = 0
+    for frames in (1, 3, 3, 3, 3, 2):
+        cache.begin(frames)
+        tags = tagged(range(start, start + frames))
+        start += frames
+        assert attended_frames(condition.update(0, tags, tags)[1]) == kept_frames(start, 7, 1)
+        cache.commit()
+
+
+def test_mask_follows_the_same_rule():
+    rng = random.Random(1)
+    for _ in range(60):
+        settings, total = random_settings(rng)
+        if rng.random() < 0.2:
+            settings = settings_of(-1, settings.sink, settings.frames_per_chunk)
+        chunks = split(total, settings.frames_per_chunk)
+        mask = visible_frames(total, [stop - start for start, stop in chunks], settings)
+        for start, stop in chunks:
+            kept = torch.zeros(total, dtype=torch.bool)
+            kept[kept_frames(stop, settings.window, settings.sink)] = True
+            assert torch.equal(mask[start:stop], kept.expand(stop - start, -1))
+
+
+def test_mask_refuses_chunks_that_do_not_add_up():
+    with pytest.raises(ValueError, match="add up"):
+        visible_frames(7, [3, 3], settings_of(-1, 0, 3))
+
+
+# Positions
+
+
+def test_position_of_the_query():
+    absolute = KVCache(settings_of(12, 3, 3), 30)
+    window = KVCache(settings_of(12, 3, 3, "window"), 30)
+    for chunk in range(10):
+        absolute.begin(3)
+        window.begin(3)
+        assert absolute.position == 3 * chunk
+        assert window.position == min(3 * chunk, 9)
+        absolute.commit()
+        window.commit()
+
+
+def test_auto_counts_in_the_window_only_beyond_the_trained_length():
+    auto = settings_of(12, 3, 3, "auto")
+    assert not auto.window_positions(21)
+    assert auto.window_positions(22)
+    assert not settings_of(12, 3, 3, "absolute").window_positions(1000)
+    assert settings_of(12, 3, 3, "window").window_positions(5)
+    assert not settings_of(-1, 3, 3, "window").window_positions(1000)
+
+
+@torch.no_grad()
+def check_against_list(settings: CausalSettings, total: int, scale: float, batch: int, forwards: int) -> None:
+    """Attention through the cache equals attention over an unrotated list, chunk by chunk."""
+    cache = KVCache(settings, total, time_scale=scale)
+    reference = ListKV(settings, total, scale)
+    condition = cache.condition("only", layers=1)
+    for seed, (start, stop) in enumerate(split(total, settings.frames_per_chunk)):
+        cache.begin(stop - start)
+        reference.begin(stop - start)
+        assert cache.position == pytest.approx(reference.position)
+        turns = table(stop - start, reference.position)
+        for forward in range(forwards):
+            q, k, v = normal(100 * seed + forward, 3, batch, (stop - start) * TOKENS, HEADS, HEAD_DIM)
+            q, k = rotate(q, turns), rotate(k, turns)
+            found, expected = (
+                F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, *kv.update(0, k, v))))
+                for kv in (condition, reference)
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        cache.commit()
+        reference.commit()
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@pytest.mark.parametrize(("window", "sink", "chunk", "total"), CASES)
+def test_attention_equals_a_list_of_unrotated_keys(window, sink, chunk, total, positions):
+    check_against_list(settings_of(window, sink, chunk, positions), total, scale=1.0, batch=2, forwards=1)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_time_scale_and_several_forwards(scale):
+    for window, sink, chunk, total in ((7, 2, 3, 16), (6, 0, 3, 15)):
+        check_against_list(settings_of(window, sink, chunk, "window"), total, scale, batch=1, forwards=2)
+
+
+def test_attention_equals_the_list_for_any_sizes():
+    rng = random.Random(2)
+    for _ in range(12):
+        settings, total = random_settings(rng, "window")
+        check_against_list(settings, min(total, 25), scale=1.0, batch=1, forwards=1)
+
+
+def test_inside_the_window_both_kinds_of_positions_are_the_same():
+    caches = [KVCache(settings_of(12, 3, 3, positions), 12) for positions in ("absolute", "window")]
+    conditions = [cache.condition("only", layers=1) for cache in caches]
+    with torch.no_grad():
+        for seed in range(4):
+            for cache in caches:
+                cache.begin(3)
+            assert caches[0].position == caches[1].position
+            k, v = normal(seed, 2, 1, 3 * TOKENS, HEADS, HEAD_DIM)
+            absolute, window = (condition.update(0, k, v) for condition in conditions)
+            assert torch.equal(absolute[0], window[0])
+            assert torch.equal(absolute[1], window[1])
+            for cache in caches:
+                cache.commit()
+
+
+@torch.no_grad()
+def test_the_two_kinds_of_positions_differ_once_a_frame_has_gone():
+    """Else every test of window positions above would pass without them."""
+    results = []
+    for positions in ("absolute", "window"):
+        cache = KVCache(settings_of(6, 2, 2, positions), 10)
+        condition = cache.condition("only", layers=1)
+        for seed in range(5):
+            cache.begin(2)
+            k, v = normal(seed, 2, 1, 2 * TOKENS, HEADS, HEAD_DIM)
+            turns = table(2, cache.position)
+            keys, values = condition.update(0, rotate(k, turns), v)
+            q = rotate(normal(50, 1, 2 * TOKENS, HEADS, HEAD_DIM), turns)
+            cache.commit()
+        results.append(F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, keys, values))))
+    assert (results[0] - results[1]).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_a_thousand_frames_in_bf16_keep_memory_and_precision():
+    """Positions inside the window: the last chunk is as exact as an early one, in the same buffer."""
+    settings = settings_of(12, 3, 3, "window")
+    cache = KVCache(settings, 1000)
+    exact = ListKV(settings, 1000)
+    condition = cache.condition("only", layers=1)
+    errors, places = [], set()
+    for seed, (start, stop) in enumerate(split(1000, 3)):
+        cache.begin(stop - start)
+        exact.begin(stop - start)
+        turns = table(stop - start, cache.position)
+        q, k, v = normal(seed, 3, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM).bfloat16()
+        keys, values = condition.update(0, rotate(k, turns), v)
+        places.add((keys.data_ptr(), values.data_ptr()))
+        check = seed in range(4, 10) or seed in range(320, 330)
+        listed = exact.update(0, rotate(k.float(), turns), v.float())
+        if check:
+            q = rotate(q.float(), turns)
+            found, expected = (
+                F.scaled_dot_product_attention(*(t.float().transpose(1, 2) for t in (q, *kv)))
+                for kv in ((keys, values), listed)
+            )
+            errors.append((found - expected).abs().max().item())
+        cache.commit()
+        exact.commit()
+        exact.history[0][3:-12] = [None] * max(0, len(exact.history[0]) - 15)  # what has gone needs no memory
+        assert cache.nbytes == 2 * 2 * 12 * TOKENS * HEADS * HEAD_DIM
+    assert len(places) == 1
+    assert cache.max_position == 11
+    early, late = max(errors[:6]), max(errors[6:])
+    assert late < 0.05
+    assert late < 2 * early
+
+
+# Overwriting and memory
+
+
+@torch.no_grad()
+def test_only_the_last_forward_of_a_chunk_counts():
+    rng = random.Random(3)
+    for window, sink, chunk, total in CASES[:6]:
+        results = []
+        for forwards in (1, 3):
+            cache = KVCache(settings_of(window, sink, chunk, "window"), total)
+            condition = cache.condition("only", layers=1)
+            for seed, (start, stop) in enumerate(split(total, chunk)):
+                cache.begin(stop - start)
+                for _ in range(forwards - 1):
+                    junk = normal(rng.randrange(10**6), 2, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM)
+                    condition.update(0, *junk)
+                last = condition.update(0, *normal(seed, 2, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM))
+                results.append([t.clone() for t in last])
+                cache.commit()
+        half = len(results) // 2
+        for once, often in zip(results[:half], results[half:], strict=True):
+            assert torch.equal(once[0], often[0])
+            assert torch.equal(once[1], often[1])
+
+
+@torch.no_grad()
+def test_one_allocation_for_the_whole_clip():
+    cache = KVCache(settings_of(7, 2, 3, "window"), 40)
+    condition = cache.condition("only", layers=2)
+    places, sizes = set(), set()
+    for start, stop in split(40, 3):
+        cache.begin(stop - start)
+        for _ in range(2):
+            for layer in range(2):
+                tags = tagged(range(start, stop))
+                keys, values = condition.update(layer, tags, tags)
+                places.add((layer, keys.data_ptr(), values.data_ptr()))
+        cache.commit()
+        sizes.add(cache.nbytes)
+    assert len(places) == 2
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "sink", "chunk", "total"), CASES)
+def test_bytes_are_known_before_they_are_taken(window, sink, chunk, total, dtype):
+    settings = settings_of(window, sink, chunk)
+    cache = KVCache(settings, total)
+    needed = KVCache.bytes_needed(
+        settings,
+        total,
+        layers=3,
+        tokens_per_frame=TOKENS,
+        width=HEADS * HEAD_DIM,
+        element_bytes=dtype.itemsize,
+        batch=2,
+        conditions=2,
+    )
+    assert cache.nbytes == 0
+    with torch.no_grad():
+        frames = min(chunk, total)
+        cache.begin(frames)
+        for name in ("positive", "negative"):
+            for layer in range(3):
+                tags = tagged(range(frames), batch=2).to(dtype)
+                cache.condition(name, layers=3).update(layer, tags, tags)
+    assert cache.nbytes == needed
+
+
+def test_design_figures_of_the_published_models():
+    """0.29 GB a latent frame for 1.3B and 1.28 GB for 14B, at 832x480 in bf16."""
+    one = settings_of(-1, 0, 1)
+    for layers, width, gigabytes in ((30, 1536, 0.29), (40, 5120, 1.28)):
+        size = KVCache.bytes_needed(one, 1, layers=layers, tokens_per_frame=1560, width=width, element_bytes=2)
+        assert size / 1e9 == pytest.approx(gigabytes, abs=0.005)
+
+
+@torch.no_grad()
+def test_keys_and_values_keep_their_own_dtype():
+    """Under autocast normalised keys are float32 and values bf16."""
+    cache = KVCache(settings_of(6, 0, 3), 6)
+    cache.begin(3)
+    keys, values = cache.condition("only", layers=1).update(0, tagged(range(3)), tagged(range(3)).bfloat16())
+    assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_free_releases_the_buffers_at_once_even_while_a_condition_is_held():
+    cache = KVCache(settings_of(6, 3, 3), 9)
+    condition = cache.condition("only", layers=1)
+    gc.disable()
+    try:
+        cache.begin(3)
+        keys, values = condition.update(0, tagged(range(3)), tagged(range(3)))
+        buffers = [weakref.ref(keys._base), weakref.ref(values._base)]
+        del keys, values
+        assert all(buffer() is not None for buffer in buffers)
+        cache.free()
+        assert all(buffer() is None for buffer in buffers)
+        assert cache.nbytes == 0
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_conditions_do_not_leak_into_each_other():
+    settings, total = settings_of(7, 2, 3, "window"), 20
+    together = KVCache(settings, total)
+    alone = {name: KVCache(settings, total) for name in ("positive", "negative")}
+    for seed, (start, stop) in enumerate(split(total, 3)):
+        together.begin(stop - start)
+        for offset, (name, own) in enumerate(alone.items()):
+            own.begin(stop - start)
+            k, v = normal(2 * seed + offset, 2, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM)
+            shared = together.condition(name, layers=1).update(0, k, v)
+            single = own.condition("only", layers=1).update(0, k, v)
+            assert torch.equal(shared[0], single[0])
+            assert torch.equal(shared[1], single[1])
+            own.commit()
+        together.commit()
+
+
+# Gradients
+
+
+def history_cache() -> tuple[KVCache, ConditionKV]:
+    cache = KVCache(settings_of(7, 2, 3), 20)
+    condition = cache.condition("only", layers=1)
+    fill(cache, condition, chunks=3)
+    cache.begin(3)
+    return cache, condition
+
+
+def chunk_tensors(keys_train: bool, values_train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = normal(7, 2, 1, 3 * TOKENS, HEADS, HEAD_DIM)
+    return k.requires_grad_(keys_train), v.requires_grad_(values_train)
+
+
+@pytest.mark.parametrize(("keys_train", "values_train"), [(True, True), (True, False), (False, True)])
+def test_gradients_reach_the_current_chunk(keys_train, values_train):
+    """Also when only one of them is trained, as a LoRA on the values alone would."""
+    cache, condition = history_cache()
+    k, v = chunk_tensors(keys_train, values_train)
+    keys, values = condition.update(0, k, v)
+    assert sorted(values[0, :, 0, 0].tolist()) == sorted(
+        [*tagged(range(0, 2))[0, :, 0, 0].tolist(), *tagged(range(7, 9))[0, :, 0, 0].tolist(), *v[0, :, 0, 0].tolist()]
+    )
+    (keys.sum() + 2 * values.sum()).backward()
+    assert not keys_train or torch.equal(k.grad, torch.ones_like(k))
+    assert not values_train or torch.equal(v.grad, torch.full_like(v, 2))
+
+
+def test_backward_survives_the_next_chunks_writes():
+    """Also when only the queries are trained: their gradient needs the keys as they were."""
+    grads = []
+    for write_on in (False, True):
+        cache, condition = history_cache()
+        q = normal(8, 1, 3 * TOKENS, HEADS, HEAD_DIM).requires_grad_()
+        keys, values = condition.update(0, *chunk_tensors(False, False))
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, keys, values)))
+        if write_on:
+            cache.commit()
+            fill(cache, condition, chunks=2)
+        out.square().sum().backward()
+        grads.append(q.grad)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
+
+
+def test_the_buffer_holds_no_graph():
+    cache, condition = history_cache()
+    condition.update(0, *chunk_tensors(True, True))
+    cache.commit()
+    cache.begin(3)
+    with torch.no_grad():
+        keys, values = condition.update(0, *chunk_tensors(False, False))
+    assert keys._base.grad_fn is None and not keys._base.requires_grad
+    assert values._base.grad_fn is None and not values._base.requires_grad
+
+
+# Misuse
+
+
+def test_update_outside_a_chunk():
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    condition = cache.condition("only", layers=1)
+    with pytest.raises(RuntimeError, match="begin"):
+        condition.update(0, tagged(range(3)), tagged(range(3)))
+    fill(cache, condition, chunks=1)
+    with pytest.raises(RuntimeError, match="begin"):
+        condition.update(0, tagged(range(3)), tagged(range(3)))
+
+
+def test_commit_outside_a_chunk():
+    with pytest.raises(RuntimeError, match="begin"):
+        KVCache(settings_of(6, 0, 3), 9).commit()
+
+
+def test_a_chunk_cannot_be_opened_twice():
+    """The first opening may have overwritten history that a second, shorter one would still have to see."""
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="commit"):
+        cache.begin(2)
+
+
+def test_a_condition_that_joins_late():
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    fill(cache, cache.condition("positive", layers=1), chunks=1)
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="first"):
+        cache.condition("negative", layers=1).update(0, tagged(range(3)), tagged(range(3)))
+
+
+def test_a_condition_that_misses_a_chunk():
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    condition = cache.condition("only", layers=1)
+    fill(cache, condition, chunks=1)
+    cache.begin(3)
+    cache.commit()
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="unwritten"):
+        condition.update(0, tagged(range(3)), tagged(range(3)))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 2, 128), (1, 9, 2, 128), (1, 6, 1, 128), (1, 6, 2, 64)])
+def test_a_changed_shape(shape):
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    condition = cache.condition("only", layers=1)
+    fill(cache, condition, chunks=1)
+    cache.begin(3)
+    with pytest.raises(ValueError, match="one size and batch"):
+        condition.update(0, torch.zeros(shape), torch.zeros(shape))
+
+
+def test_tokens_that_are_no_whole_frames():
+    cache = KVCache(settings_of(6, 0, 3), 9)
+    cache.begin(3)
+    with pytest.raises(ValueError, match="7 tokens"):
+        cache.condition("only", layers=1).update(0, torch.zeros(1, 7, 2, 128), torch.zeros(1, 7, 2, 128))
+
+
+@pytest.mark.parametrize(("frames", "committed"), [(0, 0), (-1, 0), (10, 0), (4, 2)])
+def test_a_chunk_that_does_not_fit(frames, committed):
+    cache = KVCache(settings_of(6, 3, 3), 9)
+    condition = cache.condition("only", layers=1)
+    fill(cache, condition, chunks=committed)
+    with pytest.raises(ValueError, match=f"{frames} latent frames"):
+        cache.begin(frames)
+    fill(cache, condition, chunks=1)  # the refusal changed nothing
+
+
+def test_an_empty_clip():
+    with pytest.raises(ValueError, match="total_frames is 0"):
+        KVCache(CausalSettings(), 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"frames_per_chunk": 0}, "frames_per_chunk is 0"),
+        ({"sink": -1}, "sink is -1"),
+        ({"positions": "relative"}, "positions is 'relative'"),
+        ({"window": 5}, "at least 6"),
+        ({"window": 0}, "window is 0"),
+        ({"window": -2}, "window is -2"),
+    ],
+)
+def test_bad_settings_name_the_parameter(values, named):
+    with pytest.raises(ValueError, match=named):
+        CausalSettings(**values)
