@@ -499,3 +499,41 @@ def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_l
 
     with pytest.raises(ValueError, match="Chunk 2 of 3.*NaN"):
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
+
+
+def test_wrappers_and_patches_of_other_packs_apply(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    from comfy.patcher_extension import WrappersMP
+
+    calls = dict.fromkeys(
+        (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.DIFFUSION_MODEL), 0
+    )
+    model = causal(tiny_wan)
+
+    def count(kind):
+        def wrapper(executor, *args, **kwargs):
+            calls[kind] += 1
+            return executor(*args, **kwargs)
+
+        return wrapper
+
+    for kind in calls:
+        model.add_wrapper_with_key(kind, "test", count(kind))
+    plain = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    nfe = DIAGONAL.nfe(3)
+    assert list(calls.values()) == [1, 1, nfe, nfe]
+
+    patched = model.clone()
+    patched.set_model_patch(lambda extra: extra["x"] * 0, "attn1_patch")
+    without_attention = sample_latent(patched, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert (plain - without_attention).abs().max() > 0.01
+
+    seen = []
+
+    def attention(function, *args, **kwargs):
+        seen.append(args[1].shape[1])
+        return function(*args, **kwargs)
+
+    overridden = model.clone()
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = attention
+    assert torch.equal(sample_latent(overridden, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"], plain)
+    assert max(seen) == 9 * 4, "self-attention reads every cached latent frame"
