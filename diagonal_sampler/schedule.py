@@ -29,20 +29,22 @@ class Preset:
     """A published sampling recipe.
 
     Attributes:
-        times: the full list of uniform times u in (0, 1], descending; the shift turns them into sigmas.
+        times: the full list of uniform times u in (0, 1], descending; the shift turns them into sigmas. EVEN_TIMES
+            spreads any number of steps evenly, as an undistilled model needs.
         steps: steps per chunk, the last repeats.
         context_mode: see DiagonalSchedule.
         shift: 1.0 means that the times are sigmas already.
         frames_per_chunk: latent frames a chunk where it is not the model's usual 3, else None.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float, ...] | None
     steps: tuple[int, ...]
     context_mode: str
     shift: float = DEFAULT_SHIFT
     frames_per_chunk: int | None = None
 
 
+EVEN_TIMES = None
 # The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
 _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
@@ -54,23 +56,28 @@ PRESETS: dict[str, Preset] = {
     "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
     "krea": Preset((1.0, 0.937, 0.833, 0.625), (4,), "clean", shift=1.0),
+    "undistilled": Preset(EVEN_TIMES, (12,), "clean"),
 }
 DEFAULT_PRESET = "diagonal 4-3-2"
 
 
-def select_times(times: tuple[float, ...], steps: int) -> tuple[float, ...]:
+def select_times(times: tuple[float, ...] | None, steps: int) -> tuple[float, ...]:
     """Times for any number of steps from one list, keeping its first and its last.
+
+    Without a list (EVEN_TIMES): even steps from 1 down to 1/steps.
 
     Fewer steps than the list has: its first `steps - 1` entries and its last one, since steps at high noise decide
     structure (this yields the release's lists for 3 and 2). One step: the first entry. More: the list read as a
     function of its index, interpolated linearly at `steps` even places and rounded to the 1000-entry table.
 
     Args:
-        times: uniform times in (0, 1], descending.
+        times: uniform times in (0, 1], descending, or EVEN_TIMES.
         steps: 1 to 1000.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}; a chunk takes 1 to {MAX_STEPS} denoising steps.")
+    if times is None:
+        return tuple((steps - i) / steps for i in range(steps))
     if steps == 1:
         return times[:1]
     if steps <= len(times):
@@ -169,7 +176,7 @@ class DiagonalSchedule:
         cls,
         steps: tuple[int, ...],
         *,
-        times: tuple[float, ...] = _DIAGONAL,
+        times: tuple[float, ...] | None = _DIAGONAL,
         shift: float = DEFAULT_SHIFT,
         context_mode: str = "noisy",
         context_sigma: float = DEFAULT_CONTEXT_SIGMA,
@@ -213,8 +220,7 @@ class DiagonalSchedule:
     @classmethod
     def uniform(cls, steps: int, *, shift: float = DEFAULT_SHIFT, context_mode: str = "clean") -> DiagonalSchedule:
         """The undistilled baseline: `steps` even steps of uniform time from 1 down to 1/steps, for every chunk."""
-        times = tuple((steps - i) / steps for i in range(steps))
-        return cls.from_steps((steps,), times=times, shift=shift, context_mode=context_mode)
+        return cls.from_steps((steps,), times=EVEN_TIMES, shift=shift, context_mode=context_mode)
 
     def chunk_sigmas(self, chunk: int) -> tuple[float, ...]:
         """Noise levels of chunk `chunk`, counted from 0; the last row repeats."""

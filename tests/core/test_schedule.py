@@ -39,7 +39,7 @@ def flat(rows) -> list[float]:
 
 
 def test_every_preset_is_checked():
-    assert set(PUBLISHED) == set(PRESETS)
+    assert set(PUBLISHED) | {"undistilled"} == set(PRESETS)
     assert DEFAULT_PRESET == "diagonal 4-3-2"
 
 
@@ -262,3 +262,11 @@ def test_sigmas_round_trip_and_garbage_never_crashes():
             DiagonalSchedule(sigmas=parse_sigmas(text))
         except ValueError as error:
             assert "sigmas" in str(error)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 50])
+def test_undistilled_spreads_any_number_of_steps_evenly(steps):
+    schedule = DiagonalSchedule.preset("undistilled", steps=(steps,), shift=1.0)
+    assert schedule.sigmas == (tuple((steps - i) / steps for i in range(steps)),)
+    assert schedule == DiagonalSchedule.uniform(steps, shift=1.0)
+    assert schedule.context_mode == "clean"
