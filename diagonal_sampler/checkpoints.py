@@ -97,7 +97,6 @@ _OTHER_KINDS = (
 )
 _LORA_KEY = re.compile(r"[._](lora_(?:A|B|up|down|mid)|lora\.(?:up|down)|hada_w\d_\w|lokr_w\d)(?:\.|_|$)")
 
-
 WANTED_METADATA = (CONFIG_KEY, QUANTIZATION_KEY, *PROVENANCE_KEYS)
 
 
@@ -265,11 +264,6 @@ def _close(left: tuple[tuple[float, ...], ...], right: tuple[tuple[float, ...], 
         if len(a) != len(b) or any(abs(x - y) > TABLE_STEP for x, y in zip(a, b, strict=True)):
             return False
     return True
-
-
-def looks_like_lora(keys: Iterable[str]) -> bool:
-    """Whether any of these names belongs to a low-rank adapter."""
-    return any(_LORA_KEY.search(key) for key in keys)
 
 
 # --- finding the weights ---

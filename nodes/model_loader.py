@@ -45,6 +45,14 @@ class DiagonalModelLoader(io.ComfyNode):
             description="Loads a causal Wan 2.1 text-to-video checkpoint in any published layout (Self Forcing, "
             "CausVid, LongLive, Causal Forcing, Rolling Forcing, StreamDiffusionV2, Krea, ComfyUI's own) and "
             "says what it recognised. For GGUF files use the GGUF pack's loader and DiagonalCausalAttention.",
+            search_aliases=[
+                "self forcing",
+                "longlive",
+                "krea realtime",
+                "causvid",
+                "causal forcing",
+                "causal wan loader",
+            ],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",

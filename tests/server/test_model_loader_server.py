@@ -30,7 +30,7 @@ def graph(ckpt_name: str, lora_name: str = "none") -> dict:
 
 @pytest.fixture(scope="module")
 def models(comfy_server):
-    folder = comfy_server.base_dir / "models"
+    folder = comfy_server.output_dir.parent / "models"
     for kind in ("diffusion_models", "loras"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     LAYOUTS["self forcing, ema and generator"](folder / "diffusion_models", tiny_wan(0), tiny_wan(1))
