@@ -240,7 +240,13 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     provenance = model.get_attachment(PROVENANCE_ATTACHMENT)
     if provenance is None:
         return ()
-    return provenance.contradictions(context_mode=schedule.context_mode, frames_per_chunk=schedule.frames_per_chunk)
+    steps = tuple(len(row) for row in schedule.sigmas)
+    return provenance.contradictions(
+        frames_per_chunk=schedule.frames_per_chunk,
+        steps_per_chunk=steps,
+        shift=schedule.shift,
+        context_mode=schedule.context_mode,
+    )
 
 
 def _made_frames(plan: ClipPlan) -> list[int]:

@@ -1,0 +1,141 @@
+"""Diagonal Chunk Sampler against ComfyUI's own SamplerARVideo: same weights, same machine, one run.
+
+    python benchmarks/versus_ar_video.py                # the size that arithmetic bounds, as in docs/benchmarks.md
+    python benchmarks/versus_ar_video.py --dim 128 --blocks 2 --height 8 --width 8 --repeats 1
+
+Two tables. Equality: uniform steps, clean context, global window, the same noise and re-noise. Time: the diagonal
+schedule 4-3-2 with its window against SamplerARVideo at 4 steps and 3 frames per block, interleaved, medians.
+Needs COMFYUI_DIR, or the host that quickstart.py fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "tests" / "helpers"), str(ROOT)]
+
+import comfy_host  # noqa: E402
+from diagonal_sampler.dit import WanConfig, WanDiT  # noqa: E402
+from diagonal_sampler.noise import INITIAL_STEP  # noqa: E402
+from diagonal_sampler.schedule import DiagonalSchedule  # noqa: E402
+from diagonal_sampler.settings import CausalSettings  # noqa: E402
+
+SEED = 1
+FRAMES_PER_BLOCK = 3
+TEXT_TOKENS = 64
+TEXT_DIM = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=512, help="channels, a multiple of 128")
+    parser.add_argument("--blocks", type=int, default=8, help="transformer blocks")
+    parser.add_argument("--height", type=int, default=40, help="latent height; 40x48 makes 480 tokens a latent frame")
+    parser.add_argument("--width", type=int, default=48, help="latent width")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames of the clip")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each sampler")
+    return parser.parse_args()
+
+
+class ArVideoNoise:
+    """SamplerARVideo's noise: the clip's, then a generator seeded for each block and step."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        self.noise = noise
+
+    def __call__(self, chunk: int, step: int, frames: int) -> torch.Tensor:
+        start = FRAMES_PER_BLOCK * chunk
+        if step == INITIAL_STEP:
+            return self.noise[:, :, start : start + frames]
+        generator = torch.Generator().manual_seed(SEED + 1000 * chunk + step)
+        return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
+
+
+def random_model(dim: int, blocks: int):
+    """A causal ComfyUI MODEL with random float32 weights."""
+    import comfy.sd
+
+    torch.manual_seed(0)
+    config = WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=blocks, text_dim=TEXT_DIM)
+    network = WanDiT(config)
+    torch.nn.init.normal_(network.head.head.weight, std=0.02)
+    metadata = {"config": f'{{"transformer": {{"causal_ar": true, "text_dim": {TEXT_DIM}}}}}'}
+    return comfy.sd.load_diffusion_model_state_dict(
+        network.state_dict(), model_options={"dtype": torch.float32}, metadata=metadata
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    host = comfy_host.find_comfyui()
+    if host is None:
+        raise SystemExit(comfy_host.NO_COMFYUI)
+    comfy_host.put_on_path(host)
+    import comfy.samplers
+
+    make_causal = comfy_host.pack_module("model_patches.causal").make_causal
+    sample_latent = comfy_host.pack_module("model_patches.sampling").sample_latent
+
+    model = random_model(arguments.dim, arguments.blocks)
+    shape = (1, 16, arguments.frames, arguments.height, arguments.width)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    prompt = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(2)), {}]]
+    uniform, diagonal = DiagonalSchedule.preset("self forcing"), DiagonalSchedule.preset("diagonal 4-3-2")
+    chunks = -(-arguments.frames // FRAMES_PER_BLOCK)
+
+    def ar_video() -> torch.Tensor:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(prompt, prompt)
+        sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": FRAMES_PER_BLOCK})
+        sigmas = torch.tensor([*uniform.chunk_sigmas(0), 0.0])
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=SEED, disable_pbar=True)
+
+    def ours(settings: CausalSettings, schedule: DiagonalSchedule) -> torch.Tensor:
+        latent = {"samples": torch.zeros_like(noise)}
+        causal = make_causal(model, settings)
+        return sample_latent(causal, prompt, [], latent, schedule, seed=SEED, noise=ArVideoNoise(noise))["samples"]
+
+    rows = {
+        "SamplerARVideo, 4 steps": (ar_video, 5 * chunks),
+        "Diagonal Chunk Sampler, 4 uniform steps, clean": (
+            lambda: ours(CausalSettings(window=-1, sink=0), uniform),
+            uniform.nfe(chunks),
+        ),
+        "Diagonal Chunk Sampler, 4-3-2": (lambda: ours(CausalSettings(), diagonal), diagonal.nfe(chunks)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    results: dict[str, torch.Tensor] = {}
+    for _ in range(arguments.repeats):
+        for name, (run, _forwards) in rows.items():
+            start = time.perf_counter()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+
+    names = list(rows)
+    difference = (results[names[0]] - results[names[1]]).abs().max().item()
+    tokens = -(-arguments.height // 2) * -(-arguments.width // 2)
+    print(
+        f"dim {arguments.dim}, {arguments.blocks} blocks, {tokens} tokens a latent frame, {arguments.frames} latent frames,"
+    )
+    print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
+    print(f"Equality, uniform steps, clean context, global window: max abs difference {difference:.1e}\n")
+    print("| sampler | forwards | s a clip (median) | spread | s a forward | of SamplerARVideo |")
+    print("|---|---|---|---|---|---|")
+    base = statistics.median(seconds[names[0]])
+    for name, (_, forwards) in rows.items():
+        taken = seconds[name]
+        median = statistics.median(taken)
+        spread = f"{min(taken):.1f} to {max(taken):.1f}"
+        print(f"| {name} | {forwards} | {median:.1f} | {spread} | {median / forwards:.2f} | {median / base:.2f}x |")
+
+
+if __name__ == "__main__":
+    main()
