@@ -50,8 +50,8 @@ class WanConfig:
         for name in ("ffn_dim", "num_layers", "text_dim", "in_channels", "out_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.freq_dim % 2:
-            raise ValueError(f"freq_dim is {self.freq_dim}; it must be even, half cosines and half sines.")
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}; it must be even and positive, half cosines, half sines.")
 
     @property
     def num_heads(self) -> int:
@@ -186,12 +186,16 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x_BTSC), shift, scale))
 
 
+# Both are kept between calls, so they must be normal tensors also when the first call is one of inference mode:
+# autograd would refuse them in a later training step.
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _rope(frames: int, height: int, width: int, start: float, device: torch.device) -> Tensor:
     return rotation_table(frames, height, width, HEAD_DIM, start=start, device=device)
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _token_mask(frames: int, tokens: int, settings: CausalSettings, device: torch.device) -> Tensor:
     size = settings.frames_per_chunk
     chunks = [min(size, frames - start) for start in range(0, frames, size)]
@@ -263,11 +267,25 @@ class WanDiT(nn.Module):
         pt, ph, pw = self.config.patch_size
         if x.ndim != 5 or x.shape[1] != self.config.in_channels or x.shape[3] % ph or x.shape[4] % pw:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; it must be [B, {self.config.in_channels}, T, H, W] with H a multiple of "
-                f"{ph} and W of {pw}."
+                f"x has shape {tuple(x.shape)}; it must be [B, {self.config.in_channels}, T, H, W] with H a multiple "
+                f"of {ph} and W of {pw}."
+            )
+        batch, _, total = x.shape[:3]
+        if timestep.shape not in ((batch,), (batch, total // pt)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; it must be [{batch}], one for each clip, or "
+                f"[{batch}, {total // pt}], one for each of its latent frames."
+            )
+        if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}; it must be [{batch}, tokens, {self.config.text_dim}]."
             )
         if cache is not None and frames_per_chunk is not None:
             raise ValueError("frames_per_chunk masks a whole clip and cache streams one chunk; give one of them.")
+        if cache is not None and cache.cache.frames != total:
+            raise ValueError(
+                f"x has {total} latent frames but the cache's open chunk has {cache.cache.frames}; call begin({total})."
+            )
         tokens_BCTHW = self.patch_embedding(x)
         _, _, frames, height, width = tokens_BCTHW.shape
         hidden = rearrange(tokens_BCTHW, "b c t h w -> b t (h w) c")
