@@ -57,6 +57,8 @@ class Chunk:
 
 def split_frames(frames: int, frames_per_chunk: int) -> list[int]:
     """Latent frames of each chunk; the last may be shorter."""
+    if frames_per_chunk < 1:
+        raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1 latent frame.")
     return [min(frames_per_chunk, frames - start) for start in range(0, frames, frames_per_chunk)]
 
 
@@ -92,22 +94,34 @@ def sample_chunks(
         denoise: the model.
         noise: fresh noise for a chunk and step.
         schedule: steps and noise levels per chunk, and the context mode.
-        cache: opened and committed here, chunk by chunk; the caller owns and frees it.
+        cache: an unused one, opened and committed here, chunk by chunk; the caller owns and frees it.
         frames: latent frames to reach, context included.
         frames_per_chunk: latent frames a chunk; the last may be shorter.
         context: [B, C, n, H, W] finished latents that the clip begins with; they are cached, not yielded.
         source: (start_frame, frames) -> clean latents that a schedule starting below sigma 1 is mixed from.
-        exit_step: chunk index -> the step whose denoised keeps its gradient.
+        exit_step: chunk index -> the step, from 0, whose denoised keeps its gradient.
 
     Yields:
         Chunk, in order.
 
     Raises:
-        ValueError: a schedule that starts below sigma 1 without a source, or no frame to make.
+        ValueError: a schedule that starts below sigma 1 without a source, no frame to make, a cache that is used or
+            too short, or an exit step that the chunk does not have.
     """
     given = 0 if context is None else context.shape[2]
     if frames <= given:
         raise ValueError(f"frames is {frames} and the context has {given} already; ask for more than the context.")
+    if cache.committed:
+        raise ValueError(f"The cache has {cache.committed} latent frames already; make one cache for each clip.")
+    if cache.total_frames < frames:
+        raise ValueError(f"The cache was made for {cache.total_frames} latent frames and frames is {frames}.")
+    counts = split_frames(frames - given, frames_per_chunk)
+    for index in range(len(counts)):
+        if source is None and (first := schedule.chunk_sigmas(index)[0]) < 1:
+            raise ValueError(
+                f"Chunk {index} starts at sigma {first:.3f}, below pure noise, and there is no latent to start from; "
+                "start the schedule at sigma 1 or give a source latent."
+            )
 
     def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int) -> None:
         x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
@@ -126,18 +140,15 @@ def sample_chunks(
         cache.commit()
         start += piece
 
-    for index, count in enumerate(split_frames(frames - given, frames_per_chunk)):
+    for index, count in enumerate(counts):
         sigmas = schedule.chunk_sigmas(index)
         exit_at = None if exit_step is None else exit_step(index)
+        if exit_at is not None and not 0 <= exit_at < len(sigmas):
+            raise ValueError(f"exit_step of chunk {index} is {exit_at}; it must be in [0, {len(sigmas) - 1}].")
         exit_latents = None
         cache.begin(count)
-        x = noise(index, INITIAL_STEP, count)
-        if sigmas[0] < 1:
-            if source is None:
-                raise ValueError(
-                    f"Chunk {index} starts at sigma {sigmas[0]:.3f}, below pure noise, and there is no latent to start "
-                    "from; start the schedule at sigma 1 or give a source latent."
-                )
+        x = x0 = noise(index, INITIAL_STEP, count)
+        if source is not None and sigmas[0] < 1:
             x = mix(source(start, count), x, sigmas[0])
         for step, sigma in enumerate(sigmas):
             at = Forward(chunk=index, start_frame=start, frames=count, step=step, steps=len(sigmas), sigma=sigma)
