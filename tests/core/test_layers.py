@@ -1,0 +1,340 @@
+"""Imports flow one way, and nothing in the pack runs code from data, reaches out, or changes global state.
+
+Read from the source, so that a rule holds for code that no test runs. Every rule is first shown to bite.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("nodes", "model_patches", "diagonal_sampler", "distillation")
+# What each may import of the others. __init__ -> nodes -> model_patches -> diagonal_sampler <- distillation.
+ARROWS = {
+    "__init__": {"nodes"},
+    "nodes": {"nodes", "model_patches", "diagonal_sampler"},
+    "model_patches": {"model_patches", "diagonal_sampler"},
+    "diagonal_sampler": {"diagonal_sampler"},
+    "distillation": {"distillation", "diagonal_sampler"},
+}
+CORE_LIBRARIES = {"torch", "einops", "safetensors"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_config",
+    "comfy_execution",
+    "comfy_extras",
+    "comfyui_version",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "server",
+    "utils",
+}
+# The root checks ComfyUI's version; benchmarks measure ours against ComfyUI's own.
+KNOW_COMFYUI = ("__init__", "nodes", "model_patches", "benchmarks")
+# The pack: what ComfyUI loads. Trainer and command lines may print, and start processes.
+PACK = [ROOT / "__init__.py", *(path for name in PACKAGES[:3] for path in sorted((ROOT / name).rglob("*.py")))]
+REPOSITORY = [
+    *PACK,
+    *sorted(ROOT.glob("[!_]*.py")),
+    *(path for name in ("distillation", "bootstrap", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))),
+]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.Module, module: tuple[str, ...], is_package: bool) -> Iterator[str]:
+    """Dotted names that a module imports, also inside functions; relative ones resolved from the repository root."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                base: tuple[str, ...] = tuple((node.module or "").split("."))
+            else:
+                up = node.level - (1 if is_package else 0)
+                assert up <= len(module), f"{'.'.join(module)} imports from above the repository"
+                base = module[: len(module) - up] + tuple((node.module or "").split(".") if node.module else ())
+            # `from .. import x` names modules; `from .x import y` may.
+            yield from (".".join((*base, alias.name)) for alias in node.names)
+
+
+def imports_of(path: Path) -> list[str]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = parts[:-1] if is_package else parts
+    return list(imported(ast.parse(path.read_text(encoding="utf-8")), module, is_package))
+
+
+# Arrows
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package", "names"),
+    [
+        ("import comfy.sd", ("nodes", "a"), False, ["comfy.sd"]),
+        ("from comfy import sd", ("nodes", "a"), False, ["comfy.sd"]),
+        ("from ..diagonal_sampler.cache import KVCache", ("nodes", "a"), False, ["diagonal_sampler.cache.KVCache"]),
+        ("from .. import model_patches", ("diagonal_sampler", "a"), False, ["model_patches"]),
+        ("from .a import b", ("nodes",), True, ["nodes.a.b"]),
+        ("from .nodes import b", (), True, ["nodes.b"]),
+        ("def f():\n    from ..nodes import b", ("distillation", "a"), False, ["nodes.b"]),
+    ],
+)
+def test_imports_are_read(source, module, is_package, names):
+    assert list(imported(ast.parse(source), module, is_package)) == names
+
+
+def test_there_is_something_to_check():
+    assert {package_of(path) for path in PACK} == {"__init__", *PACKAGES[:3]}
+    assert len(REPOSITORY) > len(PACK) + 3
+
+
+@pytest.mark.parametrize("path", [p for p in REPOSITORY if package_of(p) in ARROWS], ids=name_of)
+def test_imports_flow_one_way(path):
+    # `nodes` as an absolute name is ComfyUI's: it belongs to the host like `comfy`.
+    ours = {name.split(".")[0] for name in imports_of(path)} & set(PACKAGES)
+    assert ours <= ARROWS[package_of(path)]
+
+
+@pytest.mark.parametrize("path", [p for p in REPOSITORY if package_of(p) == "diagonal_sampler"], ids=name_of)
+def test_the_core_needs_torch_einops_and_safetensors_only(path):
+    tops = {name.split(".")[0] for name in imports_of(path)}
+    assert tops <= {"diagonal_sampler"} | CORE_LIBRARIES | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", [p for p in REPOSITORY if package_of(p) not in KNOW_COMFYUI], ids=name_of)
+def test_only_nodes_and_model_patches_know_comfyui(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & HOST_MODULES
+
+
+def test_no_module_imports_itself_through_others():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    edges: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = imports_of(path)
+        found = {name for name in names if name in files} | {name.rpartition(".")[0] for name in names} & set(files)
+        edges[module] = found - {module}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"a circle: {' -> '.join((*trail, module))}"
+        if module not in done:
+            for target in sorted(edges[module]):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, ())
+
+
+# What code may do
+
+CODE_FROM_DATA = {"eval", "exec", "__import__"}
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+# The exceptions of pickle may be caught.
+PICKLE_ERRORS = {"UnpicklingError", "PickleError", "PicklingError"}
+REACHING_OUT = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "pip", "requests", "socket", "subprocess"}
+REACHING_OUT |= {"urllib", "webbrowser"}
+GLOBAL_STATE = {
+    "torch.manual_seed",
+    "torch.seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "torch.random.manual_seed",
+    "torch.set_default_device",
+    "torch.set_default_dtype",
+    "torch.set_default_tensor_type",
+    "torch.set_grad_enabled",
+    "torch.set_rng_state",
+    "torch.set_float32_matmul_precision",
+    "torch.set_num_threads",
+    "torch.use_deterministic_algorithms",
+    "random.seed",
+    "np.random.seed",
+    "numpy.random.seed",
+    "os.chdir",
+    "os.system",
+}
+GLOBAL_OBJECTS = ("torch.backends.", "os.environ", "sys.path")
+
+
+def dotted(node: ast.AST) -> str:
+    """`torch.backends.x` of an attribute chain on a name, "" of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return f"{left}.{node.attr}" if left else ""
+    return ""
+
+
+def truth(call: ast.Call, keyword: str) -> bool:
+    return any(k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords)
+
+
+def unsafe(source: str) -> list[str]:
+    """What breaks a rule for every file: code from data, unsafe unpickling, an except that catches everything."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            # An except that raises again lost nothing; interrupts must never be swallowed.
+            raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            if node.type is None or ("BaseException" in map(dotted, filter(None, caught)) and not raises):
+                found.append(f"line {node.lineno}: a bare except")
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] in UNPICKLERS:
+            if {alias.name for alias in node.names} - PICKLE_ERRORS:
+                found.append(f"line {node.lineno}: from {node.module}")
+        elif isinstance(node, ast.Import):
+            unpicklers = {alias.name.split(".")[0] for alias in node.names} & (UNPICKLERS - {"pickle"})
+            if unpicklers or any(alias.name == "pickle" and alias.asname for alias in node.names):
+                found.append(f"line {node.lineno}: imports an unpickler")
+        elif isinstance(node, ast.Attribute) and dotted(node.value) == "pickle" and node.attr not in PICKLE_ERRORS:
+            found.append(f"line {node.lineno}: pickle.{node.attr}")
+        elif isinstance(node, ast.Name) and node.id in CODE_FROM_DATA:
+            found.append(f"line {node.lineno}: {node.id}")
+        elif isinstance(node, ast.Call):
+            name = dotted(node.func)
+            if name == "compile":  # as a bare word it is a good name for an option, too
+                found.append(f"line {node.lineno}: compile")
+            if name == "torch.load" and not truth(node, "weights_only"):
+                found.append(f"line {node.lineno}: torch.load without weights_only=True")
+            if truth(node, "allow_pickle"):
+                found.append(f"line {node.lineno}: allow_pickle=True")
+    return found
+
+
+def unfit_for_the_pack(source: str) -> list[str]:
+    """What breaks a rule of the pack alone: printing, reaching out, and global state."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        tops: set[str] = set()
+        if isinstance(node, ast.Import):
+            tops = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            tops = {(node.module or "").split(".")[0]}
+        found += [f"line {node.lineno}: imports {top}" for top in sorted(tops & REACHING_OUT)]  # type: ignore[attr-defined]
+        if isinstance(node, ast.Name) and node.id == "print":
+            found.append(f"line {node.lineno}: print")
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            name = dotted(node)
+            stored = isinstance(node.ctx, (ast.Store, ast.Del)) and name.startswith(GLOBAL_OBJECTS)
+            if name in GLOBAL_STATE or stored:
+                found.append(f"line {node.lineno}: {name}")
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if dotted(node.value).startswith(GLOBAL_OBJECTS):
+                found.append(f"line {node.lineno}: {dotted(node.value)}[...] =")
+        if isinstance(node, ast.Call) and dotted(node.func).startswith(("sys.path.", "os.environ.")):
+            if not dotted(node.func).endswith(".get"):
+                found.append(f"line {node.lineno}: {dotted(node.func)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "exec(text)",
+        "compile(text, 'x', 'exec')",
+        "run = eval",
+        "__import__(name)",
+        "import pickle\npickle.loads(data)",
+        "import pickle\nload = pickle.Unpickler",
+        "import pickle as p",
+        "from pickle import load",
+        "import dill",
+        "import shelve",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+        "try:\n    f()\nexcept:\n    pass",
+        "try:\n    f()\nexcept BaseException:\n    pass",
+        "try:\n    f()\nexcept (OSError, BaseException):\n    pass",
+    ],
+)
+def test_unsafe_code_is_found(source):
+    assert len(unsafe(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "torch.compile(model)",
+        "re.compile('x')",
+        "if options.compile and compile:\n    pass",
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    pass",
+        "from pickle import UnpicklingError",
+        "try:\n    f()\nexcept Exception as error:\n    raise ValueError from error",
+        "try:\n    f()\nexcept BaseException:\n    g()\n    raise",
+    ],
+)
+def test_safe_code_is_let_through(source):
+    assert unsafe(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(1)",
+        "import subprocess",
+        "def f():\n    from urllib.request import urlopen",
+        "import requests",
+        "torch.manual_seed(0)",
+        "random.seed(0)",
+        "torch.set_num_threads(1)",
+        "torch.backends.cudnn.benchmark = True",
+        "os.environ['A'] = '1'",
+        "del os.environ['A']",
+        "os.environ.setdefault('A', '1')",
+        "sys.path.insert(0, here)",
+        "sys.path += [here]",
+        "os.system('ls')",
+    ],
+)
+def test_code_unfit_for_the_pack_is_found(source):
+    assert len(unfit_for_the_pack(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["log.info(1)", "generator.manual_seed(0)", "os.environ.get('A')", "torch.no_grad()", "from .http import x"],
+)
+def test_code_fit_for_the_pack_is_let_through(source):
+    assert unfit_for_the_pack(source) == []
+
+
+@pytest.mark.parametrize("path", REPOSITORY, ids=name_of)
+def test_nothing_runs_code_from_data_or_swallows_everything(path):
+    assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", PACK, ids=name_of)
+def test_the_pack_keeps_to_itself(path):
+    assert unfit_for_the_pack(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_builtins_named_here_exist():
+    """A typing mistake in a list of forbidden names would forbid nothing."""
+    assert all(hasattr(builtins, name) for name in CODE_FROM_DATA)
