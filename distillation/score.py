@@ -1,0 +1,429 @@
+"""Scores the demo model from what a person would see: decoded pixels against the caption.
+
+    python -m distillation.score --checkpoint demo --captions 64      # the shipped weights, held-out captions
+    python -m distillation.score --source truth                       # the scorer itself, on rendered clips
+    python -m distillation.score --source autoencoder                 # the same clips through the autoencoder
+
+Per sprite: is its colour there, does it start in the right direction, has it the right shape, how fast is it; per
+clip: is the number of sprites right, and how far background, colour and size drift from the first second to the
+last. Nothing in here looks at latents or at the sampler's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, latent_frames
+from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+from distillation import sprites
+
+log = logging.getLogger("score")
+
+EARLY_FRAMES = 10
+"""Pixel frames in which the direction is judged: no sprite of the world reaches an edge before."""
+SECOND = sprites.FRAMES_PER_SECOND
+SMALLEST_AREA = 40.0
+"""Pixels of one colour that count as a sprite; the smallest, a triangle, covers about 100."""
+PRESENT_SHARE = 0.7
+"""Share of frames in which a colour must be seen; less means that its sprite vanished (or was never there)."""
+FOREGROUND_DISTANCE = 48.0
+"""Distance from the background, in 0..255 RGB, from which a pixel belongs to a sprite."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpriteScore:
+    """What was seen of one commanded sprite; measurements are None where no sprite could be matched."""
+
+    spec: SpriteSpec
+    colour_right: bool
+    direction_right: bool
+    shape_right: bool
+    direction_seen: str | None
+    shape_seen: str | None
+    speed: float | None  # pixels per frame over the whole clip
+    colour_drift: float | None  # RGB distance, last second against first
+    size_drift: float | None  # area in the last second / area in the first - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClipScore:
+    """What was seen of one clip."""
+
+    caption: str
+    sprites: tuple[SpriteScore, ...]
+    count_right: bool
+    background_drift: float  # levels of 255, last second against first
+
+
+@dataclass(frozen=True, slots=True)
+class _Blobs:
+    """Pixels of a clip, sorted by colour of the world."""
+
+    alpha: dict[str, Tensor]  # colour -> [T, H, W] coverage in [0, 1]
+    background: Tensor  # [T, 3]
+
+    def area(self, colour: str) -> Tensor:
+        return self.alpha[colour].sum((1, 2))
+
+    def centroid(self, colour: str) -> Tensor:
+        """[T, 2] as (x, y); NaN where the colour is not seen."""
+        alpha = self.alpha[colour]
+        axis = torch.arange(alpha.shape[-1]) + 0.5
+        area = alpha.sum((1, 2))
+        area = torch.where(area >= SMALLEST_AREA / 2, area, torch.nan)
+        return torch.stack([(alpha.sum(1) * axis).sum(1) / area, (alpha.sum(2) * axis).sum(1) / area], dim=1)
+
+
+def _find_blobs(frames: Tensor) -> _Blobs:
+    """frames: [T, 3, H, W] in 0..255. Every foreground pixel goes to the colour whose hue explains it best."""
+    background = frames.flatten(2).median(dim=2).values
+    offset = frames - background[:, :, None, None]
+    distance = offset.square().sum(1).sqrt()
+    names = list(sprites.RGB)
+    ends = torch.tensor([sprites.RGB[name] for name in names], dtype=torch.float32)
+    toward = ends[None] - background[:, None]  # [T, colours, 3]
+    along = torch.einsum("tchw,tkc->tkhw", offset, toward)
+    length = toward.norm(dim=2)[:, :, None, None]
+    nearest = (along / length).argmax(dim=1)
+    alpha = (along / length.square()).clamp(0, 1) * (distance > FOREGROUND_DISTANCE).unsqueeze(1)
+    return _Blobs({name: alpha[:, k] * (nearest == k) for k, name in enumerate(names)}, background)
+
+
+def _shape_of(alpha: Tensor, centroid: Tensor) -> str:
+    """The shape whose template, over sizes, fits most of the frames best. alpha [N, H, W], centroid [N, 2]."""
+    axis = torch.arange(alpha.shape[-1]) + 0.5
+    x = (axis - centroid[:, :1])[:, None, :]
+    y = (axis - centroid[:, 1:])[:, :, None]
+    errors = []
+    for index, name in enumerate(SHAPES):
+        kind = torch.full((len(alpha),), index)
+        best = torch.full((len(alpha),), torch.inf)
+        for size in (6.0, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0):
+            radius = torch.full((len(alpha),), size)
+            # A triangle's centre of mass lies a third of its half height below the middle of its box.
+            drop = size / 3 if name == "triangle" else 0.0
+            template = sprites.coverage(kind, x, y + drop, radius)
+            best = torch.minimum(best, (template - alpha).abs().sum((1, 2)))
+        errors.append(best)
+    votes = torch.stack(errors).argmin(0).bincount(minlength=len(SHAPES))
+    return SHAPES[int(votes.argmax())]
+
+
+def _direction_of(centroid: Tensor) -> str | None:
+    """The main direction of a straight-line fit to the first frames."""
+    early = centroid[:EARLY_FRAMES]
+    seen = ~early[:, 0].isnan()
+    if int(seen.sum()) < EARLY_FRAMES // 2:
+        return None
+    time_axis = torch.arange(len(early)).float()[seen]
+    time_axis = time_axis - time_axis.mean()
+    slope = (time_axis[:, None] * (early[seen] - early[seen].mean(0))).sum(0) / time_axis.square().sum()
+    return max(DIRECTIONS, key=lambda name: float((slope * torch.tensor(sprites.VELOCITY[name])).sum()))
+
+
+def _speed_of(centroid: Tensor) -> float | None:
+    """Median speed in pixels per frame, over steps of four frames: bounces and dropouts do not move a median."""
+    step = (centroid[4:] - centroid[:-4]).abs().amax(1) / 4
+    step = step[~step.isnan()]
+    return float(step.median()) if len(step) else None
+
+
+def score_clip(frames: Tensor, caption: str) -> ClipScore:
+    """Scores one clip.
+
+    Args:
+        frames: [T, 3, H, W] in 0..255, T at least 32.
+        caption: what was asked for.
+    """
+    specs = parse_caption(caption)
+    frames = frames.float()
+    blobs = _find_blobs(frames)
+    seen_share = {name: float((blobs.area(name) >= SMALLEST_AREA).float().mean()) for name in sprites.RGB}
+    present = [name for name, share in seen_share.items() if share >= PRESENT_SHARE]
+    # A commanded colour that is there is its sprite; sprites left without one take what else is there.
+    spare = [name for name in present if name not in {spec.colour for spec in specs}]
+    scores = []
+    for spec in specs:
+        colour_right = spec.colour in present
+        colour = spec.colour if colour_right else (spare.pop(0) if spare else None)
+        if colour is None:
+            scores.append(SpriteScore(spec, False, False, False, None, None, None, None, None))
+            continue
+        alpha, area, centroid = blobs.alpha[colour], blobs.area(colour), blobs.centroid(colour)
+        usable = (area >= SMALLEST_AREA).nonzero()[:, 0]
+        direction = _direction_of(centroid)
+        # Judge the shape away from the other sprites, as far as possible.
+        others = torch.stack([blobs.area(name) for name in sprites.RGB if name != colour]).sum(0)
+        crossing = torch.zeros(len(frames), dtype=torch.bool)
+        if float(others.median()) >= SMALLEST_AREA:
+            rest = torch.stack([blobs.alpha[name] for name in sprites.RGB if name != colour]).sum(0)
+            axis = torch.arange(rest.shape[-1]) + 0.5
+            near_x = (axis - centroid[:, :1]).abs() < 9
+            near_y = (axis - centroid[:, 1:]).abs() < 9
+            crossing = (rest * (near_x[:, None, :] & near_y[:, :, None])).sum((1, 2)) > 4
+        clear = usable[~crossing[usable]]
+        chosen = (clear if len(clear) >= 4 else usable)[:: max(1, len(usable) // 20)]
+        shape = _shape_of(alpha[chosen], centroid[chosen])
+        first, last = clear[clear < SECOND], clear[clear >= len(frames) - SECOND]
+        colour_drift = size_drift = None
+        if len(first) and len(last):
+            size_drift = float(area[last].mean() / area[first].mean()) - 1
+            core = alpha > 0.8
+            means = [
+                (frames[rows] * core[rows, None]).sum((0, 2, 3)) / core[rows].sum().clamp(min=1)
+                for rows in (first, last)
+            ]
+            colour_drift = float((means[1] - means[0]).norm())
+        scores.append(
+            SpriteScore(
+                spec,
+                colour_right,
+                direction == spec.direction,
+                shape == spec.shape,
+                direction,
+                shape,
+                _speed_of(centroid),
+                colour_drift,
+                size_drift,
+            )
+        )
+    drift = (blobs.background[-SECOND:].mean(0) - blobs.background[:SECOND].mean(0)).abs().max()
+    return ClipScore(caption, tuple(scores), len(present) == len(specs), float(drift))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def summarise(clips: Sequence[ClipScore]) -> dict[str, object]:
+    """Shares, speeds and drifts over clips, ready for JSON."""
+    every = [sprite for clip in clips for sprite in clip.sprites]
+
+    def share(values: Sequence[bool]) -> float:
+        return sum(values) / max(1, len(values))
+
+    def median(values: Sequence[float | None]) -> float | None:
+        known = sorted(value for value in values if value is not None)
+        return known[len(known) // 2] if known else None
+
+    speeds = {}
+    for word, commanded in sprites.PIXELS_PER_FRAME.items():
+        chosen = [sprite.speed for sprite in every if sprite.spec.speed == word and sprite.speed is not None]
+        speeds[word] = {"commanded": commanded, "measured": median(chosen), "sprites": len(chosen)}
+    errors = [
+        abs(sprite.speed / sprites.PIXELS_PER_FRAME[sprite.spec.speed] - 1)
+        for sprite in every
+        if sprite.speed is not None
+    ]
+    return {
+        "captions": len(clips),
+        "sprites": len(every),
+        "colour": share([sprite.colour_right for sprite in every]),
+        "direction": share([sprite.direction_right for sprite in every]),
+        "shape": share([sprite.shape_right for sprite in every]),
+        "everything": share(
+            [
+                clip.count_right and all(s.colour_right and s.direction_right and s.shape_right for s in clip.sprites)
+                for clip in clips
+            ]
+        ),
+        "sprite_count": share([clip.count_right for clip in clips]),
+        "speed": speeds,
+        "speed_error": median(errors),
+        "background_drift": median([clip.background_drift for clip in clips]),
+        "colour_drift": median([sprite.colour_drift for sprite in every]),
+        "size_drift": median([abs(s.size_drift) if s.size_drift is not None else None for s in every]),
+    }
+
+
+def table(summary: dict[str, object], title: str) -> str:
+    """The summary as Markdown."""
+
+    def number(value: object, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    speeds = summary["speed"]
+    assert isinstance(speeds, dict)
+    rows = [
+        ("colours right", number(summary["colour"], ".1%")),
+        ("directions right", number(summary["direction"], ".1%")),
+        ("shapes right", number(summary["shape"], ".1%")),
+        ("number of sprites right (clips)", number(summary["sprite_count"], ".1%")),
+        ("everything right (clips)", number(summary["everything"], ".1%")),
+        *(
+            (f"speed {word!r}: {entry['commanded']} px/frame commanded", number(entry["measured"], ".2f") + " measured")
+            for word, entry in speeds.items()
+        ),
+        ("speed error, median", number(summary["speed_error"], ".1%")),
+        ("background drift, median (levels of 255)", number(summary["background_drift"], ".1f")),
+        ("sprite colour drift, median (RGB distance)", number(summary["colour_drift"], ".1f")),
+        ("sprite size drift, median", number(summary["size_drift"], ".1%")),
+    ]
+    head = f"{title}: {summary['captions']} captions, {summary['sprites']} sprites"
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Making clips
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """How clips are sampled: uniform `steps` per chunk under `shift`, cfg against the empty caption."""
+
+    steps: int = 12
+    shift: float = 5.0
+    cfg: float = 3.0
+    context_mode: str = "clean"
+    frames_per_chunk: int = 3
+    window: int = 12
+    sink: int = 3
+    seed: int = 0
+
+
+@torch.no_grad()
+def sample_latents(
+    dit: WanDiT, encoder: CaptionEncoder, captions: Sequence[str], pixel_frames: int, options: SampleOptions
+) -> Tensor:
+    """Samples clips chunk by chunk with the core's iterator.
+
+    Returns:
+        [B, 16, T_lat, 8, 8] standardised latents, the DiT's own space.
+    """
+    frames = latent_frames(pixel_frames)
+    side = sprites.FRAME_SIZE // SPACE_FACTOR
+    device = next(dit.parameters()).device
+    schedule = DiagonalSchedule.uniform(options.steps, shift=options.shift, context_mode=options.context_mode)
+    settings = CausalSettings(frames_per_chunk=options.frames_per_chunk, window=options.window, sink=options.sink)
+    cache = KVCache(settings, frames)
+    noise = SeededNoise(options.seed, (len(captions), LATENT_CHANNELS, side, side), device)
+    prompts = {"positive": encoder.encode(captions)}
+    if options.cfg != 1:
+        prompts["negative"] = encoder.encode([""]).expand(len(captions), -1, -1)
+
+    def denoise(x: Tensor, at: Forward) -> Tensor:
+        timestep = torch.full((len(captions),), 1000 * at.sigma, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            flows = {
+                name: dit(x, timestep, prompt, cache=cache.condition(name, layers=dit.config.num_layers)).float()
+                for name, prompt in prompts.items()
+            }
+        flow = flows["positive"]
+        if "negative" in flows:
+            flow = flows["negative"] + options.cfg * (flow - flows["negative"])
+        return x - at.sigma * flow
+
+    try:
+        chunks = sample_chunks(
+            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=options.frames_per_chunk
+        )
+        return torch.cat([chunk.latents for chunk in chunks], dim=2)
+    finally:
+        cache.free()
+
+
+@torch.no_grad()
+def decode_frames(autoencoder: DemoAutoencoder, standardised: Tensor) -> Tensor:
+    """Standardised latents [B, 16, T, h, w] -> [B, T_pix, 3, H, W] in 0..255."""
+    mean = autoencoder.wan_mean.view(1, -1, 1, 1, 1)
+    std = autoencoder.wan_std.view(1, -1, 1, 1, 1)
+    pixels = autoencoder.decode(standardised * std + mean)
+    return ((pixels + 1) * 127.5).clamp(0, 255).movedim(1, 2)
+
+
+def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) -> None:
+    """Writes rows of clips and columns of frames. frames: [B, T, 3, H, W] in 0..255."""
+    from PIL import Image
+
+    picked = frames[:, ::every].round().to(torch.uint8)
+    sheet = picked.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    image = Image.fromarray(sheet.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def load_models(checkpoint: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
+    """The shipped weights in a folder, or the EMA weights of a training run's folder."""
+    from distillation import train_demo
+
+    return train_demo.load_models(checkpoint)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    defaults = SampleOptions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="shipped weights or a training run")
+    parser.add_argument("--source", choices=("model", "autoencoder", "truth"), default="model")
+    parser.add_argument("--captions", type=int, default=64, help="number of held-out captions")
+    parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
+    parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="denoising steps per chunk")
+    parser.add_argument("--cfg", type=float, default=defaults.cfg)
+    parser.add_argument("--shift", type=float, default=defaults.shift)
+    parser.add_argument("--context-mode", default=defaults.context_mode)
+    parser.add_argument("--window", type=int, default=defaults.window, help="latent frames, -1 for all")
+    parser.add_argument("--sink", type=int, default=defaults.sink, help="latent frames")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions do not change")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the scores here")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 12 clips here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    captions = options.caption or sprites.held_out_captions(options.captions)
+    started = time.perf_counter()
+    if options.source == "model":
+        dit, encoder, autoencoder = load_models(options.checkpoint)
+        sampling = SampleOptions(
+            steps=options.steps,
+            shift=options.shift,
+            cfg=options.cfg,
+            context_mode=options.context_mode,
+            window=options.window,
+            sink=options.sink,
+            seed=options.seed,
+        )
+        frames = decode_frames(autoencoder, sample_latents(dit, encoder, captions, options.length, sampling))
+        title = f"model, {sampling.steps} steps a chunk, cfg {sampling.cfg:g}"
+    else:
+        scenes = sprites.make_scenes([parse_caption(caption) for caption in captions], options.seed)
+        drawn = sprites.render(scenes, torch.arange(options.length))
+        frames = drawn.float()
+        if options.source == "autoencoder":
+            autoencoder = load_models(options.checkpoint)[2]
+            with torch.no_grad():
+                pixels = autoencoder.decode(autoencoder.encode(sprites.to_pixels(drawn)))
+            frames = ((pixels + 1) * 127.5).movedim(1, 2)
+        title = {"autoencoder": "true clips through the autoencoder", "truth": "true clips"}[options.source]
+    made = time.perf_counter() - started
+    clips = [score_clip(clip, caption) for clip, caption in zip(frames, captions, strict=True)]
+    summary = summarise(clips)
+    print(table(summary, title))
+    print(f"\n{made:.0f} s to make {len(captions)} clips of {options.length} frames")
+    if options.sheet:
+        contact_sheet(frames[:12], options.sheet)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = options.json.with_suffix(".partial")
+        report = {"title": title, "summary": summary, "clips": [asdict(clip) for clip in clips]}
+        partial.write_text(json.dumps(report, indent=1))
+        os.replace(partial, options.json)
+
+
+if __name__ == "__main__":
+    main()

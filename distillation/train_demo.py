@@ -1,0 +1,687 @@
+"""Trains the demo model from nothing: autoencoder, then caption encoder and DiT together.
+
+    python -m distillation.train_demo --stage all --out runs/demo     # resumes if runs/demo has a checkpoint
+    python -m distillation.train_demo --export demo --out runs/demo   # writes the shipped weights
+
+Every random number of update i comes from (seed, i), so a run that was stopped and resumed is the run that was
+not. Checkpoints are written to a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import math
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diagonal_sampler.captions import (
+    CaptionEncoder,
+    CaptionEncoderConfig,
+    load_caption_encoder,
+    save_caption_encoder,
+    tokenize_captions,
+)
+from diagonal_sampler.demo_autoencoder import (
+    DemoAutoencoder,
+    DemoAutoencoderConfig,
+    load_demo_autoencoder,
+    save_demo_autoencoder,
+)
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import GLOBAL_WINDOW
+from distillation import sprites
+
+log = logging.getLogger("train_demo")
+
+EMA_DECAY = 0.999
+GRADIENT_CLIP = 1.0
+# How the shipped model is best sampled, by distillation.score.
+SHIPPED_STEPS = 12
+SHIPPED_CFG = 3.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What both stages share
+
+
+def generator_at(seed: int, *position: int) -> torch.Generator:
+    """A generator that depends on the seed and a position only (an update's number, say)."""
+    state = seed & 0xFFFFFFFF
+    for part in position:  # a linear congruential mix: any two positions give unrelated Philox/MT seeds
+        state = (state * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
+    return torch.Generator().manual_seed(state)
+
+
+def cosine_learning_rate(update: int, *, peak: float, warmup: int, total: int, floor: float = 0.02) -> float:
+    """Linear warm-up to `peak`, then a cosine down to `floor * peak` at update `total`."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Ema:
+    """Exponential moving average of a module's state, warmed up so that early averages are not the initial noise."""
+
+    def __init__(self, module: nn.Module, decay: float = EMA_DECAY) -> None:
+        self.decay = decay
+        self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, update: int) -> None:
+        decay = min(self.decay, (1 + update) / (10 + update))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value.detach(), 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """torch.save to a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path`, or None if there is none."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 matrix products: about four times float32's speed on a CPU with AMX, and on any recent GPU."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed buffers, as a training loop asks for the same ones again at once.
+
+    By default every large tensor is mapped afresh and its pages are zeroed by the kernel: measured on 2 cores, that
+    is a quarter of the time of an update. Does nothing where the C library is not glibc.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the largest glibc takes
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 256 << 20)
+
+
+def progress(updates: Iterator[int] | range, description: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(updates, desc=description, mininterval=5, smoothing=0.05, dynamic_ncols=True)
+
+
+class Orthogonal(torch.optim.Optimizer):
+    """Momentum descent along the orthogonalised update ("Muon"), for weight matrices and flattened convolutions.
+
+    The update is U V^T of the momentum's singular value decomposition U S V^T, found by a quintic Newton-Schulz
+    iteration, and scaled by 0.2 * sqrt(max(rows, columns)) so that its root mean square equals a typical AdamW
+    update's. Matrices of one shape are treated in one batched product. (Jordan et al. 2024; scale: Moonlight 2025.)
+    """
+
+    ITERATION = (3.4445, -4.7750, 2.0315)
+    STEPS = 5
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @classmethod
+    def orthogonalise(cls, matrices: Tensor) -> Tensor:
+        """[N, rows, columns] -> nearly orthogonal matrices of the same shape (singular values near 1)."""
+        a, b, c = cls.ITERATION
+        flip = matrices.shape[1] > matrices.shape[2]
+        x = matrices.bfloat16()
+        x = x.mT if flip else x
+        x = x / (x.float().norm(dim=(1, 2), keepdim=True).bfloat16() + 1e-7)
+        for _ in range(cls.STEPS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return (x.mT if flip else x).float()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                directions = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if "momentum" not in state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                    directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                updates = self.orthogonalise(torch.stack(directions).flatten(2))
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                        update.view_as(parameter), alpha=-scale
+                    )
+
+
+def make_optimizers(
+    matrices: list[Tensor], others: list[Tensor], *, matrix_rate: float, rate: float, weight_decay: float = 0.01
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their peak learning rates: orthogonalised updates for `matrices`, AdamW for the rest."""
+    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoencoderRecipe:
+    """Options of the autoencoder's training; `updates` decides the length of the cosine."""
+
+    config: DemoAutoencoderConfig = DemoAutoencoderConfig()
+    seed: int = 1
+    updates: int = 520
+    batch: int = 24  # groups of four frames
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    scenes: int = 2048
+    first_frame_share: float = 0.12  # groups that are one frame four times
+    latent_noise: float = 0.07  # added to standardised latents: the decoder must forgive the DiT's errors
+    sprite_weight: float = 8.0  # of a pixel that a sprite touches; the plain background needs less attention
+    save_every: int = 200
+
+
+def autoencoder_batch(recipe: AutoencoderRecipe, scenes: sprites.Scenes, update: int) -> tuple[Tensor, Tensor]:
+    """Groups [N, 12, H, W] in [-1, 1] and pixel weights [N, 1, H, W] of an update."""
+    generator = generator_at(recipe.seed, 1, update)
+    rows = torch.randint(len(scenes), (recipe.batch,), generator=generator)
+    start = torch.randint(2 * sprites.CLIP_FRAMES, (recipe.batch, 1), generator=generator)
+    frozen = torch.rand(recipe.batch, 1, generator=generator) < recipe.first_frame_share
+    times = start + torch.where(frozen, 0, torch.arange(4))
+    chosen = scenes.take(rows)
+    pixels = sprites.to_pixels(sprites.render(chosen, times))
+    gray = (chosen.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
+    touched = ((pixels - gray).abs().amax((1, 2)) > 0.05).unsqueeze(1).float()
+    weight = 1 + (recipe.sprite_weight - 1) * F.max_pool2d(touched, 3, stride=1, padding=1)
+    return rearrange(pixels, "n c t h w -> n (t c) h w"), weight
+
+
+def autoencoder_loss(model: DemoAutoencoder, groups: Tensor, weight: Tensor, noise: Tensor) -> Tensor:
+    """Weighted reconstruction error, squared plus a little absolute for crisp edges."""
+    latent = model.encode_groups(groups)
+    error = model.decode_groups(latent + noise).float() - groups
+    return ((error.square() + 0.1 * error.abs()) * weight).mean() / weight.mean()
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device, stop: int | None = None) -> Path:
+    """Trains, or resumes, until `stop` updates (default: all); returns the checkpoint's path."""
+    path = out / "autoencoder.pt"
+    torch.manual_seed(recipe.seed)
+    model = DemoAutoencoder(recipe.config).to(device).train()
+    weights = list(model.parameters())
+    optimizers = make_optimizers(
+        [weight for weight in weights if weight.ndim == 4],
+        [weight for weight in weights if weight.ndim != 4],
+        matrix_rate=recipe.learning_rate,
+        rate=recipe.learning_rate,
+    )
+    ema = Ema(model)
+    first = 0
+    if (saved := load_checkpoint(path)) is not None:
+        first = saved["update"]
+        model.load_state_dict(saved["model"])
+        for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
+        log.info("resumed %s at update %d", path, first)
+    scenes = sprites.sample_scenes(recipe.scenes, recipe.seed)
+    last = min(recipe.updates, stop if stop is not None else recipe.updates)
+
+    def save(update: int) -> None:
+        states = [optimizer.state_dict() for optimizer, _ in optimizers]
+        state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
+        save_checkpoint(path, state)
+
+    bar = progress(range(first, last), "autoencoder")
+    for update in bar:
+        groups, weight = (x.to(device) for x in autoencoder_batch(recipe, scenes, update))
+        shape = (recipe.batch, 16, groups.shape[-2] // 8, groups.shape[-1] // 8)
+        noise = torch.randn(shape, generator=generator_at(recipe.seed, 2, update)).to(device)
+        for optimizer, peak in optimizers:
+            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=recipe.updates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        with autocast(device):
+            loss = autoencoder_loss(model, groups, weight, noise * recipe.latent_noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(model, update)
+        if update % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.5f}")
+        if (update + 1) % recipe.save_every == 0:
+            save(update + 1)
+    save(last)
+    return path
+
+
+def load_trained_autoencoder(path: Path, config: DemoAutoencoderConfig) -> DemoAutoencoder:
+    """The EMA weights of a training checkpoint, in eval mode."""
+    saved = load_checkpoint(path)
+    if saved is None:
+        raise ValueError(f"path={os.fspath(path)!r} does not exist; train it with --stage autoencoder first")
+    model = DemoAutoencoder(config)
+    model.load_state_dict(saved["ema"])
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def autoencoder_psnr(model: DemoAutoencoder, count: int = 16, seed: int = 9) -> tuple[float, float]:
+    """PSNR in dB over whole frames, and over the pixels a sprite touches, on fresh clips."""
+    scenes = sprites.sample_scenes(count, seed)
+    pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(sprites.CLIP_FRAMES)))
+    error = (model.decode(model.encode(pixels)) - pixels).square()
+    gray = (scenes.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
+    touched = ((pixels - gray).abs().amax(1, keepdim=True) > 0.05).expand_as(error)
+    peak = 2.0  # the range [-1, 1]
+    return tuple(10 * math.log10(peak**2 / float(value)) for value in (error.mean(), error[touched].mean()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 2: the caption encoder and the DiT, together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitRecipe:
+    """Options of the DiT's training; `updates` decides the length of the cosine.
+
+    A batch is of one kind. Bidirectional: every latent frame sees every other, one sigma for the clip. Causal: a
+    chunk sees itself and earlier chunks, each chunk has its own sigma, and in `clean_context_share` of the clips
+    the chunks before a random one are (nearly) clean, as they are when sampling. Later: the same on a clip's first
+    chunk followed by frames from long after, which is what a rolling window with a sink shows.
+    """
+
+    model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
+    encoder: CaptionEncoderConfig = CaptionEncoderConfig()
+    seed: int = 2
+    updates: int = 6000
+    batch: int = 16
+    learning_rate: float = 1e-3
+    matrix_learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clips: int = 8192
+    later_clips: int = 2048
+    later_frames: int = 12  # latent frames of a later piece
+    bidirectional_share: float = 0.3
+    later_share: float = 0.12
+    short_share: float = 0.5  # of causal batches: only the first `window` frames, where all the deciding is done
+    clean_context_share: float = 0.7
+    empty_caption_share: float = 0.1
+    window_share: float = 0.4  # of causal batches: rolling window instead of everything before
+    frames_per_chunk: int = 3
+    window: int = 12
+    sink: int = 3
+    shift: float = 4.0  # a little more weight on fine detail than the shift of 5 used in sampling
+    save_every: int = 200
+    compile: bool = False  # measured on 2 CPU cores: 7% faster after two minutes of compiling
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSet:
+    """Training clips, encoded once: standardised latents in fp16 and caption ids."""
+
+    clips: Tensor  # [N, 16, 21, h, w], a clip from its first frame
+    later: Tensor  # [M, 16, K, h, w], the same clips (the first M) at a random time long after their start
+    ids: Tensor  # int64 [N, 2, 4]
+
+
+@torch.no_grad()
+def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Path, device: torch.device) -> LatentSet:
+    """Renders and encodes the training clips, or reads them from `path` if they are there."""
+    if (saved := load_checkpoint(path)) is not None:
+        return LatentSet(saved["clips"], saved["later"], saved["ids"])
+    autoencoder = autoencoder.to(device).eval()
+    clips, later, ids = [], [], []
+    step = 64
+    rng = generator_at(recipe.seed, 3)
+    later_pixels = 4 * recipe.later_frames
+
+    def encode(scenes: sprites.Scenes, frames: Tensor) -> Tensor:
+        groups = rearrange(sprites.to_pixels(sprites.render(scenes, frames)), "n c (t f) h w -> (n t) (f c) h w", f=4)
+        with autocast(device):
+            latent = autoencoder.encode_groups(groups.to(device))
+        return rearrange(latent, "(n t) c h w -> n c t h w", n=len(scenes)).half().cpu()
+
+    first_frame_and_rest = torch.cat([torch.zeros(3, dtype=torch.int64), torch.arange(sprites.CLIP_FRAMES)])
+    for start in progress(range(0, recipe.clips, step), "encoding clips"):
+        scenes = sprites.sample_scenes(min(step, recipe.clips - start), recipe.seed, start)
+        clips.append(encode(scenes, first_frame_and_rest))
+        ids.append(tokenize_captions(scenes.captions))
+        if start < recipe.later_clips:
+            # A latent frame after the first covers pixel frames 4k+1 .. 4k+4.
+            group = torch.randint(10, 400, (len(scenes), 1), generator=rng)
+            later.append(encode(scenes, 4 * group + 1 + torch.arange(later_pixels)))
+    data = LatentSet(torch.cat(clips), torch.cat(later), torch.cat(ids))
+    save_checkpoint(path, {"clips": data.clips, "later": data.later, "ids": data.ids})
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class DitBatch:
+    """One update's input: noisy latents, their sigmas, the flow to predict and where it counts."""
+
+    noisy: Tensor  # [B, 16, T, h, w]
+    sigma: Tensor  # [B, T]
+    flow: Tensor  # [B, 16, T, h, w]
+    weight: Tensor  # [B, T], 0 where the prediction is not used
+    ids: Tensor  # int64 [B, 2, 4]
+    frames_per_chunk: int
+    window: int
+    sink: int
+    kind: str
+
+    def to(self, device: torch.device) -> DitBatch:
+        values = (getattr(self, item.name) for item in fields(self))
+        return DitBatch(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+
+
+SMALLEST_TRAINED_SIGMA = 0.02
+"""Below this the input holds no usable noise, the flow cannot be predicted, and nobody asks for it."""
+
+
+def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
+    """The batch of an update; depends on (seed, update) only."""
+    generator = generator_at(recipe.seed, 4, update)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    batch, size = recipe.batch, recipe.frames_per_chunk
+    kind = float(uniform(1))
+    is_bidirectional = kind < recipe.bidirectional_share
+    is_later = not is_bidirectional and kind < recipe.bidirectional_share + recipe.later_share
+    rows = torch.randint(len(data.later if is_later else data.clips), (batch,), generator=generator)
+    clean = data.clips[rows].float()
+    if not is_bidirectional and not is_later and float(uniform(1)) < recipe.short_share:
+        clean = clean[:, :, : recipe.window]
+    if is_later:
+        clean = torch.cat([clean[:, :, :size], data.later[rows].float()], dim=2)
+    frames = clean.shape[2]
+    chunks = -(-frames // size)
+
+    if is_bidirectional:
+        per_chunk = shift_sigma(uniform(batch, 1), recipe.shift).expand(batch, chunks)
+    else:
+        per_chunk = shift_sigma(uniform(batch, chunks), recipe.shift)
+        # Context as in sampling: the chunks before `current` are clean, or as noisy as a diagonal schedule's.
+        current = (uniform(batch, 1) * 1.3 * chunks - 0.3 * chunks).clamp(min=0).floor()
+        current = torch.where(uniform(batch, 1) < recipe.clean_context_share, current, 0)
+        choice = uniform(batch, 1)
+        context = torch.where(choice < 0.6, 0.0, torch.where(choice < 0.8, 0.357, 0.4 * uniform(batch, chunks)))
+        per_chunk = torch.where(torch.arange(chunks) < current, context, per_chunk)
+        if is_later:  # the sink is always context
+            per_chunk[:, :1] = context[:, :1]
+    sigma = per_chunk.repeat_interleave(size, dim=1)[:, :frames]
+    weight = (sigma >= SMALLEST_TRAINED_SIGMA).float()
+    if is_later:  # where the chunk after the gap is cannot be known
+        weight[:, : 2 * size] = 0
+    noise = torch.randn(clean.shape, generator=generator)
+    level = sigma[:, None, :, None, None]
+    keep = uniform(batch) >= recipe.empty_caption_share
+    windowed = is_later or (not is_bidirectional and float(uniform(1)) < recipe.window_share)
+    return DitBatch(
+        noisy=torch.lerp(clean, noise, level),
+        sigma=sigma,
+        flow=noise - clean,
+        weight=weight,
+        ids=data.ids[rows] * keep[:, None, None],
+        # Everything in one chunk is the bidirectional case.
+        frames_per_chunk=frames if is_bidirectional else size,
+        window=recipe.window if windowed else GLOBAL_WINDOW,
+        sink=recipe.sink if windowed else 0,
+        kind="bidirectional" if is_bidirectional else "later" if is_later else "causal",
+    )
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """sigma = s*u / (1 + (s-1)*u): more time at high noise for s > 1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+class DemoModel(nn.Module):
+    """Caption encoder and DiT as trained together."""
+
+    def __init__(self, recipe: DitRecipe) -> None:
+        super().__init__()
+        self.encoder = CaptionEncoder(recipe.encoder)
+        self.dit = WanDiT(recipe.model)
+
+    def loss(self, batch: DitBatch) -> Tensor:
+        """Mean squared flow error over the latent frames that count."""
+        flow = self.dit(
+            batch.noisy,
+            1000 * batch.sigma,
+            self.encoder(batch.ids),
+            frames_per_chunk=batch.frames_per_chunk,
+            window=batch.window,
+            sink=batch.sink,
+        )
+        error = (flow.float() - batch.flow).square().mean((1, 3, 4))
+        return (error * batch.weight).sum() / batch.weight.sum().clamp(min=1)
+
+
+def dit_optimizers(model: DemoModel, recipe: DitRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Orthogonalised updates for the matrices of the blocks, AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if name.startswith("dit.blocks") and parameter.ndim == 2 else others).append(parameter)
+    return make_optimizers(
+        matrices,
+        others,
+        matrix_rate=recipe.matrix_learning_rate,
+        rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.device, stop: int | None = None) -> Path:
+    """Trains, or resumes, until `stop` updates (default: all); returns the checkpoint's path."""
+    path = out / "dit.pt"
+    torch.manual_seed(recipe.seed)
+    model = DemoModel(recipe).to(device).train()
+    optimizers = dit_optimizers(model, recipe)
+    ema = Ema(model)
+    first = 0
+    if (saved := load_checkpoint(path)) is not None:
+        first = saved["update"]
+        model.load_state_dict(saved["model"])
+        for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
+        log.info("resumed %s at update %d", path, first)
+    if recipe.compile:
+        for block in model.dit.blocks:
+            block.compile()
+    last = min(recipe.updates, stop if stop is not None else recipe.updates)
+
+    def save(update: int) -> None:
+        states = [optimizer.state_dict() for optimizer, _ in optimizers]
+        state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
+        save_checkpoint(path, state)
+
+    bar = progress(range(first, last), "dit")
+    running = {"bidirectional": math.nan, "causal": math.nan, "later": math.nan}
+    for update in bar:
+        batch = dit_batch(recipe, data, update)
+        batch = batch.to(device)
+        for optimizer, peak in optimizers:
+            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=recipe.updates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        with autocast(device):
+            loss = model.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(model, update)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"loss is {value} at update {update}; lower learning_rate or resume from a checkpoint")
+        running[batch.kind] = value if math.isnan(running[batch.kind]) else 0.97 * running[batch.kind] + 0.03 * value
+        if update % 20 == 0:
+            bar.set_postfix({name: f"{x:.4f}" for name, x in running.items()})
+        if (update + 1) % recipe.save_every == 0:
+            save(update + 1)
+            log.info("update %d: %s", update + 1, ", ".join(f"{k} {v:.4f}" for k, v in running.items()))
+    save(last)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading a run, and shipping it
+
+DIT_FILE = "demo_dit.safetensors"
+AUTOENCODER_FILE = "demo_autoencoder.safetensors"
+TEXT_ENCODER_FILE = "demo_text_encoder.safetensors"
+
+
+def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
+    """Shipped weights if `folder` holds them, else the EMA weights of a training run; eval mode, no gradients.
+
+    Raises:
+        ValueError: if the folder holds neither.
+    """
+    if (folder / DIT_FILE).exists():
+        weights = {name: value.float() for name, value in load_file(folder / DIT_FILE).items()}
+        dit = WanDiT(WanConfig.from_state_dict(weights))
+        dit.load_state_dict(weights)
+        encoder = load_caption_encoder(folder / TEXT_ENCODER_FILE)
+        autoencoder = load_demo_autoencoder(folder / AUTOENCODER_FILE)
+        return dit.eval().requires_grad_(False), encoder, autoencoder
+    saved = load_checkpoint(folder / "dit.pt")
+    if saved is None:
+        raise ValueError(
+            f"checkpoint={os.fspath(folder)!r} holds neither {DIT_FILE} nor dit.pt; give the demo folder, or train "
+            "with python -m distillation.train_demo"
+        )
+    model = DemoModel(DitRecipe())
+    model.load_state_dict(saved["ema"])
+    model.eval().requires_grad_(False)
+    autoencoder = load_trained_autoencoder(folder / "autoencoder.pt", AutoencoderRecipe().config)
+    return model.dit, model.encoder, autoencoder
+
+
+def git_commit() -> str:
+    """The commit that the code stands at, with "+changes" where files differ from it, or "unknown"."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../diagonal_sampler")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
+    """Header entries of the shipped DiT: DESIGN's provenance keys, the mark of a causal model, and the cfg."""
+    schedule = DiagonalSchedule.uniform(SHIPPED_STEPS)
+    provenance = Provenance(
+        frames_per_chunk=recipe.frames_per_chunk,
+        steps_per_chunk=(SHIPPED_STEPS,),
+        sigmas=schedule.sigmas,
+        shift=schedule.shift,
+        context_mode=schedule.context_mode,
+        window=recipe.window,
+        sink=recipe.sink,
+        recipe=(
+            f"distillation.train_demo, seed {recipe.seed}, {update} updates of {recipe.batch} clips, rectified flow, "
+            f"shift {recipe.shift:g}, {recipe.bidirectional_share:.0%} bidirectional, else causal with a sigma per "
+            f"chunk, {recipe.empty_caption_share:.0%} empty captions, EMA {EMA_DECAY}"
+        ),
+        data=(
+            f"sprite world of distillation.sprites, {recipe.clips} clips of {sprites.CLIP_FRAMES} frames at "
+            f"{sprites.FRAME_SIZE}x{sprites.FRAME_SIZE}, seed {recipe.seed}"
+        ),
+        git_commit=git_commit(),
+    )
+    config = json.dumps({"transformer": {"causal_ar": True, "text_dim": recipe.model.text_dim}})
+    return {**provenance.to_metadata(), "config": config, "cfg": str(SHIPPED_CFG)}
+
+
+def export(run: Path, folder: Path) -> None:
+    """Writes the EMA weights of a run as the three files of the demo, each under a temporary name first."""
+    recipe = DitRecipe()
+    dit, encoder, autoencoder = load_models(run)
+    saved = load_checkpoint(run / "dit.pt")
+    assert saved is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    header = provenance_of(recipe, saved["update"])
+    shared = {key: header[key] for key in ("recipe", "data", "git_commit")}
+    save_caption_encoder(encoder, folder / TEXT_ENCODER_FILE, shared)
+    save_demo_autoencoder(autoencoder, folder / AUTOENCODER_FILE, shared)
+    partial = (folder / DIT_FILE).with_suffix(".partial")
+    save_file({name: value.half().contiguous() for name, value in dit.state_dict().items()}, partial, metadata=header)
+    os.replace(partial, folder / DIT_FILE)
+    for name in (DIT_FILE, TEXT_ENCODER_FILE, AUTOENCODER_FILE):
+        log.info("%s: %.1f MB", folder / name, (folder / name).stat().st_size / 1e6)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("autoencoder", "dit", "all"), default="all")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    if options.export:
+        export(options.out, options.export)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = AutoencoderRecipe()
+    started = time.perf_counter()
+    path = train_autoencoder(recipe, options.out, device)
+    autoencoder = load_trained_autoencoder(path, recipe.config)
+    whole, sprite = autoencoder_psnr(autoencoder)
+    log.info("autoencoder: %.1f dB, %.1f dB on sprites, %.0f s", whole, sprite, time.perf_counter() - started)
+    if options.stage == "autoencoder":
+        return
+    dit = DitRecipe()
+    data = encode_latent_set(dit, autoencoder, options.out / "latents.pt", device)
+    train_dit(dit, data, options.out, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The demo's trainer on tiny sizes: exact resume, honest batches, and files that load again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diagonal_sampler.captions import CaptionEncoderConfig, tokenize_captions
+from diagonal_sampler.demo_autoencoder import DemoAutoencoderConfig
+from diagonal_sampler.dit import WanConfig
+from diagonal_sampler.provenance import Provenance
+from distillation import sprites, train_demo
+from distillation.train_demo import AutoencoderRecipe, DemoModel, DitRecipe, LatentSet, Orthogonal
+
+CPU = torch.device("cpu")
+AUTOENCODER = AutoencoderRecipe(
+    config=DemoAutoencoderConfig(
+        encoder_dim=8, encoder_inner_dim=8, encoder_blocks=1, decoder_dim=8, decoder_inner_dim=8, decoder_blocks=1
+    ),
+    updates=4,
+    batch=2,
+    scenes=4,
+    warmup=1,
+)
+DIT = DitRecipe(
+    model=WanConfig(dim=128, ffn_dim=64, num_layers=1, text_dim=16),
+    encoder=CaptionEncoderConfig(text_dim=16, num_heads=2),
+    updates=4,
+    batch=2,
+    clips=4,
+    later_clips=4,
+    warmup=1,
+    save_every=100,
+)
+
+
+def latents() -> LatentSet:
+    generator = torch.Generator().manual_seed(0)
+    captions = sprites.sample_scenes(4, seed=0).captions
+    return LatentSet(
+        torch.randn(4, 16, 21, 4, 4, generator=generator).half(),
+        torch.randn(4, 16, 12, 4, 4, generator=generator).half(),
+        tokenize_captions(captions),
+    )
+
+
+def assert_same(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+def test_two_updates_resumed_for_two_more_equal_four_dit(tmp_path) -> None:
+    data = latents()
+    whole = train_demo.train_dit(DIT, data, tmp_path / "whole", CPU)
+    train_demo.train_dit(DIT, data, tmp_path / "parts", CPU, stop=2)
+    torch.manual_seed(99)  # nothing outside the checkpoint may matter
+    parts = train_demo.train_dit(DIT, data, tmp_path / "parts", CPU)
+    assert_same(train_demo.load_checkpoint(whole), train_demo.load_checkpoint(parts))
+    fresh = DemoModel(DIT).state_dict()
+    trained = train_demo.load_checkpoint(whole)["model"]
+    assert any(not torch.equal(fresh[name], trained[name]) for name in fresh)
+
+
+def test_two_updates_resumed_for_two_more_equal_four_autoencoder(tmp_path) -> None:
+    whole = train_demo.train_autoencoder(AUTOENCODER, tmp_path / "whole", CPU)
+    train_demo.train_autoencoder(AUTOENCODER, tmp_path / "parts", CPU, stop=2)
+    torch.manual_seed(99)
+    parts = train_demo.train_autoencoder(AUTOENCODER, tmp_path / "parts", CPU)
+    assert_same(train_demo.load_checkpoint(whole), train_demo.load_checkpoint(parts))
+
+
+def test_the_latent_set_is_encoded_once_and_read_back(tmp_path) -> None:
+    train_demo.train_autoencoder(AUTOENCODER, tmp_path, CPU)
+    model = train_demo.load_trained_autoencoder(tmp_path / "autoencoder.pt", AUTOENCODER.config)
+    recipe = replace(DIT, clips=2, later_clips=2)
+    made = train_demo.encode_latent_set(recipe, model, tmp_path / "latents.pt", CPU)
+    assert made.clips.shape == (2, 16, 21, 8, 8) and made.later.shape == (2, 16, 12, 8, 8)
+    scenes = sprites.sample_scenes(2, recipe.seed)
+    assert torch.equal(made.ids, tokenize_captions(scenes.captions))
+    pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(81)))
+    encoded = (model.encode(pixels) - model.wan_mean.view(1, -1, 1, 1, 1)) / model.wan_std.view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(made.clips.float(), encoded, rtol=0.02, atol=0.05)
+    again = train_demo.encode_latent_set(recipe, model, tmp_path / "latents.pt", CPU)
+    assert torch.equal(again.clips, made.clips) and torch.equal(again.later, made.later)
+
+
+def test_batches_are_what_the_recipe_says() -> None:
+    data, kinds = latents(), set()
+    for update in range(60):
+        batch = train_demo.dit_batch(DIT, data, update)
+        frames = batch.noisy.shape[2]
+        kinds.add((batch.kind, frames))
+        level = batch.sigma[:, None, :, None, None]
+        clean = batch.noisy - level * batch.flow
+        assert (clean.half().float() - clean).abs().max() < 1e-3  # noisy = clean + sigma * flow, and clean is fp16
+        per_chunk = batch.sigma.unflatten(1, (-1, 3))
+        assert (per_chunk == per_chunk[..., :1]).all()
+        assert (batch.weight.bool() <= (batch.sigma >= train_demo.SMALLEST_TRAINED_SIGMA)).all()
+        if batch.kind == "bidirectional":
+            assert (batch.sigma == batch.sigma[:, :1]).all() and batch.frames_per_chunk == frames == 21
+        else:
+            assert batch.frames_per_chunk == 3
+        if batch.kind == "later":
+            assert not batch.weight[:, :6].any()
+    assert kinds == {("bidirectional", 21), ("causal", 21), ("causal", 12), ("later", 15)}
+
+
+def test_empty_captions_come_at_their_share() -> None:
+    data = latents()
+    recipe = replace(DIT, batch=16, empty_caption_share=0.5)
+    empty = sum(int((~train_demo.dit_batch(recipe, data, i).ids.flatten(1).any(1)).sum()) for i in range(40))
+    assert 0.4 < empty / 640 < 0.6
+
+
+def test_orthogonalised_updates_are_nearly_orthogonal() -> None:
+    torch.manual_seed(0)
+    for shape in [(3, 32, 64), (2, 64, 32), (1, 48, 128)]:
+        singular = torch.linalg.svdvals(Orthogonal.orthogonalise(torch.randn(shape)))
+        assert singular.min() > 0.4 and singular.max() < 1.4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
+    data = latents()
+    data.clips.fill_(float("nan"))
+    data.later.fill_(float("nan"))
+    with pytest.raises(ValueError, match="update 0"):
+        train_demo.train_dit(DIT, data, tmp_path, CPU)
+
+
+def test_exported_files_load_equal_and_say_where_they_come_from(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_demo, "DitRecipe", lambda: DIT)
+    monkeypatch.setattr(train_demo, "AutoencoderRecipe", lambda: AUTOENCODER)
+    run, demo = tmp_path / "run", tmp_path / "demo"
+    train_demo.train_autoencoder(AUTOENCODER, run, CPU)
+    train_demo.train_dit(DIT, latents(), run, CPU)
+    train_demo.export(run, demo)
+    assert {file.name for file in demo.iterdir()} == {
+        train_demo.DIT_FILE,
+        train_demo.AUTOENCODER_FILE,
+        train_demo.TEXT_ENCODER_FILE,
+    }
+    with safe_open(demo / train_demo.DIT_FILE, framework="pt") as file:
+        header = file.metadata()
+    assert json.loads(header["config"]) == {"transformer": {"causal_ar": True}}
+    provenance = Provenance.from_metadata(header, train_demo.DIT_FILE)
+    assert None not in [getattr(provenance, name) for name in ("window", "sink", "recipe", "data", "git_commit")]
+    assert (provenance.frames_per_chunk, provenance.context_mode) == (3, "clean")
+    captions = ["a red circle moves left"]
+    for ours, theirs in zip(train_demo.load_models(run), train_demo.load_models(demo), strict=True):
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+    assert train_demo.load_models(demo)[1].encode(captions).shape[-1] == 16
+
+
+def test_an_empty_folder_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(ValueError, match="neither"):
+        train_demo.load_models(tmp_path)
