@@ -5,6 +5,8 @@ Shape suffixes: B batch, L tokens, N heads, D channels a head, P = D/2 rotated p
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -76,9 +78,17 @@ def rotate(x_BLND: Tensor, table_LP2: Tensor) -> Tensor:
     return out.flatten(-2).to(x_BLND.dtype)
 
 
+# Every layer moves its keys by the same few shifts: kept, so that a copy to the device does not halt it at each layer.
+# Made outside of inference mode, whose tensors autograd would refuse in a later training step.
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _time_shift(time_dim: int, shift: float, device: torch.device) -> Tensor:
+    """Rotation [1, P, 2] by `shift` positions in time."""
+    return _turns(axis_frequencies(time_dim) * shift, device)[None]
+
+
 def rotate_time_(keys_BLND: Tensor, shift: float) -> None:
     """Move rotated keys [B, L, N, D] by `shift` positions in time, in place; only the time channels change."""
     time_dim = axis_dims(keys_BLND.shape[-1])[0]
-    table = _turns(axis_frequencies(time_dim) * shift, keys_BLND.device)
     time = keys_BLND[..., :time_dim]
-    time.copy_(rotate(time, table[None]))
+    time.copy_(rotate(time, _time_shift(time_dim, shift, keys_BLND.device)))
