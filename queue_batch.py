@@ -349,9 +349,10 @@ class Batch:
         """Keep one server busy; on a lost connection come back, look up what became of its jobs, go on."""
         lost_since, backoff, told = time.monotonic(), FIRST_BACKOFF_SECONDS, False
         while self.unfinished:
-            started, settled = time.monotonic(), server.settled
+            connected, settled = None, server.settled
             try:
                 async with await self._websocket(server) as socket:
+                    connected = time.monotonic()
                     if told:
                         self.display.line(f"{server.label}: connected again")
                     server.reached = True
@@ -360,7 +361,8 @@ class Batch:
                     return
             except ConnectionLost as error:
                 lost = error
-            if server.reached and (time.monotonic() - started > STABLE_SECONDS or server.settled > settled):
+            held = connected is not None and time.monotonic() - connected > STABLE_SECONDS
+            if held or server.settled > settled:
                 lost_since, backoff, told = time.monotonic(), FIRST_BACKOFF_SECONDS, False
             if not told:
                 self.display.line(f"{server.label}: no connection ({lost}); trying again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,12 +119,14 @@ class ProbeServer:
 
 
 class Proxy:
-    """Forwards TCP to a server. ``down`` refuses; ``swallow_answer`` loses the answer to the next POST /prompt."""
+    """Forwards TCP to a server. ``down`` refuses, ``hang`` goes silent; ``swallow_answer`` loses the answer to the
+    next POST /prompt."""
 
     def __init__(self, port: int) -> None:
         self.target = port
         self.swallow_answer = False
         self.swallowed = 0
+        self.silent = False
         self.sockets: set[socket.socket] = set()
         self.port = comfy_host.free_port()
         self.listener: socket.socket | None = None
@@ -148,10 +151,20 @@ class Proxy:
             item.close()
         self.sockets.clear()
 
+    def hang(self) -> None:
+        """Break what is open; new connections are taken and never answered, as by a machine that froze."""
+        self.silent = True
+        for item in list(self.sockets):
+            with contextlib.suppress(OSError):
+                item.shutdown(socket.SHUT_RDWR)
+
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
+                if self.silent:
+                    self.sockets.add(client)
+                    continue
                 server = socket.create_connection(("127.0.0.1", self.target))
                 self.sockets |= {client, server}
                 lose = threading.Event()
@@ -312,6 +325,30 @@ def test_a_lost_connection_runs_no_job_twice(probe, tmp_path):
     once = {f"{seed} {prompt}": 1 for prompt in ("one", "two") for seed in range(3)}
     assert probe.events("start") == probe.events("end") == once
     assert sum(run.done().values()) == 6
+
+
+def test_a_server_that_goes_silent_is_given_up_and_resume_looks_there_first(probe, tmp_path, monkeypatch):
+    proxy = Proxy(probe.port)
+    run = Run(tmp_path / "a", probe_graph(1.0), "p", "0", [proxy.url])
+    run.process.kill()  # only its files are wanted: this process runs the command itself, with shorter times
+    run.process.communicate()
+    shutil.rmtree(run.output, ignore_errors=True)
+    monkeypatch.setattr(queue_batch, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(queue_batch, "STABLE_SECONDS", 0.2)
+    arguments = [part for part in run.process.args[2:]]
+    watch = threading.Thread(target=lambda: (wait_for(lambda: probe.events("start"), "the job to start"), proxy.hang()))
+    watch.start()
+    assert queue_batch.main([*arguments, "--patience", "2"]) == 1
+    watch.join()
+    (record,) = run.records()
+    assert record["status"] == "error" and "--resume looks there first" in record["error"]
+    proxy.down()
+    proxy.silent = False
+    proxy.up()
+    assert queue_batch.main([*arguments, "--resume"]) == 0
+    proxy.down()
+    assert probe.events("start") == {"0 p": 1}
+    assert run.done() == {("p", 0): 1}
 
 
 def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
