@@ -232,12 +232,12 @@ class ConditionKV:
             layer.keys_BLND[:, rows] = keys_BLND[:, own].detach()
             layer.values_BLND[:, rows] = values_BLND[:, own].detach()
 
-        filled = cache.filled * tokens
         if torch.is_grad_enabled():
-            kept = self._kept_runs(segments, tokens, filled)
+            kept = self._kept_runs(segments, tokens)
             keys = torch.cat([*(layer.keys_BLND[:, run] for run in kept), keys_BLND], dim=1)
             values = torch.cat([*(layer.values_BLND[:, run] for run in kept), values_BLND], dim=1)
             return keys, values
+        filled = cache.filled * tokens
         return layer.keys_BLND[:, :filled], layer.values_BLND[:, :filled]
 
     def _layer(self, index: int, keys_BLND: Tensor, values_BLND: Tensor, tokens: int) -> _Layer:
@@ -268,17 +268,16 @@ class ConditionKV:
         delta = cache._position_shift - layer.shift
         if delta:
             first = min(cache.settings.sink, cache.capacity) * tokens
-            filled = min(cache.committed, cache.capacity) * tokens
-            for run in self._kept_runs(segments, tokens, filled):
+            for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)
                 if moved.start < moved.stop:
                     rotate_time_(layer.keys_BLND[:, moved], -delta * cache.time_scale)
             layer.shift = cache._position_shift
         layer.written_until = cache.committed + cache.frames
 
-    @staticmethod
-    def _kept_runs(segments: list[Segment], tokens: int, filled: int) -> list[slice]:
-        """Rows below `filled` that the current chunk does not overwrite."""
+    def _kept_runs(self, segments: list[Segment], tokens: int) -> list[slice]:
+        """Rows of the sink and the history that the current chunk does not overwrite."""
+        filled = self.cache.filled * tokens
         runs: list[slice] = []
         at = 0
         for segment in sorted(segments, key=lambda s: s.slot):
