@@ -1,0 +1,172 @@
+"""The chunk sampler in a real server: progress, previews, Cancel, messages, and a Wan from ComfyUI's own loader."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.schedule import DiagonalSchedule
+
+aiohttp = pytest.importorskip("aiohttp")
+
+DEMO_TEXT_DIM = 128
+STEPS = 2
+PREVIEW_IMAGE = 1  # ComfyUI's binary event
+
+
+def demo_graph(*, length: int, prompt: str = "a red circle moves right", model=None, seed: int = 1, cfg: float = 2.0):
+    """The demo's graph up to a saved latent; `model` replaces the demo's DiT by other nodes and an output."""
+    extra, output = model or ({}, ["loader", 0])
+    return {
+        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        **extra,
+        "positive": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["loader", 1]}},
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["loader", 1]}},
+        "size": {
+            "class_type": "EmptyARVideoLatent",
+            "inputs": {"width": 64, "height": 64, "length": length, "batch_size": 1},
+        },
+        "schedule": {
+            "class_type": "DiagonalSchedule",
+            "inputs": {
+                "preset": "undistilled",
+                "steps": str(STEPS),
+                "context_mode": "from preset",
+                "context_sigma": 0.357,
+                "shift": 0.0,
+                "frames_per_chunk": 0,
+                "sigmas": "",
+            },
+        },
+        "sampler": {
+            "class_type": "DiagonalChunkSampler",
+            "inputs": {
+                "model": output,
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["size", 0],
+                "schedule": ["schedule", 0],
+                "seed": seed,
+                "cfg": cfg,
+                "denoise": 1.0,
+            },
+        },
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sampler", 0], "filename_prefix": "latents/t"}},
+    }
+
+
+def saved_latent(server, outputs):
+    (item,) = outputs["save"]["latents"]
+    return load_file(server.output_dir / item["subfolder"] / item["filename"])["latent_tensor"]
+
+
+async def watch(server, graph, on_event):
+    """Queue a graph with a websocket open; hand every event to `on_event` until the prompt ends."""
+    client = uuid.uuid4().hex
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{server.url}/ws?clientId={client}", max_msg_size=0) as socket:
+            body = {"prompt": graph, "client_id": client, "extra_data": {"preview_method": "latent2rgb"}}
+            async with session.post(f"{server.url}/prompt", json=body) as answer:
+                assert answer.status == 200, await answer.text()
+                prompt_id = (await answer.json())["prompt_id"]
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    await on_event(session, "binary", message.data)
+                    continue
+                event = json.loads(message.data)
+                await on_event(session, event["type"], event["data"])
+                if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                    return prompt_id, event["type"], event["data"]
+    raise AssertionError("the socket closed before the prompt ended")
+
+
+def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
+    progress, chunks, previews = [], [], []
+
+    async def on_event(session, kind, data):
+        if kind == "progress":
+            progress.append((data["value"], data["max"]))
+        elif kind == "diagonal.progress":
+            chunks.append((data["chunk"], data["chunks"], data["forwards"], data["total"]))
+        elif kind == "binary":
+            previews.append(data)
+
+    _, end, data = asyncio.run(watch(comfy_server, demo_graph(length=33), on_event))
+    assert end == "execution_success", data
+    nfe = DiagonalSchedule.preset("undistilled", steps=(STEPS,)).nfe(3)
+    assert progress == [(i, nfe) for i in range(1, nfe + 1)]
+    assert chunks[0] == (1, 3, 1, nfe) and chunks[-1] == (3, 3, nfe, nfe)
+    assert len(previews) == nfe
+    assert previews[0] != previews[-1]
+
+
+def test_cancel_stops_within_a_forward_and_the_next_run_is_clean(comfy_server):
+    before = saved_latent(comfy_server, comfy_server.run(demo_graph(length=33, seed=8)))
+    moments, late = {}, []
+
+    async def on_event(session, kind, data):
+        if kind == "progress" and data["value"] == 3:
+            moments["cancel"] = time.monotonic()
+            async with session.post(f"{comfy_server.url}/interrupt"):
+                moments["answered"] = time.monotonic()
+        if kind == "progress" and "answered" in moments:
+            late.append(data["value"])
+
+    _, end, _ = asyncio.run(watch(comfy_server, demo_graph(length=1021, seed=7), on_event))
+    assert end == "execution_interrupted"
+    # Progress that was on its way when the answer came still arrives; 258 forwards would follow without the cancel.
+    assert len(late) < 100
+    assert time.monotonic() - moments["answered"] < 5
+    graph = demo_graph(length=33, seed=8)
+    graph["save"]["inputs"]["filename_prefix"] = "latents/after"
+    # Unused in this mode, so that ComfyUI runs the node again instead of reusing its output.
+    graph["schedule"]["inputs"]["context_sigma"] = 0.358
+    after = saved_latent(comfy_server, comfy_server.run(graph))
+    assert torch.equal(before, after)
+
+
+def test_an_unknown_word_is_an_error_that_lists_the_known_ones(comfy_server):
+    entry = comfy_server.wait(comfy_server.queue(demo_graph(length=33, prompt="a purple dog")))
+    (error,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+    assert "dog" in error["exception_message"] and "triangle" in error["exception_message"]
+
+
+def test_bad_schedules_are_errors_that_name_the_widget(comfy_server):
+    for widget, value, words in (("steps", "4,x", "steps is '4,x'"), ("sigmas", "0.5, 0.9", "descend")):
+        graph = demo_graph(length=33)
+        graph["schedule"]["inputs"][widget] = value
+        entry = comfy_server.wait(comfy_server.queue(graph))
+        (error,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+        assert error["node_id"] == "schedule" and words in error["exception_message"]
+
+
+def test_a_wan_from_comfyuis_own_loader_becomes_causal(comfy_server):
+    torch.manual_seed(3)
+    network = WanDiT(WanConfig(dim=128, ffn_dim=256, num_layers=2, text_dim=DEMO_TEXT_DIM))
+    torch.nn.init.normal_(network.head.head.weight, std=0.05)
+    folder = comfy_server.output_dir.parent / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"config": json.dumps({"transformer": {"text_dim": DEMO_TEXT_DIM}})}
+    save_file(network.state_dict(), folder / "plain_wan.safetensors", metadata=header)
+    nodes = {
+        "unet": {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "plain_wan.safetensors", "weight_dtype": "default"},
+        },
+        "causal": {
+            "class_type": "DiagonalCausalAttention",
+            "inputs": {"model": ["unet", 0], "frames_per_chunk": 3, "window": 6, "sink": 3, "positions": "auto"},
+        },
+    }
+    latent = saved_latent(comfy_server, comfy_server.run(demo_graph(length=33, model=(nodes, ["causal", 0]))))
+    assert latent.shape == (1, 16, 9, 8, 8)
+    entry = comfy_server.wait(comfy_server.queue(demo_graph(length=33, model=(nodes, ["unet", 0]))))
+    (error,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+    assert "Diagonal Causal Attention" in error["exception_message"]
