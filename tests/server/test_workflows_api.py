@@ -1,0 +1,128 @@
+"""The API graphs against a real server: each one valid, and the demo run to its video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distillation.score import score_clip
+
+av = pytest.importorskip("av")
+
+ROOT = Path(__file__).resolve().parents[2]
+API = sorted((ROOT / "workflows" / "api").glob("*.json"))
+NEED_MODELS = [path for path in API if path.stem != "demo"]
+MODEL_WIDGETS = {"ckpt_name", "unet_name", "clip_name", "vae_name"}
+LOADERS = {"DiagonalModelLoader", "UNETLoader", "CLIPLoader", "VAELoader"}
+TILE_COLUMNS = 9
+
+
+def _graph(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _folder(widget: str, file: str) -> str:
+    """The folder below models/ that the notes name for a file."""
+    if widget == "vae_name":
+        return "vae_approx" if file.startswith("lighttae") else "vae"
+    return "text_encoders" if widget == "clip_name" else "diffusion_models"
+
+
+def _model_files(graph: dict) -> dict[str, str]:
+    """File name -> folder, of every model that a graph needs."""
+    return {
+        value: _folder(name, value)
+        for node in graph.values()
+        for name, value in node["inputs"].items()
+        if name in MODEL_WIDGETS
+    }
+
+
+@pytest.mark.parametrize("path", NEED_MODELS, ids=lambda path: path.stem)
+def test_missing_model_files_are_the_only_complaint(comfy_server, path):
+    graph = _graph(path)
+    status, answer = comfy_server.post("/prompt", {"prompt": graph})
+    assert status == 400, "a heavy graph was queued: its models are on the test server"
+    complaints = set()
+    for node_id, node in answer["node_errors"].items():
+        for error in node["errors"]:
+            assert error["type"] == "value_not_in_list", error
+            name = error["extra_info"]["input_name"]
+            assert name in MODEL_WIDGETS and graph[node_id]["class_type"] in LOADERS, error
+            complaints.add(error["extra_info"]["received_value"])
+    assert complaints == set(_model_files(graph))
+
+
+@pytest.fixture
+def placeholders(comfy_server) -> Iterator[callable]:
+    """A function that puts empty files where a graph's models go; they are removed again."""
+    made = []
+
+    def place(graph: dict) -> None:
+        for name, folder in _model_files(graph).items():
+            file = comfy_server.output_dir.parent / "models" / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                file.touch()
+                made.append(file)
+
+    yield place
+    for file in made:
+        file.unlink()
+
+
+@pytest.mark.parametrize("path", NEED_MODELS, ids=lambda path: path.stem)
+def test_with_the_files_in_the_folders_of_the_note_the_graph_is_valid(comfy_server, placeholders, path):
+    graph = _graph(path)
+    placeholders(graph)
+    entry = comfy_server.wait(comfy_server.queue(graph))  # queue() raises where a node has a complaint
+    assert entry["status"]["status_str"] == "error"  # the files are empty, so the first loader that runs says so
+    (error,) = [data for event, data in entry["status"]["messages"] if event == "execution_error"]
+    assert error["node_type"] in LOADERS
+
+
+def test_the_templates_of_comfyui_list_the_workflows(comfy_server):
+    templates = comfy_server.get("/workflow_templates")
+    (names,) = [names for pack, names in templates.items() if "diagonal" in pack]
+    assert sorted(names) == [path.stem for path in API]
+
+
+def _frames(video: Path) -> tuple[np.ndarray, Fraction, str]:
+    """All frames [T, H, W, 3] as bytes, frames a second, and the codec."""
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return frames, stream.average_rate, stream.codec_context.name
+
+
+def _tile(frames: np.ndarray, file: Path) -> None:
+    """All frames in reading order on one PNG."""
+    count, height, width, _ = frames.shape
+    rows = -(-count // TILE_COLUMNS)
+    sheet = np.full((rows * TILE_COLUMNS, height + 2, width + 2, 3), 32, np.uint8)
+    sheet[:count, 1:-1, 1:-1] = frames
+    sheet = sheet.reshape(rows, TILE_COLUMNS, height + 2, width + 2, 3).swapaxes(1, 2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.reshape(rows * (height + 2), TILE_COLUMNS * (width + 2), 3)).save(file)
+
+
+def test_the_demo_runs_and_its_video_shows_what_the_prompt_says(comfy_server):
+    graph = _graph(ROOT / "workflows" / "api" / "demo.json")
+    (prompt,) = [node["inputs"]["text"] for node in graph.values() if node["inputs"].get("text")]
+    outputs = comfy_server.run(graph)
+    (saved,) = [item for output in outputs.values() for item in output.get("images", [])]
+    video = comfy_server.output_dir / saved["subfolder"] / saved["filename"]
+    assert video.suffix == ".mp4"
+    frames, rate, codec = _frames(video)
+    _tile(frames, ROOT / "test-artifacts" / "demo_frames.png")
+    assert frames.shape == (81, 64, 64, 3)
+    assert rate == 16 and codec == "h264"
+    (sprite,) = score_clip(torch.from_numpy(frames).movedim(-1, 1), prompt).sprites
+    assert sprite.colour_right and sprite.direction_right and sprite.shape_right, sprite
