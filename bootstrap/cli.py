@@ -18,6 +18,7 @@ WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 MAX_SEED = 2**64 - 1
 TEMPORAL_STRIDE = 4  # Wan turns 4*n + 1 pixel frames into n + 1 latent frames
 MAX_LENGTH = 16381  # the last 4*n + 1 below ComfyUI's limit of 16384 frames for an empty latent
+LOST_CONNECTION = 3  # bootstrap/job.py's exit code; this Python cannot import that file
 JOB_BYTES = 200 * 2**20  # room for a video, its contact sheet and ComfyUI's temporary files
 
 
@@ -110,9 +111,12 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
             server.require_alive(process)
             time.sleep(0.1)
         CHILDREN.stop(job)
-        if job.returncode != 0:
+        if job.returncode == LOST_CONNECTION:
+            time.sleep(1.0)  # a dying server closes its connections first
             server.require_alive(process)
-            raise Problem("no video was made, for the reason above.", job.returncode)
+            raise Problem(f"the connection to ComfyUI was lost. {server.log_end()}")
+        if job.returncode != 0:
+            raise Problem("", job.returncode)  # the job has said why
         done = True
     finally:
         if not done:
@@ -171,14 +175,17 @@ def run(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and return the exit code; no process that was started is left behind."""
     options = parse_arguments(argv)
-    endings = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    # SIGINT even where a shell had it ignored for what runs in the background; SIGHUP not under nohup.
+    endings = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        endings.append(signal.SIGHUP)
 
     def interrupt(signum, frame):
         raise Interrupted(signum)
 
     for signum in endings:
-        signal.signal(signum, interrupt)  # SIGINT too: a shell may have it ignored for what runs in the background
-    code, message = 1, None
+        signal.signal(signum, interrupt)
+    code, message = 1, ""
     try:
         code = run(options)
     except Problem as problem:
@@ -193,6 +200,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C may not leave half of them running
         CHILDREN.stop_all()
         STATUS.clear()
-    if message is not None:
+    if message:
         print(f"quickstart: {message}", file=sys.stderr, flush=True)
     return code

@@ -27,6 +27,7 @@ LINE_EVERY_S = 5.0  # how often a progress line is printed where the output is n
 SHEET_COLUMNS, SHEET_ROWS = 4, 3
 TILE_WIDTH = 240  # pixels; smaller frames are enlarged to about this, larger ones reduced
 GAP, CAPTION = 6, 16  # pixels between tiles, and for the words under a tile
+CONNECTION_LOST = 3  # exit code; quickstart.py looks at the server's log for the reason
 PAPER, INK = (250, 250, 248), (40, 40, 40)
 
 
@@ -131,8 +132,8 @@ class Progress:
         return "preparing" if self.started is None else "decoding and saving"
 
     def count(self, forwards: float, total: float) -> None:
-        """Note how many forwards are done; a count never goes back."""
-        if total:
+        """Note how many forwards are done; a count never goes back. Before the first, the total is a placeholder."""
+        if forwards and total:
             self.total = int(total)
             self.forwards = max(self.forwards, int(forwards))
             self.started = self.started or time.monotonic()
@@ -147,8 +148,9 @@ class Progress:
         if self.chunks:
             parts.append(f"chunk {self.chunk}/{self.chunks}")
         if self.forwards and self.seconds > 0:
-            left = self.seconds * (self.total - self.forwards) / self.forwards
-            parts.append(f"ETA {left:.0f} s")
+            if self.forwards < self.total:
+                left = self.seconds * (self.total - self.forwards) / self.forwards
+                parts.append(f"ETA {left:.0f} s")
             fps = self.fps
             if fps is None and self.frames:
                 fps = self.frames * self.forwards / self.total / self.seconds
@@ -350,13 +352,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Return the exit code; every failure that is no defect of this file is one line."""
+    """Return the exit code; every failure that is no defect of this file is one line on stderr."""
     try:
         run(parse_arguments())
     except JobError as error:
         message = str(error)
-    except aiohttp.ClientError as error:
-        message = f"the connection to ComfyUI was lost: {error}"
+    except aiohttp.ClientError:
+        return CONNECTION_LOST
     except OSError as error:
         full = error.errno == errno.ENOSPC
         message = "the disk is full: free some space and run again." if full else str(error)

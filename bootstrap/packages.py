@@ -36,6 +36,7 @@ TEST_LOCK = ROOT / "requirements-test-lock.txt"
 # The ComfyUI requirements.txt that the lock was resolved from; another ComfyUI's is installed on top of the lock.
 LOCKED_REQUIREMENTS_SHA256 = "d743f5e0247a8277c252c75d27d4f14571c1ec128dd1e81c286242fc7926623e"
 UV_VERSION = "0.13.9"
+MACOS_MIN = 14  # what the pinned av is built for
 STAMP = VENV / "quickstart.json"
 UNFINISHED = VENV / "quickstart-unfinished"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -49,6 +50,8 @@ def check_machine() -> None:
         raise Problem("this is a 32-bit Python; torch needs a 64-bit one.")
     if sys.platform == "darwin" and platform.machine() != "arm64":
         raise Problem("the pinned torch has no build for Intel Macs; it needs a Mac with Apple silicon.")
+    if sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) < MACOS_MIN:
+        raise Problem(f"this is macOS {platform.mac_ver()[0]}; the pinned packages need macOS {MACOS_MIN} or newer.")
 
 
 def missing_build_tools() -> str | None:
@@ -105,8 +108,11 @@ def make_venv() -> None:
     if (succeeds([PYTHON, "-c", ""]) and not UNFINISHED.exists()) or Path(sys.prefix).resolve() == VENV.resolve():
         return
     STATUS.step(f"Making {shorten(VENV)} ...")
+    trash = HOST / "old-venv"
+    shutil.rmtree(trash, ignore_errors=True)
     if VENV.exists():
-        shutil.rmtree(VENV)
+        VENV.rename(trash)  # first, so that no half-deleted one is taken for whole
+        shutil.rmtree(trash, ignore_errors=True)
     VENV.mkdir()
     UNFINISHED.touch()
     try:
@@ -193,6 +199,7 @@ def install(comfyui: Path, *, test: bool) -> None:
     """Install the pinned packages into the `.venv` there is; nothing where the stamp says it is done."""
     if installed(comfyui, test=test):
         return
+    UNFINISHED.touch()
     files = ["-r", LOCK, *(["-r", TEST_LOCK] if test else [])]
     _install(["--no-deps", *files], "Installing the pinned packages")
     requirements = comfyui / "requirements.txt"

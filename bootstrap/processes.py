@@ -137,7 +137,8 @@ def child_environment(**extra: str) -> dict[str, str]:
     """Return the environment for the Python in `.venv`, without what would mix other packages in."""
     foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in foreign}
-    return {**environment, "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **extra}
+    fixed = {"PYTHONNOUSERSITE": "1", "PIP_USER": "0", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    return {**environment, **fixed, **extra}
 
 
 def runtime_environment(**extra: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from .processes import CHILDREN, DISK_ERRORS, STATUS, Problem, runtime_environme
 
 BASE = HOST / "base"  # ComfyUI's own folders: input, user, temp, and for a fetched host models and custom_nodes
 LOG = HOST / "logs" / "server.log"
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0  # generous: a busy machine takes minutes, and a server that dies is noticed at once
 PROBE_NODE = "DiagonalDemoLoader"  # there once ComfyUI has loaded this pack
 
 
@@ -120,7 +120,8 @@ def answers(url: str) -> bool:
 def require_alive(server: subprocess.Popen) -> None:
     """Raise Problem with the end of its log where the server has ended."""
     if server.poll() is not None:
-        raise Problem(f"ComfyUI ended with code {server.returncode}. {log_end()}")
+        killed = " (killed; perhaps for want of memory)" if server.returncode == -9 else ""
+        raise Problem(f"ComfyUI ended with code {server.returncode}{killed}. {log_end()}")
 
 
 def log_end() -> str:

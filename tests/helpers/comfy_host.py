@@ -34,7 +34,7 @@ PACK_NAME = str(ROOT).replace(".", "_x_")
 NO_COMFYUI = "no ComfyUI: set COMFYUI_DIR to an install, or run `python quickstart.py --test`"
 # Tests run on the CPU, so that their numbers are the same everywhere; DIAGONAL_TEST_GPU=1 uses the GPU.
 USE_GPU = os.environ.get("DIAGONAL_TEST_GPU", "") == "1"
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 CORE_PACKAGE = "diagonal_sampler"
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
 from pathlib import Path
 
 import av
@@ -22,7 +23,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from bootstrap import cli, host, job, packages, processes
+from bootstrap import cli, host, job, packages, processes, server
 from bootstrap.processes import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,14 @@ def test_a_taken_port_is_one_line(tmp_path):
     assert f"port {port} is taken" in one_line(result.stderr)
 
 
+def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch):
+    monkeypatch.setattr(server.sys, "platform", "linux")
+    monkeypatch.setattr(server, "succeeds", lambda command: False)
+    with pytest.raises(Problem, match="torch finds no CUDA GPU"):
+        server.choose_gpu("on")
+    assert server.choose_gpu("off") is False and server.choose_gpu("auto") is False
+
+
 def test_a_wrong_comfyui_dir_is_one_line(tmp_path):
     result = quickstart("--serve", "--no-job", COMFYUI_DIR=str(tmp_path))
     assert result.returncode == 1
@@ -277,6 +286,7 @@ def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(tmp_path,
     for name, value in (
         ("VENV", folder),
         ("UNFINISHED", folder / "unfinished"),
+        ("HOST", tmp_path),
         ("PYTHON", folder / packages.PYTHON.relative_to(packages.VENV)),
     ):
         monkeypatch.setattr(packages, name, value)
@@ -378,6 +388,33 @@ def test_the_server_ends_with_quickstart_even_when_that_is_killed(tmp_path):
         child.kill()  # what the server itself started is beyond the kernel's promise
 
 
+def test_a_real_server_makes_the_video_and_ends_on_ctrl_c(comfyui_dir, tmp_path):
+    words = ["--prompt", "a red circle moves right", "--seed", "3", "--length", "9"]
+    process = start_driver(comfyui_dir, tmp_path, "--serve", "--gpu", "off", *words)
+    lines = []
+    while not (lines and lines[-1].startswith("Contact sheet:")):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines) + process.stderr.read()
+    url = next(line for line in lines if "is ready at" in line).split()[4]
+    assert json.load(urllib.request.urlopen(url + "/history")), "it goes on serving"
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert family and not [child for child in family if child.is_running()]
+    assert any(re.match(r"done · forwards (\d+)/\1 · chunk 1/1 · [\d.]+ frames/s", line) for line in lines)
+    (video,) = (tmp_path / "output").glob("*.mp4")
+    assert len(job.read_frames(video, 99)[0]) == 9
+    assert [path.name for path in (tmp_path / "output").glob("*.png")] == [video.stem + ".png"]
+
+
+def test_a_word_that_the_demo_does_not_know_is_one_line_and_leaves_nothing(comfyui_dir, tmp_path):
+    process = start_driver(comfyui_dir, tmp_path, "--gpu", "off", "--prompt", "a red zebra moves right")
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "zebra" in one_line(errors) and "triangle" in errors, "the known words are listed"
+    assert not [path for path in (tmp_path / "output").rglob("*") if path.is_file()]
+
+
 # ------------------------------------------------------------------------------------------------ the job
 
 
@@ -424,6 +461,8 @@ def test_the_progress_line_counts_forwards_chunks_eta_and_speed(monkeypatch):
     progress.event("executing", {"node": "1"})
     assert progress.line() == "preparing"
     progress.event("executing", {"node": "5"})
+    progress.event("progress_state", {"nodes": {"5": {"value": 0, "max": 1}}})
+    assert progress.line() == "sampling", "before the first forward ComfyUI's total is a placeholder"
     now[0] += 4.0
     progress.event("progress_state", {"nodes": {"5": {"value": 4, "max": 20}, "6": {"value": 1, "max": 9}}})
     assert progress.line() == "sampling · forwards 4/20 · ETA 16 s · 4.0 frames/s"
@@ -435,7 +474,7 @@ def test_the_progress_line_counts_forwards_chunks_eta_and_speed(monkeypatch):
     progress.event("progress", {"node": "5", "value": 20, "max": 20})
     progress.event("executing", {"node": "6"})
     now[0] += 50.0
-    assert progress.line().startswith("decoding and saving · forwards 20/20") and "ETA 0 s" in progress.line()
+    assert progress.line() == "decoding and saving · forwards 20/20 · chunk 2/7 · 9.2 frames/s"
 
 
 def test_failures_of_a_run_are_one_line():
