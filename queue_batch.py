@@ -74,7 +74,7 @@ CONNECT_SECONDS = 20.0
 SECOND_LOOK_SECONDS = 2.0  # a request whose connection broke may still be in the server's hands
 REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 DOWNLOAD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
-CANCEL_TIMEOUT = aiohttp.ClientTimeout(total=5)
+CANCEL_TIMEOUT = aiohttp.ClientTimeout(total=10)
 PASSING_STATUS = {502, 503, 504}  # a proxy before a server that is restarting
 # Results keep these suffixes; any other becomes .bin, so that no server makes a download a program by name.
 MEDIA_SUFFIXES = frozenset(
@@ -448,6 +448,11 @@ class Batch:
             if not entry and not queued and job.outcome_unknown:
                 await asyncio.sleep(SECOND_LOOK_SECONDS)
                 entry, queued = await self._look_up(server, job)
+            if entry and failure(entry) and not job.attempts:
+                # An earlier run's job that failed, or was interrupted by its Ctrl-C: --resume tries it again.
+                del server.jobs[job.prompt_id]
+                job.prompt_id, entry = str(uuid.uuid4()), None
+                server.jobs[job.prompt_id] = job
             if entry:
                 await self._finish(server, job, entry)
             elif queued:

@@ -374,7 +374,8 @@ def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_takes_only_our_own_jobs_off_the_queue(probe, tmp_path):
-    run = Run(tmp_path / "a", probe_graph(20.0), "p", "0-4", [probe.url], "--in-flight", "3")
+    command = tmp_path / "a", probe_graph(5.0), "p", "0-2", [probe.url], "--in-flight", "3"
+    run = Run(*command)
     wait_for(lambda: len(probe.server.get("/queue")["queue_pending"]) == 2, "two jobs to wait")
     other = json.loads(json.dumps(PROBE))
     other["7"]["inputs"]["text"] = "of another person"
@@ -382,12 +383,16 @@ def test_ctrl_c_takes_only_our_own_jobs_off_the_queue(probe, tmp_path):
     run.process.send_signal(signal.SIGINT)
     status, printed = run.end()
     assert status == 130, printed
-    assert "5 of 5 jobs not finished" in printed
+    assert "3 of 3 jobs not finished" in printed and run.records() == []
     assert probe.server.wait(prompt_id, 30)["status"]["status_str"] == "success"
     queue = probe.server.get("/queue")
     assert not queue["queue_running"] and not queue["queue_pending"]
     assert probe.events("end") == {"0 of another person": 1}
-    assert run.records() == [] and not (run.output / "batch.jsonl.inflight").exists()
+    again = Run(*command, "--resume")
+    status, printed = again.end()
+    assert status == 0, printed
+    assert again.done() == {("p", seed): 1 for seed in range(3)}
+    assert probe.events("end") == {"0 of another person": 1, **{f"{seed} p": 1 for seed in range(3)}}
 
 
 def test_a_server_killed_in_mid_run_and_started_again(probe, tmp_path):
