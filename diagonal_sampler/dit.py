@@ -190,8 +190,8 @@ class Head(nn.Module):
 # autograd would refuse them in a later training step.
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _rope(frames: int, height: int, width: int, start: float, device: torch.device) -> Tensor:
-    return rotation_table(frames, height, width, HEAD_DIM, start=start, device=device)
+def _rope(frames: int, height: int, width: int, start: float, time_scale: float, device: torch.device) -> Tensor:
+    return rotation_table(frames, height, width, HEAD_DIM, start=start, time_scale=time_scale, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -297,8 +297,8 @@ class WanDiT(nn.Module):
         time_BT6C = self.time_projection(time_BTC).unflatten(-1, (6, -1))
         context_BLC = self.text_embedding(context)
 
-        start = cache.cache.position if cache is not None else 0.0
-        rope = _rope(frames, height, width, start, x.device)
+        start, time_scale = (0.0, 1.0) if cache is None else (cache.cache.position, cache.cache.time_scale)
+        rope = _rope(frames, height, width, start, time_scale, x.device)
         mask = None
         if frames_per_chunk is not None:
             settings = CausalSettings(frames_per_chunk=frames_per_chunk, window=window, sink=sink)

@@ -40,6 +40,7 @@ def rotation_table(
     head_dim: int,
     *,
     start: float = 0.0,
+    time_scale: float = 1.0,
     device: torch.device | None = None,
 ) -> Tensor:
     """Rotations of a token grid.
@@ -48,13 +49,14 @@ def rotation_table(
         frames, height, width: the grid in tokens.
         head_dim: channels of one head, even.
         start: RoPE position of the first frame.
+        time_scale: RoPE positions from one frame to the next.
 
     Returns:
         [L, P, 2] float32, cosine and sine of each token's angles; L = frames*height*width in that order.
     """
     dims = axis_dims(head_dim)
     positions = (
-        torch.arange(frames, dtype=torch.float64, device="cpu") + start,
+        torch.arange(frames, dtype=torch.float64, device="cpu") * time_scale + start,
         torch.arange(height, dtype=torch.float64, device="cpu"),
         torch.arange(width, dtype=torch.float64, device="cpu"),
     )

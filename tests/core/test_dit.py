@@ -80,6 +80,26 @@ def test_streaming_equals_a_list_of_unrotated_keys(model, window, sink, chunk, f
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+def test_positions_per_latent_frame_scale_inside_a_chunk_too(model, positions):
+    settings = CausalSettings(frames_per_chunk=3, window=6, sink=2, positions=positions)
+    x, context, timestep = latent(1, 11), caption(2), torch.tensor([500.0])
+    cache, reference = KVCache(settings, 11, time_scale=0.5), ListKV(settings, 11, 0.5)
+    for start, stop in split(11, 3):
+        cache.begin(stop - start)
+        reference.begin(stop - start)
+        pair = (cache.condition("only", layers=2), reference)
+        found, expected = (model(x[:, :, start:stop], timestep, context, cache=kv) for kv in pair)
+        close(found, expected)
+        cache.commit()
+        reference.commit()
+    whole = KVCache(CausalSettings(frames_per_chunk=3, window=-1), 3, time_scale=0.5)
+    whole.begin(3)
+    scaled = model(x[:, :, :3], timestep, context, cache=whole.condition("only", layers=2))
+    assert (scaled - model(x[:, :, :3], timestep, context)).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_the_settings_matter(model):
     """Window, sink, positions and chunk size change the result far more than the tolerance above."""
     x, context, timesteps = latent(1, 12), caption(2), chunk_timesteps(3, 12, 2, 1)

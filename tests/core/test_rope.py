@@ -44,6 +44,13 @@ def test_table_is_the_outer_product_of_positions_and_frequencies(start):
                 token += 1
 
 
+def test_a_time_scale_spreads_frames_and_leaves_space_alone():
+    wide = rotation_table(3, 2, 2, HEAD_DIM, start=4, time_scale=0.5)
+    for frame in range(3):
+        alone = rotation_table(1, 2, 2, HEAD_DIM, start=4 + 0.5 * frame)
+        torch.testing.assert_close(wide[4 * frame : 4 * frame + 4], alone)
+
+
 def test_rotate_multiplies_neighbouring_pairs_as_complex_numbers():
     x, table = normal(0, 2, 6, 3, HEAD_DIM), rotation_table(6, 1, 1, HEAD_DIM, start=4)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(table)[:, None]

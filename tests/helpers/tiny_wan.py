@@ -90,7 +90,7 @@ class ListKV:
 
     settings: CausalSettings
     total_frames: int
-    scale: float = 1.0
+    time_scale: float = 1.0
     start: int = 0
     frames: int = 0
     current: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class ListKV:
 
     @property
     def position(self) -> float:
-        return self.first_position * self.scale
+        return self.first_position * self.time_scale
 
     def begin(self, frames: int) -> None:
         self.frames = frames
@@ -126,11 +126,11 @@ class ListKV:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         tokens = keys.shape[1] // self.frames
         own = (self.first_position + torch.arange(self.frames)).repeat_interleave(tokens)
-        unturned = turn_in_time(keys, -own, self.scale)
+        unturned = turn_in_time(keys, -own, self.time_scale)
         self.current[layer] = (unturned, values)
         kept = kept_frames(self.start + self.frames, self.settings.window, self.settings.sink)
         past = [self.history[layer][frame] for frame in kept if frame < self.start]
         at = torch.arange(len(kept)) if self.counts_in_window else torch.tensor(kept)
         all_keys = torch.cat([*(k for k, _ in past), unturned], dim=1)
-        turned = turn_in_time(all_keys, at.repeat_interleave(tokens), self.scale)
+        turned = turn_in_time(all_keys, at.repeat_interleave(tokens), self.time_scale)
         return turned, torch.cat([*(v for _, v in past), values], dim=1)
