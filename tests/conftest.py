@@ -4,7 +4,6 @@
 - `pack`: this pack, loaded into this process by ComfyUI's own loader on the CPU.
 - `pack_module`: `pack_module("nodes.sampling")` gives a module of it. `<pack>.diagonal_sampler` and
   `import diagonal_sampler` are one and the same module.
-- `build_tools`: the test is skipped where torch.compile cannot work, with what is missing.
 - `comfy_server`: a real server in its own process (`tests/helpers/comfy_host.py`).
 
 Core tests `import diagonal_sampler` and need no ComfyUI. Files below tests/comfy may import ComfyUI's modules
@@ -29,8 +28,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 sys.path += [str(TESTS / "helpers"), str(ROOT)]
 
 import comfy_host  # noqa: E402
-
-from bootstrap.packages import missing_build_tools  # noqa: E402
 
 NEEDS_COMFYUI = (
     "comfy",
@@ -95,14 +92,6 @@ def pack(comfyui_dir: Path) -> ModuleType:
 def pack_module(pack: ModuleType) -> Callable[[str], ModuleType]:
     """A function from a dotted name inside the pack to its module."""
     return comfy_host.pack_module
-
-
-@pytest.fixture(scope="session")
-def build_tools() -> None:
-    """Skip where there is no C++ compiler or no Python headers, which torch.compile needs."""
-    missing = missing_build_tools()
-    if missing is not None:
-        pytest.skip(f"torch.compile is not tested here: {missing}")
 
 
 @pytest.fixture(scope="session")
