@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diagonal_sampler import captions
 from distillation.score import score_clip
 
 av = pytest.importorskip("av")
@@ -22,6 +23,8 @@ NEED_MODELS = [path for path in API if path.stem != "demo"]
 MODEL_WIDGETS = {"ckpt_name", "unet_name", "clip_name", "vae_name"}
 LOADERS = {"DiagonalModelLoader", "UNETLoader", "CLIPLoader", "VAELoader"}
 TILE_COLUMNS = 9
+THUMBNAIL_PIXELS = 512
+ARTIFACTS = ROOT / "test-artifacts"
 
 
 def _graph(path: Path) -> dict:
@@ -94,6 +97,13 @@ def test_the_templates_of_comfyui_list_the_workflows(comfy_server):
     assert sorted(names) == [path.stem for path in API]
 
 
+def test_the_demos_note_lists_its_words():
+    canvas = _graph(ROOT / "workflows" / "demo.json")
+    (note,) = [node["widgets_values"][0] for node in canvas["nodes"] if node["type"] == "MarkdownNote"]
+    for words in (captions.SHAPES, captions.COLOURS, captions.DIRECTIONS, captions.SPEEDS):
+        assert f": {', '.join(words)}\n" in note
+
+
 def _frames(video: Path) -> tuple[np.ndarray, Fraction, str]:
     """All frames [T, H, W, 3] as bytes, frames a second, and the codec."""
     with av.open(str(video)) as container:
@@ -109,7 +119,6 @@ def _tile(frames: np.ndarray, file: Path) -> None:
     sheet = np.full((rows * TILE_COLUMNS, height + 2, width + 2, 3), 32, np.uint8)
     sheet[:count, 1:-1, 1:-1] = frames
     sheet = sheet.reshape(rows, TILE_COLUMNS, height + 2, width + 2, 3).swapaxes(1, 2)
-    file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.reshape(rows * (height + 2), TILE_COLUMNS * (width + 2), 3)).save(file)
 
 
@@ -121,7 +130,11 @@ def test_the_demo_runs_and_its_video_shows_what_the_prompt_says(comfy_server):
     video = comfy_server.output_dir / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4"
     frames, rate, codec = _frames(video)
-    _tile(frames, ROOT / "test-artifacts" / "demo_frames.png")
+    ARTIFACTS.mkdir(exist_ok=True)
+    _tile(frames, ARTIFACTS / "demo_frames.png")
+    # After a retraining this is the new workflows/demo.jpg.
+    middle = Image.fromarray(frames[len(frames) // 2])
+    middle.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.NEAREST).save(ARTIFACTS / "demo.jpg")
     assert frames.shape == (81, 64, 64, 3)
     assert rate == 16 and codec == "h264"
     (sprite,) = score_clip(torch.from_numpy(frames).movedim(-1, 1), prompt).sprites
