@@ -131,11 +131,11 @@ class KVCache:
             source += run
         return out
 
-    def condition(self, key: Hashable, *, layers: int) -> ConditionKV:
+    def condition(self, key: Hashable) -> ConditionKV:
         """Buffers of one condition, made at the first call."""
         found = self._conditions.get(key)
         if found is None:
-            found = self._conditions[key] = ConditionKV(self, layers)
+            found = self._conditions[key] = ConditionKV(self)
         return found
 
     def free(self) -> None:
@@ -188,7 +188,6 @@ class ConditionKV:
     """Keys and values of one condition, a pair of [B, capacity*tokens, N, D] buffers a layer."""
 
     cache: KVCache
-    layers: int
     _layers: dict[int, _Layer] = field(default_factory=dict)
 
     @property
@@ -207,7 +206,7 @@ class ConditionKV:
         overwritten, even where the queries alone are trained. The buffer receives detached values.
 
         Args:
-            index: layer, 0 <= index < layers.
+            index: the layer.
             keys_BLND: rotated keys of the current chunk, [B, frames*tokens_per_frame, N, D].
             values_BLND: values, the same shape.
 

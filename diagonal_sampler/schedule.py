@@ -24,6 +24,11 @@ def _require_shift(shift: float) -> None:
         raise ValueError(f"shift is {shift}; it must be a positive number (Wan: 5).")
 
 
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The uniform time of a noise level: the inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1.0) * sigma)
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A published sampling recipe.
@@ -33,7 +38,7 @@ class Preset:
             spreads any number of steps evenly, as an undistilled model needs.
         steps: steps per chunk, the last repeats.
         context_mode: see DiagonalSchedule.
-        shift: 1.0 means that the times are sigmas already.
+        shift: the timestep shift of the recipe.
         frames_per_chunk: latent frames a chunk where it is not the model's usual 3, else None.
     """
 
@@ -55,7 +60,8 @@ PRESETS: dict[str, Preset] = {
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
-    "krea": Preset((1.0, 0.937, 0.833, 0.625), (4,), "clean", shift=1.0),
+    # Published as sigmas; as times they take part in another shift, and in `denoise`, like every other list.
+    "krea": Preset(tuple(unshift_sigma(s, DEFAULT_SHIFT) for s in (1.0, 0.937, 0.833, 0.625)), (4,), "clean"),
     "undistilled": Preset(EVEN_TIMES, (12,), "clean"),
 }
 DEFAULT_PRESET = "diagonal 4-3-2"
@@ -254,7 +260,7 @@ class DiagonalSchedule:
 
     def describe(self, chunks: int = 7) -> str:
         """One line: forwards, and by how much they beat a uniform schedule with a cache pass (Self Forcing's)."""
-        steps = self.steps(0)
+        steps = max(self.steps(chunk) for chunk in range(chunks))
         uniform = (steps + 1) * chunks
         nfe = self.nfe(chunks)
         shown = ",".join(str(self.steps(chunk)) for chunk in range(min(chunks, len(self.sigmas) + 1)))

@@ -74,7 +74,6 @@ class ForwardInfo:
     run: CausalRun
     conditions: tuple[Hashable, ...]
     freqs: Tensor
-    layers: int
 
 
 def causal_settings(model: ModelPatcher) -> CausalSettings | None:
@@ -138,12 +137,6 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     network = base.diffusion_model
     dtype = base.get_dtype_inference()
     position = run.cache.position
-    limit = exact_positions(dtype)
-    if position + run.cache.frames > limit:
-        raise ValueError(
-            f"RoPE position {position + run.cache.frames:.0f} is not exact in {dtype} (the limit is {limit}). Set "
-            "positions to window, or to auto, on the causal model."
-        )
     options = transformer_options.copy()
     rope_options = dict(options.get("rope_options") or {})
     rope_options["shift_t"] = rope_options.get("shift_t", 0.0) + position
@@ -156,7 +149,7 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
         ),
     )
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
-    options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, len(network.blocks))
+    options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs)
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -201,7 +194,7 @@ class _CausalSelfAttention(_Patch):
         outputs = []
         for index, condition in enumerate(forward.conditions):
             rows = slice(index * samples, (index + 1) * samples)
-            keys, values = cache.condition(condition, layers=forward.layers).update(self.layer, k[rows], v[rows])
+            keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows])
             outputs.append(
                 optimized_attention(
                     q[rows].flatten(2),

@@ -25,7 +25,7 @@ from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, sample_chunks, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
-from .causal import RUN_KEY, CausalRun, causal_settings
+from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
 from .loading import PROVENANCE_ATTACHMENT
 
 log = logging.getLogger(__name__)
@@ -286,6 +286,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options = options["transformer_options"]
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
+        _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
         run = CausalRun(cache, cache_text="registered_hooks" not in options)
         transformer_options[RUN_KEY] = run
         context = self._context(model_wrap, noise)
@@ -366,6 +367,16 @@ class DiagonalSampler(comfy.samplers.Sampler):
             )
         initial = comfy.utils.repeat_to_batch_size(initial.to(noise), noise.shape[0])
         return model_wrap.inner_model.process_latent_in(initial)
+
+
+def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
+    """ComfyUI builds RoPE positions in the model's dtype: refuse a clip that reaches beyond what it holds exactly."""
+    limit = exact_positions(dtype)
+    if cache.max_position > limit:
+        raise ValueError(
+            f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
+            "only. Set positions to window, or to auto, on the causal model, or use a shorter length."
+        )
 
 
 def _require_finite(chunk: Chunk, chunks: int) -> None:

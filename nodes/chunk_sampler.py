@@ -114,7 +114,8 @@ class _Reporter:
                 "total": progress.total,
                 "chunk": progress.chunk + 1,
                 "chunks": progress.chunks,
-                "step": progress.step + 1,
+                # A forward that only fills the cache is step 0 of 0.
+                "step": max(progress.step + 1, 0),
                 "steps": progress.steps,
                 "elapsed": elapsed,
             },

@@ -100,7 +100,7 @@ def reference(path, settings, schedule, noise_source, shape, contexts, cfg=1.0, 
     def denoise(x, at):
         out = []
         for index, context in enumerate(contexts):
-            condition = cache.condition(index, layers=model.config.num_layers)
+            condition = cache.condition(index)
             timestep = torch.full((x.shape[0],), 1000 * at.sigma)
             flow = model(x, timestep, context.expand(x.shape[0], -1, -1), cache=condition)
             out.append(x - at.sigma * flow)

@@ -60,12 +60,12 @@ def attended_frames(values: torch.Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def fill(cache: KVCache, condition: ConditionKV, chunks: int, chunk: int = 3) -> None:
+def fill(cache: KVCache, condition: ConditionKV, chunks: int, chunk: int = 3, layers: int = 1) -> None:
     """Commit `chunks` tagged chunks."""
     for _ in range(chunks):
         cache.begin(chunk)
         tags = tagged(range(cache.start_frame, cache.start_frame + chunk))
-        for layer in range(condition.layers):
+        for layer in range(layers):
             condition.update(layer, tags, tags)
         cache.commit()
 
@@ -76,7 +76,7 @@ def fill(cache: KVCache, condition: ConditionKV, chunks: int, chunk: int = 3) ->
 @torch.no_grad()
 def check_kept_frames(settings: CausalSettings, total: int) -> None:
     cache = KVCache(settings, total)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     for start, stop in split(total, settings.frames_per_chunk):
         cache.begin(stop - start)
         kept = kept_frames(stop, settings.window, settings.sink)
@@ -108,7 +108,7 @@ def test_chunks_of_different_sizes_share_a_clip():
     """A start image of one frame, then chunks of three, then a rest of two."""
     settings = settings_of(7, 1, 3)
     cache = KVCache(settings, 15)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     start = 0
     for frames in (1, 3, 3, 3, 3, 2):
         cache.begin(frames)
@@ -166,7 +166,7 @@ def check_against_list(settings: CausalSettings, total: int, scale: float, batch
     """Attention through the cache equals attention over an unrotated list, chunk by chunk."""
     cache = KVCache(settings, total, time_scale=scale)
     reference = ListKV(settings, total, scale)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     for seed, (start, stop) in enumerate(split(total, settings.frames_per_chunk)):
         cache.begin(stop - start)
         reference.begin(stop - start)
@@ -205,7 +205,7 @@ def test_attention_equals_the_list_for_any_sizes():
 
 def test_inside_the_window_both_kinds_of_positions_are_the_same():
     caches = [KVCache(settings_of(12, 3, 3, positions), 12) for positions in ("absolute", "window")]
-    conditions = [cache.condition("only", layers=1) for cache in caches]
+    conditions = [cache.condition("only") for cache in caches]
     with torch.no_grad():
         for seed in range(4):
             for cache in caches:
@@ -225,7 +225,7 @@ def test_the_two_kinds_of_positions_differ_once_a_frame_has_gone():
     results = []
     for positions in ("absolute", "window"):
         cache = KVCache(settings_of(6, 2, 2, positions), 10)
-        condition = cache.condition("only", layers=1)
+        condition = cache.condition("only")
         for seed in range(5):
             cache.begin(2)
             k, v = normal(seed, 2, 1, 2 * TOKENS, HEADS, HEAD_DIM)
@@ -243,7 +243,7 @@ def test_a_thousand_frames_in_bf16_keep_memory_and_precision():
     settings = settings_of(12, 3, 3, "window")
     cache = KVCache(settings, 1000)
     exact = ListKV(settings, 1000)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     errors, places = [], set()
     for seed, (start, stop) in enumerate(split(1000, 3)):
         cache.begin(stop - start)
@@ -282,7 +282,7 @@ def test_only_the_last_forward_of_a_chunk_counts():
         results = []
         for forwards in (1, 3):
             cache = KVCache(settings_of(window, sink, chunk, "window"), total)
-            condition = cache.condition("only", layers=1)
+            condition = cache.condition("only")
             for seed, (start, stop) in enumerate(split(total, chunk)):
                 cache.begin(stop - start)
                 for _ in range(forwards - 1):
@@ -300,7 +300,7 @@ def test_only_the_last_forward_of_a_chunk_counts():
 @torch.no_grad()
 def test_one_allocation_for_the_whole_clip():
     cache = KVCache(settings_of(7, 2, 3, "window"), 40)
-    condition = cache.condition("only", layers=2)
+    condition = cache.condition("only")
     places, sizes = set(), set()
     for start, stop in split(40, 3):
         cache.begin(stop - start)
@@ -337,7 +337,7 @@ def test_bytes_are_known_before_they_are_taken(window, sink, chunk, total, dtype
         for name in ("positive", "negative"):
             for layer in range(3):
                 tags = tagged(range(frames), batch=2).to(dtype)
-                cache.condition(name, layers=3).update(layer, tags, tags)
+                cache.condition(name).update(layer, tags, tags)
     assert cache.nbytes == needed
 
 
@@ -354,14 +354,14 @@ def test_keys_and_values_keep_their_own_dtype():
     """Under autocast normalised keys are float32 and values bf16."""
     cache = KVCache(settings_of(6, 0, 3), 6)
     cache.begin(3)
-    keys, values = cache.condition("only", layers=1).update(0, tagged(range(3)), tagged(range(3)).bfloat16())
+    keys, values = cache.condition("only").update(0, tagged(range(3)), tagged(range(3)).bfloat16())
     assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)
 
 
 @torch.no_grad()
 def test_free_releases_the_buffers_at_once_even_while_a_condition_is_held():
     cache = KVCache(settings_of(6, 3, 3), 9)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     gc.disable()
     try:
         cache.begin(3)
@@ -386,8 +386,8 @@ def test_conditions_do_not_leak_into_each_other():
         for offset, (name, own) in enumerate(alone.items()):
             own.begin(stop - start)
             k, v = normal(2 * seed + offset, 2, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM)
-            shared = together.condition(name, layers=1).update(0, k, v)
-            single = own.condition("only", layers=1).update(0, k, v)
+            shared = together.condition(name).update(0, k, v)
+            single = own.condition("only").update(0, k, v)
             assert torch.equal(shared[0], single[0])
             assert torch.equal(shared[1], single[1])
             own.commit()
@@ -399,7 +399,7 @@ def test_conditions_do_not_leak_into_each_other():
 
 def history_cache() -> tuple[KVCache, ConditionKV]:
     cache = KVCache(settings_of(7, 2, 3), 20)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     fill(cache, condition, chunks=3)
     cache.begin(3)
     return cache, condition
@@ -457,7 +457,7 @@ def test_the_buffer_holds_no_graph():
 
 def test_update_outside_a_chunk():
     cache = KVCache(settings_of(6, 0, 3), 9)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     with pytest.raises(RuntimeError, match="begin"):
         condition.update(0, tagged(range(3)), tagged(range(3)))
     fill(cache, condition, chunks=1)
@@ -480,15 +480,15 @@ def test_a_chunk_cannot_be_opened_twice():
 
 def test_a_condition_that_joins_late():
     cache = KVCache(settings_of(6, 0, 3), 9)
-    fill(cache, cache.condition("positive", layers=1), chunks=1)
+    fill(cache, cache.condition("positive"), chunks=1)
     cache.begin(3)
     with pytest.raises(RuntimeError, match="first"):
-        cache.condition("negative", layers=1).update(0, tagged(range(3)), tagged(range(3)))
+        cache.condition("negative").update(0, tagged(range(3)), tagged(range(3)))
 
 
 def test_a_condition_that_misses_a_chunk():
     cache = KVCache(settings_of(6, 0, 3), 9)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     fill(cache, condition, chunks=1)
     cache.begin(3)
     cache.commit()
@@ -500,7 +500,7 @@ def test_a_condition_that_misses_a_chunk():
 @pytest.mark.parametrize("shape", [(2, 6, 2, 128), (1, 9, 2, 128), (1, 6, 1, 128), (1, 6, 2, 64)])
 def test_a_changed_shape(shape):
     cache = KVCache(settings_of(6, 0, 3), 9)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     fill(cache, condition, chunks=1)
     cache.begin(3)
     with pytest.raises(ValueError, match="one size and batch"):
@@ -511,13 +511,13 @@ def test_tokens_that_are_no_whole_frames():
     cache = KVCache(settings_of(6, 0, 3), 9)
     cache.begin(3)
     with pytest.raises(ValueError, match="7 tokens"):
-        cache.condition("only", layers=1).update(0, torch.zeros(1, 7, 2, 128), torch.zeros(1, 7, 2, 128))
+        cache.condition("only").update(0, torch.zeros(1, 7, 2, 128), torch.zeros(1, 7, 2, 128))
 
 
 @pytest.mark.parametrize(("frames", "committed"), [(0, 0), (-1, 0), (10, 0), (4, 2)])
 def test_a_chunk_that_does_not_fit(frames, committed):
     cache = KVCache(settings_of(6, 3, 3), 9)
-    condition = cache.condition("only", layers=1)
+    condition = cache.condition("only")
     fill(cache, condition, chunks=committed)
     with pytest.raises(ValueError, match=f"{frames} latent frames"):
         cache.begin(frames)

@@ -172,7 +172,7 @@ def flow_denoiser(model: WanDiT, cache, context: torch.Tensor):
     """x0 = x - sigma * flow, with the timestep 1000 * sigma."""
 
     def denoise(x: torch.Tensor, at: Forward) -> torch.Tensor:
-        condition = cache.condition("only", layers=2) if isinstance(cache, KVCache) else cache
+        condition = cache.condition("only") if isinstance(cache, KVCache) else cache
         return x - at.sigma * model(x, torch.full((x.shape[0],), 1000 * at.sigma), context, cache=condition)
 
     return denoise
@@ -383,7 +383,7 @@ def test_a_run_with_gradients_commits_what_a_run_without_commits(settings):
     buffers = [
         [
             t
-            for layer in cache.condition("only", layers=2)._layers.values()
+            for layer in cache.condition("only")._layers.values()
             for t in (layer.keys_BLND, layer.values_BLND)
         ]
         for cache in (plain_cache, trained_cache)

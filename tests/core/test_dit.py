@@ -88,14 +88,14 @@ def test_positions_per_latent_frame_scale_inside_a_chunk_too(model, positions):
     for start, stop in split(11, 3):
         cache.begin(stop - start)
         reference.begin(stop - start)
-        pair = (cache.condition("only", layers=2), reference)
+        pair = (cache.condition("only"), reference)
         found, expected = (model(x[:, :, start:stop], timestep, context, cache=kv) for kv in pair)
         close(found, expected)
         cache.commit()
         reference.commit()
     whole = KVCache(CausalSettings(frames_per_chunk=3, window=-1), 3, time_scale=0.5)
     whole.begin(3)
-    scaled = model(x[:, :, :3], timestep, context, cache=whole.condition("only", layers=2))
+    scaled = model(x[:, :, :3], timestep, context, cache=whole.condition("only"))
     assert (scaled - model(x[:, :, :3], timestep, context)).abs().max() > 1e-3
 
 
@@ -194,7 +194,7 @@ def test_every_weight_gets_a_gradient_in_every_forward(model):
     x, context, timestep = latent(1, 4), caption(2), torch.tensor([500.0])
     cache = KVCache(CausalSettings(frames_per_chunk=4, window=-1), 4)
     cache.begin(4)
-    options = ({}, {"frames_per_chunk": 2}, {"cache": cache.condition("only", layers=2)})
+    options = ({}, {"frames_per_chunk": 2}, {"cache": cache.condition("only")})
     for option in options:
         model.zero_grad(set_to_none=True)
         model(x, timestep, context, **option).square().mean().backward()
@@ -362,7 +362,7 @@ def test_bad_shapes_name_the_argument(model, shapes, named):
 def test_bad_options_name_the_argument(model):
     x, timestep, context = latent(1, 3), torch.tensor([500.0]), caption(2)
     cache = KVCache(CausalSettings(frames_per_chunk=3, window=-1), 6)
-    condition = cache.condition("only", layers=2)
+    condition = cache.condition("only")
     cache.begin(2)
     with torch.no_grad():
         with pytest.raises(ValueError, match="give one of them"):

@@ -65,7 +65,7 @@ def stream(model: WanDiT, settings: CausalSettings, x: Tensor, timesteps: Tensor
     out = []
     for start, stop in split(x.shape[2], settings.frames_per_chunk):
         cache.begin(stop - start)
-        condition = cache.condition("only", layers=model.config.num_layers)
+        condition = cache.condition("only")
         out.append(model(x[:, :, start:stop], timesteps[:, start], context, cache=condition))
         cache.commit()
     cache.free()

@@ -84,7 +84,7 @@ def test_core_dit_equals_the_authors(run: Run):
     cache = KVCache(run.settings, frames)
 
     def denoise(x, at):
-        condition = cache.condition("positive", layers=model.config.num_layers)
+        condition = cache.condition("positive")
         flow = model(x, torch.full((x.shape[0],), 1000 * at.sigma), run.tensors["context"], cache=condition)
         return x - at.sigma * flow
 
