@@ -122,6 +122,9 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
         if not done:
             CHILDREN.stop_all()  # none may go on writing what is deleted next
             _delete(set(OUTPUT.glob(f"{prefix}*")) - before)
+    # Only now: who reads this line and stops the server at once keeps the files.
+    for path in sorted(set(OUTPUT.glob(f"{prefix}*")) - before):
+        STATUS.step(f"{'Video' if path.suffix == '.mp4' else 'Contact sheet'}: {shorten(path)}")
 
 
 def _delete(paths: set[Path]) -> None:

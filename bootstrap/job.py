@@ -336,7 +336,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the video and its contact sheet, and say where they are."""
+    """Make the video and its contact sheet; quickstart.py says where they are once this process has ended well."""
     graph = json.loads(options.workflow.read_text(encoding="utf-8"))
     edit_graph(graph, prompt=options.prompt, seed=options.seed, length=options.length, prefix=options.prefix)
     samplers = {node_id for node_id, node in graph.items() if node.get("class_type") in SAMPLERS}
@@ -346,9 +346,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         progress.show(last=True)
     for video in find_videos(outputs, options.output):
-        sheet = video.with_suffix(".png")
-        make_contact_sheet(video, sheet, _positive_text(graph)["text"])
-        print(f"Video:         {os.path.relpath(video)}\nContact sheet: {os.path.relpath(sheet)}", flush=True)
+        make_contact_sheet(video, video.with_suffix(".png"), _positive_text(graph)["text"])
 
 
 def main() -> int:
