@@ -6,10 +6,18 @@ stacked in channels and 2D convolutions do the rest. No layer sees two latent fr
 equals decoding whole, by construction. The first frame is encoded as four copies of itself, and decoded as the
 last of four.
 
-Latent space. The network's own latents are standardised per channel (mean 0, deviation 1 over the training
-clips, measured by a BatchNorm without affine). ComfyUI's Wan format computes (latent - mean) / std with the
-constants below before the DiT, and the inverse after it. `encode` therefore returns own * std + mean, which the
-format turns back into the standardised latents: they are what the DiT sees, under the format of every Wan model.
+The encoder is one linear layer: a fixed projection of each 8x8x4 patch onto its principal components over the
+training clips, scaled to deviation 1. Linear latents move smoothly when a sprite moves, which is what makes them easy
+for a small DiT; a convolutional encoder, tried first, reconstructed better and was much harder to model. The decoder
+is a convolutional network and recovers from the neighbouring patches much of what 14 components leave out.
+
+The last two channels hold where a patch is, from -1.5 at the left (top) to 1.5 at the right (bottom). Wan's attention
+knows relative positions only, and a sprite that bounces must know the edge. The decoder does not look at them.
+
+Latent space. Called *standardised* here: mean 0, deviation 1 per channel over the training clips. ComfyUI's Wan
+format computes (latent - mean) / std with the constants below before the DiT, and the inverse after it. `encode`
+therefore returns standardised * std + mean, which the format turns back into the standardised latents: they are what
+the DiT sees, under the format of every Wan model.
 """
 
 from __future__ import annotations
@@ -29,8 +37,12 @@ from torch import Tensor, nn
 LATENT_CHANNELS = 16
 SPACE_FACTOR = 8
 TIME_FACTOR = 4
-_PATCH = 4
-"""Pixels per side folded into channels at the outermost layers; one strided layer makes up the other 2x."""
+COMPONENTS = 14
+"""Principal components of a patch; the other two channels are its place."""
+POSITION_RANGE = 1.5
+"""Magnitude of the place channels at the edges, for a deviation near 1."""
+_SHUFFLE = 4
+"""Pixels per side that the decoder's last layer makes of one cell; an earlier layer makes up the other 2x."""
 
 # The constants of Wan 2.1's latent format, channel by channel.
 WAN_LATENT_MEAN: tuple[float, ...] = (
@@ -55,14 +67,11 @@ def pixel_frames(latent_frames: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DemoAutoencoderConfig:
-    """Widths and depths: `*_dim` at 1/4 and 1/8 resolution, residual blocks at each."""
+    """Decoder sizes: channels at 1/8 and at 1/4 resolution, and residual blocks at each."""
 
-    encoder_dim: int = 96
-    encoder_inner_dim: int = 192
-    encoder_blocks: int = 1
-    decoder_dim: int = 128
-    decoder_inner_dim: int = 192
-    decoder_blocks: int = 2
+    inner_dim: int = 192
+    outer_dim: int = 128
+    blocks: int = 2
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -89,39 +98,60 @@ class DemoAutoencoder(nn.Module):
     def __init__(self, config: DemoAutoencoderConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or DemoAutoencoderConfig()
-        patch_channels = 3 * TIME_FACTOR * _PATCH**2
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(_PATCH),
-            nn.Conv2d(patch_channels, c.encoder_dim, 3, padding=1),
-            *(_Residual(c.encoder_dim) for _ in range(c.encoder_blocks)),
-            nn.Conv2d(c.encoder_dim, c.encoder_inner_dim, 2, stride=2),
-            *(_Residual(c.encoder_inner_dim) for _ in range(c.encoder_blocks)),
-            nn.SiLU(),
-            nn.Conv2d(c.encoder_inner_dim, LATENT_CHANNELS, 3, padding=1),
-        )
-        self.standardise = nn.BatchNorm2d(LATENT_CHANNELS, affine=False, momentum=0.02)
+        shuffled = 3 * TIME_FACTOR * _SHUFFLE**2
+        self.encoder = nn.Conv2d(3 * TIME_FACTOR, COMPONENTS, SPACE_FACTOR, stride=SPACE_FACTOR)
+        self.encoder.requires_grad_(False)
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, c.decoder_inner_dim, 3, padding=1),
-            *(_Residual(c.decoder_inner_dim) for _ in range(c.decoder_blocks)),
-            nn.Conv2d(c.decoder_inner_dim, 4 * c.decoder_dim, 1),
+            nn.Conv2d(COMPONENTS, c.inner_dim, 3, padding=1),
+            *(_Residual(c.inner_dim) for _ in range(c.blocks)),
+            nn.Conv2d(c.inner_dim, 4 * c.outer_dim, 1),
             nn.PixelShuffle(2),
-            *(_Residual(c.decoder_dim) for _ in range(c.decoder_blocks)),
+            *(_Residual(c.outer_dim) for _ in range(c.blocks)),
             nn.SiLU(),
-            nn.Conv2d(c.decoder_dim, patch_channels, 3, padding=1),
-            nn.PixelShuffle(_PATCH),
+            nn.Conv2d(c.outer_dim, shuffled, 3, padding=1),
+            nn.PixelShuffle(_SHUFFLE),
         )
         self.register_buffer("wan_mean", torch.tensor(WAN_LATENT_MEAN), persistent=False)
         self.register_buffer("wan_std", torch.tensor(WAN_LATENT_STD), persistent=False)
 
     # The two halves on groups: what training and the two public methods share.
 
+    @torch.no_grad()
+    def fit_encoder(self, groups: Tensor) -> float:
+        """Sets the encoder to the leading principal components of patches, scaled to deviation 1.
+
+        Args:
+            groups: [N, 12, H, W] in [-1, 1], groups of four frames as `encode_groups` takes them.
+
+        Returns:
+            The share of the patches' variance that the components keep.
+        """
+        patches = F.unfold(groups, SPACE_FACTOR, stride=SPACE_FACTOR).transpose(1, 2).flatten(0, 1).double()
+        mean = patches.mean(0)
+        centred = patches - mean
+        variance, basis = torch.linalg.eigh(centred.T @ centred / len(centred))
+        kept, basis = variance.flip(0)[:COMPONENTS], basis.flip(1)[:, :COMPONENTS]
+        basis = basis * basis.sum(0).sign()  # an eigenvector's sign is arbitrary: settle it
+        weight = (basis / kept.sqrt()).T
+        self.encoder.weight.copy_(weight.view_as(self.encoder.weight))
+        assert self.encoder.bias is not None
+        self.encoder.bias.copy_(-(weight @ mean))
+        return float(kept.sum() / variance.sum())
+
     def encode_groups(self, groups: Tensor) -> Tensor:
         """[N, 12, H, W] groups of four frames (frame-major channels) -> standardised latents [N, 16, H/8, W/8]."""
-        return self.standardise(self.encoder(groups))
+        components = self.encoder(groups)
+        count, _, height, width = components.shape
+        x, y = (
+            torch.linspace(-POSITION_RANGE, POSITION_RANGE, size, dtype=components.dtype, device=components.device)
+            for size in (width, height)
+        )
+        place = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
+        return torch.cat([components, place.expand(count, -1, -1, -1)], dim=1)
 
     def decode_groups(self, latent: Tensor) -> Tensor:
         """Standardised latents [N, 16, h, w] -> groups [N, 12, 8h, 8w], not clamped."""
-        return self.decoder(latent)
+        return self.decoder(latent[:, :COMPONENTS])
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encodes a clip.

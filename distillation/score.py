@@ -27,7 +27,7 @@ from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, latent_frames
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
@@ -295,6 +295,27 @@ class SampleOptions:
     window: int = 12
     sink: int = 3
     seed: int = 0
+    kept_noise: bool = True  # see KeptNoise
+
+
+class KeptNoise:
+    """A noise source that gives back the noise the model just found, for models that were not distilled.
+
+    The chunk iterator predicts x0 and mixes it with noise for the next step. A distilled model's x0 is a sample, and
+    fresh noise is right. An undistilled model's x0 is the mean over everything that may still come: fresh noise would
+    forget what the step has decided. With the noise that x itself holds, (x - (1 - sigma) * x0) / sigma, the same loop
+    is Euler's method on the flow.
+    """
+
+    def __init__(self, fresh: NoiseSource) -> None:
+        self.fresh = fresh
+        self.found: Tensor | None = None
+
+    def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
+        if step in (INITIAL_STEP, CONTEXT_STEP):
+            return self.fresh(chunk, step, frames)
+        assert self.found is not None
+        return self.found
 
 
 @torch.no_grad()
@@ -312,7 +333,8 @@ def sample_latents(
     schedule = DiagonalSchedule.uniform(options.steps, shift=options.shift, context_mode=options.context_mode)
     settings = CausalSettings(frames_per_chunk=options.frames_per_chunk, window=options.window, sink=options.sink)
     cache = KVCache(settings, frames)
-    noise = SeededNoise(options.seed, (len(captions), LATENT_CHANNELS, side, side), device)
+    fresh = SeededNoise(options.seed, (len(captions), LATENT_CHANNELS, side, side), device)
+    noise = KeptNoise(fresh)
     prompts = {"positive": encoder.encode(captions)}
     if options.cfg != 1:
         prompts["negative"] = encoder.encode([""]).expand(len(captions), -1, -1)
@@ -321,17 +343,20 @@ def sample_latents(
         timestep = torch.full((len(captions),), 1000 * at.sigma, device=device)
         with torch.autocast(device.type, torch.bfloat16):
             flows = {
-                name: dit(x, timestep, prompt, cache=cache.condition(name, layers=dit.config.num_layers)).float()
-                for name, prompt in prompts.items()
+                name: dit(x, timestep, prompt, cache=cache.condition(name)).float() for name, prompt in prompts.items()
             }
         flow = flows["positive"]
         if "negative" in flows:
             flow = flows["negative"] + options.cfg * (flow - flows["negative"])
-        return x - at.sigma * flow
+        x0 = x - at.sigma * flow
+        if options.kept_noise and at.step != CONTEXT_STEP:
+            noise.found = x0 + flow
+        return x0
 
     try:
+        source = noise if options.kept_noise else fresh
         chunks = sample_chunks(
-            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=options.frames_per_chunk
+            denoise, source, schedule, cache, frames=frames, frames_per_chunk=options.frames_per_chunk
         )
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
     finally:
@@ -379,6 +404,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context-mode", default=defaults.context_mode)
     parser.add_argument("--window", type=int, default=defaults.window, help="latent frames, -1 for all")
     parser.add_argument("--sink", type=int, default=defaults.sink, help="latent frames")
+    parser.add_argument(
+        "--noise", choices=("kept", "fresh"), default="kept", help="kept: Euler's method; fresh: as distilled models do"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions do not change")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the scores here")
@@ -397,6 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
             window=options.window,
             sink=options.sink,
             seed=options.seed,
+            kept_noise=options.noise == "kept",
         )
         frames = decode_frames(autoencoder, sample_latents(dit, encoder, captions, options.length, sampling))
         title = f"model, {sampling.steps} steps a chunk, cfg {sampling.cfg:g}"

@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,22 @@ from diagonal_sampler.captions import (
     tokenize_captions,
 )
 from diagonal_sampler.demo_autoencoder import (
+    COMPONENTS,
     DemoAutoencoder,
     DemoAutoencoderConfig,
     load_demo_autoencoder,
     save_demo_autoencoder,
 )
-from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.dit import HEAD_DIM, WanConfig, WanDiT
 from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.rope import axis_dims
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from distillation import sprites
 
 log = logging.getLogger("train_demo")
 
-EMA_DECAY = 0.999
+EMA_DECAY = 0.998
 GRADIENT_CLIP = 1.0
 # How the shipped model is best sampled, by distillation.score.
 SHIPPED_STEPS = 12
@@ -202,11 +204,12 @@ class AutoencoderRecipe:
 
     config: DemoAutoencoderConfig = DemoAutoencoderConfig()
     seed: int = 1
-    updates: int = 520
+    updates: int = 400
     batch: int = 24  # groups of four frames
     learning_rate: float = 3e-3
     warmup: int = 50
     scenes: int = 2048
+    fitting_groups: int = 768  # for the encoder's principal components
     first_frame_share: float = 0.12  # groups that are one frame four times
     latent_noise: float = 0.07  # added to standardised latents: the decoder must forgive the DiT's errors
     sprite_weight: float = 8.0  # of a pixel that a sprite touches; the plain background needs less attention
@@ -238,26 +241,34 @@ def autoencoder_loss(model: DemoAutoencoder, groups: Tensor, weight: Tensor, noi
 def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device, stop: int | None = None) -> Path:
     """Trains, or resumes, until `stop` updates (default: all); returns the checkpoint's path."""
     path = out / "autoencoder.pt"
+    saved = load_checkpoint(path)
+    last = min(recipe.updates, stop if stop is not None else recipe.updates)
+    if saved is not None and saved["update"] >= last:
+        return path
     torch.manual_seed(recipe.seed)
     model = DemoAutoencoder(recipe.config).to(device).train()
-    weights = list(model.parameters())
+    weights = list(model.decoder.parameters())
     optimizers = make_optimizers(
         [weight for weight in weights if weight.ndim == 4],
         [weight for weight in weights if weight.ndim != 4],
         matrix_rate=recipe.learning_rate,
         rate=recipe.learning_rate,
     )
-    ema = Ema(model)
+    scenes = sprites.sample_scenes(recipe.scenes, recipe.seed)
     first = 0
-    if (saved := load_checkpoint(path)) is not None:
+    if saved is not None:
         first = saved["update"]
         model.load_state_dict(saved["model"])
         for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
         log.info("resumed %s at update %d", path, first)
-    scenes = sprites.sample_scenes(recipe.scenes, recipe.seed)
-    last = min(recipe.updates, stop if stop is not None else recipe.updates)
+    else:
+        fitting = replace(recipe, batch=recipe.fitting_groups)
+        kept = model.fit_encoder(autoencoder_batch(fitting, scenes, -1)[0].to(device))
+        log.info("encoder: %d components keep %.1f%% of the variance", COMPONENTS, 100 * kept)
+    ema = Ema(model)
+    if saved is not None:
+        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
 
     def save(update: int) -> None:
         states = [optimizer.state_dict() for optimizer, _ in optimizers]
@@ -276,7 +287,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
         with autocast(device):
             loss = autoencoder_loss(model, groups, weight, noise * recipe.latent_noise)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -322,24 +333,31 @@ class DitRecipe:
     A batch is of one kind. Bidirectional: every latent frame sees every other, one sigma for the clip. Causal: a
     chunk sees itself and earlier chunks, each chunk has its own sigma, and in `clean_context_share` of the clips
     the chunks before a random one are (nearly) clean, as they are when sampling. Later: the same on a clip's first
-    chunk followed by frames from long after, which is what a rolling window with a sink shows.
+    chunk followed by frames from long after, which is what a rolling window with a sink shows. Opening: many clips'
+    first chunks alone. All that a caption decides is decided there, without help from context, and one chunk costs
+    little: this is where most of the learning is. Continuation: two neighbouring chunks from anywhere in a clip, the
+    first given, which teaches motion and bouncing as cheaply.
     """
 
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
     seed: int = 2
-    updates: int = 6000
+    updates: int = 2150
     batch: int = 16
-    learning_rate: float = 1e-3
-    matrix_learning_rate: float = 2e-3
-    warmup: int = 200
+    learning_rate: float = 2e-3
+    matrix_learning_rate: float = 3e-3
+    warmup: int = 50
     weight_decay: float = 0.01
     clips: int = 8192
     later_clips: int = 2048
     later_frames: int = 12  # latent frames of a later piece
-    bidirectional_share: float = 0.3
-    later_share: float = 0.12
-    short_share: float = 0.5  # of causal batches: only the first `window` frames, where all the deciding is done
+    opening_share: float = 0.4
+    opening_batch: int = 80
+    continuation_share: float = 0.25
+    continuation_batch: int = 40
+    bidirectional_share: float = 0.08
+    later_share: float = 0.07
+    short_share: float = 0.65  # of causal batches: only the first `window` frames, where all the deciding is done
     clean_context_share: float = 0.7
     empty_caption_share: float = 0.1
     window_share: float = 0.4  # of causal batches: rolling window instead of everything before
@@ -367,7 +385,7 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
         return LatentSet(saved["clips"], saved["later"], saved["ids"])
     autoencoder = autoencoder.to(device).eval()
     clips, later, ids = [], [], []
-    step = 64
+    step = 16
     rng = generator_at(recipe.seed, 3)
     later_pixels = 4 * recipe.later_frames
 
@@ -421,13 +439,29 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
-    batch, size = recipe.batch, recipe.frames_per_chunk
-    kind = float(uniform(1))
-    is_bidirectional = kind < recipe.bidirectional_share
-    is_later = not is_bidirectional and kind < recipe.bidirectional_share + recipe.later_share
+    size = recipe.frames_per_chunk
+    shares = {
+        "bidirectional": recipe.bidirectional_share,
+        "later": recipe.later_share,
+        "opening": recipe.opening_share,
+        "continuation": recipe.continuation_share,
+    }
+    draw, kind = float(uniform(1)), "causal"
+    for name, share in shares.items():
+        if 0 <= draw < share:
+            kind = name
+        draw -= share
+    is_bidirectional, is_later = kind == "bidirectional", kind == "later"
+    batch = {"opening": recipe.opening_batch, "continuation": recipe.continuation_batch}.get(kind, recipe.batch)
     rows = torch.randint(len(data.later if is_later else data.clips), (batch,), generator=generator)
     clean = data.clips[rows].float()
-    if not is_bidirectional and not is_later and float(uniform(1)) < recipe.short_share:
+    if kind == "opening":
+        clean = clean[:, :, :size]
+    elif kind == "continuation":
+        places = clean.shape[2] // size - 1
+        first = size * int(torch.randint(places, (1,), generator=generator))
+        clean = clean[:, :, first : first + 2 * size]
+    elif kind == "causal" and float(uniform(1)) < recipe.short_share:
         clean = clean[:, :, : recipe.window]
     if is_later:
         clean = torch.cat([clean[:, :, :size], data.later[rows].float()], dim=2)
@@ -444,12 +478,14 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         choice = uniform(batch, 1)
         context = torch.where(choice < 0.6, 0.0, torch.where(choice < 0.8, 0.357, 0.4 * uniform(batch, chunks)))
         per_chunk = torch.where(torch.arange(chunks) < current, context, per_chunk)
-        if is_later:  # the sink is always context
-            per_chunk[:, :1] = context[:, :1]
+        if is_later or kind == "continuation":  # the first chunk is always context
+            per_chunk[:, :1] = context.expand(batch, chunks)[:, :1]
     sigma = per_chunk.repeat_interleave(size, dim=1)[:, :frames]
     weight = (sigma >= SMALLEST_TRAINED_SIGMA).float()
     if is_later:  # where the chunk after the gap is cannot be known
         weight[:, : 2 * size] = 0
+    elif kind == "continuation":
+        weight[:, :size] = 0
     noise = torch.randn(clean.shape, generator=generator)
     level = sigma[:, None, :, None, None]
     keep = uniform(batch) >= recipe.empty_caption_share
@@ -464,7 +500,7 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         frames_per_chunk=frames if is_bidirectional else size,
         window=recipe.window if windowed else GLOBAL_WINDOW,
         sink=recipe.sink if windowed else 0,
-        kind="bidirectional" if is_bidirectional else "later" if is_later else "causal",
+        kind=kind,
     )
 
 
@@ -480,6 +516,7 @@ class DemoModel(nn.Module):
         super().__init__()
         self.encoder = CaptionEncoder(recipe.encoder)
         self.dit = WanDiT(recipe.model)
+        start_local_and_open(self.dit)
 
     def loss(self, batch: DitBatch) -> Tensor:
         """Mean squared flow error over the latent frames that count."""
@@ -493,6 +530,33 @@ class DemoModel(nn.Module):
         )
         error = (flow.float() - batch.flow).square().mean((1, 3, 4))
         return (error * batch.weight).sum() / batch.weight.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def start_local_and_open(dit: WanDiT) -> None:
+    """Starts a small DiT where a large one gets to by itself after long training.
+
+    The gates of the residual branches start near 1 instead of near 0. The queries and keys of self-attention start
+    with a shared constant in the fast rotary channels, so that a token first looks at its own place and the places
+    around it (rotary scores depend on distance only): one head over all frames, the next mostly over near frames, and
+    so on. Both are ordinary weights of Wan's format and train like the others.
+    """
+    pairs_of_axis = [count // 2 for count in axis_dims(HEAD_DIM)]  # time, height, width
+    first_pair = [0, pairs_of_axis[0], pairs_of_axis[0] + pairs_of_axis[1]]
+    fast = 5  # pairs of an axis that turn by a third of a radian or more per position
+    for block in dit.blocks:
+        block.modulation[:, 2].fill_(1)
+        block.modulation[:, 5].fill_(1)
+        heads = []
+        for head in range(dit.config.num_heads):
+            shares = (0.1, 0.45, 0.45) if head % 2 == 0 else (0.3, 0.35, 0.35)
+            constant = torch.zeros(HEAD_DIM // 2, 2)
+            for first, share in zip(first_pair, shares, strict=True):
+                # As much energy as the part that depends on the token, which has about 1 per channel.
+                constant[first : first + fast, 0] = (share * HEAD_DIM / fast) ** 0.5
+            heads.append(constant.flatten())
+        for projection in (block.self_attn.q, block.self_attn.k):
+            projection.bias.copy_(torch.cat(heads))
 
 
 def dit_optimizers(model: DemoModel, recipe: DitRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -535,7 +599,7 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
         save_checkpoint(path, state)
 
     bar = progress(range(first, last), "dit")
-    running = {"bidirectional": math.nan, "causal": math.nan, "later": math.nan}
+    running = dict.fromkeys(("opening", "continuation", "causal", "later", "bidirectional"), math.nan)
     for update in bar:
         batch = dit_batch(recipe, data, update)
         batch = batch.to(device)
@@ -555,7 +619,7 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
         if not math.isfinite(value):
             raise ValueError(f"loss is {value} at update {update}; lower learning_rate or resume from a checkpoint")
         running[batch.kind] = value if math.isnan(running[batch.kind]) else 0.97 * running[batch.kind] + 0.03 * value
-        if update % 20 == 0:
+        if update % 10 == 0:
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.items()})
         if (update + 1) % recipe.save_every == 0:
             save(update + 1)
@@ -674,9 +738,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     path = train_autoencoder(recipe, options.out, device)
     autoencoder = load_trained_autoencoder(path, recipe.config)
-    whole, sprite = autoencoder_psnr(autoencoder)
-    log.info("autoencoder: %.1f dB, %.1f dB on sprites, %.0f s", whole, sprite, time.perf_counter() - started)
     if options.stage == "autoencoder":
+        whole, sprite = autoencoder_psnr(autoencoder)
+        log.info("autoencoder: %.1f dB, %.1f dB on sprites, %.0f s", whole, sprite, time.perf_counter() - started)
         return
     dit = DitRecipe()
     data = encode_latent_set(dit, autoencoder, options.out / "latents.pt", device)

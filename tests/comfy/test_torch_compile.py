@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+
 from diagonal_sampler.schedule import DiagonalSchedule
 
 CHUNKS = 8

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diagonal_sampler.demo_autoencoder import (
+    COMPONENTS,
     DemoAutoencoder,
     DemoAutoencoderConfig,
     latent_frames,
@@ -14,9 +15,7 @@ from diagonal_sampler.demo_autoencoder import (
     save_demo_autoencoder,
 )
 
-TINY = DemoAutoencoderConfig(
-    encoder_dim=8, encoder_inner_dim=8, encoder_blocks=1, decoder_dim=8, decoder_inner_dim=8, decoder_blocks=1
-)
+TINY = DemoAutoencoderConfig(inner_dim=8, outer_dim=8, blocks=1)
 
 
 def autoencoder() -> DemoAutoencoder:
@@ -24,8 +23,7 @@ def autoencoder() -> DemoAutoencoder:
     model = DemoAutoencoder(TINY)
     for weight in model.parameters():  # the residual branches start at zero: wake them
         torch.nn.init.normal_(weight, std=0.2)
-    model.standardise.running_mean.normal_()
-    model.standardise.running_var.uniform_(0.5, 2)
+    model.encoder.weight.mul_(0.1)
     return model.eval().requires_grad_(False)
 
 
@@ -61,11 +59,30 @@ def test_wans_latent_format_turns_encoded_clips_into_standardised_latents() -> N
     torch.testing.assert_close(process_in[:, :, 1], model.encode_groups(group), rtol=1e-4, atol=1e-5)
 
 
-def test_training_mode_standardises_the_latents() -> None:
-    model = autoencoder().train()
-    z = model.encode_groups(torch.randn(64, 12, 16, 16))
-    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-4)
-    torch.testing.assert_close(z.var((0, 2, 3), unbiased=False), torch.ones(16), rtol=0, atol=1e-2)
+def test_fitted_components_are_standardised_and_keep_what_is_there() -> None:
+    """Patches made of as many directions as there are components lose nothing and come out with deviation 1."""
+    torch.manual_seed(1)
+    directions = torch.randn(COMPONENTS, 12, 8, 8) * torch.linspace(2, 0.5, COMPONENTS).view(-1, 1, 1, 1)
+    cells = torch.einsum("nhwk,kcyx->nchywx", torch.randn(64, 4, 4, COMPONENTS), directions)
+    groups = cells.reshape(64, 12, 32, 32) + 0.3
+    model = autoencoder()
+    assert model.fit_encoder(groups) == pytest.approx(1, abs=1e-5)
+    z = model.encode_groups(groups)[:, :COMPONENTS]
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(COMPONENTS), rtol=0, atol=1e-3)
+    flat = z.movedim(1, 0).flatten(1)
+    torch.testing.assert_close(flat @ flat.T / flat.shape[1], torch.eye(COMPONENTS), rtol=0, atol=1e-2)
+    again = autoencoder()
+    again.fit_encoder(groups)
+    assert torch.equal(again.encoder.weight, model.encoder.weight)
+
+
+def test_the_last_channels_tell_the_place_and_do_not_touch_the_picture() -> None:
+    model = autoencoder()
+    z = model.encode_groups(torch.rand(1, 12, 16, 24))
+    torch.testing.assert_close(z[0, COMPONENTS], torch.tensor([-1.5, 0, 1.5]).expand(2, 3))
+    torch.testing.assert_close(z[0, COMPONENTS + 1], torch.tensor([-1.5, 1.5])[:, None].expand(2, 3))
+    moved = torch.cat([z[:, :COMPONENTS], torch.randn(1, 2, 2, 3)], dim=1)
+    assert torch.equal(model.decode_groups(z), model.decode_groups(moved))
 
 
 def test_shapes_that_do_not_fit_name_the_nearest_that_do() -> None:

@@ -18,9 +18,8 @@ from distillation.train_demo import AutoencoderRecipe, DemoModel, DitRecipe, Lat
 
 CPU = torch.device("cpu")
 AUTOENCODER = AutoencoderRecipe(
-    config=DemoAutoencoderConfig(
-        encoder_dim=8, encoder_inner_dim=8, encoder_blocks=1, decoder_dim=8, decoder_inner_dim=8, decoder_blocks=1
-    ),
+    config=DemoAutoencoderConfig(inner_dim=8, outer_dim=8, blocks=1),
+    fitting_groups=8,
     updates=4,
     batch=2,
     scenes=4,
@@ -31,6 +30,8 @@ DIT = DitRecipe(
     encoder=CaptionEncoderConfig(text_dim=16, num_heads=2),
     updates=4,
     batch=2,
+    opening_batch=3,
+    continuation_batch=2,
     clips=4,
     later_clips=4,
     warmup=1,
@@ -99,7 +100,7 @@ def test_the_latent_set_is_encoded_once_and_read_back(tmp_path) -> None:
 
 def test_batches_are_what_the_recipe_says() -> None:
     data, kinds = latents(), set()
-    for update in range(60):
+    for update in range(100):
         batch = train_demo.dit_batch(DIT, data, update)
         frames = batch.noisy.shape[2]
         kinds.add((batch.kind, frames))
@@ -113,14 +114,23 @@ def test_batches_are_what_the_recipe_says() -> None:
             assert (batch.sigma == batch.sigma[:, :1]).all() and batch.frames_per_chunk == frames == 21
         else:
             assert batch.frames_per_chunk == 3
+        if batch.kind == "continuation":
+            assert not batch.weight[:, :3].any() and batch.weight[:, 3:].any()
         if batch.kind == "later":
             assert not batch.weight[:, :6].any()
-    assert kinds == {("bidirectional", 21), ("causal", 21), ("causal", 12), ("later", 15)}
+    assert kinds == {
+        ("bidirectional", 21),
+        ("causal", 21),
+        ("causal", 12),
+        ("later", 15),
+        ("opening", 3),
+        ("continuation", 6),
+    }
 
 
 def test_empty_captions_come_at_their_share() -> None:
     data = latents()
-    recipe = replace(DIT, batch=16, empty_caption_share=0.5)
+    recipe = replace(DIT, batch=16, opening_batch=16, continuation_batch=16, empty_caption_share=0.5)
     empty = sum(int((~train_demo.dit_batch(recipe, data, i).ids.flatten(1).any(1)).sum()) for i in range(40))
     assert 0.4 < empty / 640 < 0.6
 
