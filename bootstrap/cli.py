@@ -96,7 +96,7 @@ def require_demo() -> None:
 
 def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) -> None:
     """Make the video through the running server. Where that fails, nothing half written stays in `output`."""
-    packages.require_space(JOB_BYTES, "a video")
+    packages.require_space(JOB_BYTES, "a video", OUTPUT)
     prefix = time.strftime("demo_%Y%m%d-%H%M%S")
     command = [packages.PYTHON, "-m", "bootstrap.job", "--url", url, "--workflow", WORKFLOW]
     command += ["--output", OUTPUT, "--prefix", prefix]
@@ -115,6 +115,8 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
             time.sleep(1.0)  # a dying server closes its connections first
             server.require_alive(process)
             raise Problem(f"the connection to ComfyUI was lost. {server.log_end()}")
+        if job.returncode < 0:
+            raise Problem(f"the process that follows the run was ended by signal {-job.returncode}.")
         if job.returncode != 0:
             raise Problem("", job.returncode)  # the job has said why
         done = True

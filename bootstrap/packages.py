@@ -63,11 +63,11 @@ def missing_build_tools() -> str | None:
     return None if headers.is_file() else f"no Python headers ({headers})"
 
 
-def require_space(needed: int, what: str) -> None:
-    """Raise Problem where fewer than `needed` bytes are free in the clone."""
-    free = shutil.disk_usage(ROOT).free
+def require_space(needed: int, what: str, folder: Path = ROOT) -> None:
+    """Raise Problem where fewer than `needed` bytes are free in `folder`."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        sizes = f"needs {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB is free in {ROOT}"
+        sizes = f"needs {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB is free in {folder}"
         raise Problem(f"the disk is full: {what} {sizes}. Free some space and run again.")
 
 
