@@ -68,7 +68,7 @@ def test_empty_captions_are_unconditional_and_share_one_embedding() -> None:
     assert parse_caption("") == parse_caption(" , ") == ()
     assert not tokenize_captions(["", " "]).any()
     made = encoder().encode(["", " ", "a red circle moves left"])
-    assert torch.equal(made[0], made[1])
+    assert torch.allclose(made[0], made[1], atol=1e-6)  # rows of a batch may round differently
     assert not torch.allclose(made[0], made[2])
 
 

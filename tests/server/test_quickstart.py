@@ -76,7 +76,9 @@ def fake_comfyui(folder: Path, main: str, version: str = "99.0.0") -> Path:
 
 def start_driver(comfyui: Path, home: Path, *arguments: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "COMFYUI_DIR"}
-    command = [sys.executable, "-c", DRIVER.format(root=str(ROOT)), str(comfyui), str(home), *arguments]
+    # As in a terminal, also where the tests run under nohup, which quickstart would honour.
+    reset = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n" if os.name != "nt" else ""
+    command = [sys.executable, "-c", reset + DRIVER.format(root=str(ROOT)), str(comfyui), str(home), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
