@@ -1,27 +1,19 @@
 """ComfyUI's TorchCompileModel on a causal MODEL: it drops guards on transformer_options, where positions live."""
 
-import shutil
-import sysconfig
-from pathlib import Path
-
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
+from bootstrap.packages import missing_build_tools
 from diagonal_sampler.schedule import DiagonalSchedule
 
 CHUNKS = 8
 
 
-def compiler_is_missing() -> str | None:
-    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("cl") is None:
-        return "no C++ compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "no Python headers"
-    return None
+MISSING = missing_build_tools()
 
 
-@pytest.mark.skipif(compiler_is_missing() is not None, reason=f"torch.compile needs more: {compiler_is_missing()}")
+@pytest.mark.skipif(MISSING is not None, reason=f"torch.compile cannot work here: {MISSING}")
 def test_compiled_equals_eager_over_eight_chunks(tiny_wan, causal, prompt, sample_latent):
     model = causal(tiny_wan, window=9, sink=3)
     schedule = DiagonalSchedule.from_steps((2, 1), context_mode="renoise")
