@@ -289,7 +289,7 @@ class SampleOptions:
 
     steps: int = 12
     shift: float = 5.0
-    cfg: float = 3.0
+    cfg: float = 2.5
     context_mode: str = "clean"
     frames_per_chunk: int = 3
     window: int = 12
