@@ -157,7 +157,8 @@ def sample_chunks(
             if step == exit_at:
                 exit_latents, x0 = x0, x0.detach()
             if step + 1 < len(sigmas):
-                x = mix(x0, noise(index, step, count), sigmas[step + 1])
+                kept = None if schedule.fresh_noise else (x - (1.0 - sigma) * x0) / sigma
+                x = mix(x0, noise(index, step, count) if kept is None else kept, sigmas[step + 1])
         if schedule.cache_pass_sigma is not None:
             write_context(x0, index, schedule.cache_pass_sigma, start, index)
         cache.commit()

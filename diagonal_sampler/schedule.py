@@ -40,6 +40,7 @@ class Preset:
         context_mode: see DiagonalSchedule.
         shift: the timestep shift of the recipe.
         frames_per_chunk: latent frames a chunk where it is not the model's usual 3, else None.
+        fresh_noise: see DiagonalSchedule.
     """
 
     times: tuple[float, ...] | None
@@ -47,6 +48,7 @@ class Preset:
     context_mode: str
     shift: float = DEFAULT_SHIFT
     frames_per_chunk: int | None = None
+    fresh_noise: bool = True
 
 
 EVEN_TIMES = None
@@ -62,7 +64,7 @@ PRESETS: dict[str, Preset] = {
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
     # Published as sigmas; as times they take part in another shift, and in `denoise`, like every other list.
     "krea": Preset(tuple(unshift_sigma(s, DEFAULT_SHIFT) for s in (1.0, 0.937, 0.833, 0.625)), (4,), "clean"),
-    "undistilled": Preset(EVEN_TIMES, (12,), "clean"),
+    "undistilled": Preset(EVEN_TIMES, (12,), "clean", fresh_noise=False),
 }
 DEFAULT_PRESET = "diagonal 4-3-2"
 
@@ -146,6 +148,8 @@ class DiagonalSchedule:
         context_sigma: noise level of "renoise", in [0, 1].
         shift: the shift that made the sigmas; kept for `denoise` and for provenance.
         frames_per_chunk: latent frames a chunk, or None to use the model's.
+        fresh_noise: each next step mixes in fresh noise, as few-step distilled models are trained to expect; False
+            keeps the noise that the step found in its input, which is Euler's method, for models that predict a mean.
 
     Raises:
         ValueError: an empty table, sigmas out of range or not descending, an unknown context mode.
@@ -156,6 +160,7 @@ class DiagonalSchedule:
     context_sigma: float = DEFAULT_CONTEXT_SIGMA
     shift: float = DEFAULT_SHIFT
     frames_per_chunk: int | None = None
+    fresh_noise: bool = True
 
     def __post_init__(self) -> None:
         if not self.sigmas:
@@ -187,6 +192,7 @@ class DiagonalSchedule:
         context_mode: str = "noisy",
         context_sigma: float = DEFAULT_CONTEXT_SIGMA,
         frames_per_chunk: int | None = None,
+        fresh_noise: bool = True,
     ) -> DiagonalSchedule:
         """Build from steps per chunk, the last repeating; see `select_times` for the rule.
 
@@ -203,6 +209,7 @@ class DiagonalSchedule:
             context_sigma=context_sigma,
             shift=shift,
             frames_per_chunk=frames_per_chunk,
+            fresh_noise=fresh_noise,
         )
 
     @classmethod
@@ -221,12 +228,13 @@ class DiagonalSchedule:
             shift=preset.shift if shift is None else shift,
             context_mode=preset.context_mode,
             frames_per_chunk=preset.frames_per_chunk,
+            fresh_noise=preset.fresh_noise,
         )
 
     @classmethod
     def uniform(cls, steps: int, *, shift: float = DEFAULT_SHIFT, context_mode: str = "clean") -> DiagonalSchedule:
         """The undistilled baseline: `steps` even steps of uniform time from 1 down to 1/steps, for every chunk."""
-        return cls.from_steps((steps,), times=EVEN_TIMES, shift=shift, context_mode=context_mode)
+        return cls.from_steps((steps,), times=EVEN_TIMES, shift=shift, context_mode=context_mode, fresh_noise=False)
 
     def chunk_sigmas(self, chunk: int) -> tuple[float, ...]:
         """Noise levels of chunk `chunk`, counted from 0; the last row repeats."""

@@ -462,3 +462,20 @@ def test_an_interrupt_stops_at_once_and_leaves_the_cache_to_its_owner():
     assert (len(model.calls), len(made), cache.start_frame) == (5, 1, 3)
     assert torch.is_grad_enabled()
     cache.free()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_kept_noise_is_eulers_method(fresh):
+    schedule = replace(DiagonalSchedule.preset("undistilled", steps=(4,)), fresh_noise=fresh)
+    target = torch.full((1, 2, 3, 2, 2), 0.5)
+    source = SeededNoise(3, (1, 2, 2, 2))
+    inputs = []
+
+    def denoise(x, at):
+        if at.step >= 0:
+            inputs.append((x - (1 - at.sigma) * target) / at.sigma)
+        return target
+
+    list(sample_chunks(denoise, source, schedule, KVCache(CausalSettings(), 3), frames=3, frames_per_chunk=3))
+    same = [torch.allclose(noise, inputs[0], atol=1e-5) for noise in inputs[1:]]
+    assert same == [not fresh] * 3
