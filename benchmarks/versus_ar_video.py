@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests" / "helpers"), str(ROOT)]
 
 import comfy_host  # noqa: E402
+
 from diagonal_sampler.dit import WanConfig, WanDiT  # noqa: E402
 from diagonal_sampler.noise import INITIAL_STEP  # noqa: E402
 from diagonal_sampler.schedule import DiagonalSchedule  # noqa: E402
