@@ -123,9 +123,8 @@ def main() -> None:
     names = list(rows)
     difference = (results[names[0]] - results[names[1]]).abs().max().item()
     tokens = -(-arguments.height // 2) * -(-arguments.width // 2)
-    print(
-        f"dim {arguments.dim}, {arguments.blocks} blocks, {tokens} tokens a latent frame, {arguments.frames} latent frames,"
-    )
+    size = f"{tokens} tokens a latent frame, {arguments.frames} latent frames"
+    print(f"dim {arguments.dim}, {arguments.blocks} blocks, {size},")
     print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
     print(f"Equality, uniform steps, clean context, global window: max abs difference {difference:.1e}\n")
     print("| sampler | forwards | s a clip (median) | spread | s a forward | of SamplerARVideo |")
