@@ -9,7 +9,6 @@ Shape suffixes: B batch, L tokens, N heads, D channels a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -286,25 +285,3 @@ class ConditionKV:
         if at < filled:
             runs.append(slice(at, filled))
         return [run for run in runs if run.start < run.stop]
-
-
-def visible_frames(
-    total_frames: int, chunk_frames: list[int], settings: CausalSettings, device: torch.device | None = None
-) -> Tensor:
-    """The same rule as a mask over latent frames, for training in one forward with absolute positions.
-
-    Returns:
-        [T, T] bool, true where the query frame (row) sees the key frame (column).
-    """
-    if sum(chunk_frames) != total_frames:
-        raise ValueError(f"Chunks of {chunk_frames} latent frames do not add up to {total_frames}.")
-    window = math.inf if settings.window < 0 else settings.window
-    visible = torch.zeros(total_frames, total_frames, dtype=torch.bool, device=device)
-    start = 0
-    for frames in chunk_frames:
-        end = start + frames
-        for frame in range(end):
-            in_window = end <= window or frame >= end - (window - settings.sink)
-            visible[start:end, frame] = frame < settings.sink or in_window
-        start = end
-    return visible

@@ -1,7 +1,7 @@
 """A trainable Wan 2.1 text-to-video transformer in plain torch, with Wan's state-dict names.
 
 One network, three forwards that differ by what a token may see: everything (the bidirectional teacher), its own and
-earlier chunks through a mask (causal training in one pass), or its chunk and a KV cache (streaming).
+earlier chunks (causal training in one pass), or its chunk and a KV cache (streaming).
 
 Shape suffixes: B batch, T latent frames, S tokens of a latent frame, L = T*S tokens, N heads, D channels a head,
 C channels of the model.
@@ -9,6 +9,7 @@ C channels of the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .cache import ConditionKV, visible_frames
+from .cache import ConditionKV
 from .rope import rotate, rotation_table
-from .settings import CausalSettings
+from .sampler import split_frames
+from .settings import GLOBAL_WINDOW, CausalSettings
 
 HEAD_DIM = 128
 
@@ -87,6 +89,36 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one chunk of a whole-clip causal forward sees: its tokens, and the runs of tokens that they attend to."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+    def keys_of(self, x_BNLD: Tensor) -> Tensor:
+        """The rows of keys or values that the chunk attends to."""
+        runs = [x_BNLD[:, :, run] for run in self.keys]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
+
+
+def causal_views(total_frames: int, tokens_per_frame: int, settings: CausalSettings) -> tuple[View, ...]:
+    """The KV cache's window and sink as one View a chunk, for training in one forward with absolute positions."""
+    views = []
+    start = 0
+    for frames in split_frames(total_frames, settings.frames_per_chunk):
+        end = start + frames
+        oldest = 0 if settings.window == GLOBAL_WINDOW else max(0, end - (settings.window - settings.sink))
+        if oldest <= settings.sink or end <= settings.window:
+            runs = [(0, end)]
+        else:
+            runs = [(0, settings.sink), (oldest, end)]
+        keys = tuple(slice(a * tokens_per_frame, b * tokens_per_frame) for a, b in runs if a < b)
+        views.append(View(slice(start * tokens_per_frame, end * tokens_per_frame), keys))
+        start = end
+    return tuple(views)
+
+
 class SelfAttention(nn.Module):
     """Attention with RMS-normalised queries and keys (over all heads at once, as Wan does) and rotary positions."""
 
@@ -103,20 +135,36 @@ class SelfAttention(nn.Module):
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.unflatten(-1, (self.heads, -1))
 
-    def attend(self, q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, mask_LL: Tensor | None = None) -> Tensor:
+    def attend(self, q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, views: Sequence[View] | None = None) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q_BLND, k_BLND, v_BLND))
-        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask_LL)
+        v = v.to(q.dtype)
+        if views is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # Chunk by chunk instead of through a mask: only visible keys are read, and any attention kernel will do.
+            out = torch.cat(
+                [
+                    F.scaled_dot_product_attention(q[:, :, view.queries], view.keys_of(k), view.keys_of(v))
+                    for view in views
+                ],
+                dim=2,
+            )
         return self.o(out.transpose(1, 2).flatten(2))
 
     def forward(
-        self, x_BLC: Tensor, rope_LP2: Tensor, mask_LL: Tensor | None, cache: ConditionKV | None, layer: int
+        self,
+        x_BLC: Tensor,
+        rope_LP2: Tensor,
+        views: Sequence[View] | None,
+        cache: ConditionKV | None,
+        layer: int,
     ) -> Tensor:
         q = rotate(self._heads(self.norm_q(self.q(x_BLC))), rope_LP2)
         k = rotate(self._heads(self.norm_k(self.k(x_BLC))), rope_LP2)
         v = self._heads(self.v(x_BLC))
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        return self.attend(q, k, v, mask_LL)
+        return self.attend(q, k, v, views)
 
 
 class CrossAttention(SelfAttention):
@@ -156,14 +204,14 @@ class Block(nn.Module):
         time_BT6C: Tensor,
         context_BLC: Tensor,
         rope_LP2: Tensor,
-        mask_LL: Tensor | None,
+        views: Sequence[View] | None,
         cache: ConditionKV | None,
         layer: int,
     ) -> Tensor:
         frames = x_BTSC.shape[1]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BT6C).unbind(2)
         y = modulate(self.norm1(x_BTSC), shift1, scale1).flatten(1, 2)
-        y = self.self_attn(y, rope_LP2, mask_LL, cache, layer).unflatten(1, (frames, -1))
+        y = self.self_attn(y, rope_LP2, views, cache, layer).unflatten(1, (frames, -1))
         x_BTSC = x_BTSC + y * gate1[:, :, None]
         y = self.cross_attn(self.norm3(x_BTSC).flatten(1, 2), context_BLC).unflatten(1, (frames, -1))
         x_BTSC = x_BTSC + y
@@ -186,21 +234,12 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x_BTSC), shift, scale))
 
 
-# Both are kept between calls, so they must be normal tensors also when the first call is one of inference mode:
-# autograd would refuse them in a later training step.
+# Kept between calls, so it must be a normal tensor also when the first call is one of inference mode: autograd would
+# refuse it in a later training step.
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _rope(frames: int, height: int, width: int, start: float, time_scale: float, device: torch.device) -> Tensor:
     return rotation_table(frames, height, width, HEAD_DIM, start=start, time_scale=time_scale, device=device)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _token_mask(frames: int, tokens: int, settings: CausalSettings, device: torch.device) -> Tensor:
-    size = settings.frames_per_chunk
-    chunks = [min(size, frames - start) for start in range(0, frames, size)]
-    visible = visible_frames(frames, chunks, settings, device)
-    return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
 class WanDiT(nn.Module):
@@ -254,15 +293,15 @@ class WanDiT(nn.Module):
             x: [B, in_channels, T, H, W] noisy latent; H and W multiples of the patch (2).
             timestep: 1000*sigma in [0, 1000], [B] for the whole clip or [B, T] a latent frame.
             context: [B, tokens, text_dim] text embedding.
-            frames_per_chunk: latent frames a chunk for the masked causal forward; None sees everything.
-            window, sink: latent frames, as in CausalSettings, for the masked causal forward.
+            frames_per_chunk: latent frames a chunk for the causal forward over a whole clip; None sees everything.
+            window, sink: latent frames, as in CausalSettings, for that forward.
             cache: the KV cache of this condition for the streaming forward: `x` is then the current chunk.
 
         Returns:
             [B, out_channels, T, H, W] flow = noise - x0.
 
         Raises:
-            ValueError: a shape that does not fit, or a mask and a cache together.
+            ValueError: a shape that does not fit, or a causal forward over a clip and a cache together.
         """
         pt, ph, pw = self.config.patch_size
         if x.ndim != 5 or x.shape[1] != self.config.in_channels or x.shape[3] % ph or x.shape[4] % pw:
@@ -281,7 +320,7 @@ class WanDiT(nn.Module):
                 f"context has shape {tuple(context.shape)}; it must be [{batch}, tokens, {self.config.text_dim}]."
             )
         if cache is not None and frames_per_chunk is not None:
-            raise ValueError("frames_per_chunk masks a whole clip and cache streams one chunk; give one of them.")
+            raise ValueError("frames_per_chunk is for a whole clip and cache streams one chunk; give one of them.")
         if cache is not None and cache.cache.frames != total:
             raise ValueError(
                 f"x has {total} latent frames but the cache's open chunk has {cache.cache.frames}; call begin({total})."
@@ -299,13 +338,13 @@ class WanDiT(nn.Module):
 
         start, time_scale = (0.0, 1.0) if cache is None else (cache.cache.position, cache.cache.time_scale)
         rope = _rope(frames, height, width, start, time_scale, x.device)
-        mask = None
+        views = None
         if frames_per_chunk is not None:
             settings = CausalSettings(frames_per_chunk=frames_per_chunk, window=window, sink=sink)
-            mask = _token_mask(frames, height * width, settings, x.device)
+            views = causal_views(frames, height * width, settings)
 
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, time_BT6C, context_BLC, rope, mask, cache, layer)
+            hidden = block(hidden, time_BT6C, context_BLC, rope, views, cache, layer)
         patches = self.head(hidden, time_BTC)
         return rearrange(
             patches,

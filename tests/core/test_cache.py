@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from tiny_wan import ListKV, kept_frames, normal, split
 
-from diagonal_sampler.cache import ConditionKV, KVCache, visible_frames
+from diagonal_sampler.cache import ConditionKV, KVCache
+from diagonal_sampler.dit import causal_views
 from diagonal_sampler.rope import rotate, rotation_table
 from diagonal_sampler.settings import CausalSettings
 
@@ -118,23 +119,23 @@ def test_chunks_of_different_sizes_share_a_clip():
         cache.commit()
 
 
-def test_mask_follows_the_same_rule():
+def test_views_of_a_whole_clip_follow_the_same_rule():
     rng = random.Random(1)
     for _ in range(60):
         settings, total = random_settings(rng)
         if rng.random() < 0.2:
             settings = settings_of(-1, settings.sink, settings.frames_per_chunk)
+        tokens = rng.choice((1, 4))
         chunks = split(total, settings.frames_per_chunk)
-        mask = visible_frames(total, [stop - start for start, stop in chunks], settings)
-        for start, stop in chunks:
-            kept = torch.zeros(total, dtype=torch.bool)
-            kept[kept_frames(stop, settings.window, settings.sink)] = True
-            assert torch.equal(mask[start:stop], kept.expand(stop - start, -1))
-
-
-def test_mask_refuses_chunks_that_do_not_add_up():
-    with pytest.raises(ValueError, match="add up"):
-        visible_frames(7, [3, 3], settings_of(-1, 0, 3))
+        views = causal_views(total, tokens, settings)
+        assert [(view.queries.start, view.queries.stop) for view in views] == [
+            (start * tokens, stop * tokens) for start, stop in chunks
+        ]
+        rows = torch.arange(total * tokens)
+        for (_, stop), view in zip(chunks, views, strict=True):
+            seen = view.keys_of(rows.view(1, 1, -1, 1)).flatten()
+            kept = kept_frames(stop, settings.window, settings.sink)
+            assert seen.tolist() == [row for row in rows.tolist() if row // tokens in kept]
 
 
 # Positions
