@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cache import ConditionKV
 from .rope import rotate, rotation_table
@@ -247,11 +248,16 @@ class WanDiT(nn.Module):
 
     Args:
         config: sizes.
+
+    Attributes:
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations. With a
+            cache, the backward pass must then run before the cache is written again.
     """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -344,7 +350,11 @@ class WanDiT(nn.Module):
             views = causal_views(frames, height * width, settings)
 
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, time_BT6C, context_BLC, rope, views, cache, layer)
+            inputs = (hidden, time_BT6C, context_BLC, rope, views, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                hidden = block(*inputs)
         patches = self.head(hidden, time_BTC)
         return rearrange(
             patches,

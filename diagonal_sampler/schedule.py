@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONTEXT_MODES = ("noisy", "clean", "renoise")
 DEFAULT_SHIFT = 5.0
@@ -14,7 +18,10 @@ MAX_STEPS = 1000
 UNINFORMATIVE_SIGMA = 0.9
 
 
-def shift_sigma(u: float, shift: float) -> float:
+Time = TypeVar("Time", float, "Tensor")
+
+
+def shift_sigma(u: Time, shift: float) -> Time:
     """Noise level of the uniform time `u` in [0, 1] under a shift (METHOD: sigma = s*u / (1 + (s-1)*u))."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 

@@ -10,15 +10,12 @@ not. Checkpoints are written to a temporary name and renamed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import math
 import os
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +43,10 @@ from diagonal_sampler.demo_autoencoder import (
 from diagonal_sampler.dit import HEAD_DIM, WanConfig, WanDiT
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.rope import axis_dims
-from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from distillation import sprites
+from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
 
 log = logging.getLogger("train_demo")
 
@@ -61,14 +59,6 @@ SHIPPED_CFG = 2.5
 
 # ---------------------------------------------------------------------------------------------------------------
 # What both stages share
-
-
-def generator_at(seed: int, *position: int) -> torch.Generator:
-    """A generator that depends on the seed and a position only (an update's number, say)."""
-    state = seed & 0xFFFFFFFF
-    for part in position:  # a linear congruential mix: any two positions give unrelated Philox/MT seeds
-        state = (state * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(state)
 
 
 def cosine_learning_rate(update: int, *, peak: float, warmup: int, total: int, floor: float = 0.02) -> float:
@@ -107,27 +97,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint at `path`, or None if there is none."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 matrix products: about four times float32's speed on a CPU with AMX, and on any recent GPU."""
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed buffers, as a training loop asks for the same ones again at once.
-
-    By default every large tensor is mapped afresh and its pages are zeroed by the kernel: measured on 2 cores, that
-    is a quarter of the time of an update. Does nothing where the C library is not glibc.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of mallopt(3)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_threshold, 32 << 20)  # the largest glibc takes
-    mallopt(trim_threshold, (1 << 31) - 1)
-    mallopt(top_pad, 256 << 20)
 
 
 def progress(updates: Iterator[int] | range, description: str) -> Any:
@@ -504,11 +473,6 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
     )
 
 
-def shift_sigma(u: Tensor, shift: float) -> Tensor:
-    """sigma = s*u / (1 + (s-1)*u): more time at high noise for s > 1."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
 class DemoModel(nn.Module):
     """Caption encoder and DiT as trained together."""
 
@@ -660,20 +624,6 @@ def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
     model.eval().requires_grad_(False)
     autoencoder = load_trained_autoencoder(folder / "autoencoder.pt", AutoencoderRecipe().config)
     return model.dit, model.encoder, autoencoder
-
-
-def git_commit() -> str:
-    """The commit that the code stands at, with "+changes" where files differ from it, or "unknown"."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../diagonal_sampler")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:

@@ -1,0 +1,53 @@
+"""What every training program here needs: seeded generators, precision, memory and provenance."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+
+def generator_at(seed: int, *position: int) -> torch.Generator:
+    """A generator that depends on the seed and a position only (an update's number, say)."""
+    state = seed & 0xFFFFFFFF
+    for part in position:  # a linear congruential mix: any two positions give unrelated Philox/MT seeds
+        state = (state * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
+    return torch.Generator().manual_seed(state)
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 matrix products: about four times float32's speed on a CPU with AMX, and on any recent GPU."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed buffers, as a training loop asks for the same ones again at once.
+
+    By default every large tensor is mapped afresh and its pages are zeroed by the kernel: measured on 2 cores, that
+    is a quarter of the time of an update. Does nothing where the C library is not glibc.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the largest glibc takes
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 256 << 20)
+
+
+def git_commit() -> str:
+    """The commit that the code stands at, with "+changes" where files differ from it, or "unknown"."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../diagonal_sampler")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

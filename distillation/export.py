@@ -1,0 +1,123 @@
+"""Turns a run into one file for ComfyUI.
+
+    python -m distillation.export --run runs/student --to ComfyUI/models/diffusion_models/student.safetensors
+    python -m distillation.export --run runs/lora --to ComfyUI/models/loras/student.safetensors
+
+The averaged (EMA) weights of the last checkpoint, under bare Wan names, with the provenance and ComfyUI's mark of a
+causal model in the header. A run with adapters gives a LoRA in ComfyUI's layout, or, with --merge, whole weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diagonal_sampler.provenance import Provenance
+from distillation import run_folder
+from distillation.common import git_commit
+from distillation.lora import host_lora
+from distillation.networks import read_wan
+from distillation.recipes import Recipe
+
+log = logging.getLogger("export")
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ADAPTER = "student"
+
+
+def header_of(recipe: Recipe, updates: int, *, whole: bool) -> dict[str, str]:
+    """Header entries: DESIGN's provenance keys and, for whole weights, ComfyUI's mark of a causal model."""
+    schedule = recipe.schedule
+    provenance = Provenance(
+        frames_per_chunk=recipe.frames_per_chunk,
+        steps_per_chunk=tuple(len(row) for row in schedule.sigmas),
+        sigmas=schedule.sigmas,
+        shift=schedule.shift,
+        context_mode=schedule.context_mode,
+        window=recipe.window,
+        sink=recipe.sink,
+        recipe=(
+            f"distillation.train --recipe {recipe.name} --stage {recipe.stage}, {updates} updates of {recipe.batch} "
+            f"clips, seed {recipe.seed}"
+        ),
+        data=f"prompts {Path(recipe.prompts).name}; teacher {Path(recipe.teacher).name}",
+        git_commit=git_commit(),
+    )
+    header = provenance.to_metadata()
+    if whole:
+        config = {"causal_ar": True, "text_dim": recipe.text_dim}
+        header |= {"config": json.dumps({"transformer": config}), "cfg": "1"}
+    return header
+
+
+def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merge: bool = False) -> None:
+    """Writes the averaged student of a run under a temporary name, then renames.
+
+    Args:
+        run: folder of the run.
+        target: a .safetensors file.
+        merge: add the adapters to the base weights instead of writing them as a LoRA.
+
+    Raises:
+        ValueError: no run or no checkpoint there, or a target that is no .safetensors file.
+    """
+    if target.suffix != ".safetensors":
+        raise ValueError(f"to is {os.fspath(target)!r}; name a .safetensors file.")
+    recipe = run_folder.read_recipe(run)
+    found = run_folder.checkpoints(run)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint yet; it writes one every {recipe.save_every} updates.")
+    updates, path = found[-1]
+    averaged = run_folder.load_whole(path, "ema/")
+    tensors: dict[str, Tensor] = averaged
+    if recipe.lora_rank and merge:
+        tensors = merged(recipe, averaged)
+    elif recipe.lora_rank:
+        tensors = host_lora(averaged, ADAPTER)
+    kept = {
+        name: (value if name.endswith(".alpha") else value.to(dtype)).contiguous() for name, value in tensors.items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    save_file(kept, partial, metadata=header_of(recipe, updates, whole=merge or not recipe.lora_rank))
+    os.replace(partial, target)
+    log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
+
+
+def merged(recipe: Recipe, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's base weights with up @ down added to every adapted layer."""
+    tensors = dict(read_wan(recipe.student_weights, recipe.model).state_dict())
+    for path, down in adapters.items():
+        layer, part = path.split(f".adapters.{ADAPTER}.")
+        if part == "down":
+            tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + adapters[f"{layer}.adapters.{ADAPTER}.up"] @ down
+    return tensors
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder given to train --out")
+    parser.add_argument("--to", type=Path, required=True, help=".safetensors file to write")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--merge", action="store_true", help="adapters: write whole weights instead of a LoRA")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
+    except (ValueError, OSError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Student, teacher and fake score: where their weights come from, and how they are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from diagonal_sampler.checkpoints import load_checkpoint
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.weight_files import listed
+from distillation.lora import adapter_parameters, add_adapters, using_adapter
+from distillation.recipes import Recipe
+
+
+def read_wan(path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float32) -> WanDiT:
+    """A trainable DiT from any layout that DiagonalModelLoader reads.
+
+    Args:
+        expected: the recipe's sizes.
+        dtype: of the weights; float32 to train them, bf16 for a frozen base.
+
+    Raises:
+        ValueError: no such file, another size than the recipe's, quantised weights, or a layout that is refused.
+    """
+    checkpoint = load_checkpoint(Path(path))
+    if checkpoint.info.quantization is not None:
+        raise ValueError(
+            f"{Path(path).name} holds {checkpoint.info.quantization} weights, which cannot be trained; take the bf16, "
+            "fp16 or float32 file of the same model."
+        )
+    found = WanConfig.from_state_dict(checkpoint.state_dict)
+    differences = [
+        f"{item.name} {getattr(found, item.name)} (recipe: {getattr(expected, item.name)})"
+        for item in fields(WanConfig)
+        if getattr(found, item.name) != getattr(expected, item.name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{Path(path).name} has {', '.join(differences)}; choose the recipe of its size, or set these fields."
+        )
+    with torch.device("meta"):
+        network = WanDiT(expected)
+    weights = {name: value.to(dtype, copy=True) for name, value in checkpoint.state_dict.items()}
+    missing, left = network.load_state_dict(weights, strict=False, assign=True)
+    if missing or left:
+        raise ValueError(f"{Path(path).name}: missing {listed(missing) or '-'}; left over {listed(left) or '-'}.")
+    return network
+
+
+@dataclass(slots=True)
+class Role:
+    """A network as one of the three that training needs: a module, or an adapter on a module that others share."""
+
+    network: WanDiT
+    adapter: str | None = None
+    shared: bool = False
+
+    @contextmanager
+    def active(self) -> Iterator[WanDiT]:
+        """The network with this role's adapter. Forward and backward belong inside."""
+        with using_adapter(self.network, self.adapter) if self.shared else nullcontext():
+            yield self.network
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name."""
+        if self.adapter is not None:
+            return adapter_parameters(self.network, self.adapter)
+        return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+
+
+@dataclass(slots=True)
+class Networks:
+    """The student streams; the teacher scores real video, the fake score scores the student's."""
+
+    student: Role
+    teacher: Role
+    fake_score: Role
+
+
+def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> Networks:
+    """Reads the files once each, adds adapters where the recipe asks for them, and spreads all over the ranks.
+
+    Raises:
+        ValueError: as `read_wan`.
+    """
+    if not recipe.lora_rank:
+        student = read_wan(recipe.student_weights, recipe.model)
+        teacher = read_wan(recipe.teacher, recipe.model).requires_grad_(False)
+        fake_score = read_wan(recipe.teacher, recipe.model)
+        roles = Networks(Role(student), Role(teacher), Role(fake_score))
+    else:
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        base = read_wan(recipe.teacher, recipe.model, dtype=dtype)
+        if recipe.student_weights == recipe.teacher:
+            add_adapters(base, recipe.lora_rank, ("student", "fake_score"), recipe.seed)
+            student = base
+        else:
+            student = read_wan(recipe.student_weights, recipe.model, dtype=dtype)
+            add_adapters(student, recipe.lora_rank, ("student",), recipe.seed)
+            add_adapters(base, recipe.lora_rank, ("fake_score",), recipe.seed)
+        roles = Networks(
+            Role(student, "student", shared=True),
+            Role(base, None, shared=True),
+            Role(base, "fake_score", shared=True),
+        )
+    compiled = {id(roles.teacher.network), id(roles.fake_score.network)} if recipe.compile else set()
+    done: set[int] = set()
+    for role in (roles.student, roles.teacher, roles.fake_score):
+        if id(role.network) not in done:
+            done.add(id(role.network))
+            spread(role.network, recipe, device, mesh, compiled=id(role.network) in compiled)
+    return roles
+
+
+def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, *, compiled: bool) -> None:
+    """Activation checkpointing, then compile, then fully_shard block by block (torchtitan's order), in place."""
+    network.activation_checkpointing = recipe.activation_checkpointing
+    if compiled:
+        for block in network.blocks:
+            block.compile()
+    if mesh is None:
+        network.to(device)
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if recipe.precision == "bf16":
+        # Inputs stay float32: a timestep or a rotation rounded to bf16 is another one. Autocast does the rest.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks (every rank must call this); a plain tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

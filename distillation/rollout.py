@@ -1,0 +1,163 @@
+"""Self rollout: the student makes a clip with the sampler's own loop, and learns from a gradient on that clip.
+
+A rollout runs twice. The first pass, without gradient, makes the clip that the losses see. The second replays it from
+the same noise and, in each chunk's exit forward, goes back at once with the loss's gradient on that chunk. Exactly one
+chunk's graph exists at a time, so memory is bounded by the window however long the rollout is, and activation
+checkpointing is safe: a block is recomputed before the cache moves on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagonal_sampler.cache import ConditionKV, KVCache
+from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+
+
+def sample_seed(seed: int, *place: object) -> int:
+    """The seed of one clip of one update: the same whatever rank treats it and however a batch is split."""
+    text = "/".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class BatchNoise:
+    """A NoiseSource of a batch whose clips each have a seed of their own.
+
+    Args:
+        seeds: one a clip.
+        shape: (C, H, W) of a latent frame.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
+        self.sources = [SeededNoise(seed, (1, *shape), device) for seed in seeds]
+
+    def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
+        return torch.cat([source(chunk, step, frames) for source in self.sources])
+
+
+def exit_steps(schedule: DiagonalSchedule, chunks: int, seed: int, *, last: bool = False) -> list[int]:
+    """The exit step of every chunk of an update, the same on every rank because it follows from the seed alone.
+
+    One uniform number decides for all chunks: exit = floor(u * steps), so a clip's chunks are about equally far.
+
+    Args:
+        seed: of the update.
+        last: always the last step.
+    """
+    u = 1 - 1e-9 if last else float(torch.rand((), generator=torch.Generator().manual_seed(seed >> 1)))
+    return [int(u * schedule.steps(chunk)) for chunk in range(chunks)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One micro-batch's clip: what is needed to make it, and to make it again.
+
+    Attributes:
+        schedule, settings: as at inference.
+        frames: latent frames of the whole rollout.
+        noise: the same at every call.
+        context: [B, tokens, text_dim] text embedding.
+        exits: the exit step of each chunk.
+        first_frame, last_frame: the window, in latent frames, that losses see and gradients reach; whole chunks.
+        precision: bf16 autocast or float32.
+    """
+
+    schedule: DiagonalSchedule
+    settings: CausalSettings
+    frames: int
+    noise: BatchNoise
+    context: Tensor
+    exits: Sequence[int]
+    first_frame: int
+    last_frame: int
+    precision: torch.dtype
+
+    @torch.no_grad()
+    def clip(self, network: WanDiT) -> Tensor:
+        """The denoised of the exit steps inside the window, [B, C, last_frame - first_frame, H, W] float32."""
+        return self._run(network, None)
+
+    def backward(self, network: WanDiT, gradient: Tensor) -> None:
+        """Replays the rollout and adds to the parameters' gradients what `gradient` on `clip` asks for.
+
+        Args:
+            gradient: [B, C, last_frame - first_frame, H, W], of a loss with respect to `clip`.
+        """
+        with torch.enable_grad():
+            self._run(network, gradient)
+
+    def _run(self, network: WanDiT, gradient: Tensor | None) -> Tensor:
+        def denoise(x: Tensor, at: Forward) -> Tensor:
+            inside = self.first_frame <= at.start_frame < self.last_frame
+            with torch.set_grad_enabled(torch.is_grad_enabled() and inside):
+                x0 = predict_x0(network, x, at.sigma, self.context, self.precision, cache=cache.condition("positive"))
+            if gradient is not None and x0.requires_grad:
+                start = at.start_frame - self.first_frame
+                x0.backward(gradient[:, :, start : start + at.frames].to(x0.dtype))
+            return x0.detach()
+
+        cache = KVCache(self.settings, self.frames)
+        try:
+            chunks = sample_chunks(
+                denoise,
+                self.noise,
+                self.schedule,
+                cache,
+                frames=self.frames,
+                frames_per_chunk=self.settings.frames_per_chunk,
+                exit_step=lambda chunk: self.exits[chunk],
+            )
+            clips = []
+            for chunk in chunks:
+                if self.first_frame <= chunk.start_frame < self.last_frame:
+                    clips.append(chunk.exit_latents)
+                if chunk.start_frame + chunk.latents.shape[2] >= self.last_frame:
+                    break  # nothing after the window is seen by a loss
+            return torch.cat(clips, dim=2)
+        finally:
+            cache.free()
+
+
+def predict_x0(
+    network: WanDiT,
+    x: Tensor,
+    sigma: Tensor | float,
+    context: Tensor,
+    precision: torch.dtype,
+    *,
+    cache: ConditionKV | None = None,
+    settings: CausalSettings | None = None,
+) -> Tensor:
+    """x0 = x - sigma * flow, in float32.
+
+    Args:
+        x: [B, C, T, H, W] noisy latent.
+        sigma: one number, [B] or [B, T].
+        settings: how a whole-clip forward looks back; None is bidirectional.
+    """
+    sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.float32)
+    sigma = sigma.expand(x.shape[0]) if sigma.ndim == 0 else sigma
+    options = {}
+    if settings is not None:
+        options = {
+            "frames_per_chunk": settings.frames_per_chunk,
+            "window": settings.window,
+            "sink": settings.sink,
+        }
+    with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+        flow = network(x, 1000 * sigma, context, cache=cache, **options)
+    return x - spread_sigma(sigma) * flow.float()
+
+
+def spread_sigma(sigma: Tensor) -> Tensor:
+    """[B] or [B, T] noise levels, shaped to broadcast over latents [B, C, T, H, W]."""
+    return sigma[:, None, :, None, None] if sigma.ndim == 2 else sigma[:, None, None, None, None]

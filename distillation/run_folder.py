@@ -1,0 +1,218 @@
+"""What a run leaves on disk: its recipe, its checkpoints, its log. Nothing is ever half written under its final name.
+
+RUN/recipe.json                  the recipe, written once; a resumed run must agree with it
+RUN/checkpoints/update_000150/   torch.distributed.checkpoint, renamed from *.partial when complete
+RUN/log.jsonl                    one line an update
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from distillation.recipes import Recipe
+
+# A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding).
+FREE_FIELDS = frozenset(
+    ("updates", "save_every", "keep", "sample_every", "sample_prompts", "tensorboard", "micro_batch", "compile")
+    + ("activation_checkpointing",)
+)
+_NAME = re.compile(r"^update_(\d{6,})$")
+_ADAMW = ("exp_avg", "exp_avg_sq")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes under a temporary name, then renames."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def settle_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes the recipe of a new run, or compares it with the one the run began with.
+
+    Raises:
+        ValueError: a field that decides what is computed has another value than before.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(recipe))
+        return
+    before = read_recipe(folder)
+    differences = [
+        f"{name} was {getattr(before, name)!r} and is {value!r}"
+        for name, value in asdict(recipe).items()
+        if name not in FREE_FIELDS and value != getattr(before, name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or the same values to resume."
+        )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        ValueError: no run there, or a recipe that cannot be read.
+    """
+    path = folder / "recipe.json"
+    try:
+        return Recipe(**json.loads(path.read_text()))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a run's recipe ({error}); name the folder given to --out.") from None
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run, oldest first."""
+    found = []
+    for path in (folder / "checkpoints").glob("update_*"):
+        if (match := _NAME.match(path.name)) and (path / ".metadata").is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all ranks, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save(folder: Path, update: int, tensors: Mapping[str, Tensor], keep: int) -> None:
+    """Writes a checkpoint from all ranks, renames it when it is complete, and drops old ones.
+
+    Raises:
+        OSError: the disk is full or not writable; checkpoints that were complete stay as they are.
+    """
+    final = folder / "checkpoints" / f"update_{update:06d}"
+    partial = final.with_suffix(".partial")
+    if is_main():
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    barrier()
+    try:
+        with _one_process_is_meant():
+            dcp.save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = _root(error)
+        raise OSError(
+            f"checkpoint {final.name} could not be written: {reason}; older checkpoints are intact."
+        ) from None
+    if is_main():
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        for _, old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """DCP warns where there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _root(error: BaseException) -> str:
+    """The sentence of the error that began it all: DCP wraps each rank's."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Reads a checkpoint into the given tensors, in place, whatever number of ranks wrote it.
+
+    Raises:
+        ValueError: tensors that are missing, or that have another shape.
+    """
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        shape = getattr(stored.get(name), "size", None)
+        if shape is None or tuple(shape) != tuple(tensor.shape):
+            raise ValueError(
+                f"{path} has {name} of shape {None if shape is None else tuple(shape)}, the run needs "
+                f"{tuple(tensor.shape)}; it belongs to another recipe."
+            )
+    with _one_process_is_meant():
+        dcp.load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint whose name begins with `prefix`, gathered, without it. Needs one process only."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(prefix) and hasattr(entry, "size")
+    }
+    with _one_process_is_meant():
+        dcp.load(dict(tensors), checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by parameter name; they are made if the optimizer has not run yet."""
+    out = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for moment in _ADAMW:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        out[f"step/{name}"] = state["step"]
+        out.update({f"{moment}/{name}": state[moment] for moment in _ADAMW})
+    return out
+
+
+class Log:
+    """One JSON line an update; lines of updates that a resumed run will repeat are cut off first."""
+
+    def __init__(self, folder: Path, update: int) -> None:
+        self.path = folder / "log.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _update_of(line) < update]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(partial, self.path)
+        self.file = self.path.open("a", buffering=1)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        self.file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _update_of(line: str) -> float:
+    """The update of a log line; a line cut by a crash counts as beyond all."""
+    try:
+        return json.loads(line)["update"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

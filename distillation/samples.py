@@ -1,0 +1,68 @@
+"""Clips of a training run as files a person can open: ComfyUI latents always, video where a decoder is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diagonal_sampler.demo_autoencoder import WAN_LATENT_MEAN, WAN_LATENT_STD, DemoAutoencoder, load_demo_autoencoder
+
+VIDEO_SCALE = 4  # the demo's 64 pixels are hard to see
+FRAMES_PER_SECOND = 16
+
+
+def to_host_scale(latents: Tensor) -> Tensor:
+    """The model's own scale -> Wan's latent scale, which ComfyUI's LATENT values have. [B, 16, T, H, W]."""
+    mean = torch.tensor(WAN_LATENT_MEAN, device=latents.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(WAN_LATENT_STD, device=latents.device).view(1, -1, 1, 1, 1)
+    return latents * std + mean
+
+
+@torch.no_grad()
+def decode_frames(autoencoder: DemoAutoencoder, standardised: Tensor) -> Tensor:
+    """Latents in the model's own scale [B, 16, T, h, w] -> [B, T_pix, 3, H, W] in 0..255."""
+    pixels = autoencoder.decode(to_host_scale(standardised))
+    return ((pixels + 1) * 127.5).clamp(0, 255).movedim(1, 2)
+
+
+def write_video(path: Path, frames: Tensor, *, scale: int = VIDEO_SCALE, fps: int = FRAMES_PER_SECOND) -> None:
+    """Writes H.264 MP4 under a temporary name, then renames. frames: [T, 3, H, W] in 0..255."""
+    import imageio_ffmpeg
+
+    pixels = frames.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = np.repeat(np.repeat(pixels, scale, axis=1), scale, axis=2)
+    partial = path.with_name(f".{path.name}")
+    writer = imageio_ffmpeg.write_frames(
+        str(partial), (pixels.shape[2], pixels.shape[1]), fps=fps, macro_block_size=1, quality=8
+    )
+    writer.send(None)
+    try:
+        for frame in pixels:
+            writer.send(np.ascontiguousarray(frame))
+    finally:
+        writer.close()
+    os.replace(partial, path)
+
+
+def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoencoder: str) -> None:
+    """Writes `clip_0.latent` (for ComfyUI's LoadLatent), prompts.txt, and `clips.mp4` side by side if it can decode.
+
+    Args:
+        latents: [N, 16, T, H, W] in the model's own scale.
+        autoencoder: the demo's autoencoder file, or empty.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    for index, clip in enumerate(to_host_scale(latents.float().cpu())):
+        # ComfyUI's own format of SaveLatent.
+        tensors = {"latent_tensor": clip[None].contiguous(), "latent_format_version_0": torch.tensor([])}
+        save_file(tensors, folder / f"clip_{index}.latent")
+    if autoencoder:
+        frames = decode_frames(load_demo_autoencoder(autoencoder), latents.float().cpu())
+        write_video(folder / "clips.mp4", torch.cat(list(frames), dim=-1))

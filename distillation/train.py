@@ -1,0 +1,636 @@
+"""Trains a causal few-step student.
+
+    python -m distillation.train --recipe demo --out runs/student              # one process
+    torchrun --nproc-per-node 8 -m distillation.train --recipe wan_1_3b --out runs/student
+
+Every field of a recipe is a flag (`--recipe NAME --help` lists them). A run that was stopped, killed or crashed goes
+on from its last checkpoint when the same command is given again: every random number of update i follows from
+(seed, i, clip), so nothing but weights and moments has to be kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.captions import caption_of, load_caption_encoder
+from diagonal_sampler.sampler import sample_chunks, split_frames
+from distillation import losses, run_folder, sprites
+from distillation.common import generator_at, keep_freed_memory
+from distillation.networks import Role, build_networks, local
+from distillation.prompts import PromptSet, batch_rows, read_prompts
+from distillation.recipes import RECIPES, Recipe, parse_field
+from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma
+from distillation.samples import write_samples
+from distillation.trajectories import ClipFolder, make_trajectories, schedule_sigmas
+
+log = logging.getLogger("train")
+
+SPRITE_CAPTIONS = "sprites"
+CAPTION_COUNT = 4096
+# Steps of a clip's noise source beside the sampler's own: the noise under which a score is asked, and its level.
+SCORE_STEP = -3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    count: int
+    device: torch.device
+    mesh: Any
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Joins torchrun's process group, if there is one, and leaves it at the end."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """A number averaged over the ranks; the one read-back of an update."""
+    if dist.is_initialized():
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+class Ema:
+    """Exponential moving average of the student's trained parameters, sharded as they are."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, start: int) -> None:
+        self.decay, self.start = decay, start
+        self.parameters = parameters
+        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, update: int) -> None:
+        """After update `update`, counted from 0."""
+        decay = self.decay if update >= self.start else 0.0
+        for name, parameter in self.parameters.items():
+            local(self.values[name]).lerp_(local(parameter), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages in place of the parameters, for sampling."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            mine, theirs = local(self.values[name]), local(parameter.detach())
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+
+class Learner:
+    """Parameters, their AdamW and their learning rate."""
+
+    def __init__(self, name: str, parameters: dict[str, nn.Parameter], rate: float, recipe: Recipe) -> None:
+        self.name, self.parameters, self.rate, self.recipe = name, parameters, rate, recipe
+        self.optimizer = torch.optim.AdamW(
+            list(parameters.values()),
+            lr=rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+        )
+
+    def step(self, update: int) -> float:
+        """Clips, steps and clears the gradients; returns the gradient's norm.
+
+        Raises:
+            ValueError: a gradient that is not finite; no parameter has changed then.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.gradient_clip)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(value):
+            raise ValueError(f"update {update}: the gradient norm of {self.name} is {value}")
+        warm = min(1.0, (update + 1) / self.recipe.warmup) if self.recipe.warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warm
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint keeps."""
+        out: dict[str, Tensor] = {f"{self.name}/{name}": value.detach() for name, value in self.parameters.items()}
+        moments = run_folder.optimizer_tensors(self.optimizer, self.parameters)
+        return out | {f"{self.name}.{name}": value for name, value in moments.items()}
+
+
+class Trainer:
+    """One stage of a recipe: networks, optimisers, and the update."""
+
+    def __init__(self, recipe: Recipe, prompts: PromptSet, folder: Path, ranks: Ranks) -> None:
+        self.recipe, self.prompts, self.folder, self.ranks = recipe, prompts, folder, ranks
+        self.accumulation = recipe.accumulation(ranks.count)
+        self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        if prompts.text_dim != recipe.text_dim:
+            raise ValueError(
+                f"the prompts' embeddings have {prompts.text_dim} channels and text_dim is {recipe.text_dim}; embed "
+                "them with the encoder of the teacher."
+            )
+        self.networks = build_networks(recipe, ranks.device, ranks.mesh)
+        self.negative = prompts.negative.to(ranks.device)
+        self.student = Learner("student", self.networks.student.parameters(), recipe.learning_rate, recipe)
+        self.learners = [self.student]
+        self.heads: tuple[losses.MotionHead, losses.MotionHead] | None = None
+        self.head: Learner | None = None
+        if self.distils:
+            rate = recipe.fake_score_learning_rate
+            self.fake_score = Learner("fake_score", self.networks.fake_score.parameters(), rate, recipe)
+            self.learners.append(self.fake_score)
+            if recipe.motion_form == "head" and recipe.motion_weight:
+                self.heads = self._motion_heads()
+                if recipe.regression_weight:  # without a regression term its features stay as they are: random
+                    parameters = dict(self.heads[0].named_parameters())
+                    self.head = Learner("motion_head", parameters, recipe.motion_head_learning_rate, recipe)
+                    self.learners.append(self.head)
+                else:
+                    self.heads[0].requires_grad_(False)
+        else:
+            self.clips = self._clips()
+        self.ema = Ema(self.student.parameters, recipe.ema_decay, recipe.ema_start)
+
+    @property
+    def distils(self) -> bool:
+        """Whether this stage compares scores of self rollouts, rather than regressing on clips."""
+        return self.recipe.stage in ("distill", "long")
+
+    def _motion_heads(self) -> tuple[losses.MotionHead, losses.MotionHead]:
+        """The motion head, the same on every rank, and its averaged copy."""
+        channels = self.recipe.model.in_channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            head = losses.MotionHead(channels=channels).to(self.ranks.device)
+        teacher_head = losses.MotionHead(channels=channels).to(self.ranks.device)
+        teacher_head.load_state_dict(head.state_dict())
+        return head, teacher_head.requires_grad_(False)
+
+    def _clips(self) -> ClipFolder:
+        recipe = self.recipe
+        folder = Path(recipe.clips) if recipe.clips else self.folder / "clips"
+        if recipe.stage == "ode":
+            with self.networks.teacher.active() as teacher:
+                make_trajectories(
+                    recipe,
+                    folder,
+                    teacher,
+                    self.prompts.embeddings,
+                    self.negative,
+                    len(self.prompts),
+                    self.ranks.device,
+                    self.precision,
+                    rank=self.ranks.rank,
+                    ranks=self.ranks.count,
+                    report=lambda done, total: log.info("trajectories: %d of %d files", done, total),
+                )
+        return ClipFolder(folder, recipe, with_trajectory=recipe.stage == "ode")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the run: what a checkpoint writes and a resumed run reads in place."""
+        out: dict[str, Tensor] = {}
+        for learner in self.learners:
+            out |= learner.tensors()
+        out |= {f"ema/{name}": value for name, value in self.ema.values.items()}
+        if self.head is not None and self.heads is not None:
+            out |= {f"motion_head_ema/{name}": value for name, value in self.heads[1].state_dict().items()}
+        return out
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Batches. Clip g of a global batch has its own seed, so ranks and micro-batches change nothing but rounding.
+
+    def places(self, part: int) -> range:
+        """Places in the global batch of this rank's micro-batch `part`."""
+        size = self.recipe.micro_batch
+        first = (self.ranks.rank * self.accumulation + part) * size
+        return range(first, first + size)
+
+    def seeds(self, update: int, role: str, part: int) -> list[int]:
+        return [sample_seed(self.recipe.seed, update, role, place) for place in self.places(part)]
+
+    def noise(self, seeds: Sequence[int]) -> BatchNoise:
+        recipe = self.recipe
+        shape = (recipe.model.in_channels, recipe.height, recipe.width)
+        return BatchNoise(seeds, shape, self.ranks.device)
+
+    def context(self, update: int, turn: int, part: int) -> Tensor:
+        """Text embeddings of a micro-batch. `turn` counts the rollouts of an update, so that prompts differ."""
+        turns = update * (self.recipe.fake_score_updates + 1) + turn
+        rows = batch_rows(self.recipe.seed, turns, self.recipe.batch, len(self.prompts))
+        return self.prompts.embeddings([rows[place] for place in self.places(part)]).to(self.ranks.device)
+
+    def rollout(self, update: int, turn: int, role: str, part: int) -> tuple[Rollout, list[int]]:
+        recipe = self.recipe
+        frames = recipe.frames
+        if recipe.stage == "long":  # whole chunks; the window that is trained on is the rollout's end
+            longest = (recipe.rollout_frames - recipe.frames) // recipe.frames_per_chunk
+            drawn = torch.randint(
+                longest + 1, (), generator=generator_at(recipe.seed, update, turn, 11)
+            )  # one length for all ranks: they step through the chunks together
+            frames += int(drawn) * recipe.frames_per_chunk
+        chunks = len(split_frames(frames, recipe.frames_per_chunk))
+        seeds = self.seeds(update, role, part)
+        rollout = Rollout(
+            schedule=recipe.schedule,
+            settings=recipe.settings,
+            frames=frames,
+            noise=self.noise(seeds),
+            context=self.context(update, turn, part),
+            exits=exit_steps(
+                recipe.schedule, chunks, sample_seed(recipe.seed, update, role, "exit"), last=recipe.exit == "last"
+            ),
+            first_frame=frames - recipe.frames,
+            last_frame=frames,
+            precision=self.precision,
+        )
+        return rollout, seeds
+
+    def under_noise(self, clip: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """A clip at a random noise level each: x, sigma [B], noise."""
+        recipe = self.recipe
+        u = torch.stack([torch.rand((), generator=generator_at(seed & 0xFFFFFFFF, 13)) for seed in seeds])
+        sigma = losses.draw_score_sigmas(u, shift=recipe.score_shift, low=recipe.score_low, high=recipe.score_high).to(
+            clip.device
+        )
+        noise = self.noise(seeds)(0, SCORE_STEP, clip.shape[2])
+        return torch.lerp(clip, noise, spread_sigma(sigma)), sigma, noise
+
+    def score(self, role: Role, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """x0 as teacher or fake score sees it."""
+        settings = self.recipe.settings if self.recipe.score_attention == "causal" else None
+        with role.active() as network:
+            return predict_x0(network, x, sigma, context, self.precision, settings=settings)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Updates
+
+    def update(self, update: int) -> dict[str, float]:
+        """One update of the stage; returns what is logged.
+
+        Raises:
+            ValueError: a loss or gradient that is not finite.
+        """
+        found = self._distil(update) if self.distils else self._regress(update)
+        self.ema.update(update)
+        return found
+
+    def _distil(self, update: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for turn in range(self.recipe.fake_score_updates):
+            total = torch.zeros((), device=self.ranks.device)
+            for part in range(self.accumulation):
+                total += self._fake_score_backward(update, turn, part)
+            found["fake_score"] = self._finite("fake_score", total, update)
+            found["fake_score_norm"] = self.fake_score.step(update)
+        sums: dict[str, Tensor] = {}
+        for part in range(self.accumulation):
+            for name, value in self._student_backward(update, part).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        for name, value in sums.items():
+            found[name] = self._finite(name, value, update)
+        if self.head is not None:
+            self._average_gradients(self.head)
+            found["motion_head_norm"] = self.head.step(update)
+        found["student_norm"] = self.student.step(update)
+        if self.head is not None and self.heads is not None:
+            losses.update_ema_head(self.heads[1], self.heads[0], self.recipe.ema_decay)
+        return found
+
+    def _average_gradients(self, learner: Learner) -> None:
+        """For parameters that every rank holds whole."""
+        if dist.is_initialized():
+            for parameter in learner.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.ranks.count
+
+    def _fake_score_backward(self, update: int, turn: int, part: int) -> Tensor:
+        rollout, seeds = self.rollout(update, turn, f"fake{turn}", part)
+        with self.networks.student.active() as student:
+            clip = rollout.clip(student)
+        x, sigma, noise = self.under_noise(clip, seeds)
+        role = self.networks.fake_score
+        with role.active():
+            x0 = self.score(role, x, sigma, rollout.context)
+            loss = losses.fake_score_loss((x - x0) / spread_sigma(sigma), noise, clip) / self.accumulation
+            loss.backward()
+        return loss.detach()
+
+    def _student_backward(self, update: int, part: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        rollout, seeds = self.rollout(update, recipe.fake_score_updates, "student", part)
+        with self.networks.student.active() as student:
+            clip = rollout.clip(student)
+        x, sigma, _ = self.under_noise(clip, seeds)
+        with torch.no_grad():
+            fake = self.score(self.networks.fake_score, x, sigma, rollout.context)
+            real = self.score(self.networks.teacher, x, sigma, rollout.context)
+            if recipe.cfg != 1:
+                negative = self.negative.expand(len(seeds), -1, -1)
+                real = losses.guided(real, self.score(self.networks.teacher, x, sigma, negative), recipe.cfg)
+        clip.requires_grad_()
+        terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(clip, real, fake)}
+        if recipe.regression_weight:
+            terms["regression"] = recipe.regression_weight * (clip - real).square().mean()
+        if recipe.motion_weight and self.heads is not None:
+            motion = losses.motion_head_losses(clip, real, fake, *self.heads)
+            terms["motion"] = recipe.motion_weight * recipe.motion_scale * motion.dmd
+            terms["motion_regression"] = recipe.motion_weight * recipe.regression_weight * motion.regression
+        elif recipe.motion_weight:
+            terms["motion"] = recipe.motion_weight * recipe.motion_scale * losses.motion_loss(clip, real, fake)
+        (sum(terms.values(), torch.zeros((), device=clip.device)) / self.accumulation).backward()
+        assert clip.grad is not None
+        with self.networks.student.active() as student:
+            rollout.backward(student, clip.grad)
+        return {name: value.detach() / self.accumulation for name, value in terms.items()}
+
+    def _regress(self, update: int) -> dict[str, float]:
+        """Stages ode and forcing: one causal forward over a clip with a noise level per chunk."""
+        recipe = self.recipe
+        total = torch.zeros((), device=self.ranks.device)
+        for part in range(self.accumulation):
+            rows = batch_rows(recipe.seed, update, recipe.batch, len(self.clips))
+            clean, paths, prompt_rows = self.clips.take([rows[place] for place in self.places(part)])
+            seeds = self.seeds(update, "clip", part)
+            draws = torch.stack(
+                [torch.rand(len(self._chunks), generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
+            )
+            clean = clean.to(self.ranks.device)
+            context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
+            if paths is None:
+                sigma = self._over_frames(losses.draw_score_sigmas(draws, shift=recipe.shift, low=0.02, high=1.0))
+                noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
+                x = torch.lerp(clean, noise, spread_sigma(sigma))
+            else:
+                sigma, x = self._on_trajectory(paths, draws)
+            role = self.networks.student
+            with role.active() as student:
+                x0 = predict_x0(student, x, sigma, context, self.precision, settings=recipe.settings)
+                if paths is None:
+                    flow = (x - x0) / spread_sigma(sigma)
+                    loss = losses.fake_score_loss(flow, noise, clean)
+                else:
+                    loss = losses.ode_regression_loss(x0, clean)
+                (loss / self.accumulation).backward()
+            total += loss.detach() / self.accumulation
+        value = self._finite(recipe.stage, total, update)
+        return {recipe.stage: value, "student_norm": self.student.step(update)}
+
+    @property
+    def _chunks(self) -> list[int]:
+        return split_frames(self.recipe.frames, self.recipe.frames_per_chunk)
+
+    def _over_frames(self, per_chunk: Tensor) -> Tensor:
+        """[B, chunks] -> [B, T]."""
+        counts = torch.tensor(self._chunks)
+        return per_chunk.repeat_interleave(counts, dim=1).to(self.ranks.device)
+
+    def _on_trajectory(self, paths: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Each chunk at a random step of its own schedule: sigma [B, T] and x from the teacher's trajectory."""
+        known = schedule_sigmas(self.recipe)
+        schedule = self.recipe.schedule
+        index = torch.zeros(draws.shape, dtype=torch.int64)
+        for chunk in range(draws.shape[1]):
+            row = schedule.chunk_sigmas(chunk)
+            places = torch.tensor([min(range(len(known)), key=lambda k: abs(known[k] - sigma)) for sigma in row])
+            index[:, chunk] = places[(draws[:, chunk] * len(row)).long()]
+        sigma = self._over_frames(torch.tensor(known)[index])
+        frames = index.repeat_interleave(torch.tensor(self._chunks), dim=1)
+        gather = frames[:, None, None, :, None, None].expand(-1, -1, *(paths.shape[2], -1, *paths.shape[4:]))
+        return sigma, paths.gather(1, gather)[:, 0].to(self.ranks.device)
+
+    def _finite(self, name: str, value: Tensor, update: int) -> float:
+        mean = mean_over_ranks(value)
+        if not math.isfinite(mean):
+            raise ValueError(f"update {update}: the {name} loss is {mean}")
+        return mean
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, count: int) -> tuple[Tensor, list[str]]:
+        """Clips of the averaged student for the first prompts, [N, C, T, H, W], made as at inference."""
+        recipe = self.recipe
+        rows = list(range(min(count, len(self.prompts))))
+        context = self.prompts.embeddings(rows).to(self.ranks.device)
+        noise = self.noise([sample_seed(recipe.seed, "sample", row) for row in rows])
+        cache = KVCache(recipe.settings, recipe.frames)
+        try:
+            with self.ema.in_place(), self.networks.student.active() as student:
+                chunks = sample_chunks(
+                    lambda x, at: predict_x0(
+                        student, x, at.sigma, context, self.precision, cache=cache.condition("positive")
+                    ),
+                    noise,
+                    recipe.schedule,
+                    cache,
+                    frames=recipe.frames,
+                    frames_per_chunk=recipe.frames_per_chunk,
+                )
+                return torch.cat([chunk.latents for chunk in chunks], dim=2), [self.prompts.prompts[r] for r in rows]
+        finally:
+            cache.free()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def read_all_prompts(recipe: Recipe, folder: Path, ranks: Ranks) -> PromptSet:
+    """The recipe's prompts; `sprites` stands for captions of the demo world, which are written into the run."""
+    encode = None
+    if recipe.text_encoder:
+        encoder = load_caption_encoder(recipe.text_encoder)
+
+        def encode(prompts: list[str]) -> Tensor:
+            with torch.no_grad():
+                return encoder.encode(prompts)
+
+    path = Path(recipe.prompts)
+    if recipe.prompts == SPRITE_CAPTIONS:
+        path = folder / "prompts.txt"
+        if ranks.main and not path.exists():
+            scenes = (sprites.sample_specs(_numpy_generator(recipe.seed, row)) for row in range(CAPTION_COUNT))
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(f"{caption_of(specs)}\n" for specs in scenes))
+            os.replace(partial, path)
+        run_folder.barrier()
+    return read_prompts(path, encode=encode)
+
+
+def _numpy_generator(seed: int, row: int):
+    import numpy as np
+
+    return np.random.default_rng([seed & 0xFFFFFFFF, row, 0xCA9])
+
+
+def tensorboard(folder: Path) -> Any:
+    """A SummaryWriter, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("no TensorBoard here (pip install tensorboard); %s/log.jsonl has every number", folder)
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def run(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
+    """Trains to the recipe's last update, from the run's last checkpoint if there is one.
+
+    Raises:
+        ValueError: bad input, or a loss that is not finite.
+        OSError: a file that cannot be read or written.
+    """
+    if ranks.main:
+        run_folder.settle_recipe(folder, recipe)
+    run_folder.barrier()
+    prompts = read_all_prompts(recipe, folder, ranks)
+    trainer = Trainer(recipe, prompts, folder, ranks)
+    first = 0
+    if found := run_folder.checkpoints(folder):
+        first, path = found[-1]
+        run_folder.load(path, trainer.tensors())
+        log.info("resumed %s", path)
+    if first >= recipe.updates:
+        log.info("the run has %d updates already; set --updates higher to go on", first)
+        return
+    journal = run_folder.Log(folder, first) if ranks.main else None
+    board = tensorboard(folder) if ranks.main and recipe.tensorboard else None
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[losses]}"), disable=not ranks.main)
+    try:
+        with bar:
+            task = bar.add_task(f"{recipe.name} {recipe.stage}", total=recipe.updates, completed=first, losses="")
+            for update in range(first, recipe.updates):
+                started = time.perf_counter()
+                values = trainer.update(update)
+                entry = {"update": update, **values, "seconds": time.perf_counter() - started}
+                if journal:
+                    journal.write(entry)
+                if board:
+                    for name, value in values.items():
+                        board.add_scalar(f"{recipe.stage}/{name}", value, update)
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "norm" not in name)
+                bar.update(task, advance=1, losses=shown)
+                done = update + 1
+                if done % recipe.save_every == 0 or done == recipe.updates:
+                    run_folder.save(folder, done, trainer.tensors(), recipe.keep)
+                if recipe.sample_every and (done % recipe.sample_every == 0 or done == recipe.updates):
+                    clips, captions = trainer.sample(recipe.sample_prompts)
+                    if ranks.main:
+                        write_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
+    finally:
+        if journal:
+            journal.close()
+        if board:
+            board.close()
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | None]:
+    """The recipe with the flags' changes, the run's folder, and the number of CPU threads.
+
+    Raises:
+        ValueError: a flag whose value does not fit its field.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, choices=tuple(RECIPES))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    chosen = parser.add_argument_group("fields of the recipe")
+    for item in fields(Recipe):
+        if item.name != "name":
+            chosen.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE", help=item.metadata["help"])
+    options = parser.parse_args(arguments)
+    changes = {
+        item.name: parse_field(item.name, value)
+        for item in fields(Recipe)
+        if item.name != "name" and (value := getattr(options, item.name)) is not None
+    }
+    return replace(RECIPES[options.recipe](), **changes), options.out, options.threads
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a recipe; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        recipe, folder, threads = parse_arguments(arguments)
+        if threads:
+            torch.set_num_threads(threads)
+        keep_freed_memory()
+        if recipe.stage == "teacher":
+            if recipe.name != "demo":
+                raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
+            from distillation import train_demo
+
+            train_demo.main(["--stage", "all", "--out", str(folder)])
+            return 0
+        with joined_ranks() as ranks:
+            if not ranks.main:
+                logging.getLogger().setLevel(logging.WARNING)
+            run(recipe, folder, ranks)
+    except (ValueError, OSError) as error:
+        kept = run_folder.checkpoints(folder) if "folder" in locals() else []
+        note = f" The last checkpoint is {kept[-1][1]}." if kept else ""
+        print(f"stopped: {error}.{note}".replace("..", "."), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        kept = run_folder.checkpoints(folder)
+        print(f"stopped by Ctrl-C; {'the same command resumes ' + str(kept[-1][1]) if kept else 'no checkpoint yet'}.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Clips on disk: the teacher's ODE trajectories (stage ode, made here) or latents of real video (stage forcing).
+
+A folder of `clips-*.safetensors`, each with
+
+    latents      [N, C, T, H, W] clean latents in the model's own scale
+    prompt_rows  int64 [N], rows of the prompts file
+    trajectory   [N, K, C, T, H, W] (stage ode) the same clips on their way, at the noise levels of
+    sigmas       [K] descending
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
+from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from distillation.losses import guided
+from distillation.recipes import Recipe
+from distillation.rollout import BatchNoise, predict_x0, sample_seed
+from distillation.run_folder import barrier
+
+_CLOSE = 1e-6  # noise levels nearer than this are one
+
+
+def schedule_sigmas(recipe: Recipe) -> tuple[float, ...]:
+    """Every noise level at which the student is asked to predict, descending."""
+    return tuple(sorted({sigma for row in recipe.schedule.sigmas for sigma in row}, reverse=True))
+
+
+def trajectory_schedule(recipe: Recipe) -> DiagonalSchedule:
+    """The teacher's Euler steps: `ode_steps` even ones under the recipe's shift, and the student's noise levels."""
+    even = [shift_sigma((recipe.ode_steps - i) / recipe.ode_steps, recipe.shift) for i in range(recipe.ode_steps)]
+    merged: list[float] = []
+    for sigma in sorted((*even, *schedule_sigmas(recipe)), reverse=True):
+        if not merged or merged[-1] - sigma > _CLOSE:
+            merged.append(sigma)
+    return DiagonalSchedule(sigmas=(tuple(merged),), context_mode="clean", shift=recipe.shift, fresh_noise=False)
+
+
+def teacher_settings(recipe: Recipe) -> CausalSettings:
+    """How the teacher looks at a clip: as one chunk (bidirectional), or chunk by chunk like the student."""
+    if recipe.score_attention == "bidirectional":
+        return CausalSettings(frames_per_chunk=recipe.frames, window=GLOBAL_WINDOW, sink=0)
+    return recipe.settings
+
+
+@torch.no_grad()
+def trajectories(
+    recipe: Recipe, teacher: WanDiT, context: Tensor, negative: Tensor, noise: BatchNoise, precision: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Solves the teacher's ODE with guidance by the sampler's own loop.
+
+    Args:
+        context: [B, tokens, text_dim]; negative: [1, tokens, text_dim].
+
+    Returns:
+        The trajectory [B, K, C, T, H, W] at `schedule_sigmas`, and its end [B, C, T, H, W].
+    """
+    wanted = schedule_sigmas(recipe)
+    settings = teacher_settings(recipe)
+    cache = KVCache(settings, recipe.frames)
+    found: dict[tuple[int, int], Tensor] = {}
+    negative = negative.expand(len(context), -1, -1)
+
+    def denoise(x: Tensor, at: Forward) -> Tensor:
+        for index, sigma in enumerate(wanted):
+            if at.steps and abs(at.sigma - sigma) <= _CLOSE:
+                found[index, at.start_frame] = x
+        x0 = predict_x0(teacher, x, at.sigma, context, precision, cache=cache.condition("positive"))
+        if recipe.cfg == 1:
+            return x0
+        return guided(
+            x0, predict_x0(teacher, x, at.sigma, negative, precision, cache=cache.condition("negative")), recipe.cfg
+        )
+
+    try:
+        chunks = sample_chunks(
+            denoise,
+            noise,
+            trajectory_schedule(recipe),
+            cache,
+            frames=recipe.frames,
+            frames_per_chunk=settings.frames_per_chunk,
+        )
+        clip = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    finally:
+        cache.free()
+    starts = sorted({start for _, start in found})
+    path = [torch.cat([found[index, start] for start in starts], dim=2) for index in range(len(wanted))]
+    return torch.stack(path, dim=1), clip
+
+
+def make_trajectories(
+    recipe: Recipe,
+    folder: Path,
+    teacher: WanDiT,
+    embeddings: Callable[[Sequence[int]], Tensor],
+    negative: Tensor,
+    prompts: int,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    rank: int,
+    ranks: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Fills `folder` with `ode_clips` trajectories, a file a micro-batch; files that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = recipe.micro_batch
+    files = -(-recipe.ode_clips // size)
+    for first in range(0, files, ranks):
+        barrier()  # every rank sees the same files, and a sharded teacher needs all ranks in each forward
+        group = [folder / f"clips-{number:05d}.safetensors" for number in range(first, min(first + ranks, files))]
+        complete = all(path.exists() for path in group)
+        barrier()
+        if complete:
+            continue
+        number = min(first + rank, files - 1)
+        indices = range(number * size, min((number + 1) * size, recipe.ode_clips))
+        rows = [index % prompts for index in indices]
+        noise = BatchNoise(
+            [sample_seed(recipe.seed, "ode", index) for index in indices],
+            (recipe.model.in_channels, recipe.height, recipe.width),
+            device,
+        )
+        path, clip = trajectories(recipe, teacher, embeddings(rows).to(device), negative, noise, precision)
+        if first + rank < files:
+            target = folder / f"clips-{number:05d}.safetensors"
+            partial = target.with_suffix(".partial")
+            tensors = {
+                "latents": clip.half().cpu().contiguous(),
+                "trajectory": path.half().cpu().contiguous(),
+                "prompt_rows": torch.tensor(rows),
+                "sigmas": torch.tensor(schedule_sigmas(recipe)),
+            }
+            save_file(tensors, partial, metadata={"seed": str(recipe.seed), "cfg": str(recipe.cfg)})
+            os.replace(partial, target)
+        report(min(first + ranks, files), files)
+    barrier()
+
+
+class ClipFolder:
+    """Clips on disk, read row by row.
+
+    Raises:
+        ValueError: no clips, a file without the tensors that the stage needs, or of another size than the recipe's.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, with_trajectory: bool) -> None:
+        self.with_trajectory = with_trajectory
+        self.rows: list[tuple[Path, int]] = []
+        wanted = [recipe.model.in_channels, recipe.frames, recipe.height, recipe.width]
+        for path in sorted(folder.glob("clips-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                keys = set(file.keys())
+                needed = {"latents", "prompt_rows"} | ({"trajectory", "sigmas"} if with_trajectory else set())
+                if needed - keys:
+                    raise ValueError(f"{path} has no {', '.join(sorted(needed - keys))}; see distillation/README.md.")
+                shape = file.get_slice("latents").get_shape()
+                if shape[1:] != wanted:
+                    raise ValueError(f"{path} holds latents of [C, T, H, W] {shape[1:]}; the recipe asks for {wanted}.")
+                if with_trajectory:
+                    sigmas = tuple(round(value, 5) for value in file.get_tensor("sigmas").tolist())
+                    if sigmas != tuple(round(value, 5) for value in schedule_sigmas(recipe)):
+                        raise ValueError(f"{path} was made for another schedule ({sigmas}); choose another folder.")
+                self.rows += [(path, row) for row in range(shape[0])]
+        if not self.rows:
+            raise ValueError(f"clips is {str(folder)!r}, which has no clips-*.safetensors; see distillation/README.md.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Latents [B, C, T, H, W], trajectories [B, K, C, T, H, W] or None, and prompt rows."""
+        latents, paths, rows = [], [], []
+        for index in indices:
+            path, row = self.rows[index]
+            with safe_open(path, framework="pt") as file:
+                latents.append(file.get_slice("latents")[row : row + 1].float())
+                rows.append(int(file.get_tensor("prompt_rows")[row]))
+                if self.with_trajectory:
+                    paths.append(file.get_slice("trajectory")[row : row + 1].float())
+        return torch.cat(latents), torch.cat(paths) if paths else None, rows

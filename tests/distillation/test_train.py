@@ -1,0 +1,469 @@
+"""The trainer: its rollout is the sampler's; ranks, batches and interruptions change nothing of what it learns."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import (
+    command,
+    flags,
+    largest_difference,
+    last_tensors,
+    make_inputs,
+    start,
+    tiny_recipe,
+    train_here,
+    write_teacher,
+)
+from torch import Tensor
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.sampler import sample_chunks, split_frames
+from distillation import run_folder, train
+from distillation.networks import read_wan
+from distillation.recipes import RECIPES, Recipe
+from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed
+
+TIMEOUT_S = 300
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def trainer_of(recipe: Recipe, folder: Path) -> train.Trainer:
+    folder.mkdir(parents=True, exist_ok=True)
+    with train.joined_ranks() as ranks:
+        return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
+
+
+def rollout_of(trainer: train.Trainer, **changes) -> Rollout:
+    return replace(trainer.rollout(0, 0, "test", 0)[0], **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The rollout
+
+
+@pytest.mark.parametrize("context_mode", ("noisy", "clean", "renoise"))
+def test_rollout_latents_equal_the_samplers_for_the_same_seed(inputs, tmp_path, context_mode):
+    trainer = trainer_of(tiny_recipe(inputs, context_mode=context_mode, exit="last"), tmp_path)
+    recipe, rollout = trainer.recipe, trainer.rollout(0, 0, "test", 0)[0]
+    network = trainer.networks.student.network
+    clip = rollout.clip(network)
+    cache = KVCache(recipe.settings, recipe.frames)
+    with torch.no_grad():
+        chunks = sample_chunks(
+            lambda x, at: predict_x0(
+                network, x, at.sigma, rollout.context, torch.float32, cache=cache.condition("positive")
+            ),
+            rollout.noise,
+            recipe.schedule,
+            cache,
+            frames=recipe.frames,
+            frames_per_chunk=recipe.frames_per_chunk,
+        )
+        sampled = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    assert torch.equal(clip, sampled)
+    assert clip.std() > 0.1
+
+
+@pytest.mark.parametrize("context_mode", ("noisy", "renoise"))
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_replayed_gradient_equals_one_backward_through_all_exit_forwards(inputs, tmp_path, context_mode, checkpointing):
+    """Against one graph over the whole clip, kept until the end; with and without activation checkpointing."""
+    trainer = trainer_of(tiny_recipe(inputs, context_mode=context_mode), tmp_path)
+    network = trainer.networks.student.network
+    rollout = rollout_of(trainer, exits=[1, 0, 1])
+    gradient = torch.randn(rollout.clip(network).shape, generator=torch.Generator().manual_seed(1))
+    cache = KVCache(rollout.settings, rollout.frames)
+    chunks = sample_chunks(
+        lambda x, at: predict_x0(
+            network, x, at.sigma, rollout.context, torch.float32, cache=cache.condition("positive")
+        ),
+        rollout.noise,
+        rollout.schedule,
+        cache,
+        frames=rollout.frames,
+        frames_per_chunk=rollout.settings.frames_per_chunk,
+        exit_step=lambda chunk: rollout.exits[chunk],
+    )
+    exits = [chunk.exit_latents for chunk in chunks]
+    (torch.cat(exits, dim=2) * gradient).sum().backward()
+    expected = {name: value.grad.clone() for name, value in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    network.activation_checkpointing = checkpointing
+    rollout.backward(network, gradient)
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(value.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+
+
+def test_a_window_at_the_end_of_a_long_rollout_is_all_that_gets_gradients(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs), tmp_path)
+    network = trainer.networks.student.network
+    rollout = rollout_of(trainer, frames=8, first_frame=4, last_frame=8, exits=[2, 1, 1, 0])
+    whole = replace(rollout, first_frame=0)
+    clip = rollout.clip(network)
+    assert clip.shape[2] == 4
+    assert torch.equal(clip, whole.clip(network)[:, :, 4:])
+    gradient = torch.ones_like(clip)
+    rollout.backward(network, gradient)
+    found = {name: value.grad.clone() for name, value in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    whole.backward(network, torch.cat([torch.zeros_like(gradient), gradient], dim=2))
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(value.grad, found[name], rtol=1e-5, atol=1e-7)
+
+
+def test_exit_steps_follow_the_schedule_and_the_seed_alone(inputs):
+    schedule = tiny_recipe(inputs, steps="4,3,2").schedule
+    drawn = [exit_steps(schedule, 7, sample_seed(0, update, "student", "exit")) for update in range(400)]
+    assert drawn == [exit_steps(schedule, 7, sample_seed(0, update, "student", "exit")) for update in range(400)]
+    for chunk in range(7):
+        steps = schedule.steps(chunk)
+        counts = [sum(exits[chunk] == step for exits in drawn) for step in range(steps)]
+        assert sum(counts) == len(drawn)
+        assert all(0.6 < count * steps / len(drawn) < 1.4 for count in counts)
+    assert exit_steps(schedule, 3, 1, last=True) == [3, 2, 1]
+
+
+def test_memory_of_a_rollout_does_not_grow_with_its_length(inputs, tmp_path, monkeypatch):
+    made = []
+
+    class Watched(KVCache):
+        def free(self) -> None:
+            made.append((self.total_frames, self.nbytes))
+            super().free()
+
+    monkeypatch.setattr("distillation.rollout.KVCache", Watched)
+    trainer = trainer_of(tiny_recipe(inputs), tmp_path)
+    for frames in (8, 40):
+        chunks = len(split_frames(frames, 2))
+        rollout = rollout_of(trainer, frames=frames, first_frame=frames - 4, last_frame=frames, exits=[0] * chunks)
+        rollout.backward(trainer.networks.student.network, torch.ones(4, 16, 4, 4, 4))
+    assert [frames for frames, _ in made] == [8, 40]
+    assert made[0][1] == made[1][1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+def changed(before: dict[str, Tensor], role) -> set[str]:
+    return {name for name, value in role.network.named_parameters() if not torch.equal(before[name], value)}
+
+
+def weights(role) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in role.network.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", ({}, {"motion_form": "head", "regression_weight": 0.5}, {"cfg": 1.0}))
+def test_an_update_changes_student_and_fake_score_and_nothing_else(inputs, tmp_path, changes):
+    trainer = trainer_of(tiny_recipe(inputs, **changes), tmp_path)
+    roles = trainer.networks
+    before = {name: weights(getattr(roles, name)) for name in ("student", "teacher", "fake_score")}
+    values = trainer.update(0)
+    assert all(value > 0 for name, value in values.items() if "norm" in name)
+    assert changed(before["teacher"], roles.teacher) == set()
+    for name in ("student", "fake_score"):
+        assert changed(before[name], getattr(roles, name)) == set(before[name])
+
+
+def test_the_students_loss_leaves_no_gradient_elsewhere(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs), tmp_path)
+    trainer._student_backward(0, 0)
+    assert all(value.grad is None for value in trainer.networks.teacher.network.parameters())
+    assert all(value.grad is None for value in trainer.networks.fake_score.network.parameters())
+    assert all(value.grad is not None for value in trainer.networks.student.network.parameters())
+
+
+def test_motion_weight_zero_turns_motion_off(inputs, tmp_path):
+    off = trainer_of(tiny_recipe(inputs, motion_weight=0.0), tmp_path / "off")
+    on = trainer_of(tiny_recipe(inputs), tmp_path / "on")
+    assert "motion" not in off.update(0) and "motion" in on.update(0)
+    assert not torch.equal(off.ema.values["patch_embedding.weight"], on.ema.values["patch_embedding.weight"])
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path):
+    """A student of other random weights, one chunk of one step: its x0 must approach the teacher's distribution."""
+    write_teacher(inputs / "other.safetensors", seed=9)
+    recipe = tiny_recipe(
+        inputs, student=str(inputs / "other.safetensors"), updates=60, save_every=60, cfg=1.0, learning_rate=3e-3,
+        motion_weight=0.0, fake_score_updates=3, frames=2, steps="1", window=-1, sink=0, batch=8, micro_batch=8,
+    )  # fmt: skip
+    trainer = trainer_of(recipe, tmp_path)
+
+    def distance() -> float:
+        clip = rollout_of(trainer, exits=[0]).clip(trainer.networks.student.network)
+        x, sigma, _ = trainer.under_noise(clip, list(range(8)))
+        with torch.no_grad():
+            real = trainer.score(trainer.networks.teacher, x, sigma, trainer.context(0, 0, 0))
+        return float((clip - real).square().mean())
+
+    before = distance()
+    for update in range(recipe.updates):
+        trainer.update(update)
+    assert distance() < 0.7 * before
+
+
+def test_accumulation_equals_a_large_batch(inputs, tmp_path):
+    large = train_here(tiny_recipe(inputs), tmp_path / "large")
+    small = train_here(tiny_recipe(inputs, micro_batch=1), tmp_path / "small")
+    assert largest_difference(large, small) < 1e-5
+
+
+@pytest.mark.parametrize("stage", ("ode", "forcing"))
+def test_causal_initialisation_learns_its_clips(inputs, tmp_path, stage):
+    clips = tmp_path / "clips"
+    train_here(tiny_recipe(inputs, stage="ode", clips=str(clips), updates=1), tmp_path / "make")
+    write_teacher(inputs / "other.safetensors", seed=9)
+    recipe = tiny_recipe(
+        inputs, stage=stage, clips=str(clips), updates=30, save_every=30, student=str(inputs / "other.safetensors")
+    )
+    train_here(recipe, tmp_path / "run")
+    found = [json.loads(line)[stage] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum(found[-5:]) < 0.7 * sum(found[:5])
+
+
+def test_trajectories_begin_with_noise_and_pass_through_the_students_levels(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=1, micro_batch=2)
+    trainer = trainer_of(recipe, tmp_path / "run")
+    assert len(trainer.clips) == recipe.ode_clips
+    latents, paths, rows = trainer.clips.take([3])
+    noise = trainer.noise([sample_seed(recipe.seed, "ode", 3)])(0, -1, recipe.frames)
+    torch.testing.assert_close(paths[:, 0], noise, atol=2e-3, rtol=2e-3)  # fp16 on disk
+    assert rows == [3 % len(trainer.prompts)]
+    assert float((paths[:, -1] - latents).square().mean()) < float((paths[:, 0] - latents).square().mean())
+
+
+def test_trajectories_are_kept_and_another_schedule_refused(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=1)
+    trainer_of(recipe, tmp_path / "a")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").iterdir()}
+    trainer_of(recipe, tmp_path / "b")
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").iterdir()}
+    with pytest.raises(ValueError, match="another schedule"):
+        trainer_of(replace(recipe, steps="4,2"), tmp_path / "c")
+
+
+def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, stage="long", frames=4, rollout_frames=11)
+    trainer = trainer_of(recipe, tmp_path)
+    lengths = {trainer.rollout(update, 0, "student", 0)[0].frames for update in range(60)}
+    assert lengths == {4, 6, 8, 10}
+    assert trainer.update(0)["student_norm"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+@pytest.mark.parametrize("own_base", (False, True))
+def test_adapters_train_on_a_base_that_stays(inputs, tmp_path, own_base):
+    student = write_teacher(inputs / "distilled.safetensors", seed=3) if own_base else None
+    recipe = tiny_recipe(inputs, lora_rank=2, student=str(student) if student else "")
+    trainer = trainer_of(recipe, tmp_path)
+    roles = trainer.networks
+    assert (roles.student.network is roles.teacher.network) is not own_base
+    base = read_wan(recipe.student_weights, recipe.model).state_dict()
+    before = {name: value.clone() for name, value in roles.student.parameters().items()}
+    trainer.update(0)
+    state = roles.student.network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in base.items())
+    after = roles.student.parameters()
+    # `down` moves only once `up` has left zero; weight decay and the first step move both here.
+    assert {name for name in after if not torch.equal(after[name], before[name])} >= {
+        name for name in after if name.endswith("up")
+    }
+
+
+def test_teacher_sees_no_adapter(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, lora_rank=2), tmp_path)
+    roles = trainer.networks
+    rollout, seeds = trainer.rollout(0, 0, "test", 0)
+    x, sigma, _ = trainer.under_noise(rollout.clip(roles.student.network), seeds)
+    with torch.no_grad():
+        before = trainer.score(roles.teacher, x, sigma, rollout.context)
+        for update in range(2):
+            with torch.enable_grad():
+                trainer.update(update)
+        assert torch.equal(trainer.score(roles.teacher, x, sigma, rollout.context), before)
+        assert not torch.equal(trainer.score(roles.fake_score, x, sigma, rollout.context), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruptions and ranks
+
+
+def test_resume_equals_no_interruption_bit_for_bit(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, motion_form="head", regression_weight=0.1)
+    whole = train_here(recipe, tmp_path / "whole")
+    train_here(replace(recipe, updates=1), tmp_path / "parts")
+    parts = train_here(recipe, tmp_path / "parts")
+    assert largest_difference(whole, parts) == 0
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [0, 1, 2]
+
+
+def test_kill_nine_and_resume(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, updates=40)
+    run = tmp_path / "run"
+    process = start(command(recipe, run))
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(run_folder.checkpoints(run)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    killed_at = run_folder.checkpoints(run)[-1][0]
+    assert 2 <= killed_at < 40, output
+    (run / "checkpoints" / "update_000099.partial").mkdir()  # what a kill in the middle of a save leaves
+    end = killed_at + 1
+    resumed = train_here(replace(recipe, updates=end), run)
+    torch.manual_seed(123)  # the global state must not matter
+    assert largest_difference(resumed, train_here(replace(recipe, updates=end), tmp_path / "whole")) == 0
+
+
+def test_two_ranks_equal_one_and_take_over_from_one(inputs, tmp_path):
+    """Two gloo ranks under FSDP2: the same losses and weights, also from a checkpoint that one rank wrote."""
+    recipe = tiny_recipe(inputs, micro_batch=2, updates=2)
+    one = train_here(recipe, tmp_path / "one")
+    train_here(replace(recipe, updates=1), tmp_path / "mixed")
+    runs = [start(command(recipe, tmp_path / name, ranks=2)) for name in ("two", "mixed")]
+    for process in runs:
+        output = process.communicate(timeout=TIMEOUT_S)[0]
+        assert process.returncode == 0, output
+    for name in ("two", "mixed"):
+        assert largest_difference(one, last_tensors(tmp_path / name)) < 1e-5
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for left, right in zip(*logs, strict=True):
+        for key in ("fake_score", "dmd", "motion", "student_norm"):
+            assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-6)
+
+
+def test_two_ranks_train_adapters_and_motion_head_as_one_does(inputs, tmp_path):
+    recipe = tiny_recipe(
+        inputs, micro_batch=2, updates=1, lora_rank=2, motion_form="head", regression_weight=0.5, sample_every=1
+    )
+    one = train_here(recipe, tmp_path / "one")
+    process = start(command(recipe, tmp_path / "two", ranks=2))
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == 0, output
+    assert largest_difference(one, last_tensors(tmp_path / "two")) < 1e-5
+    clips = [load_file(tmp_path / name / "samples/update_000001/clip_0.latent") for name in ("one", "two")]
+    torch.testing.assert_close(clips[0]["latent_tensor"], clips[1]["latent_tensor"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_nan_loss_stops_with_the_last_checkpoint_intact(inputs, tmp_path, capsys):
+    recipe = tiny_recipe(inputs, learning_rate=1e30, updates=5)
+    assert train.main([*flags(recipe), "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "update" in message and "nan" in message.lower() or "inf" in message.lower()
+    assert "last checkpoint" in message
+    found = run_folder.checkpoints(tmp_path)
+    assert found and len(run_folder.load_whole(found[-1][1], "ema/")) > 10
+
+
+def test_a_full_disk_stops_with_the_last_checkpoint_intact(inputs, tmp_path):
+    """A limit on file size stands for the full disk: writes fail with OSError in the middle of a checkpoint."""
+    recipe = tiny_recipe(inputs, updates=1)
+    complete = train_here(recipe, tmp_path)
+
+    def limit() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    process = start(command(replace(recipe, updates=3), tmp_path), preexec_fn=limit)
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == 1, output
+    assert "could not be written" in output and "update_000001" in output
+    assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [1]
+    assert largest_difference(complete, last_tensors(tmp_path)) == 0
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_every_recipe_is_valid():
+    assert set(RECIPES) == {"demo", "wan_1_3b", "wan_14b_lora", "long_video"}
+    for name, make in RECIPES.items():
+        assert make().name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"stage": "x"}, "stage is 'x'; choose one of"),
+        ({"steps": "4,x"}, "steps is '4,x'"),
+        ({"batch": 5, "micro_batch": 2}, "no multiple of micro_batch"),
+        ({"window": 2}, "window is 2"),
+        ({"height": 5}, "6x4 fits"),
+        ({"score_low": 0.9, "score_high": 0.5}, "score_low"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"dim": 100}, "dim is 100"),
+        ({"frames": 1}, "at least 2"),
+    ),
+)
+def test_bad_recipes_name_the_field(inputs, change, message):
+    with pytest.raises(ValueError) as error:
+        tiny_recipe(inputs, **change)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"teacher": "missing.safetensors"}, "does not exist"),
+        ({"ffn_dim": 64}, "ffn_dim 32 (recipe: 64)"),
+        ({"num_layers": 1}, "num_layers 2 (recipe: 1)"),
+        ({"stage": "forcing", "clips": "nowhere"}, "no clips-"),
+    ),
+)
+def test_bad_input_stops_in_one_line_before_training(inputs, tmp_path, capsys, change, message):
+    recipe = tiny_recipe(inputs, **change)
+    assert train.main([*flags(recipe), "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert run_folder.checkpoints(tmp_path) == []
+
+
+def test_bad_prompts_stop_before_training(inputs, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle moves left\na purple whale sings\n")
+    recipe = tiny_recipe(inputs, prompts=str(path))
+    assert train.main([*flags(recipe), "--out", str(tmp_path / "run")]) == 1
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_another_recipe_does_not_resume_a_run(inputs, tmp_path, capsys):
+    recipe = tiny_recipe(inputs, updates=1)
+    train_here(recipe, tmp_path)
+    assert train.main([*flags(replace(recipe, learning_rate=1.0)), "--out", str(tmp_path)]) == 1
+    assert "learning_rate was 0.001 and is 1.0" in capsys.readouterr().err
+
+
+def test_flags_are_the_recipes_fields(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, activation_checkpointing=True)
+    found, folder, threads = train.parse_arguments([*flags(recipe), "--out", str(tmp_path), "--threads", "3"])
+    assert (found, folder, threads) == (recipe, tmp_path, 3)
+    assert train.main(["--recipe", "demo", "--out", str(tmp_path), "--compile", "perhaps"]) == 1
+
+
+def test_only_the_demo_has_a_teacher_stage(tmp_path, capsys):
+    assert train.main(["--recipe", "wan_1_3b", "--stage", "teacher", "--out", str(tmp_path)]) == 1
+    assert "published one" in capsys.readouterr().err
