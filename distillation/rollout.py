@@ -9,7 +9,7 @@ checkpointing is safe: a block is recomputed before the cache moves on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
+from distillation.losses import guided
 
 
 def sample_seed(seed: int, *place: object) -> int:
@@ -156,6 +157,47 @@ def predict_x0(
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         flow = network(x, 1000 * sigma, context, cache=cache, **options)
     return x - spread_sigma(sigma) * flow.float()
+
+
+@torch.no_grad()
+def stream(
+    network: WanDiT,
+    context: Tensor,
+    noise: NoiseSource,
+    schedule: DiagonalSchedule,
+    settings: CausalSettings,
+    frames: int,
+    *,
+    precision: torch.dtype,
+    cfg: float = 1.0,
+    negative: Tensor | None = None,
+    watch: Callable[[Tensor, Forward], None] | None = None,
+) -> Iterator[Tensor]:
+    """Samples a clip as at inference and yields its chunks, [B, C, frames_per_chunk, H, W] each.
+
+    Args:
+        context: [B, tokens, text_dim]; negative: [1, tokens, text_dim], needed where cfg is not 1.
+        watch: sees the input of every forward.
+    """
+    cache = KVCache(settings, frames)
+
+    def denoise(x: Tensor, at: Forward) -> Tensor:
+        if watch is not None:
+            watch(x, at)
+        x0 = predict_x0(network, x, at.sigma, context, precision, cache=cache.condition("positive"))
+        if cfg == 1:
+            return x0
+        assert negative is not None
+        other = negative.expand(len(context), -1, -1)
+        return guided(x0, predict_x0(network, x, at.sigma, other, precision, cache=cache.condition("negative")), cfg)
+
+    try:
+        for chunk in sample_chunks(
+            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=settings.frames_per_chunk
+        ):
+            yield chunk.latents
+    finally:
+        cache.free()
 
 
 def spread_sigma(sigma: Tensor) -> Tensor:

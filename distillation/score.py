@@ -1,6 +1,7 @@
 """Scores the demo model from what a person would see: decoded pixels against the caption.
 
     python -m distillation.score --checkpoint demo --captions 64      # the shipped weights, held-out captions
+    python -m distillation.score --dit student.safetensors            # another DiT with the demo's other parts
     python -m distillation.score --source truth                       # the scorer itself, on rendered clips
     python -m distillation.score --source autoencoder                 # the same clips through the autoencoder
 
@@ -17,21 +18,21 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, latent_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, latent_frames
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, NoiseSource, SeededNoise
-from diagonal_sampler.sampler import Forward, sample_chunks
-from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
 from diagonal_sampler.settings import CausalSettings
-from distillation import sprites
+from distillation import sprites, train_demo
+from distillation.rollout import stream
+from distillation.samples import decode_frames
 
 log = logging.getLogger("score")
 
@@ -283,93 +284,37 @@ def table(summary: dict[str, object], title: str) -> str:
 # Making clips
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleOptions:
-    """How clips are sampled: uniform `steps` per chunk under `shift`, cfg against the empty caption."""
-
-    steps: int = 12
-    shift: float = 5.0
-    cfg: float = 2.5
-    context_mode: str = "clean"
-    frames_per_chunk: int = 3
-    window: int = 12
-    sink: int = 3
-    seed: int = 0
-    kept_noise: bool = True  # see KeptNoise
-
-
-class KeptNoise:
-    """A noise source that gives back the noise the model just found, for models that were not distilled.
-
-    The chunk iterator predicts x0 and mixes it with noise for the next step. A distilled model's x0 is a sample, and
-    fresh noise is right. An undistilled model's x0 is the mean over everything that may still come: fresh noise would
-    forget what the step has decided. With the noise that x itself holds, (x - (1 - sigma) * x0) / sigma, the same loop
-    is Euler's method on the flow.
-    """
-
-    def __init__(self, fresh: NoiseSource) -> None:
-        self.fresh = fresh
-        self.found: Tensor | None = None
-
-    def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
-        if step in (INITIAL_STEP, CONTEXT_STEP):
-            return self.fresh(chunk, step, frames)
-        assert self.found is not None
-        return self.found
-
-
 @torch.no_grad()
 def sample_latents(
-    dit: WanDiT, encoder: CaptionEncoder, captions: Sequence[str], pixel_frames: int, options: SampleOptions
+    dit: WanDiT,
+    encoder: CaptionEncoder,
+    captions: Sequence[str],
+    pixel_frames: int,
+    schedule: DiagonalSchedule,
+    settings: CausalSettings,
+    *,
+    cfg: float,
+    seed: int,
 ) -> Tensor:
-    """Samples clips chunk by chunk with the core's iterator.
+    """Samples clips chunk by chunk with the core's iterator; guidance is against the empty caption.
 
     Returns:
         [B, 16, T_lat, 8, 8] standardised latents, the DiT's own space.
     """
-    frames = latent_frames(pixel_frames)
     side = sprites.FRAME_SIZE // SPACE_FACTOR
-    device = next(dit.parameters()).device
-    schedule = DiagonalSchedule.uniform(options.steps, shift=options.shift, context_mode=options.context_mode)
-    settings = CausalSettings(frames_per_chunk=options.frames_per_chunk, window=options.window, sink=options.sink)
-    cache = KVCache(settings, frames)
-    fresh = SeededNoise(options.seed, (len(captions), LATENT_CHANNELS, side, side), device)
-    noise = KeptNoise(fresh)
-    prompts = {"positive": encoder.encode(captions)}
-    if options.cfg != 1:
-        prompts["negative"] = encoder.encode([""]).expand(len(captions), -1, -1)
-
-    def denoise(x: Tensor, at: Forward) -> Tensor:
-        timestep = torch.full((len(captions),), 1000 * at.sigma, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            flows = {
-                name: dit(x, timestep, prompt, cache=cache.condition(name)).float() for name, prompt in prompts.items()
-            }
-        flow = flows["positive"]
-        if "negative" in flows:
-            flow = flows["negative"] + options.cfg * (flow - flows["negative"])
-        x0 = x - at.sigma * flow
-        if options.kept_noise and at.step != CONTEXT_STEP:
-            noise.found = x0 + flow
-        return x0
-
-    try:
-        source = noise if options.kept_noise else fresh
-        chunks = sample_chunks(
-            denoise, source, schedule, cache, frames=frames, frames_per_chunk=options.frames_per_chunk
-        )
-        return torch.cat([chunk.latents for chunk in chunks], dim=2)
-    finally:
-        cache.free()
-
-
-@torch.no_grad()
-def decode_frames(autoencoder: DemoAutoencoder, standardised: Tensor) -> Tensor:
-    """Standardised latents [B, 16, T, h, w] -> [B, T_pix, 3, H, W] in 0..255."""
-    mean = autoencoder.wan_mean.view(1, -1, 1, 1, 1)
-    std = autoencoder.wan_std.view(1, -1, 1, 1, 1)
-    pixels = autoencoder.decode(standardised * std + mean)
-    return ((pixels + 1) * 127.5).clamp(0, 255).movedim(1, 2)
+    noise = SeededNoise(seed, (len(captions), LATENT_CHANNELS, side, side))
+    chunks = stream(
+        dit,
+        encoder.encode(captions),
+        noise,
+        schedule,
+        settings,
+        latent_frames(pixel_frames),
+        precision=torch.bfloat16,
+        cfg=cfg,
+        negative=encoder.encode([""]),
+    )
+    return torch.cat(list(chunks), dim=2)
 
 
 def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) -> None:
@@ -383,29 +328,43 @@ def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) ->
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def load_models(checkpoint: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
-    """The shipped weights in a folder, or the EMA weights of a training run's folder."""
-    from distillation import train_demo
-
-    return train_demo.load_models(checkpoint)
+def chosen_sampling(
+    options: argparse.Namespace, trained: train_demo.TrainedFor
+) -> tuple[DiagonalSchedule, CausalSettings, float]:
+    """What the flags say, else what the checkpoint was trained for."""
+    schedule, settings = trained.schedule, trained.settings
+    steps = parse_steps(options.steps) if options.steps else None
+    if options.preset or steps or options.shift:
+        preset = options.preset or ("diagonal 4-3-2" if schedule.fresh_noise else "undistilled")
+        schedule = DiagonalSchedule.preset(preset, steps=steps, shift=options.shift)
+    if options.context_mode:
+        schedule = replace(schedule, context_mode=options.context_mode)
+    if options.noise:
+        schedule = replace(schedule, fresh_noise=options.noise == "fresh")
+    if options.window is not None:
+        settings = replace(settings, window=options.window)
+    if options.sink is not None:
+        settings = replace(settings, sink=options.sink)
+    return schedule, settings, trained.cfg if options.cfg is None else options.cfg
 
 
 def main(arguments: list[str] | None = None) -> None:
-    defaults = SampleOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="shipped weights or a training run")
+    parser.add_argument("--dit", type=Path, help="a DiT of the demo's size instead of the checkpoint's")
     parser.add_argument("--source", choices=("model", "autoencoder", "truth"), default="model")
     parser.add_argument("--captions", type=int, default=64, help="number of held-out captions")
     parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
     parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="denoising steps per chunk")
-    parser.add_argument("--cfg", type=float, default=defaults.cfg)
-    parser.add_argument("--shift", type=float, default=defaults.shift)
-    parser.add_argument("--context-mode", default=defaults.context_mode)
-    parser.add_argument("--window", type=int, default=defaults.window, help="latent frames, -1 for all")
-    parser.add_argument("--sink", type=int, default=defaults.sink, help="latent frames")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: what the checkpoint was trained for")
+    parser.add_argument("--steps", help="denoising steps per chunk, such as 12 or 4,3,2; default: the preset's")
+    parser.add_argument("--cfg", type=float, help="guidance; default: what the checkpoint says")
+    parser.add_argument("--shift", type=float, help="timestep shift; default: the preset's")
+    parser.add_argument("--context-mode", choices=CONTEXT_MODES, help="default: the preset's")
+    parser.add_argument("--window", type=int, help="latent frames, -1 for all; default: as trained")
+    parser.add_argument("--sink", type=int, help="latent frames; default: as trained")
     parser.add_argument(
-        "--noise", choices=("kept", "fresh"), default="kept", help="kept: Euler's method; fresh: as distilled models do"
+        "--noise", choices=("kept", "fresh"), help="kept: Euler's method; fresh: as distilled models do"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions do not change")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -416,25 +375,20 @@ def main(arguments: list[str] | None = None) -> None:
     captions = options.caption or sprites.held_out_captions(options.captions)
     started = time.perf_counter()
     if options.source == "model":
-        dit, encoder, autoencoder = load_models(options.checkpoint)
-        sampling = SampleOptions(
-            steps=options.steps,
-            shift=options.shift,
-            cfg=options.cfg,
-            context_mode=options.context_mode,
-            window=options.window,
-            sink=options.sink,
-            seed=options.seed,
-            kept_noise=options.noise == "kept",
-        )
-        frames = decode_frames(autoencoder, sample_latents(dit, encoder, captions, options.length, sampling))
-        title = f"model, {sampling.steps} steps a chunk, cfg {sampling.cfg:g}"
+        dit, encoder, autoencoder = train_demo.load_models(options.checkpoint)
+        trained = train_demo.trained_for(options.checkpoint / train_demo.DIT_FILE)
+        if options.dit:
+            dit, trained = train_demo.load_dit(options.dit), train_demo.trained_for(options.dit)
+        schedule, settings, cfg = chosen_sampling(options, trained)
+        latents = sample_latents(dit, encoder, captions, options.length, schedule, settings, cfg=cfg, seed=options.seed)
+        frames = decode_frames(autoencoder, latents)
+        title = f"model, {','.join(str(len(row)) for row in schedule.sigmas)} steps a chunk, cfg {cfg:g}"
     else:
         scenes = sprites.make_scenes([parse_caption(caption) for caption in captions], options.seed)
         drawn = sprites.render(scenes, torch.arange(options.length))
         frames = drawn.float()
         if options.source == "autoencoder":
-            autoencoder = load_models(options.checkpoint)[2]
+            autoencoder = train_demo.load_models(options.checkpoint)[2]
             with torch.no_grad():
                 pixels = autoencoder.decode(autoencoder.encode(sprites.to_pixels(drawn)))
             frames = ((pixels + 1) * 127.5).movedim(1, 2)

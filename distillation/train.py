@@ -26,15 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import caption_of, load_caption_encoder
-from diagonal_sampler.sampler import sample_chunks, split_frames
+from diagonal_sampler.sampler import split_frames
 from distillation import losses, run_folder, sprites
 from distillation.common import generator_at, keep_freed_memory
 from distillation.networks import Role, build_networks, local
 from distillation.prompts import PromptSet, batch_rows, read_prompts
 from distillation.recipes import RECIPES, Recipe, parse_field
-from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma
+from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
 from distillation.samples import write_samples
 from distillation.trajectories import ClipFolder, make_trajectories, schedule_sigmas
 
@@ -403,12 +402,14 @@ class Trainer:
             clean, paths, prompt_rows = self.clips.take([rows[place] for place in self.places(part)])
             seeds = self.seeds(update, "clip", part)
             draws = torch.stack(
-                [torch.rand(len(self._chunks), generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
+                [torch.rand(len(self._chunks) + 1, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
             )
             clean = clean.to(self.ranks.device)
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
             if paths is None:
-                sigma = self._over_frames(losses.draw_score_sigmas(draws, shift=recipe.shift, low=0.02, high=1.0))
+                sigma = self._over_frames(
+                    losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=0.02, high=1.0)
+                )
                 noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
                 x = torch.lerp(clean, noise, spread_sigma(sigma))
             else:
@@ -439,11 +440,15 @@ class Trainer:
         """Each chunk at a random step of its own schedule: sigma [B, T] and x from the teacher's trajectory."""
         known = schedule_sigmas(self.recipe)
         schedule = self.recipe.schedule
+        context, draws = draws[:, 0], draws[:, 1:]
         index = torch.zeros(draws.shape, dtype=torch.int64)
         for chunk in range(draws.shape[1]):
             row = schedule.chunk_sigmas(chunk)
             places = torch.tensor([min(range(len(known)), key=lambda k: abs(known[k] - sigma)) for sigma in row])
             index[:, chunk] = places[(draws[:, chunk] * len(row)).long()]
+            # Half the clips have context as at inference: the chunks before a random one at their last step.
+            is_context = (context < 0.5) & (chunk < (2 * context * draws.shape[1]).floor())
+            index[:, chunk] = torch.where(is_context, places[-1], index[:, chunk])
         sigma = self._over_frames(torch.tensor(known)[index])
         frames = index.repeat_interleave(torch.tensor(self._chunks), dim=1)
         gather = frames[:, None, None, :, None, None].expand(-1, -1, *(paths.shape[2], -1, *paths.shape[4:]))
@@ -464,22 +469,11 @@ class Trainer:
         rows = list(range(min(count, len(self.prompts))))
         context = self.prompts.embeddings(rows).to(self.ranks.device)
         noise = self.noise([sample_seed(recipe.seed, "sample", row) for row in rows])
-        cache = KVCache(recipe.settings, recipe.frames)
-        try:
-            with self.ema.in_place(), self.networks.student.active() as student:
-                chunks = sample_chunks(
-                    lambda x, at: predict_x0(
-                        student, x, at.sigma, context, self.precision, cache=cache.condition("positive")
-                    ),
-                    noise,
-                    recipe.schedule,
-                    cache,
-                    frames=recipe.frames,
-                    frames_per_chunk=recipe.frames_per_chunk,
-                )
-                return torch.cat([chunk.latents for chunk in chunks], dim=2), [self.prompts.prompts[r] for r in rows]
-        finally:
-            cache.free()
+        with self.ema.in_place(), self.networks.student.active() as student:
+            chunks = stream(
+                student, context, noise, recipe.schedule, recipe.settings, recipe.frames, precision=self.precision
+            )
+            return torch.cat(list(chunks), dim=2), [self.prompts.prompts[row] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------

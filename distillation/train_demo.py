@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,10 +42,10 @@ from diagonal_sampler.demo_autoencoder import (
     save_demo_autoencoder,
 )
 from diagonal_sampler.dit import HEAD_DIM, WanConfig, WanDiT
-from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.provenance import Provenance, causal_settings
 from diagonal_sampler.rope import axis_dims
-from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
-from diagonal_sampler.settings import GLOBAL_WINDOW
+from diagonal_sampler.schedule import DEFAULT_SHIFT, DiagonalSchedule, shift_sigma
+from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from distillation import sprites
 from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
 
@@ -55,6 +56,7 @@ GRADIENT_CLIP = 1.0
 # How the shipped model is best sampled, by distillation.score.
 SHIPPED_STEPS = 12
 SHIPPED_CFG = 2.5
+NOISE_KEY, KEPT_NOISE = "noise", "kept"  # header entry of a model that is sampled by Euler's method
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -600,6 +602,42 @@ AUTOENCODER_FILE = "demo_autoencoder.safetensors"
 TEXT_ENCODER_FILE = "demo_text_encoder.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedFor:
+    """How a DiT of the demo is meant to be sampled."""
+
+    schedule: DiagonalSchedule
+    settings: CausalSettings
+    cfg: float
+
+
+def trained_for(path: Path) -> TrainedFor:
+    """What a file's header says; where there is none (a training run), what the teacher is sampled with."""
+    metadata: dict[str, str] = {}
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    found = Provenance.from_metadata(metadata, path.name)
+    settings, _ = causal_settings(found)
+    if found.sigmas is None:
+        return TrainedFor(DiagonalSchedule.uniform(SHIPPED_STEPS), settings, SHIPPED_CFG)
+    schedule = DiagonalSchedule(
+        sigmas=found.sigmas,
+        context_mode=found.context_mode or "clean",
+        shift=found.shift or DEFAULT_SHIFT,
+        fresh_noise=metadata.get(NOISE_KEY) != KEPT_NOISE,
+    )
+    return TrainedFor(schedule, settings, float(metadata.get("cfg", 1)))
+
+
+def load_dit(path: Path) -> WanDiT:
+    """A DiT from a bare file, float32; eval mode, no gradients."""
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    dit = WanDiT(WanConfig.from_state_dict(weights))
+    dit.load_state_dict(weights)
+    return dit.eval().requires_grad_(False)
+
+
 def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
     """Shipped weights if `folder` holds them, else the EMA weights of a training run; eval mode, no gradients.
 
@@ -607,12 +645,8 @@ def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
         ValueError: if the folder holds neither.
     """
     if (folder / DIT_FILE).exists():
-        weights = {name: value.float() for name, value in load_file(folder / DIT_FILE).items()}
-        dit = WanDiT(WanConfig.from_state_dict(weights))
-        dit.load_state_dict(weights)
         encoder = load_caption_encoder(folder / TEXT_ENCODER_FILE)
-        autoencoder = load_demo_autoencoder(folder / AUTOENCODER_FILE)
-        return dit.eval().requires_grad_(False), encoder, autoencoder
+        return load_dit(folder / DIT_FILE), encoder, load_demo_autoencoder(folder / AUTOENCODER_FILE)
     saved = load_checkpoint(folder / "dit.pt")
     if saved is None:
         raise ValueError(
@@ -649,7 +683,7 @@ def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
         git_commit=git_commit(),
     )
     config = json.dumps({"transformer": {"causal_ar": True, "text_dim": recipe.model.text_dim}})
-    return {**provenance.to_metadata(), "config": config, "cfg": str(SHIPPED_CFG)}
+    return {**provenance.to_metadata(), "config": config, "cfg": str(SHIPPED_CFG), NOISE_KEY: KEPT_NOISE}
 
 
 def export(run: Path, folder: Path, note: str = "") -> None:

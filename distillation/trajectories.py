@@ -19,14 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.sampler import Forward
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
-from distillation.losses import guided
 from distillation.recipes import Recipe
-from distillation.rollout import BatchNoise, predict_x0, sample_seed
+from distillation.rollout import BatchNoise, sample_seed, stream
 from distillation.run_folder import barrier
 
 _CLOSE = 1e-6  # noise levels nearer than this are one
@@ -67,34 +65,26 @@ def trajectories(
         The trajectory [B, K, C, T, H, W] at `schedule_sigmas`, and its end [B, C, T, H, W].
     """
     wanted = schedule_sigmas(recipe)
-    settings = teacher_settings(recipe)
-    cache = KVCache(settings, recipe.frames)
     found: dict[tuple[int, int], Tensor] = {}
-    negative = negative.expand(len(context), -1, -1)
 
-    def denoise(x: Tensor, at: Forward) -> Tensor:
+    def watch(x: Tensor, at: Forward) -> None:
         for index, sigma in enumerate(wanted):
             if at.steps and abs(at.sigma - sigma) <= _CLOSE:
                 found[index, at.start_frame] = x
-        x0 = predict_x0(teacher, x, at.sigma, context, precision, cache=cache.condition("positive"))
-        if recipe.cfg == 1:
-            return x0
-        return guided(
-            x0, predict_x0(teacher, x, at.sigma, negative, precision, cache=cache.condition("negative")), recipe.cfg
-        )
 
-    try:
-        chunks = sample_chunks(
-            denoise,
-            noise,
-            trajectory_schedule(recipe),
-            cache,
-            frames=recipe.frames,
-            frames_per_chunk=settings.frames_per_chunk,
-        )
-        clip = torch.cat([chunk.latents for chunk in chunks], dim=2)
-    finally:
-        cache.free()
+    chunks = stream(
+        teacher,
+        context,
+        noise,
+        trajectory_schedule(recipe),
+        teacher_settings(recipe),
+        recipe.frames,
+        precision=precision,
+        cfg=recipe.cfg,
+        negative=negative,
+        watch=watch,
+    )
+    clip = torch.cat(list(chunks), dim=2)
     starts = sorted({start for _, start in found})
     path = [torch.cat([found[index, start] for start in starts], dim=2) for index in range(len(wanted))]
     return torch.stack(path, dim=1), clip

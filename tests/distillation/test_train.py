@@ -357,10 +357,19 @@ def test_two_ranks_train_adapters_and_motion_head_as_one_does(inputs, tmp_path):
         inputs, micro_batch=2, updates=1, lora_rank=2, motion_form="head", regression_weight=0.5, sample_every=1
     )
     one = train_here(recipe, tmp_path / "one")
-    process = start(command(recipe, tmp_path / "two", ranks=2))
-    output = process.communicate(timeout=TIMEOUT_S)[0]
-    assert process.returncode == 0, output
+    in_two = replace(recipe, activation_checkpointing=True)
+    # bf16: a frozen bf16 base, float32 adapters and optimizer, bf16 gathers.
+    in_bf16 = replace(in_two, precision="bf16")
+    runs = [start(command(in_two, tmp_path / "two", ranks=2)), start(command(in_bf16, tmp_path / "bf16", ranks=2))]
+    for process in runs:
+        output = process.communicate(timeout=TIMEOUT_S)[0]
+        assert process.returncode == 0, output
     assert largest_difference(one, last_tensors(tmp_path / "two")) < 1e-5
+    rounded = last_tensors(tmp_path / "bf16")
+    assert all(value.dtype == torch.float32 for value in rounded.values())
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "bf16")]
+    for key in ("fake_score", "dmd", "motion"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=0.1)
     clips = [load_file(tmp_path / name / "samples/update_000001/clip_0.latent") for name in ("one", "two")]
     torch.testing.assert_close(clips[0]["latent_tensor"], clips[1]["latent_tensor"], atol=1e-4, rtol=1e-4)
 
