@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +37,7 @@ ADAPTER = "student"
 def header_of(recipe: Recipe, updates: int, *, whole: bool) -> dict[str, str]:
     """Header entries: DESIGN's provenance keys and, for whole weights, ComfyUI's mark of a causal model."""
     schedule = recipe.schedule
+    renoises = schedule.context_mode == "renoise"
     provenance = Provenance(
         frames_per_chunk=recipe.frames_per_chunk,
         steps_per_chunk=tuple(len(row) for row in schedule.sigmas),
@@ -46,7 +48,7 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool) -> dict[str, str]:
         sink=recipe.sink,
         recipe=(
             f"distillation.train --recipe {recipe.name} --stage {recipe.stage}, {updates} updates of {recipe.batch} "
-            f"clips, seed {recipe.seed}"
+            f"clips, seed {recipe.seed}" + (f", renoise {recipe.context_sigma:g}" if renoises else "")
         ),
         data=f"prompts {Path(recipe.prompts).name}; teacher {Path(recipe.teacher).name}",
         git_commit=git_commit(),
@@ -87,8 +89,11 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    save_file(kept, partial, metadata=header_of(recipe, updates, whole=merge or not recipe.lora_rank))
-    os.replace(partial, target)
+    try:
+        save_file(kept, partial, metadata=header_of(recipe, updates, whole=merge or not recipe.lora_rank))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
 
 
@@ -113,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

@@ -76,11 +76,14 @@ class Role:
 
 @dataclass(slots=True)
 class Networks:
-    """The student streams; the teacher scores real video, the fake score scores the student's."""
+    """The student streams; the teacher scores real video, the fake score scores the student's.
+
+    What a stage does not need is None.
+    """
 
     student: Role
-    teacher: Role
-    fake_score: Role
+    teacher: Role | None
+    fake_score: Role | None
 
 
 def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> Networks:
@@ -89,32 +92,36 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     Raises:
         ValueError: as `read_wan`.
     """
+    frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    needs_teacher, needs_fake_score = recipe.stage != "forcing", recipe.distils
     if not recipe.lora_rank:
-        student = read_wan(recipe.student_weights, recipe.model)
-        teacher = read_wan(recipe.teacher, recipe.model).requires_grad_(False)
-        fake_score = read_wan(recipe.teacher, recipe.model)
-        roles = Networks(Role(student), Role(teacher), Role(fake_score))
+        roles = Networks(
+            Role(read_wan(recipe.student_weights, recipe.model)),
+            Role(read_wan(recipe.teacher, recipe.model, dtype=frozen).requires_grad_(False)) if needs_teacher else None,
+            Role(read_wan(recipe.teacher, recipe.model)) if needs_fake_score else None,
+        )
     else:
-        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        base = read_wan(recipe.teacher, recipe.model, dtype=dtype)
+        adapters = ("fake_score",) if needs_fake_score else ()
         if recipe.student_weights == recipe.teacher:
-            add_adapters(base, recipe.lora_rank, ("student", "fake_score"), recipe.seed)
-            student = base
+            student = base = read_wan(recipe.teacher, recipe.model, dtype=frozen)
+            add_adapters(base, recipe.lora_rank, ("student", *adapters), recipe.seed)
         else:
-            student = read_wan(recipe.student_weights, recipe.model, dtype=dtype)
+            student = read_wan(recipe.student_weights, recipe.model, dtype=frozen)
             add_adapters(student, recipe.lora_rank, ("student",), recipe.seed)
-            add_adapters(base, recipe.lora_rank, ("fake_score",), recipe.seed)
+            base = read_wan(recipe.teacher, recipe.model, dtype=frozen)
+            add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
         roles = Networks(
             Role(student, "student", shared=True),
-            Role(base, None, shared=True),
-            Role(base, "fake_score", shared=True),
+            Role(base, None, shared=True) if needs_teacher else None,
+            Role(base, "fake_score", shared=True) if needs_fake_score else None,
         )
-    compiled = {id(roles.teacher.network), id(roles.fake_score.network)} if recipe.compile else set()
+    # Only networks that see whole clips: in a compiled block the KV cache's numbers would be frozen.
+    compiles = recipe.compile and recipe.distils
     done: set[int] = set()
-    for role in (roles.student, roles.teacher, roles.fake_score):
+    for role in filter(None, (roles.student, roles.teacher, roles.fake_score)):
         if id(role.network) not in done:
             done.add(id(role.network))
-            spread(role.network, recipe, device, mesh, compiled=id(role.network) in compiled)
+            spread(role.network, recipe, device, mesh, compiled=compiles and role.network is not roles.student.network)
     return roles
 
 

@@ -185,6 +185,11 @@ class Recipe:
         )
 
     @property
+    def distils(self) -> bool:
+        """Whether the stage compares scores of self rollouts, rather than regressing on clips."""
+        return self.stage in ("distill", "long")
+
+    @property
     def student_weights(self) -> str:
         """The file the student starts from."""
         return self.student or self.teacher
@@ -237,7 +242,7 @@ def demo(**changes: Any) -> Recipe:
     """The shipped student, from the shipped demo: minutes to hours on two CPU cores."""
     defaults = dict(
         name="demo",
-        teacher=str(DEMO / "demo_dit.safetensors"),
+        teacher=str(DEMO / "demo_teacher.safetensors"),
         text_encoder=str(DEMO / "demo_text_encoder.safetensors"),
         autoencoder=str(DEMO / "demo_autoencoder.safetensors"),
         prompts="sprites",

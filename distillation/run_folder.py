@@ -28,8 +28,10 @@ from distillation.recipes import Recipe
 # A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding).
 FREE_FIELDS = frozenset(
     ("updates", "save_every", "keep", "sample_every", "sample_prompts", "tensorboard", "micro_batch", "compile")
-    + ("activation_checkpointing",)
+    + ("activation_checkpointing", "autoencoder")
 )
+# Of these only the name counts: a run may move with its files.
+FILE_FIELDS = frozenset(("teacher", "student", "prompts", "text_encoder", "clips"))
 _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
 
@@ -56,12 +58,16 @@ def settle_recipe(folder: Path, recipe: Recipe) -> None:
     differences = [
         f"{name} was {getattr(before, name)!r} and is {value!r}"
         for name, value in asdict(recipe).items()
-        if name not in FREE_FIELDS and value != getattr(before, name)
+        if name not in FREE_FIELDS and not _same(name, value, getattr(before, name))
     ]
     if differences:
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or the same values to resume."
         )
+
+
+def _same(name: str, value: Any, before: Any) -> bool:
+    return value == before or (name in FILE_FIELDS and Path(value).name == Path(before).name)
 
 
 def read_recipe(folder: Path) -> Recipe:

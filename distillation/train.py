@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import caption_of, load_caption_encoder
@@ -179,12 +180,14 @@ class Trainer:
                 "them with the encoder of the teacher."
             )
         self.networks = build_networks(recipe, ranks.device, ranks.mesh)
-        self.negative = prompts.negative.to(ranks.device)
+        # Guidance is against the negative prompt; without guidance there need not be one.
+        guides = recipe.cfg != 1 and recipe.stage != "forcing"
+        self.negative = prompts.negative.to(ranks.device) if guides else None
         self.student = Learner("student", self.networks.student.parameters(), recipe.learning_rate, recipe)
         self.learners = [self.student]
         self.heads: tuple[losses.MotionHead, losses.MotionHead] | None = None
         self.head: Learner | None = None
-        if self.distils:
+        if recipe.distils:
             rate = recipe.fake_score_learning_rate
             self.fake_score = Learner("fake_score", self.networks.fake_score.parameters(), rate, recipe)
             self.learners.append(self.fake_score)
@@ -200,11 +203,6 @@ class Trainer:
             self.clips = self._clips()
         self.ema = Ema(self.student.parameters, recipe.ema_decay, recipe.ema_start)
 
-    @property
-    def distils(self) -> bool:
-        """Whether this stage compares scores of self rollouts, rather than regressing on clips."""
-        return self.recipe.stage in ("distill", "long")
-
     def _motion_heads(self) -> tuple[losses.MotionHead, losses.MotionHead]:
         """The motion head, the same on every rank, and its averaged copy."""
         channels = self.recipe.model.in_channels
@@ -219,14 +217,14 @@ class Trainer:
         recipe = self.recipe
         folder = Path(recipe.clips) if recipe.clips else self.folder / "clips"
         if recipe.stage == "ode":
+            assert self.networks.teacher is not None
             with self.networks.teacher.active() as teacher:
                 make_trajectories(
                     recipe,
                     folder,
                     teacher,
-                    self.prompts.embeddings,
+                    self.prompts,
                     self.negative,
-                    len(self.prompts),
                     self.ranks.device,
                     self.precision,
                     rank=self.ranks.rank,
@@ -304,8 +302,9 @@ class Trainer:
         noise = self.noise(seeds)(0, SCORE_STEP, clip.shape[2])
         return torch.lerp(clip, noise, spread_sigma(sigma)), sigma, noise
 
-    def score(self, role: Role, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+    def score(self, role: Role | None, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """x0 as teacher or fake score sees it."""
+        assert role is not None
         settings = self.recipe.settings if self.recipe.score_attention == "causal" else None
         with role.active() as network:
             return predict_x0(network, x, sigma, context, self.precision, settings=settings)
@@ -319,7 +318,7 @@ class Trainer:
         Raises:
             ValueError: a loss or gradient that is not finite.
         """
-        found = self._distil(update) if self.distils else self._regress(update)
+        found = self._distil(update) if self.recipe.distils else self._regress(update)
         self.ema.update(update)
         return found
 
@@ -359,6 +358,7 @@ class Trainer:
             clip = rollout.clip(student)
         x, sigma, noise = self.under_noise(clip, seeds)
         role = self.networks.fake_score
+        assert role is not None
         with role.active():
             x0 = self.score(role, x, sigma, rollout.context)
             loss = losses.fake_score_loss((x - x0) / spread_sigma(sigma), noise, clip) / self.accumulation
@@ -374,7 +374,7 @@ class Trainer:
         with torch.no_grad():
             fake = self.score(self.networks.fake_score, x, sigma, rollout.context)
             real = self.score(self.networks.teacher, x, sigma, rollout.context)
-            if recipe.cfg != 1:
+            if self.negative is not None:
                 negative = self.negative.expand(len(seeds), -1, -1)
                 real = losses.guided(real, self.score(self.networks.teacher, x, sigma, negative), recipe.cfg)
         clip.requires_grad_()
@@ -466,14 +466,23 @@ class Trainer:
     def sample(self, count: int) -> tuple[Tensor, list[str]]:
         """Clips of the averaged student for the first prompts, [N, C, T, H, W], made as at inference."""
         recipe = self.recipe
+        frames = recipe.rollout_frames if recipe.stage == "long" else recipe.frames
         rows = list(range(min(count, len(self.prompts))))
-        context = self.prompts.embeddings(rows).to(self.ranks.device)
-        noise = self.noise([sample_seed(recipe.seed, "sample", row) for row in rows])
+        clips = []
         with self.ema.in_place(), self.networks.student.active() as student:
-            chunks = stream(
-                student, context, noise, recipe.schedule, recipe.settings, recipe.frames, precision=self.precision
-            )
-            return torch.cat(list(chunks), dim=2), [self.prompts.prompts[row] for row in rows]
+            for first in range(0, len(rows), recipe.micro_batch):
+                part = rows[first : first + recipe.micro_batch]
+                chunks = stream(
+                    student,
+                    self.prompts.embeddings(part).to(self.ranks.device),
+                    self.noise([sample_seed(recipe.seed, "sample", row) for row in part]),
+                    recipe.schedule,
+                    recipe.settings,
+                    frames,
+                    precision=self.precision,
+                )
+                clips.append(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
+        return torch.cat(clips), [self.prompts.prompts[row] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -561,15 +570,27 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
                 done = update + 1
                 if done % recipe.save_every == 0 or done == recipe.updates:
                     run_folder.save(folder, done, trainer.tensors(), recipe.keep)
-                if recipe.sample_every and (done % recipe.sample_every == 0 or done == recipe.updates):
+                if (
+                    recipe.sample_every
+                    and recipe.sample_prompts
+                    and (done % recipe.sample_every == 0 or done == recipe.updates)
+                ):
                     clips, captions = trainer.sample(recipe.sample_prompts)
                     if ranks.main:
-                        write_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
+                        try_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
     finally:
         if journal:
             journal.close()
         if board:
             board.close()
+
+
+def try_samples(folder: Path, clips: Tensor, captions: list[str], autoencoder: str) -> None:
+    """Writes sample clips; a disk that is full loses the sample, not the run."""
+    try:
+        write_samples(folder, clips, captions, autoencoder)
+    except (OSError, SafetensorError) as error:
+        log.warning("no sample clips in %s: %s", folder, error)
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | None]:
@@ -614,7 +635,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not ranks.main:
                 logging.getLogger().setLevel(logging.WARNING)
             run(recipe, folder, ranks)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         kept = run_folder.checkpoints(folder) if "folder" in locals() else []
         note = f" The last checkpoint is {kept[-1][1]}." if kept else ""
         print(f"stopped: {error}.{note}".replace("..", "."), file=sys.stderr)

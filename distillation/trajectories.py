@@ -10,6 +10,7 @@ A folder of `clips-*.safetensors`, each with
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.sampler import Forward
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from distillation.prompts import PromptSet
 from distillation.recipes import Recipe
 from distillation.rollout import BatchNoise, sample_seed, stream
 from distillation.run_folder import barrier
 
+MADE_FOR = "made_for"
 _CLOSE = 1e-6  # noise levels nearer than this are one
 
 
@@ -45,6 +48,13 @@ def trajectory_schedule(recipe: Recipe) -> DiagonalSchedule:
     return DiagonalSchedule(sigmas=(tuple(merged),), context_mode="clean", shift=recipe.shift, fresh_noise=False)
 
 
+def made_for(recipe: Recipe) -> str:
+    """What trajectories depend on, beside sizes and noise levels."""
+    values = {name: getattr(recipe, name) for name in ("seed", "cfg", "ode_steps", "score_attention", "micro_batch")}
+    names = {name: Path(getattr(recipe, name)).name for name in ("teacher", "prompts")}
+    return json.dumps({**values, **names}, sort_keys=True)
+
+
 def teacher_settings(recipe: Recipe) -> CausalSettings:
     """How the teacher looks at a clip: as one chunk (bidirectional), or chunk by chunk like the student."""
     if recipe.score_attention == "bidirectional":
@@ -54,7 +64,7 @@ def teacher_settings(recipe: Recipe) -> CausalSettings:
 
 @torch.no_grad()
 def trajectories(
-    recipe: Recipe, teacher: WanDiT, context: Tensor, negative: Tensor, noise: BatchNoise, precision: torch.dtype
+    recipe: Recipe, teacher: WanDiT, context: Tensor, negative: Tensor | None, noise: BatchNoise, precision: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Solves the teacher's ODE with guidance by the sampler's own loop.
 
@@ -94,9 +104,8 @@ def make_trajectories(
     recipe: Recipe,
     folder: Path,
     teacher: WanDiT,
-    embeddings: Callable[[Sequence[int]], Tensor],
-    negative: Tensor,
-    prompts: int,
+    prompts: PromptSet,
+    negative: Tensor | None,
     device: torch.device,
     precision: torch.dtype,
     *,
@@ -117,13 +126,13 @@ def make_trajectories(
             continue
         number = min(first + rank, files - 1)
         indices = range(number * size, min((number + 1) * size, recipe.ode_clips))
-        rows = [index % prompts for index in indices]
+        rows = [index % len(prompts) for index in indices]
         noise = BatchNoise(
             [sample_seed(recipe.seed, "ode", index) for index in indices],
             (recipe.model.in_channels, recipe.height, recipe.width),
             device,
         )
-        path, clip = trajectories(recipe, teacher, embeddings(rows).to(device), negative, noise, precision)
+        path, clip = trajectories(recipe, teacher, prompts.embeddings(rows).to(device), negative, noise, precision)
         if first + rank < files:
             target = folder / f"clips-{number:05d}.safetensors"
             partial = target.with_suffix(".partial")
@@ -133,7 +142,7 @@ def make_trajectories(
                 "prompt_rows": torch.tensor(rows),
                 "sigmas": torch.tensor(schedule_sigmas(recipe)),
             }
-            save_file(tensors, partial, metadata={"seed": str(recipe.seed), "cfg": str(recipe.cfg)})
+            save_file(tensors, partial, metadata={MADE_FOR: made_for(recipe)})
             os.replace(partial, target)
         report(min(first + ranks, files), files)
     barrier()
@@ -163,6 +172,11 @@ class ClipFolder:
                     sigmas = tuple(round(value, 5) for value in file.get_tensor("sigmas").tolist())
                     if sigmas != tuple(round(value, 5) for value in schedule_sigmas(recipe)):
                         raise ValueError(f"{path} was made for another schedule ({sigmas}); choose another folder.")
+                    stated = (file.metadata() or {}).get(MADE_FOR)
+                    if stated != made_for(recipe):
+                        raise ValueError(
+                            f"{path} was made for {stated}, not {made_for(recipe)}; choose another folder."
+                        )
                 self.rows += [(path, row) for row in range(shape[0])]
         if not self.rows:
             raise ValueError(f"clips is {str(folder)!r}, which has no clips-*.safetensors; see distillation/README.md.")

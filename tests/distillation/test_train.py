@@ -253,6 +253,8 @@ def test_trajectories_are_kept_and_another_schedule_refused(inputs, tmp_path):
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").iterdir()}
     with pytest.raises(ValueError, match="another schedule"):
         trainer_of(replace(recipe, steps="4,2"), tmp_path / "c")
+    with pytest.raises(ValueError, match="was made for .*cfg"):
+        trainer_of(replace(recipe, cfg=2.0), tmp_path / "d")
 
 
 def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_path):
@@ -464,6 +466,37 @@ def test_another_recipe_does_not_resume_a_run(inputs, tmp_path, capsys):
     train_here(recipe, tmp_path)
     assert train.main([*flags(replace(recipe, learning_rate=1.0)), "--out", str(tmp_path)]) == 1
     assert "learning_rate was 0.001 and is 1.0" in capsys.readouterr().err
+    moved = replace(recipe, teacher=f"elsewhere/{Path(recipe.teacher).name}")
+    run_folder.settle_recipe(tmp_path, moved)  # the same files in another place are the same run
+
+
+def test_a_sample_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    train_here(tiny_recipe(inputs, updates=1, sample_every=1), tmp_path)
+    assert "no sample clips" in caplog.text
+
+
+def test_samples_of_stage_long_are_long(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, stage="long", micro_batch=2, frames=4), tmp_path)
+    clips, captions = trainer.sample(3)
+    assert clips.shape == (3, 16, 8, 4, 4) and len(captions) == 3
+
+
+def test_stages_load_only_the_networks_they_need(inputs, tmp_path):
+    clips = str(tmp_path / "clips")
+    ode = trainer_of(tiny_recipe(inputs, stage="ode", clips=clips, updates=1), tmp_path / "ode").networks
+    forcing = trainer_of(tiny_recipe(inputs, stage="forcing", clips=clips, updates=1), tmp_path / "forcing").networks
+    assert ode.teacher is not None and ode.fake_score is None
+    assert forcing.teacher is None and forcing.fake_score is None
+
+
+def test_the_readme_lists_every_flag_with_its_default():
+    lines = (Path(train.__file__).parent / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| --")]
+    rows = {row[1]: row[2] for row in cells}
+    for name, item in Recipe.__dataclass_fields__.items():
+        if name != "name":
+            assert rows[f"--{name.replace('_', '-')}"] == str(item.default), name
 
 
 def test_flags_are_the_recipes_fields(inputs, tmp_path):

@@ -1,0 +1,553 @@
+"""The evidence: intervals, distances and drifts have the sizes they must have; answers follow from numbers alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diagonal_sampler.captions import CaptionEncoder, CaptionEncoderConfig, parse_caption, save_caption_encoder
+from diagonal_sampler.demo_autoencoder import DemoAutoencoder, DemoAutoencoderConfig, save_demo_autoencoder
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.schedule import DiagonalSchedule
+from distillation import evaluate, recipes, sprites, train_demo
+from distillation.evaluate import (
+    CAUSAL,
+    CONTEXT_SIGMAS,
+    FULL,
+    NAMES,
+    NO_FORCING,
+    NO_MOTION,
+    ROWS,
+    SELF_FORCING,
+    STEPS_4_2,
+    TEACHER,
+    UNIFORM_2,
+    UNIFORM_4,
+    ClipFeatures,
+    Evaluation,
+    Measured,
+    Options,
+    Timing,
+    bootstrap,
+    row_named,
+)
+from distillation.recipes import parse_field
+
+CPU = torch.device("cpu")
+SMALL = Options(captions=3, seeds=(0,), length=33, long=0)
+RED = "a red circle moves right"
+
+
+def true_clips(captions: list[str], seed: int, length: int = 33) -> list[Tensor]:
+    return list(evaluate.true_clips(seed)(captions, 0, length))
+
+
+# --- intervals
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covered = {"mean": 0, "median": 0}
+    for _ in range(150):
+        # Clips of a caption are alike: an interval over clips instead of captions would be too narrow.
+        of_caption = rng.normal(size=(40, 1))
+        values = (of_caption + 0.3 * rng.normal(size=(40, 6))).tolist()
+        for statistic in covered:
+            low, high = bootstrap(values, statistic).interval()
+            covered[statistic] += low <= 0 <= high
+    assert all(0.86 * 150 <= count <= 149 for count in covered.values()), covered
+
+
+def test_replicates_are_the_statistic_of_the_drawn_captions() -> None:
+    values = [[1.0, 4.0], [], [2.0], [9.0, 9.0, 7.0]]
+    mean, median = bootstrap(values), bootstrap(values, "median")
+    assert mean.estimate == pytest.approx(32 / 6) and median.estimate == 4
+    replicates = zip(evaluate.caption_counts(4), mean.replicates, median.replicates, strict=True)
+    for counts, of_mean, of_median in list(replicates)[:50]:
+        drawn = sorted(x for own, count in zip(values, counts, strict=True) for x in own * count)
+        if not drawn:
+            assert np.isnan(of_mean) and np.isnan(of_median)
+            continue
+        assert of_mean == pytest.approx(np.mean(drawn)) and of_median == drawn[(len(drawn) - 1) // 2]
+    assert bootstrap([[], []]) is None
+
+
+def test_differences_are_paired_by_caption() -> None:
+    hard = [[float(x)] for x in np.random.default_rng(1).normal(size=30)]
+    better = [[own[0] + 0.01] for own in hard]
+    low, high = (bootstrap(better) - bootstrap(hard)).interval()
+    assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    low, high = bootstrap(hard).interval()
+    assert high - low > 0.3
+
+
+# --- Frechet distance
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    rng = np.random.default_rng(2)
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    a, b = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5)
+    mean = rng.normal(size=5)
+    closed = np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    found = evaluate.frechet(np.zeros(5), turn @ np.diag(a) @ turn.T, mean, turn @ np.diag(b) @ turn.T)
+    assert found == pytest.approx(closed)
+    # Covariances that do not commute: tr sqrt(AB) is the sum of the roots of AB's eigenvalues.
+    full_a, full_b = (m @ m.T for m in rng.normal(size=(2, 5, 5)))
+    cross = np.sqrt(np.linalg.eigvals(full_a @ full_b).real).sum()
+    closed = np.trace(full_a) + np.trace(full_b) - 2 * cross
+    assert evaluate.frechet(mean, full_a, mean, full_b) == pytest.approx(closed)
+    flat = np.diag([1.0, 0, 0, 0, 0])  # of low rank, as with fewer clips than features
+    assert evaluate.frechet(mean, flat, mean, flat) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_grows_as_clips_lose_motion_or_colour(monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    captions = sprites.held_out_captions(24)
+    network = ClipFeatures()
+
+    def features(clips: list[Tensor]) -> np.ndarray:
+        return np.stack([network(clip) for clip in clips])[:, None]
+
+    real, clips = features(true_clips(captions, 5)), true_clips(captions, 6)
+
+    def distance(made: list[Tensor]) -> float:
+        return evaluate.frechet_spread(features(made), real).estimate
+
+    floor, half, still = (
+        distance([clip[(torch.arange(33) * speed).long()] for clip in clips]) for speed in (1, 0.5, 0)
+    )
+    assert 0 < 2 * floor < half and 2 * half < still
+    assert distance([clip.mean(1, keepdim=True).expand_as(clip) for clip in clips]) > 2 * floor
+    spread = evaluate.frechet_spread(real, real)
+    assert spread.estimate == pytest.approx(0, abs=1e-5) and np.allclose(spread.interval(), 0, atol=1e-5)
+    assert np.array_equal(ClipFeatures()(clips[0]), network(clips[0]))
+    with pytest.raises(ValueError, match="one size"):
+        evaluate.frechet_spread(real[:10], real)
+
+
+# --- commanded motion
+
+
+def test_end_point_error_is_nothing_on_true_clips_and_the_speed_on_still_ones() -> None:
+    captions = sprites.held_out_captions(24)
+    moving, still = [], []
+    for caption, clip in zip(captions, true_clips(captions, 3), strict=True):
+        specs = parse_caption(caption)
+        moving += evaluate.endpoint_errors(clip, specs)
+        frozen = evaluate.endpoint_errors(clip[:1].expand_as(clip), specs)
+        for spec, error in zip(specs, frozen, strict=True):
+            if error is not None:
+                still.append(error / sprites.PIXELS_PER_FRAME[spec.speed])
+    known = [error for error in moving if error is not None]
+    assert len(known) >= 0.9 * len(moving) and len(still) >= 0.9 * len(moving)
+    assert np.mean(known) < 0.05 and max(known) < 0.3
+    assert np.allclose(still, 1, atol=1e-3)
+    assert evaluate.endpoint_errors(torch.full((33, 3, 64, 64), 40.0), parse_caption(RED)) == [None]
+
+
+def test_velocity_is_measured_before_a_bounce() -> None:
+    spec = parse_caption(RED)[0]
+    frames = torch.arange(16).float()
+    start, velocity, radius = torch.tensor([42.0, 30.0]), torch.tensor([1.5, 0.0]), torch.tensor(7.5)
+    path = sprites.bounce(start, velocity, radius, frames)
+    assert path[-1, 0] < path[10, 0]  # it did bounce
+    torch.testing.assert_close(evaluate.first_velocity(path, torch.full((16,), 150.0)), velocity, rtol=0, atol=0.06)
+    assert evaluate.commanded_velocity(spec).tolist() == [1.5, 0]
+    assert evaluate.first_velocity(path[:3], torch.full((3,), 150.0)) is None
+
+
+# --- drift
+
+
+def rollout() -> Tensor:
+    scene = sprites.make_scenes([parse_caption(RED)], 4)
+    return sprites.render(scene, torch.arange(320))[0].float()
+
+
+def test_a_true_rollout_does_not_drift() -> None:
+    drift = evaluate.drift_of(rollout(), RED)
+    assert drift.correct == (1.0,) * 10
+    assert drift.saturation[-1] == pytest.approx(drift.saturation[0], abs=0.01)
+    assert drift.sharpness[-1] == pytest.approx(drift.sharpness[0], rel=0.05)
+
+
+def test_fading_oversaturation_and_blur_move_their_own_measure() -> None:
+    clip = rollout()[:33]
+    saturation, sharpness = evaluate.saturation_and_sharpness(clip)
+    brightest = clip.amax(1, keepdim=True)
+    assert evaluate.saturation_and_sharpness(torch.lerp(clip, brightest, 0.5))[0] < saturation - 0.2
+    vivid = (clip - 36 * (clip < brightest)).clamp(min=0)
+    assert evaluate.saturation_and_sharpness(vivid)[0] > saturation + 0.02
+    soft = F.avg_pool2d(F.pad(clip, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    found = evaluate.saturation_and_sharpness(soft)
+    assert found[1] < 0.8 * sharpness and found[0] == pytest.approx(saturation, abs=0.1)
+    assert evaluate.saturation_and_sharpness(torch.full((4, 3, 64, 64), 28.0)) == (None, None)
+
+
+def test_a_rollout_that_fades_into_another_colour_drifts() -> None:
+    clip = rollout()
+    amount = torch.linspace(0, 0.6, len(clip))[:, None, None, None]
+    clip = torch.lerp(clip, clip.amax(1, keepdim=True), amount)
+    clip[160:] = clip[160:].flip(1)  # red becomes blue
+    drift = evaluate.drift_of(clip, RED)
+    assert drift.saturation[-1] < drift.saturation[0] - 0.2 and list(drift.saturation) == sorted(drift.saturation)[::-1]
+    assert drift.correct[0] == 1 and drift.correct[-1] == 0
+    with pytest.raises(ValueError, match="320"):
+        evaluate.drift_of(clip[:100], RED)
+
+
+# --- rows
+
+
+def test_every_trained_row_is_what_its_flags_train() -> None:
+    names = {field: field.replace("_", "-") for field in recipes.Recipe.__dataclass_fields__}
+    fields = {flag: field for field, flag in names.items()}
+    for row in ROWS:
+        if row.training is None:
+            with pytest.raises(ValueError, match=row.name):
+                evaluate.training_command(row, Path("runs"), teacher=Path("t"))
+            continue
+        command = shlex.split(evaluate.training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
+        train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
+        flags = dict(zip(train[3::2], train[4::2], strict=True))
+        assert flags.pop("--recipe") == "demo" and flags["--updates"] == "7"
+        run = flags.pop("--out")
+        changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
+        recipe = recipes.demo(**changes)
+        assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
+        assert recipe.motion_weight == row.motion_weight
+        assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
+    trainings = [row.training for row in ROWS if row.training is not None]
+    assert len(set(trainings)) == len(trainings)  # nothing is trained twice
+
+
+def test_forwards_are_those_of_the_paper() -> None:
+    assert {name: row_named(name).nfe(81) for name in (TEACHER, FULL, SELF_FORCING, CAUSAL)} == {
+        TEACHER: 100, FULL: 17, SELF_FORCING: 35, CAUSAL: 182,
+    }  # fmt: skip
+    assert [round(sigma, 2) for sigma in CONTEXT_SIGMAS.values()] == [0, 0.2, 0.36, 0.6, 0.8]
+    grouped = {name for group in evaluate.GROUPS for name in group.rows}
+    assert grouped <= set(NAMES) and len(set(NAMES)) == len(NAMES)
+    assert all(not row.reference or row.reference in NAMES for row in ROWS)
+
+
+# --- claims
+
+
+CAPTIONS = 20
+
+
+def made_up(name: str, **share: float) -> Measured:
+    """Scores without sampling: `share` of captions right, amplitude and drifts as given, seconds a clip."""
+    values = {
+        measure: [[float(share.get(measure, 0.8) > index / CAPTIONS)] for index in range(CAPTIONS)]
+        for measure in ("colour", "shape", "direction", "everything", "tracked")
+    }
+    for measure in ("amplitude", "endpoint"):
+        values[measure] = [[share.get(measure, 1.0) + 0.001 * index] for index in range(CAPTIONS)]
+    drift = {
+        "saturation": [[0.8] * 9 + [0.8 + share.get("saturation", 0.0)]] * 4,
+        "sharpness": [[30.0] * 10] * 4,
+        "correct": [[1.0] * 9 + [1.0 + share.get("correct", 0.0)]] * 4,
+    }
+    seconds = share.get("seconds", 1.0)
+    subject = next(row for row in (*evaluate.CONTROLS, *ROWS) if row.name == name)
+    return Measured(
+        name=name,
+        key="",
+        sampling=subject.sampling(),
+        recipe="made up",
+        options=Options(captions=CAPTIONS, seeds=(0,), long_captions=4),
+        values=values,
+        frechet=[share.get("frechet", 3.0)] + [share.get("frechet", 3.0) + 0.01 * i for i in range(-5, 6)],
+        drift={} if name == TEACHER else drift,
+        timing=Timing((seconds, 1.01 * seconds, 1.1 * seconds), (0.1, 0.1, 0.1), 2, "CPU", 0.5),
+    )
+
+
+def results(**changed: dict[str, float]) -> dict[str, Measured]:
+    by_name = {name.replace("_", "-"): shares for name, shares in changed.items()}
+    found = {row.name: made_up(row.name, **by_name.pop(row.name, {})) for row in ROWS}
+    by_name = {name.replace("context-0-", "context-0."): shares for name, shares in by_name.items()}
+    return found | {name: made_up(name, **shares) for name, shares in by_name.items()}
+
+
+def answers(rows: dict[str, Measured]) -> dict[int, str]:
+    return {claim.number: claim.answer for claim in evaluate.answer_claims(rows, 81)}
+
+
+@pytest.mark.parametrize(
+    ("number", "changed", "answer"),
+    [
+        (1, {}, "yes"),
+        (1, {"diagonal_4_3_2": {"shape": 0.3}}, "no"),
+        (1, {"diagonal_4_3_2": {"shape": 0.75}}, "unclear"),
+        (1, {"diagonal_4_3_2": {"everything": 0}, "self_forcing": {"everything": 0}}, "unclear"),
+        (2, {"without_diagonal_forcing": {"everything": 0.2, "saturation": 0.1}}, "yes"),
+        (2, {"without_diagonal_forcing": {"everything": 0.2, "correct": -0.5}}, "yes"),
+        (2, {"without_diagonal_forcing": {"everything": 0.2, "correct": 0.1, "saturation": -0.1}}, "no"),
+        (2, {"without_motion": {"everything": 0.2}}, "no"),
+        (2, {"without_diagonal_forcing": {"everything": 0.2}}, "unclear"),
+        (3, {"without_motion": {"amplitude": 0.7}}, "yes"),
+        (3, {"without_motion": {"amplitude": 1.3}}, "no"),
+        (3, {}, "unclear"),
+        (4, {"uniform_2": {"everything": 0.3}}, "yes"),
+        (4, {"uniform_2": {"everything": 1}, "steps_4_2": {"everything": 0.3}}, "no"),
+        (4, {}, "unclear"),
+        (5, {"without_diagonal_forcing": {"everything": 0.4}, "context_0_8": {"everything": 0.1}}, "yes"),
+        (5, {"context_0_6": {"everything": 1}, "context_0_36": {"everything": 0.2}}, "no"),
+        (5, {"context_0_8": {"everything": 0.1}}, "unclear"),
+        (6, {"teacher": {"seconds": 400}}, "yes"),
+        (6, {"teacher": {"seconds": 40}}, "no"),
+        (6, {"teacher": {"seconds": 277}}, "unclear"),
+    ],
+)  # fmt: skip
+def test_answers_follow_from_the_numbers(number: int, changed: dict[str, dict[str, float]], answer: str) -> None:
+    assert answers(results(**changed))[number] == answer
+
+
+def test_a_claim_without_its_rows_is_not_tested() -> None:
+    assert set(answers({}).values()) == {"not tested"}
+    needs = {1: (FULL, SELF_FORCING), 2: (NO_FORCING, UNIFORM_4), 3: (NO_MOTION,), 4: (STEPS_4_2, UNIFORM_2)}
+    for number, names in needs.items():
+        for name in names:
+            rows = results()
+            del rows[name]
+            assert answers(rows)[number] == "not tested"
+            assert name in evaluate.answer_claims(rows, 81)[number - 1].findings[0]
+    untimed = results()
+    untimed[FULL] = replace(untimed[FULL], timing=None)
+    assert answers(untimed)[6] == "not tested"
+    elsewhere = results(teacher={"seconds": 400})
+    elsewhere[TEACHER] = replace(elsewhere[TEACHER], timing=replace(elsewhere[TEACHER].timing, threads=1))
+    assert answers(elsewhere)[6] == "unclear"
+
+
+# --- tables
+
+
+def save_rows(out: Path, rows: dict[str, Measured]) -> None:
+    for name, measured in rows.items():
+        measured.save(evaluate.scores_path(out, name))
+
+
+def test_tables_are_rebuilt_from_kept_rows_alone(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "draw_plots", lambda *_: None)  # slow, and tested below
+    rows = results()
+    del rows["uniform-4"]
+    save_rows(tmp_path / "out", rows)
+    assert Measured.load(evaluate.scores_path(tmp_path / "out", FULL)) == rows[FULL]
+    command = ["--tables-only", "--out", str(tmp_path / "out"), "--runs", str(tmp_path), "--demo", str(tmp_path)]
+    assert evaluate.main(command) == 0
+    readme = (tmp_path / "out/README.md").read_text()
+    numbers = json.loads((tmp_path / "out/results.json").read_text())
+    assert f"{len(rows)} of {len(NAMES)} rows" in capsys.readouterr().out
+    (line,) = [line for line in readme.splitlines() if line.startswith("| uniform-4 |")]
+    assert "not trained" in line and numbers["absent"]["uniform-4"] == "not trained"
+    (line,) = [line for line in readme.splitlines() if line.startswith(f"| {FULL} |") and "277.3x" in line]
+    assert "80.0%" in line and "| 17 |" in line
+    # A table's lines all have as many cells as its head.
+    for table in readme.split("\n\n"):
+        if table.startswith("|"):
+            assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    assert numbers["rows"][FULL]["measures"]["colour"]["estimate"] == pytest.approx(0.8)
+    assert [claim["answer"] for claim in numbers["claims"]][3] == "not tested"
+    for claim in numbers["claims"]:
+        assert claim["rule"] in readme and claim["text"] in readme
+    (tmp_path / "out/README.md").unlink()
+    assert evaluate.main(command) == 0
+    assert (tmp_path / "out/README.md").read_text() == readme
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_plots_are_drawn_or_said_to_be_skipped(tmp_path, monkeypatch) -> None:
+    build = dict(runs=tmp_path, demo=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        evaluate.build(tmp_path, results(), made_up(FULL).options, **build)
+    assert "skipped" in (tmp_path / "README.md").read_text() and not list(tmp_path.glob("*.png"))
+    pytest.importorskip("matplotlib")
+    evaluate.build(tmp_path, results(), made_up(FULL).options, **build)
+    readme = (tmp_path / "README.md").read_text()
+    for name in ("drift", "correctness_nfe", "context_sigma", "motion_weight"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in readme
+
+
+def test_rows_that_do_not_belong_together_are_left_out_or_refused(tmp_path) -> None:
+    rows = results()
+    rows[FULL] = replace(rows[FULL], options=replace(rows[FULL].options, seeds=(7,)))
+    rows[CAUSAL] = replace(rows[CAUSAL], sampling="another schedule")
+    save_rows(tmp_path, rows)
+    kept = evaluate.load_scores(tmp_path, rows[TEACHER].options)
+    assert set(kept) == {row.name for row in ROWS} - {FULL, CAUSAL}
+    with pytest.raises(ValueError, match="2 sets of options"):
+        evaluate.load_scores(tmp_path, None)
+    with pytest.raises(ValueError, match="there is none"):
+        evaluate.load_scores(tmp_path / "empty", None)
+    path = evaluate.scores_path(tmp_path, FULL)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="delete it"):
+        Measured.load(path)
+    path.write_text(json.dumps({"version": -1}))
+    assert Measured.load(path) is None
+
+
+# --- sampling
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny demo folder; its weights are random."""
+    folder = tmp_path_factory.mktemp("demo")
+    torch.manual_seed(0)
+    save_caption_encoder(
+        CaptionEncoder(CaptionEncoderConfig(text_dim=16, num_heads=2)), folder / train_demo.TEXT_ENCODER_FILE, {}
+    )
+    autoencoder = DemoAutoencoder(DemoAutoencoderConfig(inner_dim=8, outer_dim=8, blocks=1))
+    autoencoder.fit_encoder(torch.randn(8, 12, 64, 64))
+    save_demo_autoencoder(autoencoder, folder / train_demo.AUTOENCODER_FILE, {})
+    dit = WanDiT(WanConfig(dim=128, ffn_dim=64, num_layers=1, text_dim=16))
+    save_file(dit.state_dict(), folder / train_demo.DIT_FILE)
+    return folder
+
+
+def short_row(name: str = TEACHER, **changes: object) -> evaluate.Row:
+    """A row of the table with one step."""
+    schedule = DiagonalSchedule.from_steps((2, 1), fresh_noise=False)
+    return replace(row_named(name), schedule=schedule, **changes)
+
+
+def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    options = replace(SMALL, captions=2, long=10, long_captions=2)
+    evaluation = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU)
+    row = short_row(CAUSAL, cfg=2.0)
+    first = evaluation.score(row)
+    assert len(first.values["everything"]) == 2 and len(first.frechet) == 1 + evaluate.FRECHET_REPLICATES
+    assert {name: len(tenths[0]) for name, tenths in first.drift.items()} == dict.fromkeys(evaluate.DRIFTING, 10)
+    assert len(first.timing.clip) == 3 and min(first.timing.clip) >= min(first.timing.first_chunk) > 0
+    assert 0 <= evaluate.spread(first, "everything").estimate <= 1
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(evaluate, "stream", refuse)
+    again = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU)
+    assert again.score(row) == first
+    with pytest.raises(AssertionError, match="sampled again"):
+        Evaluation(replace(options, seeds=(1,)), tmp_path, demo, tmp_path / "out", CPU).score(row)
+    with pytest.raises(AssertionError, match="sampled again"):
+        again.score(replace(row, cfg=1.0))
+    weights = {name: value + 0.01 for name, value in train_demo.load_dit(demo / row.checkpoint).state_dict().items()}
+    save_file(weights, tmp_path / row.checkpoint)  # the folder of runs comes before the demo's
+    with pytest.raises(AssertionError, match="sampled again"):
+        again.score(row)
+    assert again.score(row_named(FULL)) is None  # not trained
+
+
+def test_a_clip_depends_on_its_seed_and_caption_and_a_bidirectional_row_is_one_chunk(demo, monkeypatch) -> None:
+    parts = evaluate.load_parts(demo, CPU)
+    dit = train_demo.load_dit(demo / train_demo.DIT_FILE)
+    dit.head.head.weight.normal_(std=0.1)
+    captions = sprites.held_out_captions(3)
+    row = short_row()
+    shapes = []
+    hook = dit.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[2]))
+    together = list(evaluate.sampled_clips(dit, parts, row)(captions, 1, 33))
+    assert shapes == [9] * row.nfe(33) and len(shapes) == 4  # two steps, each with and without the caption
+    hook.remove()
+    assert all(clip.shape == (33, 3, 64, 64) for clip in together)
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    apart = list(evaluate.sampled_clips(dit, parts, row)(captions, 1, 33))
+    for whole, part in zip(together, apart, strict=True):
+        torch.testing.assert_close(whole, part, rtol=0, atol=2.0)  # of 255; bf16 products
+    other = next(iter(evaluate.sampled_clips(dit, parts, row)(captions, 2, 33)))
+    assert (other - together[0]).abs().max() > 5
+
+
+def test_the_controls_need_no_weights_and_true_clips_are_all_right(demo, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    evaluation = Evaluation(SMALL, tmp_path, demo, tmp_path, CPU)
+    truth, decoded = (evaluation.score(control) for control in evaluate.CONTROLS)
+    for measure in ("colour", "shape", "direction", "everything"):
+        assert evaluate.spread(truth, measure).estimate == 1
+    assert evaluate.spread(truth, "amplitude").estimate == pytest.approx(1, abs=0.05)
+    assert truth.frechet[0] < decoded.frechet[0]  # its decoder is untrained
+    assert truth.timing is None and evaluate.spread(truth, "saturation_drift") is None
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": 1}, "captions is 1"),
+        ({"seeds": ()}, "seeds is"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"length": 40}, "use 37"),
+        ({"length": 29}, "use 33"),
+        ({"long": 3, "length": 81}, "at least 4"),
+        ({"long": -1}, "long is -1"),
+        ({"long": 10, "long_captions": 500}, "long_captions is 500"),
+    ],
+)
+def test_options_out_of_range_name_the_fix(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**changes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rows", "teacher,nonsense"], "rows is 'teacher,nonsense'"),
+        (["--rows", ","], "choose from"),
+        (["--seeds", "0,one"], "seeds is '0,one'"),
+        (["--threads", "0"], "threads is 0"),
+        (["--tables-only"], "there is none"),
+        (["--demo", "nowhere", "--rows", "true-clips"], "demo is 'nowhere'"),
+    ],
+)
+def test_bad_flags_stop_with_a_message(flags: list[str], message: str, tmp_path, capsys) -> None:
+    assert evaluate.main(["--out", str(tmp_path), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_weights_of_another_training_are_refused(tmp_path) -> None:
+    row = row_named(FULL)
+    recipe = recipes.demo(steps="4,2")
+    from distillation.export import header_of
+
+    path = tmp_path / row.checkpoint
+    save_file({"x": torch.zeros(1)}, path, metadata=header_of(recipe, 5, whole=True))
+    with pytest.raises(ValueError, match="steps_per_chunk.*--commands"):
+        evaluate.check_header(row, path)
+    assert "5 updates" in evaluate.check_header(row_named(STEPS_4_2), path)
+    with pytest.raises(ValueError, match="a distilled model"):
+        evaluate.check_header(row_named(TEACHER), path)
+    with pytest.raises(ValueError, match="name is 'A b'"):
+        replace(row, name="A b")
+    with pytest.raises(ValueError, match="attention is 'both'"):
+        replace(row, attention="both")
+    with pytest.raises(ValueError, match="cfg is -1"):
+        replace(row, cfg=-1)
+    with pytest.raises(ValueError, match="statistic is 'mode'"):
+        bootstrap([[1.0]], "mode")
+
+
+def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
+    assert evaluate.main(["--commands", "--runs", str(tmp_path), "--demo", str(tmp_path), "--updates", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("distillation.train ") == sum(row.training is not None for row in ROWS)
+    assert printed.count("--updates 30") == printed.count("distillation.export ")
