@@ -1,0 +1,464 @@
+"""Decodes a clip chunk by chunk and keeps, between chunks, what the decoder remembers of the past.
+
+The frames of all chunks, put together, are the frames that VAEDecode makes of the whole clip, while memory stays that
+of one chunk:
+
+- Wan 2.1's VAE: the last two frames before every causal convolution.
+- TAEHV (lighttaew2_1, taew2_1 and the other tiny video autoencoders): the last frame before every MemBlock.
+- the demo's autoencoder: whether the first frame has been decoded.
+- any other video VAE: the last latent frames, decoded again before the new ones. Equality is not promised then, and a
+  warning says so.
+
+All state lives in the `StreamDecoder`, never in the VAE: other decoders and VAEDecode may use the same VAE in between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol, get_args
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.sd
+import torch
+import torch.nn.functional as F
+from comfy.ldm.wan.vae import CACHE_T, WanVAE, count_cache_layers
+from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
+from torch import Tensor, nn
+
+from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
+
+log = logging.getLogger(__name__)
+
+LatentScaling = Literal["auto", "comfyui", "wan"]
+
+WAN_GROUP_FRAMES = 2
+"""Latent frames that Wan's decoder takes at once after the first, as ComfyUI feeds it."""
+WAN_ESTIMATE_FRAMES = 5
+"""ComfyUI's estimate for Wan's decoder steps up after 4 latent frames, with the caches full; here they stay full."""
+WINDOW_CONTEXT_FRAMES = 4
+"""Latent frames decoded again before the new ones where the decoder's own memory is not known."""
+
+
+class _ClipState(Protocol):
+    """The decoder's side of one clip of one sample."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[1, C, T, h, w] on the VAE's device and in its dtype -> the new pixels [1, C', T', H, W], raw."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors held until the next chunk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """How one kind of VAE is streamed.
+
+    Attributes:
+        new_clip: makes the state of a clip that has not begun.
+        estimate_frames: latent frames to ask ComfyUI's memory estimate for, from those of a chunk.
+        exact: whether the chunks equal the whole clip.
+    """
+
+    new_clip: Callable[[], _ClipState]
+    estimate_frames: Callable[[int], int]
+    exact: bool = True
+
+
+class _FeatureCache(list):
+    """Wan's feature cache; every entry holds the last two frames before a convolution, however many came at once.
+
+    ComfyUI stores the last two frames of a group. After a group of one frame that would be one frame, and the frame
+    before it would count as zeros: ComfyUI itself has such a group at the ends of a clip only, a chunk has it anywhere.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__([None] * layers)
+        self._taken: dict[int, Tensor | None] = {}
+
+    def __setitem__(self, layer: int, value: Tensor | str | None) -> None:
+        previous = self[layer]
+        if value is None:  # a convolution takes its entry out while it runs
+            self._taken[layer] = previous
+        else:
+            previous = self._taken.pop(layer, previous)
+            if isinstance(value, Tensor) and isinstance(previous, Tensor) and value.shape[2] < CACHE_T:
+                value = torch.cat([previous[:, :, value.shape[2] - CACHE_T :], value], dim=2)
+        super().__setitem__(layer, value)
+
+
+class _WanClip:
+    """Wan 2.1's VAE: one latent frame first, then up to two at once, with the feature cache carried on."""
+
+    def __init__(self, model: WanVAE) -> None:
+        self.model = model
+        self.features = _FeatureCache(count_cache_layers(model.decoder))
+        self.started = False
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels: list[Tensor] = []
+        start = 0
+        while start < latents.shape[2]:
+            stop = start + (WAN_GROUP_FRAMES if self.started else 1)
+            group = self.model.conv2(latents[:, :, start:stop])
+            pixels += self.model.decoder(group, feat_cache=self.features, feat_idx=[0])
+            self.started = True
+            start = stop
+        return torch.cat(pixels, dim=2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        return (entry for entry in self.features if isinstance(entry, Tensor))
+
+
+class _TaehvClip:
+    """TAEHV: latent frame by latent frame; the frames that it makes too many at the start of a clip are dropped."""
+
+    def __init__(self, model: TAEHV, scale: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
+        self.scale = scale
+        self.memory: dict[int, Tensor] = {}
+        self.trim = model.frames_to_trim
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels: list[Tensor] = []
+        for frame in self.scale(latents).unbind(2):
+            pixels += self._grow(frame, 0)
+        kept, self.trim = pixels[self.trim :], 0
+        return torch.stack(kept, dim=2)
+
+    def _grow(self, x: Tensor, start: int) -> list[Tensor]:
+        """One frame x [1, C, h, w] before layer `start` -> the pixel frames [1, 3, H, W] that come of it, in order."""
+        layers = self.model.decoder
+        for index in range(start, len(layers)):
+            layer = layers[index]
+            if isinstance(layer, MemBlock):
+                past = self.memory.get(index)
+                self.memory[index], x = x, layer(x, torch.zeros_like(x) if past is None else past)
+            elif isinstance(layer, TGrow):
+                return [pixels for frame in layer(x).split(1) for pixels in self._grow(frame, index + 1)]
+            else:
+                x = layer(x)
+        return [F.pixel_shuffle(x, self.model.patch_size) if self.model.patch_size > 1 else x]
+
+    def tensors(self) -> Iterator[Tensor]:
+        return iter(self.memory.values())
+
+
+class _DemoClip:
+    """The demo's autoencoder: no layer sees two latent frames, only the first frame is special."""
+
+    def __init__(self, model: DemoAutoencoder) -> None:
+        self.model = model
+        self.started = False
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.model.decode(latents, has_first_frame=not self.started)
+        self.started = True
+        return pixels
+
+    def tensors(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+class _WindowClip:
+    """An unknown decoder: earlier latent frames go in again as context, and their pixel frames are dropped."""
+
+    def __init__(self, model: nn.Module, pixel_frames: Callable[[int], int]) -> None:
+        self.model = model
+        self.pixel_frames = pixel_frames
+        self.context: Tensor | None = None
+        self.seen = 0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        window = latents if self.context is None else torch.cat([self.context, latents], dim=2)
+        before = self.pixel_frames(self.seen) if self.seen else 0
+        new = self.pixel_frames(self.seen + latents.shape[2]) - before
+        pixels = self.model.decode(window)
+        if not 0 <= new <= pixels.shape[2]:
+            raise ValueError(
+                f"The VAE ({type(self.model).__name__}) made {pixels.shape[2]} frames of {window.shape[2]} latent "
+                f"frames where {new} new ones are due, so that it cannot be streamed. Use VAE Decode, or the Wan 2.1 "
+                "VAE or lighttaew2_1."
+            )
+        self.seen += latents.shape[2]
+        self.context = window[:, :, -WINDOW_CONTEXT_FRAMES:].clone()
+        return pixels[:, :, pixels.shape[2] - new :]
+
+    def tensors(self) -> Iterator[Tensor]:
+        return iter(() if self.context is None else (self.context,))
+
+
+class DecodeHandle:
+    """A chunk that may still be decoding."""
+
+    def __init__(self, images: Tensor, done: torch.cuda.Event | None = None) -> None:
+        self._images = images
+        self._done = done
+
+    def result(self) -> Tensor:
+        """Wait for the chunk and return its images [B, T_pix, H, W, C]; see `StreamDecoder.decode`."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._images
+
+
+class StreamDecoder:
+    """Decodes the chunks of one clip after another; made by `stream_decoder`.
+
+    A context manager: leaving it frees the state. One decoder serves one thread.
+
+    Attributes:
+        vae: the user's VAE, which is never changed.
+        exact: whether the chunks equal VAEDecode of the whole clip; False for an unknown VAE.
+    """
+
+    def __init__(self, vae: comfy.sd.VAE, architecture: _Architecture, keep_loaded: Sequence[ModelPatcher]) -> None:
+        self.vae = vae
+        self.exact = architecture.exact
+        self._architecture = architecture
+        self._keep_loaded = tuple(keep_loaded)
+        self._clips: list[_ClipState] = []
+        self._size: tuple[int, int, int] | None = None  # batch, height and width of the clip's latents
+        self._image_size: tuple[int, int, int, int] = (0, 0, 0, 0)  # batch, height, width, channels of its images
+        self._refusal: str | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next chunk of the clip.
+
+        Args:
+            latents: [B, C, T, h, w] in the scale of ComfyUI's LATENT, T at least 1 and free to differ from chunk to
+                chunk. The first chunk begins with the clip's first latent frame.
+
+        Returns:
+            images [B, T_pix, H, W, 3] on the CPU, contiguous: the pixel frames that this chunk completes, 4 T of them,
+            or 4 T - 3 in the first chunk, for decoders of Wan's geometry. Float32 (float16 if ComfyUI runs with
+            --fp16-intermediates). In [0, 1], but for a TAEHV, which ComfyUI does not clamp and which may leave that
+            range a little; so do VAEDecode's images. On a GPU they lie in pinned memory.
+
+        Raises:
+            ValueError: latents of another shape than this clip's, or than the VAE takes. The clip can go on.
+            RuntimeError: the chunk before failed, or the decoder is closed.
+        """
+        return self.submit(latents).result()
+
+    def submit(self, latents: Tensor) -> DecodeHandle:
+        """Begin to decode the next chunk; arguments, result and errors as in `decode`.
+
+        On CUDA this returns while the GPU decodes, on a stream of its own. If ComfyUI holds the VAE fully and
+        statically on the GPU, what is queued next runs beside it; else it runs behind it, because ComfyUI shares the
+        buffers that weights are copied to. If anything fails, or the person cancels, the state is freed at once.
+        """
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        self._require_shape(latents)
+        try:
+            with torch.no_grad(), comfy.model_management.cuda_device_context(self.vae.device):
+                self._load(tuple(latents.shape))
+                if not self._clips:
+                    self._size = (latents.shape[0], *latents.shape[3:])
+                    self._clips = [self._architecture.new_clip() for _ in range(latents.shape[0])]
+                handle = self._start(latents)
+        except BaseException:
+            self.reset()
+            self._refusal = (
+                "The decoder stopped in the middle of a clip and has lost its memory of it. Call reset() and decode "
+                "from a clip's first latent frame."
+            )
+            raise
+        return handle
+
+    def flush(self) -> Tensor:
+        """End the clip: the frames that the decoder still holds, [B, T_pix, H, W, C] as in `decode`.
+
+        None of the decoders has a delay, so T_pix is 0. The state stays; `reset` frees it.
+        """
+        batch, *rest = self._image_size
+        return torch.empty((batch, 0, *rest), dtype=self.vae.vae_output_dtype())
+
+    def reset(self) -> None:
+        """Free the state; the next chunk begins another clip, of any size."""
+        self._wait()
+        self._clips = []
+        self._size = None
+        self._image_size = (0, 0, 0, 0)
+        self._refusal = None
+
+    def close(self) -> None:
+        """Free the state for good. Handles stay valid."""
+        self.reset()
+        self._stream = None
+        self._refusal = "The decoder is closed. Make another with stream_decoder(vae)."
+
+    def __enter__(self) -> StreamDecoder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tensors held until the next chunk, on the VAE's device."""
+        storages = (tensor.untyped_storage() for clip in self._clips for tensor in clip.tensors())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def memory_required(self, shape: Sequence[int]) -> int:
+        """Bytes that ComfyUI estimates for decoding one chunk of latents [B, C, T, h, w].
+
+        Samples of a batch are decoded one after the other, so that a batch needs this once, and beyond it the state
+        (`state_bytes`) of its other samples.
+        """
+        _, channels, frames, height, width = shape
+        asked = (1, channels, self._architecture.estimate_frames(frames), height, width)
+        return int(self.vae.memory_used_decode(asked, self.vae.vae_dtype))
+
+    def _require_shape(self, latents: Tensor) -> None:
+        channels = self.vae.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; this VAE needs [batch, {channels}, frames, height, width] "
+                "with nothing empty. Give the samples of a video LATENT made for this VAE."
+            )
+        size = (latents.shape[0], *latents.shape[3:])
+        if self._size is not None and size != self._size:
+            raise ValueError(
+                f"latents has batch, height, width {size}, but the clip began with {self._size}; all chunks of a clip "
+                "must agree. Call reset() before the first chunk of another clip."
+            )
+
+    def _resident(self) -> bool:
+        """Whether ComfyUI has the VAE loaded, with no part of it left out."""
+        patcher = self.vae.patcher
+        if not any(loaded is patcher for loaded in comfy.model_management.loaded_models()):
+            return False
+        return patcher.is_dynamic() or (not patcher.model.model_lowvram and patcher.loaded_size() > 0)
+
+    def _load(self, shape: Sequence[int]) -> None:
+        """Have ComfyUI load the VAE with memory for one chunk.
+
+        Nothing is asked where the VAE is loaded and the memory is there: each request makes ComfyUI reload every
+        model it names and may synchronise the GPU, between the chunks of a model that is sampling.
+        """
+        vae = self.vae
+        needed = self.memory_required(shape)
+        if self._resident() and vae.patcher.get_free_memory(vae.device) >= needed:
+            return
+        self._wait()
+        comfy.model_management.load_models_gpu(
+            [vae.patcher, *self._keep_loaded], memory_required=needed, force_full_load=vae.disable_offload
+        )
+
+    def _start(self, latents: Tensor) -> DecodeHandle:
+        device = self.vae.device
+        # A copy, made in the caller's order of work: the caller may overwrite its own at once.
+        latents = latents.to(device=device, dtype=self.vae.vae_dtype, copy=True)
+        if device.type != "cuda":
+            return DecodeHandle(self._images(latents).to("cpu"))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            images = self._images(latents)
+            host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+            host.copy_(images, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        latents.record_stream(self._stream)
+        if self.vae.patcher.is_dynamic() or not self._resident():
+            current.wait_stream(self._stream)
+        return DecodeHandle(host, done)
+
+    def _images(self, latents: Tensor) -> Tensor:
+        """Latents on the VAE's device, in its dtype -> images [B, T_pix, H, W, C] there, scaled as VAE.decode does."""
+        images = []
+        for clip, sample in zip(self._clips, latents.split(1), strict=True):
+            # ComfyUI's own layers ask this before every operation; the demo's and other packs' may not.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            pixels = clip.decode(sample).to(dtype=self.vae.vae_output_dtype(), copy=True)
+            self.vae.process_output(pixels)  # in place; VAE.decode does not use what it returns
+            images.append(pixels.movedim(1, -1))
+        result = torch.cat(images).contiguous()
+        batch, _, *size = result.shape
+        self._image_size = (batch, *size)
+        return result
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def stream_decoder(
+    vae: comfy.sd.VAE, *, latent_scaling: LatentScaling = "auto", keep_loaded: Sequence[ModelPatcher] = ()
+) -> StreamDecoder:
+    """A decoder that takes the chunks of a clip one by one.
+
+    Args:
+        vae: a video VAE as ComfyUI's loaders give it.
+        latent_scaling: what a TAEHV of 16 channels does to the latents first. lighttaew2_1 and taew2_1 have the same
+            layout; ComfyUI tells them apart by the number format of the file alone, and takes a float16 file for
+            HunyuanVideo's. "auto" uses Wan's scaling for such a file, since this pack makes Wan's latents, and
+            otherwise what ComfyUI uses. "comfyui" always does as ComfyUI. "wan" always uses Wan's: for a taew2_1
+            that was saved in another format.
+        keep_loaded: models that must stay on the GPU if the VAE has to be loaded: the guider's `model_patcher`, when
+            chunks are decoded while it samples.
+
+    Returns:
+        the decoder. For an unknown VAE it decodes overlapping windows, its `exact` is False, and a warning is logged.
+
+    Raises:
+        ValueError: a VAE that does not decode video, or a latent_scaling that does not fit it.
+    """
+    vae.throw_exception_if_invalid()
+    model = vae.first_stage_model
+    if latent_scaling not in get_args(LatentScaling):
+        raise ValueError(f"latent_scaling={latent_scaling!r} is unknown; choose one of {get_args(LatentScaling)}.")
+    if latent_scaling == "wan" and not (isinstance(model, TAEHV) and model.latent_channels == 16):
+        raise ValueError(
+            f"latent_scaling='wan' is for the tiny VAE taew2_1; this VAE is a {type(model).__name__} of "
+            f"{vae.latent_channels} channels. Use 'auto'."
+        )
+    return StreamDecoder(vae, _recognise(vae, latent_scaling), keep_loaded)
+
+
+def _recognise(vae: comfy.sd.VAE, latent_scaling: LatentScaling) -> _Architecture:
+    model = vae.first_stage_model
+    if isinstance(model, WanVAE):
+        return _Architecture(lambda: _WanClip(model), lambda frames: max(frames, WAN_ESTIMATE_FRAMES))
+    if isinstance(model, TAEHV):
+        scale = _taehv_scaling(model, latent_scaling)
+        return _Architecture(lambda: _TaehvClip(model, scale), lambda frames: frames)
+    if isinstance(model, DemoAutoencoder):
+        return _Architecture(lambda: _DemoClip(model), lambda frames: frames)
+    if vae.latent_dim != 3 or not isinstance(vae.upscale_ratio, tuple) or not callable(vae.upscale_ratio[0]):
+        raise ValueError(
+            f"The VAE ({type(model).__name__}) does not decode video; streaming needs a video VAE. Load the Wan 2.1 "
+            "VAE or lighttaew2_1 with Load VAE."
+        )
+    log.warning(
+        "The VAE (%s) is none whose memory this pack knows. Each chunk is decoded with the %d latent frames before it "
+        "as context; the frames may differ a little from VAE Decode's where chunks meet.",
+        type(model).__name__,
+        WINDOW_CONTEXT_FRAMES,
+    )
+    return _Architecture(
+        lambda: _WindowClip(model, vae.upscale_ratio[0]), lambda frames: frames + WINDOW_CONTEXT_FRAMES, exact=False
+    )
+
+
+def _taehv_scaling(model: TAEHV, latent_scaling: LatentScaling) -> Callable[[Tensor], Tensor]:
+    taken_for_hunyuan = model.latent_format is comfy.latent_formats.HunyuanVideo
+    if latent_scaling == "comfyui" or (latent_scaling == "auto" and not taken_for_hunyuan):
+        return model.process_in
+    if taken_for_hunyuan:
+        log.warning(
+            "The tiny VAE's file is float16, so that ComfyUI takes it for HunyuanVideo's. It is streamed as Wan's "
+            "taew2_1, with Wan's latent scaling; VAE Decode would use HunyuanVideo's."
+        )
+    return comfy.latent_formats.Wan21().process_in

@@ -1,0 +1,383 @@
+"""Streaming decode: chunks equal the whole clip, state is constant, and the VAE stays the user's."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import comfy.latent_formats
+import comfy.ldm.wan.vae
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.taesd.taehv
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nodes
+
+CHANNELS = 16
+FRAMES = 7
+HEIGHT, WIDTH = 2, 3
+SPLITS = [(7,), (1,) * 7, (3, 3, 1), (1, 2, 4), (2, 1, 1, 3), (5, 2)]
+TOLERANCE = 1e-5
+
+
+def random_state(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of a size that keeps activations near 1, under the model's names."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, value in model.state_dict().items():
+        noise = torch.randn(value.shape, generator=generator)
+        fan_in = max(1, value[0].numel()) if value.ndim > 1 else 100
+        state[name] = 1 + 0.1 * noise if name.endswith("gamma") else noise / fan_in**0.5
+    return state
+
+
+def wan_vae() -> comfy.sd.VAE:
+    model = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=CHANNELS, temperal_downsample=[False, True, True])
+    return comfy.sd.VAE(sd=random_state(model, 1), dtype=torch.float32)
+
+
+def taehv_vae(dtype: torch.dtype = torch.float32, latent_channels: int = CHANNELS) -> comfy.sd.VAE:
+    """A tiny VAE whose file has this dtype; it computes in float32."""
+    state = random_state(comfy.taesd.taehv.TAEHV(latent_channels=latent_channels), 2)
+    return comfy.sd.VAE(sd={name: value.to(dtype) for name, value in state.items()}, dtype=torch.float32)
+
+
+class Foreign(torch.nn.Module):
+    """A video decoder that this pack does not know; each latent frame sees the one before it."""
+
+    def decode(self, latents):
+        seen = latents[:, :3].clone()
+        seen[:, :, 1:] += 0.5 * latents[:, :3, :-1]
+        pixels = F.interpolate(seen.tanh(), scale_factor=(4, 8, 8), mode="nearest")
+        return pixels[:, :, 3:]
+
+
+@pytest.fixture(scope="module")
+def streaming(pack_module):
+    return pack_module("model_patches.stream_decode")
+
+
+@pytest.fixture(scope="module")
+def demo_vae(pack_module, request):
+    return pack_module("model_patches.demo").load_demo_vae(
+        request.config.rootpath / "demo" / "demo_autoencoder.safetensors"
+    )
+
+
+@pytest.fixture
+def foreign_vae(pack_module, request):
+    vae = pack_module("model_patches.demo").load_demo_vae(
+        request.config.rootpath / "demo" / "demo_autoencoder.safetensors"
+    )
+    vae.first_stage_model = Foreign()
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        vae.first_stage_model, load_device=vae.device, offload_device=torch.device("cpu")
+    )
+    return vae
+
+
+@pytest.fixture(scope="module")
+def vaes(demo_vae):
+    return {"wan": wan_vae(), "taehv": taehv_vae(), "demo": demo_vae}
+
+
+@pytest.fixture(params=["wan", "taehv", "demo"])
+def vae(request, vaes):
+    return vaes[request.param]
+
+
+def latents_of(seed: int, frames: int = FRAMES, batch: int = 1, height: int = HEIGHT, width: int = WIDTH):
+    return torch.randn(batch, CHANNELS, frames, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """`whole(vae, latents)`: what VAE.decode returns, computed once per input."""
+    known = {}
+
+    def decode(vae, latents):
+        key = (id(vae), latents.sum().item(), latents.shape)
+        if key not in known:
+            with torch.inference_mode():
+                known[key] = vae.decode(latents)
+        return known[key]
+
+    return decode
+
+
+def difference(got, wanted) -> float:
+    assert got.shape == wanted.shape
+    return (got - wanted).abs().max().item()
+
+
+def held_bytes(decoder) -> int:
+    """Bytes of every tensor that can be reached from the decoder, found by Python's collector; not the VAE's."""
+    seen, stack, storages = {id(decoder.vae), id(decoder.vae.first_stage_model)}, [decoder._clips], {}
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen or isinstance(thing, type):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, (list, tuple, dict)) or hasattr(thing, "tensors"):
+            stack += gc.get_referents(thing) + list(getattr(thing, "__dict__", {}).values())
+    return sum(storages.values())
+
+
+def test_comfyui_recognises_the_files(vaes):
+    assert isinstance(vaes["wan"].first_stage_model, comfy.ldm.wan.vae.WanVAE)
+    assert isinstance(vaes["taehv"].first_stage_model, comfy.taesd.taehv.TAEHV)
+    assert vaes["taehv"].first_stage_model.latent_format is None  # lighttaew2_1
+    assert taehv_vae(torch.float16).first_stage_model.latent_format is comfy.latent_formats.HunyuanVideo
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "-".join(map(str, split)))
+def test_chunks_equal_the_whole_clip(streaming, vae, whole, split):
+    latents = latents_of(1)
+    wanted = whole(vae, latents)
+    assert wanted.std() > 0.01  # else equality would say little
+    with streaming.stream_decoder(vae) as decoder:
+        assert decoder.exact
+        chunks = [decoder.decode(chunk) for chunk in latents.split(split, dim=2)]
+        assert decoder.flush().shape == (1, 0, *wanted.shape[2:])
+    assert [chunk.shape[1] for chunk in chunks] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
+    got = torch.cat(chunks, dim=1)
+    assert difference(got, wanted) < TOLERANCE
+
+
+def test_a_batch_equals_the_whole_batch(streaming, vae, whole):
+    latents = latents_of(2, frames=5, batch=2)
+    with streaming.stream_decoder(vae) as decoder:
+        got = torch.cat([decoder.decode(chunk) for chunk in latents.split((2, 1, 2), dim=2)], dim=1)
+    assert difference(got, whole(vae, latents)) < TOLERANCE
+
+
+def test_one_latent_frame_is_one_image(streaming, vae, whole):
+    latents = latents_of(3, frames=1)
+    with streaming.stream_decoder(vae) as decoder:
+        images = decoder.submit(latents).result()
+    assert difference(images, whole(vae, latents)) < TOLERANCE
+    assert images.shape == (1, 1, 8 * HEIGHT, 8 * WIDTH, 3)
+    assert images.dtype == torch.float32 and images.device.type == "cpu" and images.is_contiguous()
+
+
+def test_the_node_gives_the_same_frames(streaming, vaes):
+    latents = latents_of(1)
+    with torch.inference_mode():
+        wanted = nodes.VAEDecode().decode(vaes["wan"], {"samples": latents})[0]
+    with streaming.stream_decoder(vaes["wan"]) as decoder:
+        got = torch.cat([decoder.decode(chunk)[0] for chunk in latents.split(3, dim=2)])
+    assert difference(got, wanted) < TOLERANCE
+
+
+def test_a_tiny_vae_of_other_channels(streaming, whole):
+    """Wan 2.2's layout: 48 channels, pixels shuffled out of 2x2."""
+    state = random_state(comfy.taesd.taehv.TAEHV(latent_channels=48), 4)
+    vae = comfy.sd.VAE(sd=state, dtype=torch.float32)
+    latents = torch.randn(1, 48, 3, 2, 2, generator=torch.Generator().manual_seed(4))
+    with streaming.stream_decoder(vae) as decoder:
+        got = torch.cat([decoder.decode(chunk) for chunk in latents.split((1, 2), dim=2)], dim=1)
+    assert difference(got, whole(vae, latents)) < TOLERANCE
+
+
+def test_state_is_constant_over_fifty_chunks(streaming, vae):
+    sizes, counted = [], []
+    with streaming.stream_decoder(vae) as decoder:
+        for k in range(50):
+            decoder.decode(latents_of(k, frames=1 + k % 3 % 2, height=1, width=1))
+            sizes.append(decoder.state_bytes)
+            counted.append(held_bytes(decoder))
+        assert set(sizes[3:]) == {max(sizes)}
+        assert counted == sizes
+    assert decoder.state_bytes == 0
+    assert (max(sizes) > 0) == (type(vae.first_stage_model).__name__ != "DemoAutoencoder")
+
+
+def test_memory_is_asked_for_a_chunk_and_the_vae_loaded_once(streaming, vae, monkeypatch):
+    comfy.model_management.unload_all_models()
+    asked = []
+    load = comfy.model_management.load_models_gpu
+
+    def record(models, memory_required=0, **options):
+        asked.append((models, memory_required, options))
+        return load(models, memory_required=memory_required, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", record)
+    with streaming.stream_decoder(vae) as decoder:
+        for _ in range(4):
+            decoder.decode(latents_of(5, frames=3))
+        assert asked == [([vae.patcher], decoder.memory_required((1, CHANNELS, 3, HEIGHT, WIDTH)), asked[0][2])]
+        assert asked[0][2]["force_full_load"] is vae.disable_offload
+        # What is short, or gone, is asked for again; models that must stay go with it.
+        monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: 0)
+        decoder.decode(latents_of(5, frames=3))
+        assert len(asked) == 2 and asked[1][1] == asked[0][1]
+    monkeypatch.undo()
+    other = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), vae.device, torch.device("cpu"))
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", record)
+    with streaming.stream_decoder(vae, keep_loaded=[other]) as decoder:
+        decoder.decode(latents_of(5, frames=1))
+    assert asked[-1][0] == [vae.patcher, other]
+
+
+def test_vae_decode_in_between_changes_nothing(streaming, vae, whole):
+    latents, foreign = latents_of(1), latents_of(6, frames=3, height=1, width=2)
+    alone = whole(vae, foreign)
+    with streaming.stream_decoder(vae) as decoder:
+        chunks = []
+        for chunk in latents.split((2, 1, 4), dim=2):
+            chunks.append(decoder.decode(chunk))
+            with torch.inference_mode():
+                assert torch.equal(vae.decode(foreign), alone)
+    assert difference(torch.cat(chunks, dim=1), whole(vae, latents)) < TOLERANCE
+
+
+def test_two_decoders_do_not_mix(streaming, vae, whole):
+    clips = latents_of(1), latents_of(7, height=1, width=2)
+    with streaming.stream_decoder(vae) as first, streaming.stream_decoder(vae) as second:
+        chunks = [
+            (first.decode(a), second.decode(b))
+            for a, b in zip(clips[0].split((1, 2, 4), dim=2), clips[1].split((3, 3, 1), dim=2), strict=True)
+        ]
+    for clip, images in zip(clips, zip(*chunks, strict=True), strict=True):
+        assert difference(torch.cat(images, dim=1), whole(vae, clip)) < TOLERANCE
+
+
+def test_the_vae_is_left_as_it_was(streaming, vae):
+    model = vae.first_stage_model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {id(m): set(vars(m)) for m in model.modules()}
+    with streaming.stream_decoder(vae) as decoder:
+        decoder.decode(latents_of(1, frames=2))
+    assert {id(m): set(vars(m)) for m in model.modules()} == attributes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not vae.patcher.object_patches and not vae.patcher.patches and not vae.patcher.wrappers
+
+
+def test_the_callers_latents_and_grad_mode_are_left_alone(streaming, vae, whole):
+    latents = latents_of(1)
+    kept = latents.clone()
+    with streaming.stream_decoder(vae) as decoder:
+        chunks = [decoder.decode(latents[:, :, :2])]
+        assert torch.is_grad_enabled() and not chunks[0].requires_grad
+        with torch.inference_mode():
+            chunks.append(decoder.decode(latents[:, :, 2:5]))
+        with torch.no_grad():
+            chunks.append(decoder.decode(latents[:, :, 5:]))
+    assert torch.equal(latents, kept)
+    assert difference(torch.cat(chunks, dim=1), whole(vae, latents)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wan", "taehv"])
+def test_an_interrupt_frees_the_state_and_reset_begins_anew(streaming, vaes, whole, name):
+    vae, latents = vaes[name], latents_of(1)
+    model = vae.first_stage_model
+    last = model.decoder.head[2] if name == "wan" else model.decoder[22]
+    decoder = streaming.stream_decoder(vae)
+    decoder.decode(latents[:, :, :3])
+    assert decoder.state_bytes > 0
+    hook = last.register_forward_pre_hook(lambda *_: comfy.model_management.interrupt_current_processing(True))
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            decoder.decode(latents[:, :, 3:])
+    finally:
+        hook.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert decoder.state_bytes == 0 and held_bytes(decoder) == 0
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):
+        decoder.decode(latents[:, :, 3:])
+    decoder.reset()
+    got = torch.cat([decoder.decode(chunk) for chunk in latents.split((3, 4), dim=2)], dim=1)
+    assert difference(got, whole(vae, latents)) < TOLERANCE
+
+
+def test_the_demo_stops_when_cancelled(streaming, demo_vae):
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            streaming.stream_decoder(demo_vae).decode(latents_of(1))
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def test_an_error_in_a_with_block_frees_the_state(streaming, vaes):
+    with pytest.raises(KeyError), streaming.stream_decoder(vaes["wan"]) as decoder:
+        decoder.decode(latents_of(1, frames=1))
+        raise KeyError
+    assert decoder.state_bytes == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        decoder.decode(latents_of(1, frames=1))
+
+
+def test_a_float16_tiny_vae_is_wans(streaming, whole, caplog):
+    """ComfyUI takes it for HunyuanVideo's; with Wan's scaling it must equal the same weights fed scaled latents."""
+    half, latents = taehv_vae(torch.float16), latents_of(1, frames=3)
+    plain = comfy.sd.VAE(sd=half.first_stage_model.state_dict(), dtype=torch.float32)
+    wanted = whole(plain, comfy.latent_formats.Wan21().process_in(latents))
+
+    def decode(vae, scaling):
+        with streaming.stream_decoder(vae, latent_scaling=scaling) as decoder:
+            return torch.cat([decoder.decode(chunk) for chunk in latents.split((1, 2), dim=2)], dim=1)
+
+    with caplog.at_level(logging.WARNING):
+        got = decode(half, "auto")
+    assert difference(got, wanted) < TOLERANCE
+    assert sum("taew2_1" in record.message for record in caplog.records) == 1
+    assert difference(decode(plain, "wan"), wanted) < TOLERANCE  # a taew2_1 saved as float32
+    assert difference(decode(half, "comfyui"), whole(half, latents)) < TOLERANCE
+    assert difference(whole(half, latents), wanted) > 100 * TOLERANCE
+
+
+def test_an_unknown_vae_falls_back_to_windows(streaming, foreign_vae, whole, caplog):
+    latents = latents_of(8, frames=9)
+    with caplog.at_level(logging.WARNING), streaming.stream_decoder(foreign_vae) as decoder:
+        chunks = [decoder.decode(chunk) for chunk in latents.split((1, 3, 1, 4), dim=2)]
+        assert not decoder.exact
+        assert decoder.memory_required(latents.shape) > foreign_vae.memory_used_decode(latents.shape, torch.float32)
+        held = decoder.state_bytes
+        decoder.decode(latents)
+        assert decoder.state_bytes == held
+    assert sum("Foreign" in record.message for record in caplog.records) == 1
+    # This decoder remembers less than a window holds, so that even it comes out equal.
+    assert difference(torch.cat(chunks, dim=1), whole(foreign_vae, latents)) < TOLERANCE
+
+
+def test_a_decoder_with_other_frame_counts_is_refused(streaming, foreign_vae):
+    foreign_vae.upscale_ratio = (lambda frames: 100 * frames, 8, 8)
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        streaming.stream_decoder(foreign_vae).decode(latents_of(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 2, 2), (16, 1, 2, 2), (1, 16, 0, 2, 2)])
+def test_wrong_latents_are_refused_with_what_is_needed(streaming, vae, shape):
+    with pytest.raises(ValueError, match=r"\[batch, 16, frames, height, width\]"):
+        streaming.stream_decoder(vae).decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("change", [{"height": 4}, {"width": 1}, {"batch": 2}])
+def test_a_clip_keeps_its_size(streaming, vae, whole, change):
+    latents = latents_of(3, frames=2)
+    with streaming.stream_decoder(vae) as decoder:
+        first = decoder.decode(latents[:, :, :1])
+        with pytest.raises(ValueError, match=r"must agree.*reset\(\)"):
+            decoder.decode(latents_of(1, **change))
+        got = torch.cat([first, decoder.decode(latents[:, :, 1:])], dim=1)  # the clip goes on
+        assert difference(got, whole(vae, latents)) < TOLERANCE
+        decoder.reset()
+        decoder.decode(latents_of(1, frames=1, **change))
+
+
+def test_other_vaes_and_scalings_are_refused(streaming, vaes, foreign_vae):
+    foreign_vae.latent_dim = 2
+    with pytest.raises(ValueError, match="video VAE"):
+        streaming.stream_decoder(foreign_vae)
+    with pytest.raises(ValueError, match="taew2_1"):
+        streaming.stream_decoder(vaes["wan"], latent_scaling="wan")
+    with pytest.raises(ValueError, match="choose one of"):
+        streaming.stream_decoder(vaes["wan"], latent_scaling="hunyuan")
