@@ -95,6 +95,9 @@ class _Residual(nn.Module):
 class DemoAutoencoder(nn.Module):
     """Encodes and decodes clips; see the module's docstring for geometry and latent space."""
 
+    wan_mean: Tensor
+    wan_std: Tensor
+
     def __init__(self, config: DemoAutoencoderConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or DemoAutoencoderConfig()

@@ -33,7 +33,7 @@ class Forward:
 class Denoise(Protocol):
     """The model as the loop sees it: the prediction of x0. It writes the chunk's keys and values as a side effect."""
 
-    def __call__(self, x: Tensor, forward: Forward) -> Tensor:
+    def __call__(self, x: Tensor, forward: Forward, /) -> Tensor:
         """Predict x0 [B, C, frames, H, W] from `x`, the same shape, at noise level `forward.sigma`."""
         ...
 

@@ -13,7 +13,6 @@ last. Nothing in here looks at latents or at the sampler's state.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -32,6 +31,7 @@ from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, 
 from diagonal_sampler.settings import CausalSettings
 from distillation import sprites, train_demo
 from distillation.rollout import stream
+from distillation.run_folder import write_json
 from distillation.samples import decode_frames
 
 log = logging.getLogger("score")
@@ -73,13 +73,14 @@ class ClipScore:
 
 
 @dataclass(frozen=True, slots=True)
-class _Blobs:
+class Blobs:
     """Pixels of a clip, sorted by colour of the world."""
 
     alpha: dict[str, Tensor]  # colour -> [T, H, W] coverage in [0, 1]
     background: Tensor  # [T, 3]
 
     def area(self, colour: str) -> Tensor:
+        """[T] pixels."""
         return self.alpha[colour].sum((1, 2))
 
     def centroid(self, colour: str) -> Tensor:
@@ -91,7 +92,7 @@ class _Blobs:
         return torch.stack([(alpha.sum(1) * axis).sum(1) / area, (alpha.sum(2) * axis).sum(1) / area], dim=1)
 
 
-def _find_blobs(frames: Tensor) -> _Blobs:
+def find_blobs(frames: Tensor) -> Blobs:
     """frames: [T, 3, H, W] in 0..255. Every foreground pixel goes to the colour whose hue explains it best."""
     background = frames.flatten(2).median(dim=2).values
     offset = frames - background[:, :, None, None]
@@ -103,7 +104,7 @@ def _find_blobs(frames: Tensor) -> _Blobs:
     length = toward.norm(dim=2)[:, :, None, None]
     nearest = (along / length).argmax(dim=1)
     alpha = (along / length.square()).clamp(0, 1) * (distance > FOREGROUND_DISTANCE).unsqueeze(1)
-    return _Blobs({name: alpha[:, k] * (nearest == k) for k, name in enumerate(names)}, background)
+    return Blobs({name: alpha[:, k] * (nearest == k) for k, name in enumerate(names)}, background)
 
 
 def _shape_of(alpha: Tensor, centroid: Tensor) -> str:
@@ -154,7 +155,7 @@ def score_clip(frames: Tensor, caption: str) -> ClipScore:
     """
     specs = parse_caption(caption)
     frames = frames.float()
-    blobs = _find_blobs(frames)
+    blobs = find_blobs(frames)
     seen_share = {name: float((blobs.area(name) >= SMALLEST_AREA).float().mean()) for name in sprites.RGB}
     present = [name for name, share in seen_share.items() if share >= PRESENT_SHARE]
     # A commanded colour that is there is its sprite; sprites left without one take what else is there.
@@ -402,10 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
         contact_sheet(frames[:12], options.sheet)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.json.with_suffix(".partial")
-        report = {"title": title, "summary": summary, "clips": [asdict(clip) for clip in clips]}
-        partial.write_text(json.dumps(report, indent=1))
-        os.replace(partial, options.json)
+        write_json(options.json, {"title": title, "summary": summary, "clips": [asdict(clip) for clip in clips]})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from diagonal_sampler.captions import caption_of, load_caption_encoder
 from diagonal_sampler.sampler import split_frames
 from distillation import losses, run_folder, sprites
 from distillation.common import generator_at, keep_freed_memory
-from distillation.networks import Role, build_networks, local
+from distillation.networks import Role, build_networks, local, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
 from distillation.recipes import RECIPES, Recipe, parse_field
 from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
@@ -150,7 +150,7 @@ class Learner:
             ValueError: a gradient that is not finite; no parameter has changed then.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.gradient_clip)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        value = float(whole(norm))
         if not math.isfinite(value):
             raise ValueError(f"update {update}: the gradient norm of {self.name} is {value}")
         warm = min(1.0, (update + 1) / self.recipe.warmup) if self.recipe.warmup else 1.0
@@ -405,12 +405,12 @@ class Trainer:
                 [torch.rand(len(self._chunks) + 1, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
             )
             clean = clean.to(self.ranks.device)
+            noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
             if paths is None:
                 sigma = self._over_frames(
                     losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=0.02, high=1.0)
                 )
-                noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
                 x = torch.lerp(clean, noise, spread_sigma(sigma))
             else:
                 sigma, x = self._on_trajectory(paths, draws)
@@ -491,13 +491,7 @@ class Trainer:
 
 def read_all_prompts(recipe: Recipe, folder: Path, ranks: Ranks) -> PromptSet:
     """The recipe's prompts; `sprites` stands for captions of the demo world, which are written into the run."""
-    encode = None
-    if recipe.text_encoder:
-        encoder = load_caption_encoder(recipe.text_encoder)
-
-        def encode(prompts: list[str]) -> Tensor:
-            with torch.no_grad():
-                return encoder.encode(prompts)
+    encode = load_caption_encoder(recipe.text_encoder).encode if recipe.text_encoder else None
 
     path = Path(recipe.prompts)
     if recipe.prompts == SPRITE_CAPTIONS:
@@ -616,33 +610,45 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | No
     return replace(RECIPES[options.recipe](), **changes), options.out, options.threads
 
 
+def train(recipe: Recipe, folder: Path) -> None:
+    """Runs a recipe's stage, alone or as one of torchrun's ranks. Raises as `run`."""
+    if recipe.stage == "teacher":
+        if recipe.name != "demo":
+            raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
+        from distillation import train_demo
+
+        train_demo.main(["--stage", "all", "--out", str(folder)])
+        return
+    with joined_ranks() as ranks:
+        if not ranks.main:
+            logging.getLogger().setLevel(logging.WARNING)
+        run(recipe, folder, ranks)
+
+
+def last_checkpoint(folder: Path) -> str:
+    """The end of a message about a run that has stopped."""
+    found = run_folder.checkpoints(folder)
+    return f"the same command goes on from {found[-1][1]}" if found else "there is no checkpoint yet"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; returns the exit status."""
+    """Runs a recipe; returns the exit status. A failure that is no defect of this program is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         recipe, folder, threads = parse_arguments(arguments)
-        if threads:
-            torch.set_num_threads(threads)
-        keep_freed_memory()
-        if recipe.stage == "teacher":
-            if recipe.name != "demo":
-                raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
-            from distillation import train_demo
-
-            train_demo.main(["--stage", "all", "--out", str(folder)])
-            return 0
-        with joined_ranks() as ranks:
-            if not ranks.main:
-                logging.getLogger().setLevel(logging.WARNING)
-            run(recipe, folder, ranks)
+    except ValueError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    try:
+        train(recipe, folder)
     except (ValueError, OSError, SafetensorError) as error:
-        kept = run_folder.checkpoints(folder) if "folder" in locals() else []
-        note = f" The last checkpoint is {kept[-1][1]}." if kept else ""
-        print(f"stopped: {error}.{note}".replace("..", "."), file=sys.stderr)
+        print(f"stopped: {str(error).rstrip('.')}; {last_checkpoint(folder)}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = run_folder.checkpoints(folder)
-        print(f"stopped by Ctrl-C; {'the same command resumes ' + str(kept[-1][1]) if kept else 'no checkpoint yet'}.")
+        print(f"stopped by Ctrl-C; {last_checkpoint(folder)}.", file=sys.stderr)
         return 130
     return 0
 

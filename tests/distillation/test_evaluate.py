@@ -20,27 +20,30 @@ from diagonal_sampler.demo_autoencoder import DemoAutoencoder, DemoAutoencoderCo
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule
 from distillation import evaluate, recipes, sprites, train_demo
-from distillation.evaluate import (
+from distillation.evidence import claims, measures, report, statistics
+from distillation.evidence.measures import Evaluation, Measured, Options, Timing
+from distillation.evidence.rows import (
     CAUSAL,
     CONTEXT_SIGMAS,
+    CONTROLS,
     FULL,
+    MOTION_WEIGHTS,
     NAMES,
     NO_FORCING,
     NO_MOTION,
     ROWS,
     SELF_FORCING,
     STEPS_4_2,
+    SUBJECTS,
     TEACHER,
     UNIFORM_2,
     UNIFORM_4,
-    ClipFeatures,
-    Evaluation,
-    Measured,
-    Options,
-    Timing,
-    bootstrap,
+    Row,
+    check_header,
     row_named,
+    training_command,
 )
+from distillation.evidence.statistics import ClipFeatures, bootstrap
 from distillation.recipes import parse_field
 
 CPU = torch.device("cpu")
@@ -49,7 +52,7 @@ RED = "a red circle moves right"
 
 
 def true_clips(captions: list[str], seed: int, length: int = 33) -> list[Tensor]:
-    return list(evaluate.true_clips(seed)(captions, 0, length))
+    return list(measures.true_clips(seed)(captions, 0, length))
 
 
 # --- intervals
@@ -72,7 +75,7 @@ def test_replicates_are_the_statistic_of_the_drawn_captions() -> None:
     values = [[1.0, 4.0], [], [2.0], [9.0, 9.0, 7.0]]
     mean, median = bootstrap(values), bootstrap(values, "median")
     assert mean.estimate == pytest.approx(32 / 6) and median.estimate == 4
-    replicates = zip(evaluate.caption_counts(4), mean.replicates, median.replicates, strict=True)
+    replicates = zip(statistics.caption_counts(4), mean.replicates, median.replicates, strict=True)
     for counts, of_mean, of_median in list(replicates)[:50]:
         drawn = sorted(x for own, count in zip(values, counts, strict=True) for x in own * count)
         if not drawn:
@@ -100,19 +103,19 @@ def test_frechet_distance_of_known_gaussians() -> None:
     a, b = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5)
     mean = rng.normal(size=5)
     closed = np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    found = evaluate.frechet(np.zeros(5), turn @ np.diag(a) @ turn.T, mean, turn @ np.diag(b) @ turn.T)
+    found = statistics.frechet(np.zeros(5), turn @ np.diag(a) @ turn.T, mean, turn @ np.diag(b) @ turn.T)
     assert found == pytest.approx(closed)
     # Covariances that do not commute: tr sqrt(AB) is the sum of the roots of AB's eigenvalues.
     full_a, full_b = (m @ m.T for m in rng.normal(size=(2, 5, 5)))
     cross = np.sqrt(np.linalg.eigvals(full_a @ full_b).real).sum()
     closed = np.trace(full_a) + np.trace(full_b) - 2 * cross
-    assert evaluate.frechet(mean, full_a, mean, full_b) == pytest.approx(closed)
+    assert statistics.frechet(mean, full_a, mean, full_b) == pytest.approx(closed)
     flat = np.diag([1.0, 0, 0, 0, 0])  # of low rank, as with fewer clips than features
-    assert evaluate.frechet(mean, flat, mean, flat) == pytest.approx(0, abs=1e-12)
+    assert statistics.frechet(mean, flat, mean, flat) == pytest.approx(0, abs=1e-12)
 
 
 def test_frechet_distance_grows_as_clips_lose_motion_or_colour(monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    monkeypatch.setattr(statistics, "FRECHET_REPLICATES", 10)
     captions = sprites.held_out_captions(24)
     network = ClipFeatures()
 
@@ -122,18 +125,18 @@ def test_frechet_distance_grows_as_clips_lose_motion_or_colour(monkeypatch) -> N
     real, clips = features(true_clips(captions, 5)), true_clips(captions, 6)
 
     def distance(made: list[Tensor]) -> float:
-        return evaluate.frechet_spread(features(made), real).estimate
+        return statistics.frechet_spread(features(made), real).estimate
 
     floor, half, still = (
         distance([clip[(torch.arange(33) * speed).long()] for clip in clips]) for speed in (1, 0.5, 0)
     )
     assert 0 < 2 * floor < half and 2 * half < still
     assert distance([clip.mean(1, keepdim=True).expand_as(clip) for clip in clips]) > 2 * floor
-    spread = evaluate.frechet_spread(real, real)
+    spread = statistics.frechet_spread(real, real)
     assert spread.estimate == pytest.approx(0, abs=1e-5) and np.allclose(spread.interval(), 0, atol=1e-5)
     assert np.array_equal(ClipFeatures()(clips[0]), network(clips[0]))
     with pytest.raises(ValueError, match="one size"):
-        evaluate.frechet_spread(real[:10], real)
+        statistics.frechet_spread(real[:10], real)
 
 
 # --- commanded motion
@@ -144,8 +147,8 @@ def test_end_point_error_is_nothing_on_true_clips_and_the_speed_on_still_ones() 
     moving, still = [], []
     for caption, clip in zip(captions, true_clips(captions, 3), strict=True):
         specs = parse_caption(caption)
-        moving += evaluate.endpoint_errors(clip, specs)
-        frozen = evaluate.endpoint_errors(clip[:1].expand_as(clip), specs)
+        moving += measures.endpoint_errors(clip, specs)
+        frozen = measures.endpoint_errors(clip[:1].expand_as(clip), specs)
         for spec, error in zip(specs, frozen, strict=True):
             if error is not None:
                 still.append(error / sprites.PIXELS_PER_FRAME[spec.speed])
@@ -153,7 +156,7 @@ def test_end_point_error_is_nothing_on_true_clips_and_the_speed_on_still_ones() 
     assert len(known) >= 0.9 * len(moving) and len(still) >= 0.9 * len(moving)
     assert np.mean(known) < 0.05 and max(known) < 0.3
     assert np.allclose(still, 1, atol=1e-3)
-    assert evaluate.endpoint_errors(torch.full((33, 3, 64, 64), 40.0), parse_caption(RED)) == [None]
+    assert measures.endpoint_errors(torch.full((33, 3, 64, 64), 40.0), parse_caption(RED)) == [None]
 
 
 def test_velocity_is_measured_before_a_bounce() -> None:
@@ -162,9 +165,9 @@ def test_velocity_is_measured_before_a_bounce() -> None:
     start, velocity, radius = torch.tensor([42.0, 30.0]), torch.tensor([1.5, 0.0]), torch.tensor(7.5)
     path = sprites.bounce(start, velocity, radius, frames)
     assert path[-1, 0] < path[10, 0]  # it did bounce
-    torch.testing.assert_close(evaluate.first_velocity(path, torch.full((16,), 150.0)), velocity, rtol=0, atol=0.06)
-    assert evaluate.commanded_velocity(spec).tolist() == [1.5, 0]
-    assert evaluate.first_velocity(path[:3], torch.full((3,), 150.0)) is None
+    torch.testing.assert_close(measures.first_velocity(path, torch.full((16,), 150.0)), velocity, rtol=0, atol=0.06)
+    assert measures.commanded_velocity(spec).tolist() == [1.5, 0]
+    assert measures.first_velocity(path[:3], torch.full((3,), 150.0)) is None
 
 
 # --- drift
@@ -176,7 +179,7 @@ def rollout() -> Tensor:
 
 
 def test_a_true_rollout_does_not_drift() -> None:
-    drift = evaluate.drift_of(rollout(), RED)
+    drift = measures.drift_of(rollout(), RED)
     assert drift.correct == (1.0,) * 10
     assert drift.saturation[-1] == pytest.approx(drift.saturation[0], abs=0.01)
     assert drift.sharpness[-1] == pytest.approx(drift.sharpness[0], rel=0.05)
@@ -184,15 +187,15 @@ def test_a_true_rollout_does_not_drift() -> None:
 
 def test_fading_oversaturation_and_blur_move_their_own_measure() -> None:
     clip = rollout()[:33]
-    saturation, sharpness = evaluate.saturation_and_sharpness(clip)
+    saturation, sharpness = measures.saturation_and_sharpness(clip)
     brightest = clip.amax(1, keepdim=True)
-    assert evaluate.saturation_and_sharpness(torch.lerp(clip, brightest, 0.5))[0] < saturation - 0.2
+    assert measures.saturation_and_sharpness(torch.lerp(clip, brightest, 0.5))[0] < saturation - 0.2
     vivid = (clip - 36 * (clip < brightest)).clamp(min=0)
-    assert evaluate.saturation_and_sharpness(vivid)[0] > saturation + 0.02
+    assert measures.saturation_and_sharpness(vivid)[0] > saturation + 0.02
     soft = F.avg_pool2d(F.pad(clip, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-    found = evaluate.saturation_and_sharpness(soft)
+    found = measures.saturation_and_sharpness(soft)
     assert found[1] < 0.8 * sharpness and found[0] == pytest.approx(saturation, abs=0.1)
-    assert evaluate.saturation_and_sharpness(torch.full((4, 3, 64, 64), 28.0)) == (None, None)
+    assert measures.saturation_and_sharpness(torch.full((4, 3, 64, 64), 28.0)) == (None, None)
 
 
 def test_a_rollout_that_fades_into_another_colour_drifts() -> None:
@@ -200,11 +203,11 @@ def test_a_rollout_that_fades_into_another_colour_drifts() -> None:
     amount = torch.linspace(0, 0.6, len(clip))[:, None, None, None]
     clip = torch.lerp(clip, clip.amax(1, keepdim=True), amount)
     clip[160:] = clip[160:].flip(1)  # red becomes blue
-    drift = evaluate.drift_of(clip, RED)
+    drift = measures.drift_of(clip, RED)
     assert drift.saturation[-1] < drift.saturation[0] - 0.2 and list(drift.saturation) == sorted(drift.saturation)[::-1]
     assert drift.correct[0] == 1 and drift.correct[-1] == 0
     with pytest.raises(ValueError, match="320"):
-        evaluate.drift_of(clip[:100], RED)
+        measures.drift_of(clip[:100], RED)
 
 
 # --- rows
@@ -216,9 +219,9 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
     for row in ROWS:
         if row.training is None:
             with pytest.raises(ValueError, match=row.name):
-                evaluate.training_command(row, Path("runs"), teacher=Path("t"))
+                training_command(row, Path("runs"), teacher=Path("t"))
             continue
-        command = shlex.split(evaluate.training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
+        command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
         train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
         flags = dict(zip(train[3::2], train[4::2], strict=True))
         assert flags.pop("--recipe") == "demo" and flags["--updates"] == "7"
@@ -226,7 +229,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        assert recipe.motion_weight == row.motion_weight
+        assert recipe.motion_weight == ({SELF_FORCING: 0} | MOTION_WEIGHTS).get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
     trainings = [row.training for row in ROWS if row.training is not None]
     assert len(set(trainings)) == len(trainings)  # nothing is trained twice
@@ -237,7 +240,7 @@ def test_forwards_are_those_of_the_paper() -> None:
         TEACHER: 100, FULL: 17, SELF_FORCING: 35, CAUSAL: 182,
     }  # fmt: skip
     assert [round(sigma, 2) for sigma in CONTEXT_SIGMAS.values()] == [0, 0.2, 0.36, 0.6, 0.8]
-    grouped = {name for group in evaluate.GROUPS for name in group.rows}
+    grouped = {name for group in report.GROUPS for name in group.rows}
     assert grouped <= set(NAMES) and len(set(NAMES)) == len(NAMES)
     assert all(not row.reference or row.reference in NAMES for row in ROWS)
 
@@ -262,7 +265,7 @@ def made_up(name: str, **share: float) -> Measured:
         "correct": [[1.0] * 9 + [1.0 + share.get("correct", 0.0)]] * 4,
     }
     seconds = share.get("seconds", 1.0)
-    subject = next(row for row in (*evaluate.CONTROLS, *ROWS) if row.name == name)
+    subject = next(subject for subject in SUBJECTS if subject.name == name)
     return Measured(
         name=name,
         key="",
@@ -284,7 +287,7 @@ def results(**changed: dict[str, float]) -> dict[str, Measured]:
 
 
 def answers(rows: dict[str, Measured]) -> dict[int, str]:
-    return {claim.number: claim.answer for claim in evaluate.answer_claims(rows, 81)}
+    return {claim.number: claim.answer for claim in claims.answer_claims(rows, 81)}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_a_claim_without_its_rows_is_not_tested() -> None:
             rows = results()
             del rows[name]
             assert answers(rows)[number] == "not tested"
-            assert name in evaluate.answer_claims(rows, 81)[number - 1].findings[0]
+            assert name in claims.answer_claims(rows, 81)[number - 1].findings[0]
     untimed = results()
     untimed[FULL] = replace(untimed[FULL], timing=None)
     assert answers(untimed)[6] == "not tested"
@@ -339,15 +342,15 @@ def test_a_claim_without_its_rows_is_not_tested() -> None:
 
 def save_rows(out: Path, rows: dict[str, Measured]) -> None:
     for name, measured in rows.items():
-        measured.save(evaluate.scores_path(out, name))
+        measured.save(measures.scores_path(out, name))
 
 
 def test_tables_are_rebuilt_from_kept_rows_alone(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "draw_plots", lambda *_: None)  # slow, and tested below
+    monkeypatch.setattr(report, "draw_plots", lambda *_: None)  # slow, and tested below
     rows = results()
     del rows["uniform-4"]
     save_rows(tmp_path / "out", rows)
-    assert Measured.load(evaluate.scores_path(tmp_path / "out", FULL)) == rows[FULL]
+    assert Measured.load(measures.scores_path(tmp_path / "out", FULL)) == rows[FULL]
     command = ["--tables-only", "--out", str(tmp_path / "out"), "--runs", str(tmp_path), "--demo", str(tmp_path)]
     assert evaluate.main(command) == 0
     readme = (tmp_path / "out/README.md").read_text()
@@ -375,10 +378,10 @@ def test_plots_are_drawn_or_said_to_be_skipped(tmp_path, monkeypatch) -> None:
     build = dict(runs=tmp_path, demo=tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        evaluate.build(tmp_path, results(), made_up(FULL).options, **build)
+        report.build(tmp_path, results(), made_up(FULL).options, **build)
     assert "skipped" in (tmp_path / "README.md").read_text() and not list(tmp_path.glob("*.png"))
     pytest.importorskip("matplotlib")
-    evaluate.build(tmp_path, results(), made_up(FULL).options, **build)
+    report.build(tmp_path, results(), made_up(FULL).options, **build)
     readme = (tmp_path / "README.md").read_text()
     for name in ("drift", "correctness_nfe", "context_sigma", "motion_weight"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in readme
@@ -389,13 +392,13 @@ def test_rows_that_do_not_belong_together_are_left_out_or_refused(tmp_path) -> N
     rows[FULL] = replace(rows[FULL], options=replace(rows[FULL].options, seeds=(7,)))
     rows[CAUSAL] = replace(rows[CAUSAL], sampling="another schedule")
     save_rows(tmp_path, rows)
-    kept = evaluate.load_scores(tmp_path, rows[TEACHER].options)
+    kept = report.load_scores(tmp_path, rows[TEACHER].options)
     assert set(kept) == {row.name for row in ROWS} - {FULL, CAUSAL}
     with pytest.raises(ValueError, match="2 sets of options"):
-        evaluate.load_scores(tmp_path, None)
+        report.load_scores(tmp_path, None)
     with pytest.raises(ValueError, match="there is none"):
-        evaluate.load_scores(tmp_path / "empty", None)
-    path = evaluate.scores_path(tmp_path, FULL)
+        report.load_scores(tmp_path / "empty", None)
+    path = measures.scores_path(tmp_path, FULL)
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match="delete it"):
         Measured.load(path)
@@ -422,27 +425,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def short_row(name: str = TEACHER, **changes: object) -> evaluate.Row:
+def short_row(name: str = TEACHER, **changes: object) -> Row:
     """A row of the table with one step."""
     schedule = DiagonalSchedule.from_steps((2, 1), fresh_noise=False)
     return replace(row_named(name), schedule=schedule, **changes)
 
 
 def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    monkeypatch.setattr(statistics, "FRECHET_REPLICATES", 10)
     options = replace(SMALL, captions=2, long=10, long_captions=2)
     evaluation = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU)
     row = short_row(CAUSAL, cfg=2.0)
     first = evaluation.score(row)
-    assert len(first.values["everything"]) == 2 and len(first.frechet) == 1 + evaluate.FRECHET_REPLICATES
-    assert {name: len(tenths[0]) for name, tenths in first.drift.items()} == dict.fromkeys(evaluate.DRIFTING, 10)
+    assert len(first.values["everything"]) == 2 and len(first.frechet) == 1 + statistics.FRECHET_REPLICATES
+    assert {name: len(tenths[0]) for name, tenths in first.drift.items()} == dict.fromkeys(measures.DRIFTING, 10)
     assert len(first.timing.clip) == 3 and min(first.timing.clip) >= min(first.timing.first_chunk) > 0
-    assert 0 <= evaluate.spread(first, "everything").estimate <= 1
+    assert 0 <= claims.spread(first, "everything").estimate <= 1
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(evaluate, "stream", refuse)
+    monkeypatch.setattr(measures, "stream", refuse)
     again = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU)
     assert again.score(row) == first
     with pytest.raises(AssertionError, match="sampled again"):
@@ -457,34 +460,34 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
 
 
 def test_a_clip_depends_on_its_seed_and_caption_and_a_bidirectional_row_is_one_chunk(demo, monkeypatch) -> None:
-    parts = evaluate.load_parts(demo, CPU)
+    parts = measures.load_parts(demo, CPU)
     dit = train_demo.load_dit(demo / train_demo.DIT_FILE)
     dit.head.head.weight.normal_(std=0.1)
     captions = sprites.held_out_captions(3)
     row = short_row()
     shapes = []
     hook = dit.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[2]))
-    together = list(evaluate.sampled_clips(dit, parts, row)(captions, 1, 33))
+    together = list(measures.sampled_clips(dit, parts, row)(captions, 1, 33))
     assert shapes == [9] * row.nfe(33) and len(shapes) == 4  # two steps, each with and without the caption
     hook.remove()
     assert all(clip.shape == (33, 3, 64, 64) for clip in together)
-    monkeypatch.setattr(evaluate, "BATCH", 2)
-    apart = list(evaluate.sampled_clips(dit, parts, row)(captions, 1, 33))
+    monkeypatch.setattr(measures, "BATCH", 2)
+    apart = list(measures.sampled_clips(dit, parts, row)(captions, 1, 33))
     for whole, part in zip(together, apart, strict=True):
         torch.testing.assert_close(whole, part, rtol=0, atol=2.0)  # of 255; bf16 products
-    other = next(iter(evaluate.sampled_clips(dit, parts, row)(captions, 2, 33)))
+    other = next(iter(measures.sampled_clips(dit, parts, row)(captions, 2, 33)))
     assert (other - together[0]).abs().max() > 5
 
 
 def test_the_controls_need_no_weights_and_true_clips_are_all_right(demo, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "FRECHET_REPLICATES", 10)
+    monkeypatch.setattr(statistics, "FRECHET_REPLICATES", 10)
     evaluation = Evaluation(SMALL, tmp_path, demo, tmp_path, CPU)
-    truth, decoded = (evaluation.score(control) for control in evaluate.CONTROLS)
+    truth, decoded = (evaluation.score(control) for control in CONTROLS)
     for measure in ("colour", "shape", "direction", "everything"):
-        assert evaluate.spread(truth, measure).estimate == 1
-    assert evaluate.spread(truth, "amplitude").estimate == pytest.approx(1, abs=0.05)
+        assert claims.spread(truth, measure).estimate == 1
+    assert claims.spread(truth, "amplitude").estimate == pytest.approx(1, abs=0.05)
     assert truth.frechet[0] < decoded.frechet[0]  # its decoder is untrained
-    assert truth.timing is None and evaluate.spread(truth, "saturation_drift") is None
+    assert truth.timing is None and claims.spread(truth, "saturation_drift") is None
 
 
 # --- bad input
@@ -532,10 +535,10 @@ def test_weights_of_another_training_are_refused(tmp_path) -> None:
     path = tmp_path / row.checkpoint
     save_file({"x": torch.zeros(1)}, path, metadata=header_of(recipe, 5, whole=True))
     with pytest.raises(ValueError, match="steps_per_chunk.*--commands"):
-        evaluate.check_header(row, path)
-    assert "5 updates" in evaluate.check_header(row_named(STEPS_4_2), path)
+        check_header(row, path)
+    assert "5 updates" in check_header(row_named(STEPS_4_2), path)
     with pytest.raises(ValueError, match="a distilled model"):
-        evaluate.check_header(row_named(TEACHER), path)
+        check_header(row_named(TEACHER), path)
     with pytest.raises(ValueError, match="name is 'A b'"):
         replace(row, name="A b")
     with pytest.raises(ValueError, match="attention is 'both'"):

@@ -1,0 +1,278 @@
+"""From measurements to numbers, and from numbers to answers to the paper's claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA
+from distillation.evidence.measures import DRIFTS, MEASURES, NUMBER, PER_CAPTION, POINTS, SHARE, Measured, Timing
+from distillation.evidence.rows import (
+    CONTEXT_SIGMAS,
+    FULL,
+    NO_FORCING,
+    NO_MOTION,
+    SELF_FORCING,
+    STEPS_4_2,
+    TEACHER,
+    UNIFORM_2,
+    UNIFORM_4,
+    row_named,
+)
+from distillation.evidence.statistics import Spread, bootstrap, largest
+
+
+def spread(measured: Measured, measure: str) -> Spread | None:
+    """A measure of a row with its replicates; None where it was not measured or nothing could be."""
+    if measure == "frechet":
+        return Spread(measured.frechet[0], np.array(measured.frechet[1:]))
+    if measure in DRIFTS:
+        name = measure.removesuffix("_drift")
+        changes = [_change(tenths, relative=name == "sharpness") for tenths in measured.drift.get(name, ())]
+        return bootstrap(changes) if changes else None
+    return bootstrap(measured.values[measure], PER_CAPTION[measure].statistic)
+
+
+def _change(tenths: Sequence[float | None], *, relative: bool) -> list[float]:
+    """Last tenth against first: the difference, or the ratio less 1; no value where either is missing."""
+    first, last = tenths[0], tenths[-1]
+    if first is None or last is None or (relative and first == 0):
+        return []
+    return [last / first - 1 if relative else last - first]
+
+
+def written(value: Spread | None, form: str) -> str:
+    """Estimate and interval as a table's cell."""
+    if value is None:
+        return "-"
+    low, high = value.interval()
+    if form == NUMBER:
+        return f"{value.estimate:.2f} [{low:.2f}, {high:.2f}]"
+    numbers = [f"{100 * x:{'+' if form == POINTS else ''}.1f}" for x in (value.estimate, low, high)]
+    return f"{numbers[0]}{'%' if form == SHARE else ''} [{numbers[1]}, {numbers[2]}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The claims
+
+YES, NO, UNCLEAR, NOT_TESTED = "yes", "no", "unclear", "not tested"
+QUALITY_MARGIN = 0.05
+"""Points of a share that count as kept quality, as for the shipped student: 95%."""
+ABOUT_HALF = 0.6  # share of the forwards
+LEAST_QUALITY = 0.1
+"""Share of clips with everything right below which "keeps the quality" says nothing: both may fail alike."""
+PAPER_SPEED_UP = 277.3
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim of the paper, the rule that answers it here, and the numbers."""
+
+    number: int
+    text: str
+    rule: str
+    paper: str
+    answer: str
+    findings: tuple[str, ...]
+
+
+class _Missing(LookupError):
+    """A row or measure that a claim needs is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """Measured rows, as the claims ask for them."""
+
+    results: Mapping[str, Measured]
+    length: int
+
+    def row(self, name: str) -> Measured:
+        if name not in self.results:
+            raise _Missing(f"row {name} is missing")
+        return self.results[name]
+
+    def of(self, name: str, measure: str) -> Spread:
+        found = spread(self.row(name), measure)
+        if found is None:
+            raise _Missing(f"row {name} has no {MEASURES[measure].title}")
+        return found
+
+    def timing(self, name: str) -> Timing:
+        found = self.row(name).timing
+        if found is None:
+            raise _Missing(f"row {name} has no time")
+        return found
+
+    def nfe(self, name: str) -> int:
+        return row_named(name).nfe(self.length)
+
+
+def above(value: Spread, least: float = 0.0) -> str:
+    """Whether a number is above `least`: yes or no where the whole interval is on one side, else unclear."""
+    low, high = value.interval()
+    return YES if low > least else NO if high < least else UNCLEAR
+
+
+def all_of(*answers: str) -> str:
+    """no if any is, yes if all are, else unclear."""
+    return NO if NO in answers else YES if set(answers) == {YES} else UNCLEAR
+
+
+def any_of(*answers: str) -> str:
+    """yes if any is, no if all are, else unclear."""
+    return YES if YES in answers else NO if set(answers) == {NO} else UNCLEAR
+
+
+Answer = tuple[str, list[str]]
+
+
+def _keeps_quality(e: _Evidence) -> Answer:
+    answers, findings = [], []
+    for measure in ("colour", "shape", "direction", "everything"):
+        change = e.of(FULL, measure) - e.of(SELF_FORCING, measure)
+        answers.append(above(change, -QUALITY_MARGIN))
+        findings.append(f"{MEASURES[measure].title}: {written(change, POINTS)} points")
+    findings.append(f"Frechet distance: {written(e.of(FULL, 'frechet') - e.of(SELF_FORCING, 'frechet'), NUMBER)}")
+    share = e.nfe(FULL) / e.nfe(SELF_FORCING)
+    findings.append(f"forwards: {e.nfe(FULL)} against {e.nfe(SELF_FORCING)} ({share:.2f})")
+    answers.append(YES if share <= ABOUT_HALF else NO)
+    answer = all_of(*answers)
+    base = e.of(SELF_FORCING, "everything")
+    if above(base, LEAST_QUALITY) != YES:
+        answer = UNCLEAR
+        findings.append(f"{SELF_FORCING} gets everything right in {written(base, SHARE)} of clips: no quality to keep")
+    return answer, findings
+
+
+def _forcing_costs_most(e: _Evidence) -> Answer:
+    full = e.of(FULL, "everything")
+    losses = {name: full - e.of(name, "everything") for name in (NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4)}
+    findings = [f"everything right lost by {name}: {written(loss, POINTS)} points" for name, loss in losses.items()]
+    lead = losses[NO_FORCING] - largest(*(loss for name, loss in losses.items() if name != NO_FORCING))
+    findings.append(f"its loss above the largest other: {written(lead, POINTS)} points")
+    saturates = e.of(NO_FORCING, "saturation_drift") - e.of(FULL, "saturation_drift")
+    drifts = e.of(FULL, "correct_drift") - e.of(NO_FORCING, "correct_drift")
+    findings.append(f"saturation gained over a rollout, more than {FULL}: {written(saturates, POINTS)} points")
+    findings.append(f"colour and shape lost over a rollout, more than {FULL}: {written(drifts, POINTS)} points")
+    return all_of(above(lead), any_of(above(saturates), above(drifts))), findings
+
+
+def _motion_shrinks(e: _Evidence) -> Answer:
+    with_, without = e.of(FULL, "amplitude"), e.of(NO_MOTION, "amplitude")
+    findings = [
+        f"{FULL}: {written(with_, NUMBER)} of the commanded speed",
+        f"{NO_MOTION}: {written(without, NUMBER)}",
+        f"difference: {written(with_ - without, NUMBER)}",
+    ]
+    return above(with_ - without), findings
+
+
+def _early_steps(e: _Evidence) -> Answer:
+    early = (e.of(STEPS_4_2, "everything") - e.of(UNIFORM_2, "everything")) / (e.nfe(STEPS_4_2) - e.nfe(UNIFORM_2))
+    late = (e.of(UNIFORM_4, "everything") - e.of(STEPS_4_2, "everything")) / (e.nfe(UNIFORM_4) - e.nfe(STEPS_4_2))
+    findings = [
+        f"an early forward ({UNIFORM_2} to {STEPS_4_2}) adds {written(early, POINTS)} points of everything right",
+        f"a late forward ({STEPS_4_2} to {UNIFORM_4}) adds {written(late, POINTS)}",
+        f"difference: {written(early - late, POINTS)}",
+    ]
+    return above(early - late), findings
+
+
+def _context_is_best(e: _Evidence) -> Answer:
+    best = next(name for name, sigma in CONTEXT_SIGMAS.items() if sigma == DEFAULT_CONTEXT_SIGMA)
+    findings, answers = [f"{best}: everything right {written(e.of(best, 'everything'), SHARE)}"], {}
+    for name, sigma in CONTEXT_SIGMAS.items():
+        if name != best:
+            lead = e.of(best, "everything") - e.of(name, "everything")
+            answers[sigma] = above(lead)
+            findings.append(f"above sigma {sigma:.2g} ({name}): {written(lead, POINTS)} points")
+    ends = (answers[min(answers)], answers[max(answers)])
+    return NO if NO in answers.values() else YES if set(ends) == {YES} else UNCLEAR, findings
+
+
+def _speed_up(e: _Evidence) -> Answer:
+    slow, fast = e.timing(TEACHER), e.timing(FULL)
+    median = float(np.median(slow.clip) / np.median(fast.clip))
+    low, high = min(slow.clip) / max(fast.clip), max(slow.clip) / min(fast.clip)
+    length = latent_frames(e.length)
+    per_forward = row_named(FULL).settings.frames_per_chunk
+    findings = [
+        f"measured: {median:.1f}x [{low:.1f}, {high:.1f}], batch 1, {fast.threads} threads, {fast.device}",
+        f"forwards: {e.nfe(TEACHER)} against {e.nfe(FULL)} ({e.nfe(TEACHER) / e.nfe(FULL):.1f}x); latent frames that "
+        f"go through the network: {e.nfe(TEACHER) * length / (e.nfe(FULL) * per_forward):.1f}x",
+    ]
+    if SELF_FORCING in e.results and e.results[SELF_FORCING].timing is not None:
+        other = float(np.median(e.timing(SELF_FORCING).clip) / np.median(fast.clip))
+        findings.append(f"over {SELF_FORCING}: {other:.2f}x")
+    if (slow.threads, slow.device) != (fast.threads, fast.device):
+        findings.append("the two were timed on different devices or threads")
+        return UNCLEAR, findings
+    return YES if low >= PAPER_SPEED_UP else NO if high < PAPER_SPEED_UP else UNCLEAR, findings
+
+
+_CLAIMS: tuple[tuple[str, str, str, Callable[[_Evidence], Answer]], ...] = (
+    (
+        "Diagonal 4-3-2 keeps the quality of 4 uniform steps at about half the forwards.",
+        f"yes if {FULL} loses less than {100 * QUALITY_MARGIN:.0f} points against {SELF_FORCING} in colour, shape, "
+        f"direction and everything, and takes at most {ABOUT_HALF:g} of the forwards; no if one of them is surely not "
+        f"so; unclear also if {SELF_FORCING} is not surely above {LEAST_QUALITY:.0%} of clips right.",
+        "17 forwards against 35; VBench 84.48",
+        _keeps_quality,
+    ),
+    (
+        "Removing diagonal forcing costs the most, and long rollouts then oversaturate or drift.",
+        "yes if its loss of clips right is above every other ablation's, and over the long rollout saturation grows "
+        "more or correctness falls more than in full; no if one of the two halves is surely not so.",
+        "long rollouts oversaturate without it",
+        _forcing_costs_most,
+    ),
+    (
+        "Removing flow distribution matching shrinks motion.",
+        "yes if the median of measured over commanded speed is lower without it; no if higher.",
+        "motion amplitude falls visibly (Table 2, Figure 6)",
+        _motion_shrinks,
+    ),
+    (
+        "More early steps are worth more than more late steps.",
+        f"yes if a forward spent on the first chunk ({UNIFORM_2} to {STEPS_4_2}) adds more clips right than one spent "
+        f"on later chunks ({STEPS_4_2} to {UNIFORM_4}); no if less.",
+        "5333333 scores highest, 4222222 is fastest, 4322222 is the balance chosen (Table 3)",
+        _early_steps,
+    ),
+    (
+        "A context sigma near 0.36 is best.",
+        "yes if sigma 0.36 has more clips right than both ends of the sweep and no sigma has more than it; no if one "
+        "has; unclear if the ends cannot be told from it.",
+        "noise near timestep 100 is best; much more loses structure, much less oversaturates (Figure 5a)",
+        _context_is_best,
+    ),
+    (
+        f"The speed-up over the undistilled teacher is {PAPER_SPEED_UP:g}x.",
+        f"yes if even the slowest run against the teacher's fastest gives {PAPER_SPEED_UP:g}x; no if even the fastest "
+        "against the teacher's slowest does not.",
+        "277.3x (50 steps with CFG); 1.53x to 1.88x over Self Forcing",
+        _speed_up,
+    ),
+)
+
+
+def answer_claims(results: Mapping[str, Measured], length: int) -> list[Claim]:
+    """The six claims, answered from what was measured.
+
+    Args:
+        results: by row name; rows may be missing.
+        length: pixel frames of a clip.
+    """
+    evidence = _Evidence(results, length)
+    claims = []
+    for number, (text, rule, paper, decide) in enumerate(_CLAIMS, start=1):
+        try:
+            answer, findings = decide(evidence)
+        except _Missing as missing:
+            answer, findings = NOT_TESTED, [str(missing)]
+        claims.append(Claim(number, text, rule, paper, answer, tuple(findings)))
+    return claims

@@ -1,0 +1,292 @@
+"""The rows of the evidence: models, how each is sampled, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.sampler import count_forwards
+from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA, DEFAULT_PRESET, PRESETS, DiagonalSchedule, parse_steps
+from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from distillation import train_demo
+from distillation.recipes import ATTENTIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model and one way to sample it.
+
+    Attributes:
+        name: of the row, of its weights and of its scores.
+        text: what it is.
+        checkpoint: a safetensors DiT, looked for in the folder of runs, then in the demo's.
+        schedule: steps, noise levels and context.
+        settings: how a causal row looks back.
+        cfg: guidance against the empty caption; 1 is none.
+        attention: "causal", or "bidirectional": the whole clip is one chunk.
+        reference: the row it is compared with, or empty.
+        training: flags of distillation.train that make it; None for the shared initialisation.
+        paper: what the paper says about it.
+
+    Raises:
+        ValueError: a name that is no file name, an unknown attention, guidance below 0.
+    """
+
+    name: str
+    text: str
+    checkpoint: str
+    schedule: DiagonalSchedule
+    settings: CausalSettings = CausalSettings()
+    cfg: float = 1.0
+    attention: str = "causal"
+    reference: str = ""
+    training: str | None = None
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
+            raise ValueError(f"name is {self.name!r}; it names a file: use small letters, digits, dots and dashes.")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(ATTENTIONS)}.")
+        if not self.cfg >= 0:
+            raise ValueError(f"cfg is {self.cfg}; it must be 0 or more (1: no guidance).")
+
+    def settings_for(self, frames: int) -> CausalSettings:
+        """How a clip of `frames` latent frames is cut into chunks and looked back on."""
+        if self.attention == "causal":
+            return self.settings
+        return CausalSettings(frames_per_chunk=frames, window=GLOBAL_WINDOW, sink=0)
+
+    def nfe(self, length: int) -> int:
+        """Forwards of a clip of `length` pixel frames, cache passes and the unconditional half of guidance included."""
+        frames = latent_frames(length)
+        forwards = count_forwards(self.schedule, frames, self.settings_for(frames).frames_per_chunk)
+        return forwards * (1 if self.cfg == 1 else 2)
+
+    def sampling(self) -> str:
+        """All that decides how it is sampled, as one line that changes when any of it does."""
+        chosen = {
+            "schedule": asdict(self.schedule),
+            "settings": asdict(self.settings),
+            "cfg": self.cfg,
+            "attention": self.attention,
+        }
+        return json.dumps(chosen, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """True clips scored like a row's: what the measures give where nothing is wrong.
+
+    Attributes:
+        decoded: through the demo's autoencoder and back, as every row's clips come out of its decoder.
+    """
+
+    name: str
+    text: str
+    decoded: bool
+
+    def sampling(self) -> str:
+        """All that decides how its clips are made, as one line."""
+        return json.dumps({"control": self.decoded})
+
+
+TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diagonal-4-3-2"
+NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
+STEPS_4_2 = "steps-4-2"
+UNDISTILLED_CFG = 2.5
+
+
+def _trained(
+    name: str,
+    text: str,
+    steps: str = "4,3,2",
+    *,
+    preset: str = DEFAULT_PRESET,
+    context_mode: str = "noisy",
+    context_sigma: float = DEFAULT_CONTEXT_SIGMA,
+    motion_weight: float = 1.0,
+    reference: str = FULL,
+    paper: str = "",
+) -> Row:
+    """A trained row: its flags and its schedule are written from the same values."""
+    flags = ["--preset", preset, "--steps", steps, "--context-mode", context_mode]
+    if context_mode == "renoise":
+        flags += ["--context-sigma", repr(context_sigma)]
+    flags += ["--motion-weight", f"{motion_weight:g}"]
+    return Row(
+        name=name,
+        text=text,
+        checkpoint=f"{name}.safetensors",
+        schedule=DiagonalSchedule.from_steps(
+            parse_steps(steps),
+            times=PRESETS[preset].times,
+            context_mode=context_mode,
+            context_sigma=context_sigma,
+        ),
+        reference=reference,
+        training=shlex.join(flags),
+        paper=paper,
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        name=TEACHER,
+        text="undistilled teacher: bidirectional, 50 Euler steps, cfg 2.5",
+        checkpoint=train_demo.DIT_FILE,
+        # One chunk has no successor, so nothing needs its clean keys: no cache pass.
+        schedule=DiagonalSchedule.uniform(50, context_mode="noisy"),
+        cfg=UNDISTILLED_CFG,
+        attention="bidirectional",
+        paper="1x; 50 steps with CFG",
+    ),
+    Row(
+        name=CAUSAL,
+        text="undistilled, causal: 12 Euler steps a chunk, clean context, cfg 2.5",
+        checkpoint=train_demo.DIT_FILE,
+        schedule=DiagonalSchedule.preset("undistilled"),
+        cfg=UNDISTILLED_CFG,
+        reference=TEACHER,
+    ),
+    _trained(
+        SELF_FORCING,
+        "Self Forcing: 4 uniform steps, clean context, no motion loss",
+        "4",
+        preset="self forcing",
+        context_mode="clean",
+        motion_weight=0,
+        reference=CAUSAL,
+        paper="35 forwards, 1.53x to 1.88x the time of 4-3-2",
+    ),
+    _trained(
+        FULL,
+        "diagonal 4-3-2, in full",
+        reference=SELF_FORCING,
+        paper="17 forwards, 277.3x, VBench 84.48 / 85.26 / 81.73; 2.61 s a clip, first frame 0.37 s (H100, 480p)",
+    ),
+    _trained(
+        NO_FORCING,
+        "without diagonal forcing: 4-3-2 steps, clean context (context sigma 0)",
+        context_mode="clean",
+        paper="long rollouts oversaturate",
+    ),
+    _trained(
+        NO_MOTION,
+        "without flow distribution matching (motion weight 0)",
+        motion_weight=0,
+        paper="motion falls visibly (Table 2, Figure 6)",
+    ),
+    _trained(UNIFORM_2, "without diagonal denoising: 2 steps a chunk, noisy context", "2"),
+    _trained(UNIFORM_4, "without diagonal denoising: 4 steps a chunk, noisy context", "4"),
+    _trained("steps-5-3", "steps 5, 3, 3, ...", "5,3", paper="scores highest (Table 3)"),
+    _trained(STEPS_4_2, "steps 4, 2, 2, ...", "4,2", paper="fastest (Table 3)"),
+    _trained(
+        "steps-1",
+        # A noisy context of one-step chunks would be pure noise (DiagonalSchedule.warnings).
+        "1 step a chunk; context renoised to 0.36, as a noisy one would be pure noise",
+        "1",
+        context_mode="renoise",
+    ),
+    *(
+        _trained(
+            f"context-{sigma:.2g}",
+            f"4-3-2 steps, context renoised to sigma {sigma:.2g}",
+            context_mode="renoise",
+            context_sigma=sigma,
+            paper="best (Figure 5a)" if sigma == DEFAULT_CONTEXT_SIGMA else "",
+        )
+        for sigma in (0.2, DEFAULT_CONTEXT_SIGMA, 0.6, 0.8)
+    ),
+    *(
+        _trained(f"motion-{weight:g}", f"4-3-2, motion weight {weight:g}", motion_weight=weight)
+        for weight in (0.5, 2.0)
+    ),
+)
+CONTROLS: tuple[Control, ...] = (
+    Control(name="true-clips", text="true clips: what the measures can reach", decoded=False),
+    Control(name="true-clips-decoded", text="true clips through the autoencoder", decoded=True),
+)
+SUBJECTS: tuple[Row | Control, ...] = (*CONTROLS, *ROWS)
+"""All that is scored, in the order of the tables."""
+NAMES: tuple[str, ...] = tuple(subject.name for subject in SUBJECTS)
+CONTEXT_SIGMAS: dict[str, float] = {NO_FORCING: 0.0} | {
+    row.name: row.schedule.context_sigma
+    for row in ROWS
+    if row.schedule.context_mode == "renoise" and "context" in row.name
+}
+"""Rows of the context sweep; a clean context is sigma 0."""
+MOTION_WEIGHTS: dict[str, float] = {NO_MOTION: 0.0, "motion-0.5": 0.5, FULL: 1.0, "motion-2": 2.0}
+
+
+def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None = None) -> str:
+    """The shell commands that train a row and export its weights to where the evaluation looks for them.
+
+    Args:
+        row: a trained one.
+        runs: folder of the runs.
+        teacher: weights of the shared initialisation.
+        updates: the budget, equal for all rows; None is the recipe's.
+
+    Raises:
+        ValueError: a row that is not trained.
+    """
+    if row.training is None:
+        raise ValueError(f"row is {row.name!r}, the shared initialisation; it is made by distillation.train_demo.")
+    run = shlex.quote(os.fspath(runs / row.name))
+    budget = "" if updates is None else f" --updates {updates}"
+    return (
+        f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
+        f"{row.training}{budget} && \\\n"
+        f"python -m distillation.export --run {run} --to {shlex.quote(os.fspath(runs / row.checkpoint))}"
+    )
+
+
+def row_named(name: str) -> Row:
+    """The row of that name."""
+    return next(row for row in ROWS if row.name == name)
+
+
+def find_checkpoint(row: Row, runs: Path, demo: Path) -> Path | None:
+    """The row's weights in the folder of runs, else in the demo's; None if neither has them."""
+    return next((path for folder in (runs, demo) if (path := folder / row.checkpoint).is_file()), None)
+
+
+def check_header(row: Row, path: Path) -> str:
+    """Compares a file's provenance with the row, and returns what it says about its training.
+
+    Raises:
+        ValueError: trained for another schedule, context or window; or an undistilled row whose file is distilled.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    found = Provenance.from_metadata(metadata, path.name)
+    if row.training is None:
+        if metadata.get("cfg") == "1":  # as distillation.export writes; an undistilled model needs guidance
+            raise ValueError(
+                f"checkpoint is {os.fspath(path)!r}, a distilled model, but row {row.name!r} is the undistilled one; "
+                f"put the teacher's weights into the folder of runs as {row.checkpoint}."
+            )
+        return found.recipe or ""
+    wrong = found.contradictions(
+        steps_per_chunk=tuple(len(sigmas) for sigmas in row.schedule.sigmas),
+        sigmas=row.schedule.sigmas,
+        context_mode=row.schedule.context_mode,
+        frames_per_chunk=row.settings.frames_per_chunk,
+        window=row.settings.window,
+        sink=row.settings.sink,
+    )
+    if wrong:
+        raise ValueError(
+            f"checkpoint is {os.fspath(path)!r}, which is not row {row.name!r}: {'; '.join(wrong)}. Train it with the "
+            "flags that --commands prints."
+        )
+    return found.recipe or ""
