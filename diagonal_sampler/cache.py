@@ -9,7 +9,7 @@ Shape suffixes: B batch, L tokens, N heads, D channels a head.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,7 @@ class KVCache:
         self.frames = 0
         self._window_positions = settings.window_positions(total_frames)
         self._conditions: dict[Hashable, ConditionKV] = {}
+        self._restored: list[ConditionKV] = []
 
     @property
     def start_frame(self) -> int:
@@ -134,14 +135,67 @@ class KVCache:
         """Buffers of one condition, made at the first call."""
         found = self._conditions.get(key)
         if found is None:
-            found = self._conditions[key] = ConditionKV(self)
+            found = self._conditions[key] = self._restored.pop(0) if self._restored else ConditionKV(self)
         return found
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Keys and values after a committed chunk, by "condition/layer/keys" and ".../values"; copies on the CPU.
+
+        With `committed` this is all that a later run needs to go on: see `restore`.
+
+        Raises:
+            RuntimeError: inside a chunk.
+        """
+        if self.frames:
+            raise RuntimeError("KVCache.snapshot inside a chunk; commit() it first.")
+        out: dict[str, Tensor] = {}
+        for number, condition in enumerate(self._conditions.values()):
+            for index, layer in condition._layers.items():
+                tokens = layer.keys_BLND.shape[1] // self.capacity * self.filled
+                out[f"{number}/{index}/keys"] = layer.keys_BLND[:, :tokens].to("cpu", copy=True)
+                out[f"{number}/{index}/values"] = layer.values_BLND[:, :tokens].to("cpu", copy=True)
+        return out
+
+    def restore(self, committed: int, snapshot: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Continue where a snapshot was taken, in a cache of the same settings and length that is still unused.
+
+        Conditions are matched in the order of their first use, which is the same in every run of one graph.
+
+        Args:
+            committed: latent frames that were committed then.
+
+        Raises:
+            ValueError: a snapshot that does not fit this cache.
+            RuntimeError: the cache is in use.
+        """
+        if self.committed or self.frames or self._conditions:
+            raise RuntimeError("KVCache.restore into a cache that is in use; make a new one.")
+        if not 0 < committed < self.total_frames:
+            raise ValueError(f"The snapshot ends at latent frame {committed}; the clip has {self.total_frames}.")
+        self.committed = committed
+        restored: dict[int, ConditionKV] = {}
+        for name, tensor in snapshot.items():
+            number, index, part = name.split("/")
+            condition = restored.setdefault(int(number), ConditionKV(self))
+            tokens, remainder = divmod(tensor.shape[1], self.filled)
+            if remainder:
+                raise ValueError(
+                    f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {self.filled} latent "
+                    "frames in this window: it belongs to other settings or to another length."
+                )
+            buffer = tensor.new_empty(
+                (tensor.shape[0], self.capacity * tokens, *tensor.shape[2:]), device=torch.device(device)
+            )
+            buffer[:, : tensor.shape[1]] = tensor
+            condition._restore(int(index), part, buffer)
+        self._restored = [restored[number] for number in sorted(restored)]
 
     def free(self) -> None:
         """Drop every buffer, also of conditions that someone still holds. The cache must not be used afterwards."""
         for condition in self._conditions.values():
             condition.free()
         self._conditions.clear()
+        self._restored.clear()
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +246,17 @@ class ConditionKV:
     @property
     def nbytes(self) -> int:
         return sum(layer.keys_BLND.nbytes + layer.values_BLND.nbytes for layer in self._layers.values())
+
+    def _restore(self, index: int, part: str, buffer: Tensor) -> None:
+        """Take one buffer of a snapshot; keys and values of a layer come in either order."""
+        cache = self.cache
+        layer = self._layers.get(index)
+        if layer is None:
+            layer = self._layers[index] = _Layer(buffer, buffer, cache._position_shift, cache.committed)
+        if part == "keys":
+            layer.keys_BLND = buffer
+        else:
+            layer.values_BLND = buffer
 
     def free(self) -> None:
         """Drop the buffers of every layer."""

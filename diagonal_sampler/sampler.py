@@ -84,6 +84,7 @@ def sample_chunks(
     context: Tensor | None = None,
     source: Callable[[int, int], Tensor] | None = None,
     exit_step: Callable[[int], int] | None = None,
+    first_chunk: int = 0,
 ) -> Iterator[Chunk]:
     """Denoise a clip chunk by chunk, each conditioned through the cache on the ones before it.
 
@@ -100,6 +101,7 @@ def sample_chunks(
         context: [B, C, n, H, W] finished latents that the clip begins with; they are cached, not yielded.
         source: (start_frame, frames) -> clean latents that a schedule starting below sigma 1 is mixed from.
         exit_step: chunk index -> the step, from 0, whose denoised keeps its gradient.
+        first_chunk: go on at this chunk, in a cache that was restored to its beginning; the context is in there.
 
     Yields:
         Chunk, in order.
@@ -111,11 +113,17 @@ def sample_chunks(
     given = 0 if context is None else context.shape[2]
     if frames <= given:
         raise ValueError(f"frames is {frames} and the context has {given} already; ask for more than the context.")
-    if cache.committed:
-        raise ValueError(f"The cache has {cache.committed} latent frames already; make one cache for each clip.")
     if cache.total_frames < frames:
         raise ValueError(f"The cache was made for {cache.total_frames} latent frames and frames is {frames}.")
     counts = split_frames(frames - given, frames_per_chunk)
+    if not 0 <= first_chunk < len(counts):
+        raise ValueError(f"first_chunk is {first_chunk}; the clip has chunks 0 to {len(counts) - 1}.")
+    start = given + sum(counts[:first_chunk]) if first_chunk else 0
+    if cache.committed != start:
+        raise ValueError(
+            f"The cache has {cache.committed} latent frames where chunk {first_chunk} begins at {start}; make one "
+            "cache for each clip."
+        )
     for index in range(len(counts)):
         if source is None and (first := schedule.chunk_sigmas(index)[0]) < 1:
             raise ValueError(
@@ -131,8 +139,7 @@ def sample_chunks(
                 Forward(chunk=chunk, start_frame=at, frames=x0.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
             )
 
-    start = 0
-    for piece in split_frames(given, frames_per_chunk):
+    for piece in split_frames(0 if first_chunk else given, frames_per_chunk):
         assert context is not None
         cache.begin(piece)
         # Draws of given context count down from -1, so that they never share noise with a chunk.
@@ -140,7 +147,7 @@ def sample_chunks(
         cache.commit()
         start += piece
 
-    for index, count in enumerate(counts):
+    for index, count in list(enumerate(counts))[first_chunk:]:
         sigmas = schedule.chunk_sigmas(index)
         exit_at = None if exit_step is None else exit_step(index)
         if exit_at is not None and not 0 <= exit_at < len(sigmas):

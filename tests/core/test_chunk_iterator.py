@@ -475,3 +475,73 @@ def test_kept_noise_is_eulers_method(fresh):
     list(sample_chunks(denoise, source, schedule, KVCache(CausalSettings(), 3), frames=3, frames_per_chunk=3))
     same = [torch.allclose(noise, inputs[0], atol=1e-5) for noise in inputs[1:]]
     assert same == [not fresh] * 3
+
+
+# Going on from a snapshot
+
+
+@pytest.mark.parametrize("settings", (GLOBAL, ROLLING), ids=("global", "rolling"))
+@pytest.mark.parametrize("mode", CONTEXT_MODES)
+@pytest.mark.parametrize("after", (1, 2, 4))
+@torch.no_grad()
+def test_a_snapshot_goes_on_bit_for_bit(settings, mode, after):
+    """Two conditions, a clip that outgrows its window: the restored run equals the one that was not interrupted."""
+    model, schedule = tiny_dit(), replace(DIAGONAL, context_mode=mode)
+    texts = {"positive": caption(1), "negative": caption(2)}
+
+    def chunks(cache: KVCache, first: int = 0):
+        def denoise(x, at):
+            timestep = torch.full((1,), 1000 * at.sigma)
+            flows = [model(x, timestep, text, cache=cache.condition(name)) for name, text in texts.items()]
+            return x - at.sigma * (2 * flows[0] - flows[1])
+
+        return sample_chunks(denoise, draw, schedule, cache, frames=17, frames_per_chunk=3, first_chunk=first)
+
+    whole = [chunk.latents for chunk in chunks(KVCache(settings, 17))]
+    begun = KVCache(settings, 17)
+    made = chunks(begun)
+    for _ in range(after):
+        next(made)
+    snapshot, committed = begun.snapshot(), begun.committed
+    made.close()
+    begun.free()
+    cache = KVCache(settings, 17)
+    cache.restore(committed, snapshot)
+    rest = [chunk.latents for chunk in chunks(cache, first=after)]
+    assert len(rest) == 6 - after
+    for found, expected in zip(rest, whole[after:], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_snapshot_of_another_run_is_refused():
+    model = tiny_dit()
+    cache = KVCache(ROLLING, 9)
+    denoise = _streaming(model, cache)
+    made = sample_chunks(denoise, draw, DIAGONAL, cache, frames=9, frames_per_chunk=3)
+    next(made)
+    snapshot = cache.snapshot()
+    with pytest.raises(RuntimeError, match="in use"):
+        cache.restore(3, snapshot)
+    with pytest.raises(ValueError, match="the clip has 3"):
+        KVCache(ROLLING, 3).restore(3, snapshot)
+    with pytest.raises(ValueError, match="other settings"):
+        KVCache(ROLLING, 9).restore(5, snapshot)
+    with pytest.raises(ValueError, match="chunk 1 begins at 3"):
+        next(sample_chunks(denoise, draw, DIAGONAL, KVCache(ROLLING, 9), frames=9, frames_per_chunk=3, first_chunk=1))
+    with pytest.raises(ValueError, match="chunks 0 to 2"):
+        next(sample_chunks(denoise, draw, DIAGONAL, KVCache(ROLLING, 9), frames=9, frames_per_chunk=3, first_chunk=3))
+    restored = KVCache(ROLLING, 9)
+    restored.restore(3, snapshot)
+    with pytest.raises(ValueError, match="has 3 latent frames where chunk 0 begins"):
+        next(sample_chunks(denoise, draw, DIAGONAL, restored, frames=9, frames_per_chunk=3))
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="inside a chunk"):
+        cache.snapshot()
+
+
+def _streaming(model: WanDiT, cache: KVCache):
+    @torch.no_grad()
+    def denoise(x, at):
+        return x - at.sigma * model(x, torch.full((1,), 1000 * at.sigma), caption(1), cache=cache.condition("only"))
+
+    return denoise
