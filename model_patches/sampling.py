@@ -60,13 +60,18 @@ class ClipPlan:
         shape: [B, C, T, H, W] of the latent.
         settings: the model's, with the frames per chunk of this run.
         schedule: the noise levels of this run.
-        context_frames: latent frames that are given.
+        given: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale, or None.
     """
 
     shape: tuple[int, int, int, int, int]
     settings: CausalSettings
     schedule: DiagonalSchedule
-    context_frames: int
+    given: Tensor | None = None
+
+    @property
+    def context_frames(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.given is None else self.given.shape[2]
 
     @property
     def chunks(self) -> int:
@@ -94,11 +99,16 @@ class ClipPlan:
         )
 
 
-def plan_clip(model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule) -> ClipPlan:
+def plan_clip(
+    model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule, context: Tensor | None = None
+) -> ClipPlan:
     """Check sizes and settle what model and schedule say of the chunk.
 
+    Args:
+        context: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale; b is 1 or the batch.
+
     Raises:
-        ValueError: a MODEL that is not causal, or a latent size that does not fit.
+        ValueError: a MODEL that is not causal, a latent size that does not fit, or a context that does not.
     """
     settings = causal_settings(model)
     if settings is None:
@@ -115,14 +125,27 @@ def plan_clip(model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSch
         )
         settings = replace(settings, frames_per_chunk=wanted)
     _require_size(model, shape)
-    initial = _initial_latent(model)
-    context_frames = 0 if initial is None else initial.shape[2]
-    if context_frames >= shape[2]:
+    given = _initial_latent(model)
+    if given is not None and context is not None:
+        raise ValueError("ARVideoI2V's start image and context frames both begin the clip; remove one of them.")
+    given = context if given is None else given
+    if given is not None:
+        _require_context(model, shape, given)
+    return ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
+
+
+def _require_context(model: ModelPatcher, shape: tuple[int, ...], given: Tensor) -> None:
+    if given.shape[2] >= shape[2]:
         raise ValueError(
-            f"The latent has {shape[2]} latent frames and the start image takes {context_frames}: nothing is left to "
+            f"The latent has {shape[2]} latent frames and the given frames take {given.shape[2]}: nothing is left to "
             "make. Use a longer length."
         )
-    return ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, context_frames=context_frames)
+    if given.shape[1] != shape[1] or given.shape[3:] != tuple(shape[3:]):
+        ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+        want, got = (f"{size[4] * ratio}x{size[3] * ratio}" for size in (shape, given.shape))
+        raise ValueError(
+            f"The start image is {got} but the video is {want}; scale it to {want} or set the video's width and height."
+        )
 
 
 def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
@@ -162,6 +185,7 @@ def sample_latent(
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_chunk: Callable[[Chunk], None] | None = None,
+    context: Tensor | None = None,
 ) -> dict[str, Any]:
     """Denoise a LATENT with a causal MODEL.
 
@@ -176,6 +200,7 @@ def sample_latent(
         noise: replaces the seeded noise.
         callback: ComfyUI's (step, denoised, x, total) after every forward, with the newest chunk alone.
         on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
+        context: latent frames that the clip begins with (see plan_clip); they count in the latent's length.
 
     Returns:
         a new LATENT.
@@ -199,7 +224,7 @@ def sample_latent(
         schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
     for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
         log.warning(warning)
-    plan = plan_clip(model, samples.shape, schedule)
+    plan = plan_clip(model, samples.shape, schedule, context)
     conditions = _check_conditionings(model, positive, negative if cfg != 1.0 else [])
 
     batch, channels, _, height, width = plan.shape
@@ -355,18 +380,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
         return output
 
     def _context(self, model_wrap, noise: Tensor) -> Tensor | None:
-        initial = _initial_latent(model_wrap.model_patcher)
-        if initial is None:
+        given = self.plan.given
+        if given is None:
             return None
-        if initial.shape[3:] != noise.shape[3:]:
-            ratio = model_wrap.inner_model.latent_format.spacial_downscale_ratio
-            want, got = ((s[4] * ratio, s[3] * ratio) for s in (noise.shape, initial.shape))
-            raise ValueError(
-                f"The start image is {got[0]}x{got[1]} but the video is {want[0]}x{want[1]}; give ARVideoI2V the "
-                "video's width and height."
-            )
-        initial = comfy.utils.repeat_to_batch_size(initial.to(noise), noise.shape[0])
-        return model_wrap.inner_model.process_latent_in(initial)
+        given = comfy.utils.repeat_to_batch_size(given.to(noise), noise.shape[0])
+        return model_wrap.inner_model.process_latent_in(given)
 
 
 def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from typing_extensions import override
 
 from .causal_attention import DiagonalCausalAttention
 from .chunk_sampler import DiagonalChunkSampler
+from .context_frames import DiagonalContextFrames
 from .demo_loader import DiagonalDemoLoader
 from .model_loader import DiagonalModelLoader
 from .schedule import DiagonalScheduleNode
@@ -14,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiagonalCausalAttention,
     DiagonalDemoLoader,
     DiagonalScheduleNode,
+    DiagonalContextFrames,
     DiagonalChunkSampler,
 ]
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..model_patches.sampling import Progress, sample_latent
-from .common import CATEGORY, ScheduleType
+from .common import CATEGORY, ContextType, ScheduleType
 
 PROGRESS_EVENT = "diagonal.progress"
 
@@ -62,6 +62,12 @@ class DiagonalChunkSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="Share of the noise levels, in (0, 1]. 1 makes a new video; lower keeps more of it.",
                 ),
+                ContextType.Input(
+                    "context",
+                    optional=True,
+                    tooltip="Frames that the video begins with, from Diagonal Context Frames: a start image, or the "
+                    "end of a video to go on from. They count in the latent's length.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The denoised video latent.")],
             hidden=[io.Hidden.unique_id],
@@ -69,7 +75,7 @@ class DiagonalChunkSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float
+        cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float, context=None
     ) -> io.NodeOutput:
         callback = None
 
@@ -91,6 +97,7 @@ class DiagonalChunkSampler(io.ComfyNode):
             denoise=denoise,
             callback=preview,
             on_progress=_Reporter(cls.hidden.unique_id),
+            context=context,
         )
         return io.NodeOutput(result)
 

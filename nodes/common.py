@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from ..diagonal_sampler.settings import POSITIONS, CausalSettings
 
 ScheduleType = io.Custom("DIAGONAL_SCHEDULE")
+ContextType = io.Custom("DIAGONAL_CONTEXT")
+"""Latent frames [b, 16, n, H, W] in LATENT scale that a clip begins with."""
 
 CATEGORY = "Diagonal"
 _DEFAULTS = CausalSettings()

@@ -1,0 +1,53 @@
+"""Frames that a clip begins with: a start image, or the end of a video that is to go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.sd
+from torch import Tensor
+
+TEMPORAL_STRIDE = 4
+"""Pixel frames of a latent frame after the first, which holds one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextFrames:
+    """What `encode_context` made.
+
+    Attributes:
+        latent: [1, C, n, H, W] in LATENT scale.
+        pixel_frames: frames at the start of the decoded clip that repeat what was given: 4*(n-1) + 1.
+    """
+
+    latent: Tensor
+    pixel_frames: int
+
+
+def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> ContextFrames:
+    """Encode one image, or the last frames of a video.
+
+    Args:
+        vae: the VAE of the model.
+        images: IMAGE [T, H, W, 3] in 0..1. One image is a start image; of more, the last 4*(n-1) + 1 are taken.
+        latent_frames: n, the most latent frames to take; a shorter video gives fewer.
+
+    Raises:
+        ValueError: no image, or a size that is no multiple of 16 pixels (the patch of the model in the latent).
+    """
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images has shape {tuple(images.shape)}; connect an image or the frames of a video.")
+    if latent_frames < 1:
+        raise ValueError(f"latent_frames is {latent_frames}; it must be at least 1.")
+    step = 2 * vae.spacial_compression_encode()
+    for name, size in (("height", images.shape[1]), ("width", images.shape[2])):
+        if size % step:
+            down = max(step, size - size % step)
+            raise ValueError(
+                f"The {name} of the images is {size} pixels; it must be a multiple of {step}. The nearest that fit are "
+                f"{down} and {size - size % step + step}: scale the images, or crop them."
+            )
+    taken = min(latent_frames, (len(images) - 1) // TEMPORAL_STRIDE + 1)
+    pixel_frames = TEMPORAL_STRIDE * (taken - 1) + 1
+    latent = vae.encode(images[-pixel_frames:, :, :, :3])
+    return ContextFrames(latent=latent, pixel_frames=pixel_frames)

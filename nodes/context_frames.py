@@ -1,0 +1,51 @@
+"""DiagonalContextFrames: a start image, or the end of a video to go on from."""
+
+from comfy_api.latest import io
+
+from ..model_patches.context_frames import encode_context
+from .common import CATEGORY, ContextType
+
+
+class DiagonalContextFrames(io.ComfyNode):
+    """Encodes the frames that a video begins with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiagonalContextFrames",
+            display_name="Diagonal Context Frames",
+            category=f"{CATEGORY}/sampling",
+            description="Frames that a new video begins with, for the Diagonal Chunk Sampler: one image makes image "
+            "to video with a text-to-video model, the frames of a video are continued from its end. They enter the "
+            "KV cache as if the model had made them.",
+            search_aliases=["image to video", "start image", "extend video", "continue video"],
+            inputs=[
+                io.Image.Input(
+                    "images",
+                    tooltip="One image: the first frame. Several: a video whose last frames are taken. Height and "
+                    "width in pixels must be the new video's.",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE that also decodes the video."),
+                io.Int.Input(
+                    "latent_frames",
+                    default=3,
+                    min=1,
+                    max=1024,
+                    tooltip="Latent frames to take from a video's end (the first is 1 pixel frame, each other 4). More "
+                    "carry motion and appearance better; one chunk (3) is usual. No effect on a single image.",
+                ),
+            ],
+            outputs=[
+                ContextType.Output(display_name="context", tooltip="For the Diagonal Chunk Sampler."),
+                io.Int.Output(
+                    display_name="frames",
+                    tooltip="Pixel frames at the start of the decoded video that repeat the given ones. To append the "
+                    "new part to a video, drop that many.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, vae, latent_frames: int) -> io.NodeOutput:
+        context = encode_context(vae, images, latent_frames)
+        return io.NodeOutput(context.latent, context.pixel_frames)

@@ -1,0 +1,115 @@
+"""Context frames: a start image and the end of a video enter the cache exactly as the core's loop does it."""
+
+import comfy.model_management
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.schedule import CONTEXT_MODES, DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+from distillation import sprites
+
+DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
+SETTINGS = {"window": 6, "sink": 3}
+
+
+@pytest.fixture(scope="module")
+def context_frames(pack_module):
+    return pack_module("model_patches.context_frames")
+
+
+@pytest.fixture(scope="module")
+def demo_vae(pack_module):
+    demo = pack_module("nodes.demo_loader").DEMO_DIRECTORY
+    vae = pack_module("model_patches.demo").load_demo_vae(demo / "demo_autoencoder.safetensors")
+    yield vae
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """IMAGE [33, 64, 64, 3] of two sprites."""
+    frames = sprites.render(sprites.sample_scenes(1, 4), torch.arange(33))[0]
+    return frames.movedim(1, -1).float() / 255
+
+
+@pytest.mark.parametrize("mode", CONTEXT_MODES)
+@pytest.mark.parametrize("given", [1, 3, 5])
+def test_given_frames_enter_the_cache_as_in_the_core(
+    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, mode, given
+):
+    schedule = DiagonalSchedule(sigmas=DIAGONAL.sigmas, context_mode=mode)
+    latent = torch.randn(1, 16, given, 4, 4, generator=torch.Generator().manual_seed(2))
+    model = causal(tiny_wan, **SETTINGS)
+    result = sample_latent(
+        model, prompt(), [], {"samples": torch.zeros(1, 16, 11, 4, 4)}, schedule, seed=3, context=latent
+    )["samples"]  # fmt: skip
+    network = WanDiT(WanConfig.from_state_dict(load_file(tiny_wan_path)))
+    network.load_state_dict(load_file(tiny_wan_path))
+    scale = model.get_model_object("latent_format")
+    cache = KVCache(CausalSettings(**SETTINGS), 11)
+
+    def denoise(x, at):
+        timestep = torch.full((1,), 1000 * at.sigma)
+        return x - at.sigma * network(x, timestep, prompt()[0][0], cache=cache.condition("only"))
+
+    with torch.no_grad():
+        context = scale.process_in(latent)
+        chunks = sample_chunks(
+            denoise, SeededNoise(3, (1, 16, 4, 4)), schedule, cache, frames=11, frames_per_chunk=3, context=context
+        )
+        expected = torch.cat([context, *(chunk.latents for chunk in chunks)], dim=2)
+    assert (scale.process_in(result) - expected).abs().max() < 1e-4
+    assert torch.allclose(result[:, :, :given], latent, atol=1e-5)
+
+
+def test_a_start_image_is_what_ar_video_i2v_makes_of_it(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    image = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    theirs = tiny_wan.clone()
+    theirs.model_options["transformer_options"]["ar_config"] = {"initial_latent": image}
+    expected = sample_latent(causal(theirs), prompt(), [], empty_latent(7), DIAGONAL, seed=3)["samples"]
+    found = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=image)["samples"]
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="remove one of them"):
+        sample_latent(causal(theirs), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=image)
+
+
+def test_a_context_that_does_not_fit_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    def run(latent: torch.Tensor) -> None:
+        sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=latent)
+
+    with pytest.raises(ValueError, match="is 48x32 but the video is 32x32; scale it to 32x32"):
+        run(torch.zeros(1, 16, 1, 4, 6))
+    with pytest.raises(ValueError, match="7 latent frames and the given frames take 7"):
+        run(torch.zeros(1, 16, 7, 4, 4))
+
+
+@pytest.mark.parametrize(("count", "asked", "taken"), [(1, 3, 1), (4, 3, 1), (5, 3, 2), (33, 3, 3), (33, 9, 9)])
+def test_the_last_frames_of_a_video_are_taken(context_frames, demo_vae, clip, count, asked, taken):
+    found = context_frames.encode_context(demo_vae, clip[:count], asked)
+    assert found.latent.shape == (1, 16, taken, 8, 8) and found.pixel_frames == 4 * (taken - 1) + 1
+    again = demo_vae.decode(found.latent).reshape(-1, 64, 64, 3)
+    assert len(again) == found.pixel_frames
+    assert (again - clip[count - found.pixel_frames : count]).square().mean() < 0.003
+
+
+def test_transparent_images_and_wrong_sizes(context_frames, demo_vae, clip):
+    with_alpha = torch.cat([clip[:1], torch.ones(1, 64, 64, 1)], dim=-1)
+    plain = context_frames.encode_context(demo_vae, clip[:1], 3).latent
+    assert torch.equal(context_frames.encode_context(demo_vae, with_alpha, 3).latent, plain)
+    with pytest.raises(ValueError, match="width of the images is 56 pixels; it must be a multiple of 16.*48 and 64"):
+        context_frames.encode_context(demo_vae, clip[:, :, :56], 3)
+    with pytest.raises(ValueError, match="latent_frames is 0"):
+        context_frames.encode_context(demo_vae, clip, 0)
+    with pytest.raises(ValueError, match="connect an image"):
+        context_frames.encode_context(demo_vae, clip[:0], 1)
+
+
+def test_the_node_gives_the_latent_and_the_frames_to_drop(pack_module, demo_vae, clip):
+    node = pack_module("nodes.context_frames").DiagonalContextFrames
+    latent, frames = node.execute(clip, demo_vae, 3).result
+    assert latent.shape == (1, 16, 3, 8, 8) and frames == 9
