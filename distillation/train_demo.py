@@ -313,7 +313,7 @@ class DitRecipe:
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
     seed: int = 2
-    updates: int = 6500
+    updates: int = 6900
     batch: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 3e-3
@@ -324,6 +324,9 @@ class DitRecipe:
     later_frames: int = 12  # latent frames of a later piece
     opening_share: float = 0.58
     opening_batch: int = 80
+    ghost_share: float = 0.5  # of the clips of an opening batch: see DitBatch
+    ghost_weight: float = 0.5  # the strongest ghost; at one half nobody could tell which of the two is meant
+    ghost_sigma: float = 0.45  # ghosts are left only above: below, a picture has been decided on
     continuation_share: float = 0.2
     continuation_batch: int = 40
     bidirectional_share: float = 0.06
@@ -347,15 +350,16 @@ class LatentSet:
     clips: Tensor  # [N, 16, 21, h, w], a clip from its first frame
     later: Tensor  # [M, 16, K, h, w], the same clips (the first M) at a random time long after their start
     ids: Tensor  # int64 [N, 2, 4]
+    elsewhere: Tensor  # [N, 16, 3, h, w], first chunks of the same captions and backgrounds with other placements
 
 
 @torch.no_grad()
 def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Path, device: torch.device) -> LatentSet:
     """Renders and encodes the training clips, or reads them from `path` if they are there."""
     if (saved := load_checkpoint(path)) is not None:
-        return LatentSet(saved["clips"], saved["later"], saved["ids"])
+        return LatentSet(**saved)
     autoencoder = autoencoder.to(device).eval()
-    clips, later, ids = [], [], []
+    clips, later, ids, elsewhere = [], [], [], []
     step = 16
     rng = generator_at(recipe.seed, 3)
     later_pixels = 4 * recipe.later_frames
@@ -371,18 +375,27 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
         scenes = sprites.sample_scenes(min(step, recipe.clips - start), recipe.seed, start)
         clips.append(encode(scenes, first_frame_and_rest))
         ids.append(tokenize_captions(scenes.captions))
+        moved = replace(sprites.make_scenes(scenes.specs, recipe.seed + 1, start), background=scenes.background)
+        elsewhere.append(encode(moved, first_frame_and_rest[: 4 * recipe.frames_per_chunk]))
         if start < recipe.later_clips:
             # A latent frame after the first covers pixel frames 4k+1 .. 4k+4.
             group = torch.randint(10, 400, (len(scenes), 1), generator=rng)
             later.append(encode(scenes, 4 * group + 1 + torch.arange(later_pixels)))
-    data = LatentSet(torch.cat(clips), torch.cat(later), torch.cat(ids))
-    save_checkpoint(path, {"clips": data.clips, "later": data.later, "ids": data.ids})
-    return data
+    tensors = {"clips": clips, "later": later, "ids": ids, "elsewhere": elsewhere}
+    saved = {name: torch.cat(parts) for name, parts in tensors.items()}
+    save_checkpoint(path, saved)
+    return LatentSet(**saved)
 
 
 @dataclass(frozen=True, slots=True)
 class DitBatch:
-    """One update's input: noisy latents, their sigmas, the flow to predict and where it counts."""
+    """One update's input: noisy latents, their sigmas, the flow to predict and where it counts.
+
+    Half the clips of an opening batch have a ghost: the noisy latent is made of the clip and, weaker, of the same
+    caption placed elsewhere, and the flow still leads to the clip alone. At high noise a young model predicts a blend
+    of places, the sampler mixes that blend into the next step, and no training clip shows what to do then: the same
+    sprite appeared twice. With ghosts the model learns to decide for the stronger.
+    """
 
     noisy: Tensor  # [B, 16, T, h, w]
     sigma: Tensor  # [B, T]
@@ -459,12 +472,18 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         weight[:, :size] = 0
     noise = torch.randn(clean.shape, generator=generator)
     level = sigma[:, None, :, None, None]
+    mixed, flow = clean, noise - clean
+    if kind == "opening":
+        ghost = (uniform(batch) < recipe.ghost_share) * recipe.ghost_weight * uniform(batch)
+        pull = (data.elsewhere[rows].float() - clean) * ghost.view(-1, 1, 1, 1, 1) * (level > recipe.ghost_sigma)
+        mixed = clean + pull
+        flow = flow + pull * (1 - level) / level.clamp(min=recipe.ghost_sigma)
     keep = uniform(batch) >= recipe.empty_caption_share
     windowed = is_later or (not is_bidirectional and float(uniform(1)) < recipe.window_share)
     return DitBatch(
-        noisy=torch.lerp(clean, noise, level),
+        noisy=torch.lerp(mixed, noise, level),
         sigma=sigma,
-        flow=noise - clean,
+        flow=flow,
         weight=weight,
         ids=data.ids[rows] * keep[:, None, None],
         # Everything in one chunk is the bidirectional case.

@@ -46,6 +46,7 @@ def latents() -> LatentSet:
         torch.randn(4, 16, 21, 4, 4, generator=generator).half(),
         torch.randn(4, 16, 12, 4, 4, generator=generator).half(),
         tokenize_captions(captions),
+        torch.randn(4, 16, 3, 4, 4, generator=generator).half(),
     )
 
 
@@ -94,6 +95,11 @@ def test_the_latent_set_is_encoded_once_and_read_back(tmp_path) -> None:
     pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(81)))
     encoded = (model.encode(pixels) - model.wan_mean.view(1, -1, 1, 1, 1)) / model.wan_std.view(1, -1, 1, 1, 1)
     torch.testing.assert_close(made.clips.float(), encoded, rtol=0.02, atol=0.05)
+    assert made.elsewhere.shape == (2, 16, 3, 8, 8)
+    first = made.clips[:, :, :3].float()
+    assert (made.elsewhere.float() - first).abs().amax((1, 2, 3, 4)).min() > 0.5, "other places"
+    corner = made.elsewhere[:, :, 0, 3:5, 3:5].float() - first[:, :, 0, 3:5, 3:5]
+    assert corner.abs().amin((1, 2, 3)).max() < 0.2, "the same background"
     again = train_demo.encode_latent_set(recipe, model, tmp_path / "latents.pt", CPU)
     assert torch.equal(again.clips, made.clips) and torch.equal(again.later, made.later)
 
@@ -126,6 +132,27 @@ def test_batches_are_what_the_recipe_says() -> None:
         ("opening", 3),
         ("continuation", 6),
     }
+
+
+def test_ghosts_are_weaker_than_the_clip_and_the_flow_leads_away_from_them() -> None:
+    data, found = latents(), []
+    recipe = replace(DIT, opening_share=1.0, opening_batch=64, continuation_share=0.0, later_share=0.0)
+    recipe = replace(recipe, bidirectional_share=0.0)
+    for update in range(6):
+        batch = train_demo.dit_batch(recipe, data, update)
+        plain = train_demo.dit_batch(replace(recipe, ghost_share=0.0), data, update)
+        level = batch.sigma[:, None, :1, None, None]
+        clean = plain.noisy - level * plain.flow
+        torch.testing.assert_close(batch.noisy - level * batch.flow, clean, rtol=1e-3, atol=1e-3)
+        pull = (batch.noisy - plain.noisy) / (1 - level).clamp(min=0.02)
+        rows = [int((data.clips[:, :, :3].float() - one).abs().amax((1, 2, 3, 4)).argmin()) for one in clean]
+        away = data.elsewhere[rows].float() - clean
+        weight = (pull * away).sum((1, 2, 3, 4)) / away.square().sum((1, 2, 3, 4))
+        torch.testing.assert_close(pull, weight.view(-1, 1, 1, 1, 1) * away, rtol=0.05, atol=0.05)
+        assert (weight[batch.sigma[:, 0] <= recipe.ghost_sigma] == 0).all()
+        found += weight[batch.sigma[:, 0] > recipe.ghost_sigma].tolist()
+    share = sum(weight > 1e-4 for weight in found) / len(found)
+    assert 0.4 < share < 0.6 and max(found) < recipe.ghost_weight + 0.01 and min(found) > -0.01
 
 
 def test_empty_captions_come_at_their_share() -> None:
