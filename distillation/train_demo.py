@@ -313,7 +313,7 @@ class DitRecipe:
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
     seed: int = 2
-    updates: int = 6900
+    updates: int = 9000
     batch: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 3e-3
@@ -324,9 +324,11 @@ class DitRecipe:
     later_frames: int = 12  # latent frames of a later piece
     opening_share: float = 0.58
     opening_batch: int = 80
-    ghost_share: float = 0.5  # of the clips of an opening batch: see DitBatch
-    ghost_weight: float = 0.5  # the strongest ghost; at one half nobody could tell which of the two is meant
-    ghost_sigma: float = 0.45  # ghosts are left only above: below, a picture has been decided on
+    ghost_share: float = 0.5  # of the sprites of an opening batch: see DitBatch
+    faded_share: float = 0.5  # of these, how many are also weaker than they should be
+    most_faded: float = 0.7
+    ghost_weight: float = 0.95  # the strongest ghost, as a share of the sprite it doubles
+    ghost_sigma: float = 0.4  # ghosts are left only above: below, a picture has been decided on
     continuation_share: float = 0.2
     continuation_batch: int = 40
     bidirectional_share: float = 0.06
@@ -350,7 +352,8 @@ class LatentSet:
     clips: Tensor  # [N, 16, 21, h, w], a clip from its first frame
     later: Tensor  # [M, 16, K, h, w], the same clips (the first M) at a random time long after their start
     ids: Tensor  # int64 [N, 2, 4]
-    elsewhere: Tensor  # [N, 16, 3, h, w], first chunks of the same captions and backgrounds with other placements
+    # [N, 2, 2, 16, 3, h, w]: what each sprite adds to the first chunk, in its place [:, 0] and elsewhere [:, 1]
+    sprites: Tensor
 
 
 @torch.no_grad()
@@ -359,7 +362,7 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
     if (saved := load_checkpoint(path)) is not None:
         return LatentSet(**saved)
     autoencoder = autoencoder.to(device).eval()
-    clips, later, ids, elsewhere = [], [], [], []
+    clips, later, ids, layers = [], [], [], []
     step = 16
     rng = generator_at(recipe.seed, 3)
     later_pixels = 4 * recipe.later_frames
@@ -370,18 +373,28 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
             latent = autoencoder.encode_groups(groups.to(device))
         return rearrange(latent, "(n t) c h w -> n c t h w", n=len(scenes)).half().cpu()
 
+    def encode_layers(scenes: sprites.Scenes, frames: Tensor) -> Tensor:
+        """[N, 2, 16, T, h, w]: the encoder is linear, so a picture is its background and what each sprite adds."""
+        first = scenes.present & torch.tensor([True, False])
+        whole, alone, empty = (
+            encode(replace(scenes, present=present), frames).float()
+            for present in (scenes.present, first, torch.zeros_like(first))
+        )
+        return torch.stack([alone - empty, whole - alone], dim=1).half()
+
     first_frame_and_rest = torch.cat([torch.zeros(3, dtype=torch.int64), torch.arange(sprites.CLIP_FRAMES)])
     for start in progress(range(0, recipe.clips, step), "encoding clips"):
         scenes = sprites.sample_scenes(min(step, recipe.clips - start), recipe.seed, start)
         clips.append(encode(scenes, first_frame_and_rest))
         ids.append(tokenize_captions(scenes.captions))
         moved = replace(sprites.make_scenes(scenes.specs, recipe.seed + 1, start), background=scenes.background)
-        elsewhere.append(encode(moved, first_frame_and_rest[: 4 * recipe.frames_per_chunk]))
+        opening = first_frame_and_rest[: 4 * recipe.frames_per_chunk]
+        layers.append(torch.stack([encode_layers(place, opening) for place in (scenes, moved)], dim=1))
         if start < recipe.later_clips:
             # A latent frame after the first covers pixel frames 4k+1 .. 4k+4.
             group = torch.randint(10, 400, (len(scenes), 1), generator=rng)
             later.append(encode(scenes, 4 * group + 1 + torch.arange(later_pixels)))
-    tensors = {"clips": clips, "later": later, "ids": ids, "elsewhere": elsewhere}
+    tensors = {"clips": clips, "later": later, "ids": ids, "sprites": layers}
     saved = {name: torch.cat(parts) for name, parts in tensors.items()}
     save_checkpoint(path, saved)
     return LatentSet(**saved)
@@ -391,10 +404,11 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
 class DitBatch:
     """One update's input: noisy latents, their sigmas, the flow to predict and where it counts.
 
-    Half the clips of an opening batch have a ghost: the noisy latent is made of the clip and, weaker, of the same
-    caption placed elsewhere, and the flow still leads to the clip alone. At high noise a young model predicts a blend
-    of places, the sampler mixes that blend into the next step, and no training clip shows what to do then: the same
-    sprite appeared twice. With ghosts the model learns to decide for the stronger.
+    Half the sprites of an opening batch have a ghost: in the noisy latent the same sprite also stands, weaker, in
+    another place, and half of these sprites are faded themselves. The flow still leads to the clip as it is. At high
+    noise a young model predicts a blend of places, the sampler mixes that blend into the next step, and no training
+    clip shows what to do then: sprites appeared twice, or faded away. Ghosts teach the model to decide for the stronger
+    place and to make it whole.
     """
 
     noisy: Tensor  # [B, 16, T, h, w]
@@ -474,10 +488,14 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
     level = sigma[:, None, :, None, None]
     mixed, flow = clean, noise - clean
     if kind == "opening":
-        ghost = (uniform(batch) < recipe.ghost_share) * recipe.ghost_weight * uniform(batch)
-        pull = (data.elsewhere[rows].float() - clean) * ghost.view(-1, 1, 1, 1, 1) * (level > recipe.ghost_sigma)
-        mixed = clean + pull
-        flow = flow + pull * (1 - level) / level.clamp(min=recipe.ghost_sigma)
+        layers = data.sprites[rows].float()
+        haunted = (uniform(batch, 2) < recipe.ghost_share).float()
+        faded = haunted * recipe.most_faded * uniform(batch, 2) * (uniform(batch, 2) < recipe.faded_share)
+        ghost = haunted * recipe.ghost_weight * uniform(batch, 2) * (1 - faded)
+        strength = torch.stack([-faded, ghost], dim=1).view(batch, 2, 2, 1, 1, 1, 1)
+        error = (layers * strength).sum((1, 2)) * (level > recipe.ghost_sigma)
+        mixed = clean + error
+        flow = flow + error * (1 - level) / level.clamp(min=recipe.ghost_sigma)
     keep = uniform(batch) >= recipe.empty_caption_share
     windowed = is_later or (not is_bidirectional and float(uniform(1)) < recipe.window_share)
     return DitBatch(
