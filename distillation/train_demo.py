@@ -55,7 +55,7 @@ EMA_DECAY = 0.998
 GRADIENT_CLIP = 1.0
 # How the shipped model is best sampled, by distillation.score.
 SHIPPED_STEPS = 12
-SHIPPED_CFG = 2.5
+SHIPPED_CFG = 5.0
 NOISE_KEY, KEPT_NOISE = "noise", "kept"  # header entry of a model that is sampled by Euler's method
 
 
