@@ -252,7 +252,7 @@ def demo(**changes: Any) -> Recipe:
         text_dim=128,
         height=8,
         width=8,
-        cfg=2.5,
+        cfg=5.0,
         # The demo network was trained mostly with a noise level per chunk and causal attention: its scores are best so.
         score_attention="causal",
         batch=16,

@@ -102,7 +102,7 @@ class Control:
 TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diagonal-4-3-2"
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
-UNDISTILLED_CFG = 2.5
+UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
 def _trained(
@@ -141,7 +141,7 @@ def _trained(
 ROWS: tuple[Row, ...] = (
     Row(
         name=TEACHER,
-        text="undistilled teacher: bidirectional, 50 Euler steps, cfg 2.5",
+        text=f"undistilled teacher: bidirectional, 50 Euler steps, cfg {UNDISTILLED_CFG:g}",
         checkpoint=train_demo.DIT_FILE,
         # One chunk has no successor, so nothing needs its clean keys: no cache pass.
         schedule=DiagonalSchedule.uniform(50, context_mode="noisy"),
@@ -151,7 +151,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         name=CAUSAL,
-        text="undistilled, causal: 12 Euler steps a chunk, clean context, cfg 2.5",
+        text=f"undistilled, causal: 12 Euler steps a chunk, clean context, cfg {UNDISTILLED_CFG:g}",
         checkpoint=train_demo.DIT_FILE,
         schedule=DiagonalSchedule.preset("undistilled"),
         cfg=UNDISTILLED_CFG,

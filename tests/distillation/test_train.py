@@ -316,7 +316,16 @@ def test_resume_equals_no_interruption_bit_for_bit(inputs, tmp_path):
     assert [line["update"] for line in lines] == [0, 1, 2]
 
 
-def test_kill_nine_and_resume(inputs, tmp_path):
+@pytest.fixture
+def one_thread():
+    """As the processes of these tests run: another number of threads adds up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_kill_nine_and_resume(inputs, tmp_path, one_thread):
     recipe = tiny_recipe(inputs, updates=40)
     run = tmp_path / "run"
     process = start(command(recipe, run))
