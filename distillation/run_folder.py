@@ -27,8 +27,18 @@ from distillation.recipes import Recipe
 
 # A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding).
 FREE_FIELDS = frozenset(
-    ("updates", "save_every", "keep", "sample_every", "sample_prompts", "tensorboard", "micro_batch", "compile")
-    + ("activation_checkpointing", "autoencoder")
+    {
+        "updates",
+        "save_every",
+        "keep",
+        "sample_every",
+        "sample_prompts",
+        "tensorboard",
+        "micro_batch",
+        "compile",
+        "activation_checkpointing",
+        "autoencoder",
+    }  # fmt: skip
 )
 # Of these only the name counts: a run may move with its files.
 FILE_FIELDS = frozenset(("teacher", "student", "prompts", "text_encoder", "clips"))

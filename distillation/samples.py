@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,14 +33,13 @@ def decode_frames(autoencoder: DemoAutoencoder, standardised: Tensor) -> Tensor:
 
 
 def write_video(path: Path, frames: Tensor, *, scale: int = VIDEO_SCALE, fps: int = FRAMES_PER_SECOND) -> None:
-    """Writes H.264 MP4 under a temporary name, then renames. frames: [T, 3, H, W] in 0..255."""
+    """Writes H.264 MP4. frames: [T, 3, H, W] in 0..255."""
     import imageio_ffmpeg
 
     pixels = frames.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pixels = np.repeat(np.repeat(pixels, scale, axis=1), scale, axis=2)
-    partial = path.with_name(f".{path.name}")
     writer = imageio_ffmpeg.write_frames(
-        str(partial), (pixels.shape[2], pixels.shape[1]), fps=fps, macro_block_size=1, quality=8
+        str(path), (pixels.shape[2], pixels.shape[1]), fps=fps, macro_block_size=1, quality=8
     )
     writer.send(None)
     try:
@@ -47,17 +47,20 @@ def write_video(path: Path, frames: Tensor, *, scale: int = VIDEO_SCALE, fps: in
             writer.send(np.ascontiguousarray(frame))
     finally:
         writer.close()
-    os.replace(partial, path)
 
 
 def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoencoder: str) -> None:
     """Writes `clip_0.latent` (for ComfyUI's LoadLatent), prompts.txt, and `clips.mp4` side by side if it can decode.
 
+    The folder has a temporary name until it is complete.
+
     Args:
         latents: [N, 16, T, H, W] in the model's own scale.
         autoencoder: the demo's autoencoder file, or empty.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    final, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     for index, clip in enumerate(to_host_scale(latents.float().cpu())):
         # ComfyUI's own format of SaveLatent.
@@ -66,3 +69,5 @@ def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoenc
     if autoencoder:
         frames = decode_frames(load_demo_autoencoder(autoencoder), latents.float().cpu())
         write_video(folder / "clips.mp4", torch.cat(list(frames), dim=-1))
+    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed before this update
+    os.replace(folder, final)

@@ -355,6 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dit", type=Path, help="a DiT of the demo's size instead of the checkpoint's")
     parser.add_argument("--source", choices=("model", "autoencoder", "truth"), default="model")
     parser.add_argument("--captions", type=int, default=64, help="number of held-out captions")
+    parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions")
     parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
     parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: what the checkpoint was trained for")
@@ -373,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 12 clips here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    captions = options.caption or sprites.held_out_captions(options.captions)
+    captions = options.caption or sprites.held_out_captions(options.captions, options.caption_seed)
     started = time.perf_counter()
     if options.source == "model":
         dit, encoder, autoencoder = train_demo.load_models(options.checkpoint)

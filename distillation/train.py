@@ -405,21 +405,20 @@ class Trainer:
                 [torch.rand(len(self._chunks) + 1, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
             )
             clean = clean.to(self.ranks.device)
-            noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
             if paths is None:
                 sigma = self._over_frames(
                     losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=0.02, high=1.0)
                 )
-                x = torch.lerp(clean, noise, spread_sigma(sigma))
+                x = torch.lerp(clean, self.noise(seeds)(0, SCORE_STEP, recipe.frames), spread_sigma(sigma))
             else:
                 sigma, x = self._on_trajectory(paths, draws)
             role = self.networks.student
             with role.active() as student:
                 x0 = predict_x0(student, x, sigma, context, self.precision, settings=recipe.settings)
                 if paths is None:
-                    flow = (x - x0) / spread_sigma(sigma)
-                    loss = losses.fake_score_loss(flow, noise, clean)
+                    # Flow matching: both flows lead away from the same x, so they differ as the x0 do, over sigma.
+                    loss = ((x0 - clean) / spread_sigma(sigma)).square().mean()
                 else:
                     loss = losses.ode_regression_loss(x0, clean)
                 (loss / self.accumulation).backward()
