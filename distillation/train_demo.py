@@ -313,20 +313,20 @@ class DitRecipe:
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
     seed: int = 2
-    updates: int = 9000
+    updates: int = 12600
     batch: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 3e-3
     warmup: int = 50
     weight_decay: float = 0.01
-    clips: int = 8192
+    clips: int = 24576
     later_clips: int = 2048
     later_frames: int = 12  # latent frames of a later piece
     opening_share: float = 0.58
     opening_batch: int = 80
     ghost_share: float = 0.5  # of the sprites of an opening batch: see DitBatch
     faded_share: float = 0.5  # of these, how many are also weaker than they should be
-    most_faded: float = 0.7
+    most_faded: float = 0.95
     ghost_weight: float = 0.95  # the strongest ghost, as a share of the sprite it doubles
     ghost_sigma: float = 0.4  # ghosts are left only above: below, a picture has been decided on
     continuation_share: float = 0.2
