@@ -256,11 +256,15 @@ class DiagonalSchedule:
         """Noise level of the extra forward that writes a finished chunk's keys and values, None without one."""
         return {"noisy": None, "clean": 0.0, "renoise": self.context_sigma}[self.context_mode]
 
+    def context_sigma_of(self, chunk: int) -> float:
+        """Noise level at which chunk `chunk` stays in the cache for later chunks."""
+        sigma = self.cache_pass_sigma
+        return self.chunk_sigmas(chunk)[-1] if sigma is None else sigma
+
     @property
     def given_context_sigma(self) -> float:
         """Noise level at which frames from outside (a start image) enter the cache: the one of generated history."""
-        sigma = self.cache_pass_sigma
-        return self.chunk_sigmas(0)[-1] if sigma is None else sigma
+        return self.context_sigma_of(0)
 
     def nfe(self, chunks: int) -> int:
         """Forwards of a clip of `chunks` chunks, cache passes included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def load_demo_clip(path: Path) -> comfy.sd.CLIP:
     target = comfy.supported_models_base.ClipTarget(DemoTokenizer, partial(DemoTextModel, encoder.config))
     parameters = sum(p.numel() for p in encoder.parameters())
     return comfy.sd.CLIP(target, parameters=parameters, state_dict=[load_file(path)], disable_dynamic=True)
+
+
+def demo_preview(path: Path) -> Callable[[Tensor], Tensor]:
+    """A function from latents [T, 16, h, w] in the model's space to one frame each, [T, 3, 8h, 8w] in [-1, 1].
+
+    It holds a decoder of its own on the CPU: the VAE's may be anywhere while the model samples, and this one is quick.
+    """
+    autoencoder = load_demo_autoencoder(path)
+    return torch.inference_mode()(lambda latents: autoencoder.decode_groups(latents)[:, -3:])
 
 
 class _NoWeightsWarning(logging.Filter):

@@ -8,6 +8,7 @@ from .chunk_sampler import DiagonalChunkSampler
 from .context_frames import DiagonalContextFrames
 from .demo_loader import DiagonalDemoLoader
 from .model_loader import DiagonalModelLoader
+from .routes import add_routes
 from .schedule import DiagonalScheduleNode
 
 NODES: list[type[io.ComfyNode]] = [
@@ -22,6 +23,10 @@ NODES: list[type[io.ComfyNode]] = [
 
 class DiagonalExtension(ComfyExtension):
     """What ComfyUI asks for the list of nodes."""
+
+    @override
+    async def on_load(self) -> None:
+        add_routes()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -1,15 +1,11 @@
 """DiagonalChunkSampler: denoises a video chunk by chunk."""
 
-import time
-
 import latent_preview
 from comfy_api.latest import io
-from server import PromptServer
 
-from ..model_patches.sampling import Progress, sample_latent
+from ..model_patches.sampling import sample_latent
 from .common import CATEGORY, ContextType, ScheduleType
-
-PROGRESS_EVENT = "diagonal.progress"
+from .live import LiveReport
 
 
 class DiagonalChunkSampler(io.ComfyNode):
@@ -86,6 +82,7 @@ class DiagonalChunkSampler(io.ComfyNode):
                 callback = latent_preview.prepare_callback(model, total)
             callback(step, denoised, x, total)
 
+        live = LiveReport(cls.hidden.unique_id, model)
         result = sample_latent(
             model,
             positive,
@@ -96,35 +93,8 @@ class DiagonalChunkSampler(io.ComfyNode):
             cfg=cfg,
             denoise=denoise,
             callback=preview,
-            on_progress=_Reporter(cls.hidden.unique_id),
+            on_progress=live.progress,
+            on_chunk=live.chunk,
             context=context,
         )
         return io.NodeOutput(result)
-
-
-class _Reporter:
-    """Tells the client that queued the prompt which chunk is being made."""
-
-    def __init__(self, node_id: str) -> None:
-        self.node_id = node_id
-        self.start = time.perf_counter()
-
-    def __call__(self, progress: Progress) -> None:
-        server = PromptServer.instance
-        elapsed = time.perf_counter() - self.start
-        server.send_sync(
-            PROGRESS_EVENT,
-            {
-                "node": self.node_id,
-                "prompt_id": server.last_prompt_id,
-                "forwards": progress.forwards,
-                "total": progress.total,
-                "chunk": progress.chunk + 1,
-                "chunks": progress.chunks,
-                # A forward that only fills the cache is step 0 of 0.
-                "step": max(progress.step + 1, 0),
-                "steps": progress.steps,
-                "elapsed": elapsed,
-            },
-            server.client_id,
-        )

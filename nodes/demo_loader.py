@@ -5,8 +5,9 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..diagonal_sampler.captions import COLOURS, DIRECTIONS, SHAPES
-from ..model_patches.demo import load_demo_clip, load_demo_model, load_demo_vae
+from ..model_patches.demo import demo_preview, load_demo_clip, load_demo_model, load_demo_vae
 from .common import CATEGORY
+from .live import PREVIEW_ATTACHMENT
 
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
 FILES = ("demo_dit.safetensors", "demo_text_encoder.safetensors", "demo_autoencoder.safetensors")
@@ -41,4 +42,6 @@ class DiagonalDemoLoader(io.ComfyNode):
                 "again, or train them with python -m distillation.train_demo."
             )
         dit, text_encoder, autoencoder = (DEMO_DIRECTORY / name for name in FILES)
-        return io.NodeOutput(load_demo_model(dit), load_demo_clip(text_encoder), load_demo_vae(autoencoder))
+        model = load_demo_model(dit)
+        model.set_attachments(PREVIEW_ATTACHMENT, demo_preview(autoencoder))
+        return io.NodeOutput(model, load_demo_clip(text_encoder), load_demo_vae(autoencoder))

@@ -1,6 +1,8 @@
 """DiagonalSchedule: how many steps each chunk takes, and what the next chunk sees of it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -8,6 +10,7 @@ from ..diagonal_sampler.schedule import (
     CONTEXT_MODES,
     DEFAULT_CONTEXT_SIGMA,
     DEFAULT_PRESET,
+    MAX_STEPS,
     PRESETS,
     DiagonalSchedule,
     parse_sigmas,
@@ -103,17 +106,74 @@ class DiagonalScheduleNode(io.ComfyNode):
         frames_per_chunk: int,
         sigmas: str = "",
     ) -> io.NodeOutput:
-        schedule = DiagonalSchedule.preset(
-            preset, steps=parse_steps(steps) if steps.strip() else None, shift=shift if shift > 0 else None
-        )
-        if sigmas.strip():
-            schedule = replace(schedule, sigmas=parse_sigmas(sigmas))
-        if context_mode != FROM_PRESET:
-            schedule = replace(schedule, context_mode=context_mode)
-        schedule = replace(
-            schedule,
-            context_sigma=context_sigma,
-            frames_per_chunk=frames_per_chunk if frames_per_chunk > 0 else schedule.frames_per_chunk,
-        )
+        schedule = build_schedule(preset, steps, context_mode, context_sigma, shift, frames_per_chunk, sigmas)
         info = "\n".join([schedule.describe(), *schedule.warnings()])
         return io.NodeOutput(schedule, info, ui=ui.PreviewText(info))
+
+
+def build_schedule(
+    preset: str,
+    steps: str,
+    context_mode: str,
+    context_sigma: float,
+    shift: float,
+    frames_per_chunk: int,
+    sigmas: str = "",
+) -> DiagonalSchedule:
+    """The schedule that the widgets ask for; they are described in the node's schema.
+
+    Raises:
+        ValueError: a value that cannot be read or is out of range, with the remedy.
+    """
+    schedule = DiagonalSchedule.preset(
+        preset, steps=parse_steps(steps) if steps.strip() else None, shift=shift if shift > 0 else None
+    )
+    if sigmas.strip():
+        schedule = replace(schedule, sigmas=parse_sigmas(sigmas))
+    if context_mode != FROM_PRESET:
+        schedule = replace(schedule, context_mode=context_mode)
+    return replace(
+        schedule,
+        context_sigma=context_sigma,
+        frames_per_chunk=frames_per_chunk if frames_per_chunk > 0 else schedule.frames_per_chunk,
+    )
+
+
+MIN_DRAWN_CHUNKS, MAX_DRAWN_CHUNKS = 7, 24
+
+
+def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
+    """What the canvas draws for the node's widgets, so that no rule is written twice.
+
+    Args:
+        widgets: values of the node's widgets as text, by name.
+
+    Returns:
+        For each chunk shown its noise levels (`sigmas`), the level of the cache pass (None without one), what the next
+        chunk sees of it (`context_sigma`), whether `steps` decides (`editable`), the most steps a chunk may have, the
+        info line and warnings; or `error`.
+    """
+    try:
+        schedule = build_schedule(
+            widgets["preset"],
+            widgets["steps"],
+            widgets["context_mode"],
+            float(widgets["context_sigma"]),
+            float(widgets["shift"]),
+            int(widgets["frames_per_chunk"]),
+            widgets.get("sigmas", ""),
+        )
+    except KeyError as error:
+        return {"error": f"{error.args[0]} is missing; reload the page."}
+    except ValueError as error:
+        return {"error": str(error)}
+    chunks = min(max(MIN_DRAWN_CHUNKS, len(schedule.sigmas)), MAX_DRAWN_CHUNKS)
+    return {
+        "sigmas": [schedule.chunk_sigmas(chunk) for chunk in range(chunks)],
+        "cache_pass": schedule.cache_pass_sigma,
+        "context_sigma": [schedule.context_sigma_of(chunk) for chunk in range(chunks)],
+        "editable": not widgets.get("sigmas", "").strip() and len(schedule.sigmas) <= chunks,
+        "max_steps": MAX_STEPS,
+        "info": schedule.describe(),
+        "warnings": schedule.warnings(),
+    }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -13,103 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CANVAS = sorted((ROOT / "workflows").glob("*.json"))
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM_ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-START_MS = 300_000  # on a machine that is busy with a training run, minutes
-SETTLE_MS = 500  # widgets that depend on others are made a moment after the graph is there
-# A fresh user of ComfyUI has no files of their own yet; its frontend asks for them and the console says 404.
-ABSENT_USER_FILES = re.compile(
-    r"/(api/userdata/user\.css|user\.css|api/userdata/comfy\.templates\.json"
-    r"|api/userdata\?dir=(workflows|subgraphs)&\S*)$"
-)
-# It opens a new user's first graph, whose models it looks up on the internet; the server's page policy forbids that.
-# No graph of ours names an address (a test sees to it), so such a line is never theirs.
-OUTSIDE_LOOKUP = re.compile(r"(Connecting to|Fetch API cannot load|Refused to connect to) '?https://")
-# What the frontend says of itself while it starts, before any workflow is loaded.
-STARTUP_NOISE = ("ComfyApp graph accessed before initialization",)
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
-TITLE_HEIGHT = 30
-
-chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(chromium is None, reason="no Chromium on this machine: browser tests are skipped")
-
-
-class Frontend:
-    """A page with ComfyUI's frontend, and what its console said."""
-
-    def __init__(self, page, url: str) -> None:
-        self.page, self.url = page, url
-        self.started = False
-        self.errors: list[str] = []
-        page.on("console", self._on_console)
-        page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
-        page.goto(url, wait_until="domcontentloaded", timeout=START_MS)
-        page.wait_for_function(
-            "() => window.app?.extensionManager && window.app.graph && "
-            "'DiagonalChunkSampler' in window.LiteGraph.registered_node_types && "
-            "!document.querySelector('#splash-loader')",
-            timeout=START_MS,
-        )
-        page.wait_for_timeout(SETTLE_MS)
-        self.started = True
-
-    def _on_console(self, message) -> None:
-        if message.type != "error":
-            return
-        source = message.location.get("url", "")
-        if message.text.startswith("Failed to load resource") and ABSENT_USER_FILES.search(source):
-            return
-        # Release notes and the like come from the internet, which a test machine need not reach.
-        if message.text.startswith("Failed to load resource") and not source.startswith(self.url):
-            return
-        if OUTSIDE_LOOKUP.match(message.text):
-            return
-        if not self.started and message.text.startswith(STARTUP_NOISE):
-            return
-        self.errors.append(f"{message.text} ({source})")
-
-    def load(self, workflow: dict) -> None:
-        """Open a canvas graph as File > Open does."""
-        self.page.evaluate("workflow => window.app.loadGraphData(workflow, true, true)", workflow)
-        self.page.wait_for_timeout(SETTLE_MS)
-
-    def api_export(self) -> dict:
-        """What File > Export (API) writes."""
-        return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
-
-    def node_boxes(self) -> list[tuple[str, float, float, float, float]]:
-        """(title, left, top, right, bottom) of every node, its title bar included."""
-        boxes = self.page.evaluate("() => window.app.graph.nodes.map(n => [n.title, ...n.pos, ...n.size])")
-        return [(title, x, y - TITLE_HEIGHT, x + width, y + height) for title, x, y, width, height in boxes]
-
-
-@pytest.fixture(scope="module")
-def frontend(comfy_server, tmp_path_factory) -> Iterator[Frontend]:
-    # Without these the frontend greets a new user with a dialogue over the canvas.
-    comfy_server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Notification.ShowVersionUpdates": False})
-    with playwright.sync_playwright() as engine:
-        context = engine.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("chromium")),
-            executable_path=chromium,
-            headless=True,
-            args=CHROMIUM_ARGUMENTS,
-            timeout=START_MS,
-            viewport={"width": 1600, "height": 900},
-        )
-        try:
-            yield Frontend(context.pages[0] if context.pages else context.new_page(), comfy_server.url)
-        finally:
-            context.close()
 
 
 def test_there_are_workflows():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import time
+import urllib.parse
 import uuid
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diagonal_sampler.dit import WanConfig, WanDiT
@@ -88,13 +93,15 @@ async def watch(server, graph, on_event):
 
 
 def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
-    progress, chunks, previews = [], [], []
+    progress, chunks, previews, played = [], [], [], []
 
     async def on_event(session, kind, data):
         if kind == "progress":
             progress.append((data["value"], data["max"]))
         elif kind == "diagonal.progress":
             chunks.append((data["chunk"], data["chunks"], data["forwards"], data["total"]))
+        elif kind == "diagonal.chunk":
+            played.append(data)
         elif kind == "binary":
             previews.append(data)
 
@@ -105,6 +112,28 @@ def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
     assert chunks[0] == (1, 3, 1, nfe) and chunks[-1] == (3, 3, nfe, nfe)
     assert len(previews) == nfe
     assert previews[0] != previews[-1]
+    made = [(data["chunk"], data["chunks"], data["pixel_frames"]) for data in played]
+    assert made == [(1, 3, 9), (2, 3, 21), (3, 3, 33)]
+    # The demo's own decoder makes the pictures: 64x64, one for each latent frame, with something on the ground.
+    pictures = [base64.b64decode(frame.partition(",")[2]) for data in played for frame in data["frames"]]
+    decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
+    assert [picture.shape for picture in decoded] == [(64, 64, 3)] * 9
+    assert all(int(picture.max()) - int(picture.min()) > 100 for picture in decoded)
+
+
+def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
+    widgets = {"preset": "diagonal 4-3-2", "steps": "5,3", "context_mode": "clean", "context_sigma": 0.3, "shift": 0}
+    query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, "sigmas": ""})
+    drawn = comfy_server.get(f"/diagonal/schedule?{query}")
+    schedule = DiagonalSchedule.preset("diagonal 4-3-2", steps=(5, 3))
+    assert drawn["sigmas"] == [list(schedule.chunk_sigmas(chunk)) for chunk in range(7)]
+    assert drawn["cache_pass"] == 0 and drawn["context_sigma"] == [0] * 7 and drawn["editable"]
+    assert "30 forwards for 7 chunks" in drawn["info"]
+    for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}):
+        query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, **bad})
+        answer = comfy_server.get(f"/diagonal/schedule?{query}")
+        assert list(answer) == ["error"] and answer["error"], bad
+    assert "steps is missing" in comfy_server.get("/diagonal/schedule?preset=krea")["error"]
 
 
 def test_cancel_stops_within_a_forward_and_the_next_run_is_clean(comfy_server):

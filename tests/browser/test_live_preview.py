@@ -1,0 +1,78 @@
+"""The chunks of a running clip, played inside the node that makes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+FRAMES_OF_A_CHUNK = 3
+
+
+@pytest.fixture
+def page(frontend):
+    frontend.errors.clear()
+    frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+    # What the node has shown, noted as it happens: a chunk may be over before a test looks.
+    frontend.page.evaluate(
+        """() => {
+            window.seen = {lines: [], pictures: new Set()};
+            const root = document.querySelector(".diagonal-preview");
+            new MutationObserver(() => {
+                seen.lines.push(root.querySelector(".line").textContent);
+                const source = root.querySelector("img").src;
+                if (source) seen.pictures.add(source);
+            }).observe(root, {subtree: true, childList: true, attributes: true, characterData: true});
+        }"""
+    )
+    return frontend.page
+
+
+def set_widget(page, kind: str, name: str, value) -> None:
+    page.evaluate(
+        """([kind, name, value]) => {
+            const node = app.graph.nodes.find((node) => node.type === kind);
+            node.widgets.find((widget) => widget.name === name).value = value;
+        }""",
+        [kind, name, value],
+    )
+
+
+def wait_line(page, words: str) -> str:
+    page.wait_for_function(
+        "words => document.querySelector('.diagonal-preview .line').textContent.includes(words)",
+        arg=words,
+        timeout=90_000,
+    )
+    return page.locator(".diagonal-preview .line").inner_text()
+
+
+def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
+    set_widget(page, "EmptyARVideoLatent", "length", 81)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    line = wait_line(page, "forwards in")
+    assert line.startswith("chunk 7 of 7 · first after ") and "frames/s" in line
+    # One picture a latent frame, from the first chunk on; a moving shape makes them differ.
+    page.wait_for_function(f"() => seen.pictures.size >= {4 * FRAMES_OF_A_CHUNK}", timeout=30_000)
+    lines = page.evaluate("() => seen.lines")
+    assert any("chunk 1 of 7" in line and " left" in line for line in lines)
+    assert page.locator(".diagonal-preview .bar").count() == 7
+    assert page.locator(".diagonal-preview img").evaluate("image => image.naturalWidth") == 64
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=ARTIFACTS / "live_preview.png")
+    assert frontend.errors == []
+
+
+def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
+    set_widget(page, "EmptyARVideoLatent", "length", 1021)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    page.wait_for_function("() => seen.pictures.size >= 2", timeout=90_000)
+    comfy_server.post("/interrupt", {})
+    wait_line(page, "cancelled; these frames stay")
+    assert page.locator(".diagonal-preview img").get_attribute("src").startswith("data:image/jpeg")
+    assert frontend.errors == []

@@ -1,0 +1,129 @@
+"""The drawing inside the Diagonal Schedule node, changed by mouse, by keys and by text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+COUNTS = ".diagonal-schedule .count"
+DEFAULTS = ["diagonal 4-3-2", "", "from preset", 0.357, 0, 0, ""]
+
+
+class Drawing:
+    """The one Diagonal Schedule node on the canvas."""
+
+    def __init__(self, frontend) -> None:
+        self.frontend, self.page = frontend, frontend.page
+
+    def set(self, name: str, value) -> None:
+        self.page.evaluate(
+            """([name, value]) => {
+                const widget = app.graph.nodes[0].widgets.find((w) => w.name === name);
+                widget.value = value;
+                widget.callback?.(value);
+            }""",
+            [name, value],
+        )
+
+    def get(self, name: str):
+        return self.page.evaluate("name => app.graph.nodes[0].widgets.find((w) => w.name === name).value", name)
+
+    def wait(self, counts: list[int]) -> None:
+        wanted = json.dumps(counts, separators=(",", ":"))
+        self.page.wait_for_function(
+            f"() => JSON.stringify([...document.querySelectorAll('{COUNTS}')].map(t => +t.textContent)) === '{wanted}'",
+            timeout=20_000,
+        )
+
+    def words(self, kind: str) -> str:
+        return self.page.locator(f".diagonal-schedule .{kind}").inner_text()
+
+    def column(self, chunk: int) -> tuple[float, float]:
+        box = self.page.locator(f".diagonal-schedule [data-chunk='{chunk}']").bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def pixels_per_step(self) -> float:
+        return 12 * self.page.locator(".diagonal-schedule svg").bounding_box()["height"] / 140
+
+
+@pytest.fixture
+def drawing(frontend) -> Drawing:
+    frontend.errors.clear()
+    demo = json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8"))
+    (node,) = (node for node in demo["nodes"] if node["type"] == "DiagonalSchedule")
+    node.update(pos=[60, 60], size=[380, 300], widgets_values=DEFAULTS)
+    for output in node["outputs"]:
+        output["links"] = None
+    frontend.load({**demo, "nodes": [node], "links": [], "groups": []})
+    frontend.page.evaluate("() => { app.canvas.ds.scale = 1.5; app.canvas.ds.offset = [40, 40]; }")
+    found = Drawing(frontend)
+    found.wait([4, 3, 2, 2, 2, 2, 2])
+    return found
+
+
+def test_the_default_is_drawn_with_its_forwards(drawing):
+    page = drawing.page
+    assert page.locator(".diagonal-schedule circle.forward").count() == 17
+    assert page.locator(".diagonal-schedule circle.pass").count() == 0
+    assert "17 forwards for 7 chunks" in drawing.words("info") and "(2.06x)" in drawing.words("info")
+    ARTIFACTS.mkdir(exist_ok=True)
+    inside = page.evaluate("() => app.graph.nodes[0].computeSize()[1] <= app.graph.nodes[0].size[1]")
+    assert inside, "the node is as high as its drawing"
+    page.screenshot(path=ARTIFACTS / "schedule_drawing.png")
+    assert drawing.frontend.errors == []
+
+
+def test_a_preset_is_drawn_with_its_cache_pass(drawing):
+    drawing.set("preset", "self forcing")
+    drawing.wait([4] * 7)
+    assert drawing.page.locator(".diagonal-schedule circle.pass").count() == 7
+    assert "35 forwards" in drawing.words("info")
+
+
+def test_dragging_a_chunk_changes_the_text_and_the_text_changes_the_drawing(drawing):
+    page = drawing.page
+    x, y = drawing.column(2)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 3 * drawing.pixels_per_step(), steps=4)
+    page.mouse.up()
+    drawing.wait([4, 3, 5, 2, 2, 2, 2])
+    assert drawing.get("steps") == "4,3,5,2"
+    drawing.set("steps", "5,3")
+    drawing.wait([5, 3, 3, 3, 3, 3, 3])
+    page.locator(".diagonal-schedule [data-chunk='6']").focus()
+    page.keyboard.press("ArrowDown")
+    drawing.wait([5, 3, 3, 3, 3, 3, 2])
+    assert drawing.get("steps") == "5,3,3,3,3,3,2"
+    page.keyboard.press("ArrowUp")
+    drawing.wait([5, 3, 3, 3, 3, 3, 3])
+    assert drawing.get("steps") == "5,3"
+    assert drawing.frontend.errors == []
+
+
+def test_a_value_set_without_a_callback_is_drawn_too(drawing):
+    drawing.page.evaluate("() => { app.graph.nodes[0].widgets.find((w) => w.name === 'steps').value = '1'; }")
+    drawing.wait([1] * 7)
+    assert "almost pure noise" in drawing.words("warning")
+
+
+def test_a_bad_value_is_said_and_own_sigmas_cannot_be_dragged(drawing):
+    drawing.set("steps", "four")
+    drawing.wait([])
+    assert "steps is 'four'" in drawing.words("error")
+    drawing.set("steps", "")
+    drawing.set("sigmas", "1, 0.9, 0.4\n1, 0.4")
+    drawing.wait([3, 2, 2, 2, 2, 2, 2])
+    assert drawing.page.locator(".diagonal-schedule .editable").count() == 0
+    assert "empty that field" in drawing.words("hint")
+
+
+def test_the_node_saves_and_exports_as_before(drawing):
+    saved = drawing.page.evaluate("() => app.graph.serialize().nodes[0].widgets_values")
+    assert saved == DEFAULTS
+    (node,) = drawing.frontend.api_export().values()
+    assert "drawing" not in node["inputs"]

@@ -1,0 +1,179 @@
+// Plays the chunks made so far inside the node that makes them, with what a person waits for: how fast, how far, how
+// long still. A cancelled run leaves its frames here, which ComfyUI itself discards.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
+const HEIGHT = 196; // canvas units
+const PICTURE = 128;
+const MOST_FRAMES = 512; // of a long stream the newest are kept
+const MOST_BARS = 32;
+
+const STYLE = `
+.diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; box-sizing: border-box;
+  font: 10px sans-serif; color: var(--fg-color, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px;
+  overflow: hidden; user-select: none; }
+.diagonal-preview img { height: ${PICTURE}px; width: 100%; flex: none; object-fit: contain; }
+.diagonal-preview img.small { image-rendering: pixelated; }
+.diagonal-preview img:not([src]) { visibility: hidden; }
+.diagonal-preview .bars { display: flex; align-items: flex-end; gap: 2px; height: 22px; flex: none; }
+.diagonal-preview .bar { flex: 1 1 0; max-width: 24px; background: rgb(128 128 128 / 0.3); position: relative; }
+.diagonal-preview .bar > div { position: absolute; inset: auto 0 0 0; background: #5b8def; }
+.diagonal-preview .line { line-height: 1.35; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+`;
+
+const previews = new Set();
+
+function seconds(value) {
+  if (value < 10) return `${value.toFixed(1)} s`;
+  const whole = Math.round(value);
+  return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")} min`;
+}
+
+class Preview {
+  constructor(node) {
+    this.node = node;
+    this.root = document.createElement("div");
+    this.root.className = "diagonal-preview";
+    this.image = document.createElement("img");
+    this.image.alt = "";
+    this.bars = document.createElement("div");
+    this.bars.className = "bars";
+    this.line = document.createElement("div");
+    this.line.className = "line";
+    this.root.append(this.image, this.bars, this.line);
+    const widget = node.addDOMWidget("live", "diagonal_preview", this.root, {
+      serialize: false,
+      getMinHeight: () => HEIGHT,
+      getMaxHeight: () => HEIGHT,
+    });
+    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+    this.reset(null);
+    this.line.textContent = "Chunks play here as they are made.";
+    this.grow();
+    const configured = node.onConfigure;
+    node.onConfigure = (...args) => {
+      const result = configured?.apply(node, args);
+      this.grow();
+      return result;
+    };
+    previews.add(this);
+    const removed = node.onRemoved;
+    node.onRemoved = (...args) => {
+      previews.delete(this);
+      clearTimeout(this.timer);
+      return removed?.apply(node, args);
+    };
+  }
+
+  /** A node saved before it had a preview is too low for it. */
+  grow() {
+    const [width, height] = this.node.computeSize();
+    const [ownWidth, ownHeight] = this.node.size;
+    if (ownWidth < width || ownHeight < height)
+      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+  }
+
+  reset(promptId) {
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.promptId = promptId;
+    this.frames = [];
+    this.shown = -1;
+    this.first = null; // seconds until the first chunk
+    this.state = null;
+    this.steps = new Map(); // chunk -> [steps done, steps]
+    this.image.removeAttribute("src");
+    this.bars.replaceChildren();
+  }
+
+  belongs(data) {
+    if (String(data.node).split(":").at(-1) !== String(this.node.id)) return false;
+    if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
+    return true;
+  }
+
+  onProgress(data) {
+    if (!this.belongs(data)) return;
+    this.state = { ...this.state, ...data };
+    if (data.steps) this.steps.set(data.chunk, [data.step, data.steps]);
+    this.drawBars();
+    this.say();
+  }
+
+  onChunk(data) {
+    if (!this.belongs(data)) return;
+    this.first ??= data.elapsed;
+    this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed: data.elapsed };
+    this.frames.push(...data.frames);
+    if (this.frames.length > MOST_FRAMES) {
+      const gone = this.frames.length - MOST_FRAMES;
+      this.frames.splice(0, gone);
+      this.shown = Math.max(-1, this.shown - gone);
+    }
+    this.fps = data.fps;
+    this.say();
+    if (this.timer === null && this.frames.length) this.play();
+  }
+
+  play() {
+    this.shown = (this.shown + 1) % this.frames.length;
+    this.image.src = this.frames[this.shown];
+    this.image.classList.toggle("small", this.image.naturalHeight > 0 && this.image.naturalHeight < PICTURE);
+    // A breath before it begins again.
+    const pause = this.shown === this.frames.length - 1 ? 600 : 0;
+    this.timer = setTimeout(() => this.play(), 1000 / this.fps + pause);
+  }
+
+  drawBars() {
+    const chunks = [...this.steps].slice(-MOST_BARS);
+    const most = Math.max(...chunks.map(([, [, steps]]) => steps), 1);
+    this.bars.replaceChildren(
+      ...chunks.map(([chunk, [done, steps]]) => {
+        const bar = document.createElement("div");
+        bar.className = "bar";
+        bar.style.height = `${(100 * steps) / most}%`;
+        bar.title = `chunk ${chunk}: ${done} of ${steps} steps`;
+        const fill = document.createElement("div");
+        fill.style.height = `${(100 * done) / steps}%`;
+        bar.append(fill);
+        return bar;
+      }),
+    );
+  }
+
+  say(ending = null) {
+    const { chunk, chunks, forwards, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
+    const parts = [];
+    if (chunk) parts.push(`chunk ${chunk} of ${chunks}`);
+    if (this.first !== null) parts.push(`first after ${seconds(this.first)}`);
+    if (pixelFrames) parts.push(`${(pixelFrames / pixelElapsed).toFixed(1)} frames/s`);
+    if (ending) parts.push(ending);
+    else if (forwards && forwards < total) parts.push(`${seconds((elapsed / forwards) * (total - forwards))} left`);
+    else if (forwards) parts.push(`${forwards} forwards in ${seconds(elapsed)}`);
+    this.line.textContent = parts.join(" · ");
+    this.line.title = this.line.textContent;
+  }
+
+  end(promptId, how) {
+    if (promptId === this.promptId && this.state && this.state.forwards < this.state.total) this.say(how);
+  }
+}
+
+app.registerExtension({
+  name: "diagonal.preview",
+  init() {
+    const style = document.createElement("style");
+    style.textContent = STYLE;
+    document.head.append(style);
+    const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
+    api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
+    api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));
+    api.addEventListener("execution_interrupted", all((p, data) => p.end(data.prompt_id, "cancelled; these frames stay")));
+    api.addEventListener("execution_error", all((p, data) => p.end(data.prompt_id, "stopped by an error")));
+  },
+  nodeCreated(node) {
+    if (NODES.includes(node.comfyClass)) new Preview(node);
+  },
+});

@@ -1,0 +1,258 @@
+// Draws the schedule inside the Diagonal Schedule node: chunks across, sigma down, each forward a dot. Dragging a
+// chunk up or down changes its steps. The server computes what is drawn, by the code that the node runs.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODE = "DiagonalSchedule";
+const WIDGETS = ["preset", "steps", "context_mode", "context_sigma", "shift", "frames_per_chunk", "sigmas"];
+const SVG = "http://www.w3.org/2000/svg";
+const HEIGHT = 190; // of the whole drawing, in canvas units
+const PLOT = { top: 22, bottom: 18, left: 24, right: 8, height: 140 };
+const PIXELS_PER_STEP = 12; // of a drag
+const POLL_MS = 300; // undo and other extensions change values without saying so
+
+const STYLE = `
+.diagonal-schedule { display: flex; flex-direction: column; font: 10px sans-serif; color: var(--fg-color, #ddd);
+  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden; user-select: none; }
+.diagonal-schedule svg { width: 100%; height: ${PLOT.height}px; flex: none; touch-action: none; }
+.diagonal-schedule text { fill: var(--descrip-text, #999); }
+.diagonal-schedule .grid { stroke: var(--border-color, #444); stroke-width: 0.5; }
+.diagonal-schedule .column { fill: transparent; outline: none; }
+.diagonal-schedule .column.editable { cursor: ns-resize; }
+.diagonal-schedule .column.editable:hover, .diagonal-schedule .column:focus-visible { fill: rgb(128 128 128 / 0.18); }
+.diagonal-schedule .descent { fill: none; stroke: #5b8def; stroke-width: 1.2; }
+.diagonal-schedule .context { stroke: #e0a458; stroke-width: 1; stroke-dasharray: 2 2; }
+.diagonal-schedule .forward { fill: #5b8def; }
+.diagonal-schedule .pass { fill: none; stroke: #e0a458; stroke-width: 1.4; }
+.diagonal-schedule .count { fill: var(--fg-color, #ddd); font-weight: 600; }
+.diagonal-schedule .words { padding: 2px 8px 4px; line-height: 1.35; overflow: auto; }
+.diagonal-schedule .warning { color: #e0a458; }
+.diagonal-schedule .error { color: #f07070; }
+`;
+
+function element(name, attributes, parent, text) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== undefined) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+/** Steps per chunk as text, without the entries that the repeating last one makes needless. */
+export function stepsText(steps) {
+  const kept = [...steps];
+  while (kept.length > 1 && kept.at(-1) === kept.at(-2)) kept.pop();
+  return kept.join(",");
+}
+
+class ScheduleDrawing {
+  constructor(node) {
+    this.node = node;
+    this.drawn = null; // the values that the drawing shows
+    this.asked = null; // the values that the server was asked about last
+    this.reply = null;
+    this.root = document.createElement("div");
+    this.root.className = "diagonal-schedule";
+    this.svg = element("svg", { role: "group", "aria-label": "Noise levels of each chunk" }, this.root);
+    this.words = document.createElement("div");
+    this.words.className = "words";
+    this.root.append(this.words);
+    const widget = node.addDOMWidget("drawing", "diagonal_schedule", this.root, {
+      serialize: false,
+      getMinHeight: () => HEIGHT,
+      getMaxHeight: () => HEIGHT + 30,
+    });
+    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+    this.grow();
+    const configured = node.onConfigure;
+    node.onConfigure = (...args) => {
+      const result = configured?.apply(node, args);
+      this.grow();
+      return result;
+    };
+    this.watch();
+    this.timer = setInterval(() => this.refresh(), POLL_MS);
+    this.resizes = new ResizeObserver(() => this.draw());
+    this.resizes.observe(this.root);
+    const removed = node.onRemoved;
+    node.onRemoved = (...args) => {
+      clearInterval(this.timer);
+      this.resizes.disconnect();
+      return removed?.apply(node, args);
+    };
+  }
+
+  /** A node saved before it had a drawing is too low for it. */
+  grow() {
+    const [width, height] = this.node.computeSize();
+    const [ownWidth, ownHeight] = this.node.size;
+    if (ownWidth < width || ownHeight < height)
+      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+  }
+
+  widget(name) {
+    return this.node.widgets.find((widget) => widget.name === name);
+  }
+
+  watch() {
+    for (const name of WIDGETS) {
+      const widget = this.widget(name);
+      const before = widget.callback;
+      widget.callback = (...args) => {
+        const result = before?.apply(widget, args);
+        this.refresh();
+        return result;
+      };
+    }
+  }
+
+  linked() {
+    return (this.node.inputs ?? [])
+      .filter((input) => input.link != null && WIDGETS.includes(input.widget?.name))
+      .map((input) => input.widget.name);
+  }
+
+  async refresh() {
+    const linked = this.linked();
+    const query = linked.length
+      ? `linked:${linked}`
+      : new URLSearchParams(WIDGETS.map((name) => [name, this.widget(name).value ?? ""])).toString();
+    if (query === this.asked) return;
+    this.asked = query;
+    let reply;
+    if (linked.length) {
+      reply = { error: `${linked.join(", ")} come from another node: known when it runs.` };
+    } else {
+      try {
+        const response = await api.fetchApi(`/diagonal/schedule?${query}`);
+        if (!response.ok) throw new Error(`the server answered ${response.status}`);
+        reply = await response.json();
+      } catch (error) {
+        reply = { error: `No drawing: ${error.message}.` };
+        if (this.asked === query) this.asked = null; // the next look asks again
+      }
+    }
+    if (this.asked !== null && this.asked !== query) return; // the values have changed since: a newer reply comes
+    this.reply = reply;
+    this.draw();
+  }
+
+  draw() {
+    const reply = this.reply;
+    if (!reply) return;
+    this.words.replaceChildren();
+    const say = (text, kind) => {
+      const line = document.createElement("div");
+      line.className = kind;
+      line.textContent = text;
+      this.words.append(line);
+    };
+    const focused = document.activeElement?.dataset?.chunk;
+    this.svg.replaceChildren();
+    if (reply.error) {
+      say(reply.error, "error");
+      return;
+    }
+    const width = Math.max(this.root.clientWidth, 120);
+    this.svg.setAttribute("viewBox", `0 0 ${width} ${PLOT.height}`);
+    const bottom = PLOT.height - PLOT.bottom;
+    const y = (sigma) => bottom - sigma * (bottom - PLOT.top);
+    for (const sigma of [0, 0.5, 1]) {
+      element("line", { class: "grid", x1: PLOT.left, x2: width - PLOT.right, y1: y(sigma), y2: y(sigma) }, this.svg);
+      element("text", { x: PLOT.left - 4, y: y(sigma) + 3, "text-anchor": "end" }, this.svg, `${sigma}`);
+    }
+    element("text", { x: 4, y: 11 }, this.svg, "σ");
+    const column = (width - PLOT.left - PLOT.right) / reply.sigmas.length;
+    const numbered = Math.max(1, Math.ceil(14 / column)); // chunk numbers that would touch are left out
+    reply.sigmas.forEach((sigmas, chunk) => {
+      const left = PLOT.left + chunk * column;
+      const last = chunk === reply.sigmas.length - 1;
+      const levels = reply.cache_pass === null ? sigmas : [...sigmas, reply.cache_pass];
+      const x = (i) => left + ((i + 0.5) / levels.length) * column;
+      const points = sigmas.map((sigma, i) => `${x(i)},${y(sigma)}`).join(" ");
+      element("polyline", { class: "descent", points }, this.svg);
+      sigmas.forEach((sigma, i) => element("circle", { class: "forward", cx: x(i), cy: y(sigma), r: 2.6 }, this.svg));
+      if (reply.cache_pass !== null)
+        element("circle", { class: "pass", cx: x(sigmas.length), cy: y(reply.cache_pass), r: 2.6 }, this.svg);
+      if (!last) {
+        const level = y(reply.context_sigma[chunk]);
+        element("line", { class: "context", x1: x(levels.length - 1), x2: left + 1.5 * column, y1: level, y2: level }, this.svg);
+      }
+      const middle = left + column / 2;
+      element("text", { class: "count", x: middle, y: 11, "text-anchor": "middle" }, this.svg, `${sigmas.length}`);
+      if (last || chunk % numbered === 0)
+        element("text", { x: middle, y: PLOT.height - 5, "text-anchor": "middle" }, this.svg, `${chunk + 1}${last ? "…" : ""}`);
+      this.addColumn(chunk, last, left, column, bottom);
+    });
+    this.svg.querySelector(`[data-chunk="${focused}"]`)?.focus();
+    say(reply.info, "info");
+    for (const warning of reply.warnings) say(warning, "warning");
+    if (!reply.editable) say("Steps follow your sigmas; empty that field to drag them.", "hint");
+  }
+
+  addColumn(chunk, last, left, column, bottom) {
+    const steps = this.reply.sigmas[chunk].length;
+    const area = element("rect", { x: left, y: 0, width: column, height: bottom + PLOT.bottom }, this.svg);
+    area.setAttribute("class", this.reply.editable ? "column editable" : "column");
+    area.dataset.chunk = chunk;
+    const name = last ? `chunk ${chunk + 1} and later` : `chunk ${chunk + 1}`;
+    const levels = this.reply.sigmas[chunk].map((sigma) => sigma.toFixed(3)).join(", ");
+    element("title", {}, area, `${name}: ${steps} steps at sigma ${levels}`);
+    if (!this.reply.editable) return;
+    const slider = { role: "slider", tabindex: 0, "aria-label": `steps of ${name}`, "aria-valuenow": steps, "aria-valuemin": 1 };
+    for (const [key, value] of Object.entries(slider)) area.setAttribute(key, value);
+    area.addEventListener("keydown", (event) => {
+      const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      event.stopPropagation();
+      this.setSteps(chunk, last, this.reply.sigmas[chunk].length + by);
+    });
+    area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last));
+  }
+
+  drag(event, chunk, last) {
+    event.preventDefault();
+    event.stopPropagation();
+    const began = event.clientY;
+    const steps = this.reply.sigmas[chunk].length;
+    // The node may be zoomed: as many screen pixels a step as the drawing shows.
+    const pixels = (PIXELS_PER_STEP * this.svg.getBoundingClientRect().height) / PLOT.height;
+    const move = (at) => this.setSteps(chunk, last, steps + Math.round((began - at.clientY) / pixels));
+    const end = () => {
+      window.removeEventListener("pointermove", move, true);
+      window.removeEventListener("pointerup", end, true);
+      window.removeEventListener("pointercancel", end, true);
+    };
+    window.addEventListener("pointermove", move, true);
+    window.addEventListener("pointerup", end, true);
+    window.addEventListener("pointercancel", end, true);
+  }
+
+  /** Changes one chunk's steps; the last one shown stands for all later chunks too. */
+  setSteps(chunk, last, wanted) {
+    const steps = this.reply.sigmas.map((sigmas) => sigmas.length);
+    const value = Math.min(Math.max(wanted, 1), this.reply.max_steps);
+    if (steps[chunk] === value) return;
+    steps[chunk] = value;
+    const widget = this.widget("steps");
+    const text = stepsText(last ? steps.slice(0, chunk + 1) : steps);
+    if (widget.value === text) return;
+    widget.value = text;
+    widget.callback?.(text);
+    this.node.graph?.setDirtyCanvas(true, true);
+  }
+}
+
+app.registerExtension({
+  name: "diagonal.schedule",
+  init() {
+    const style = document.createElement("style");
+    style.textContent = STYLE;
+    document.head.append(style);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) new ScheduleDrawing(node);
+  },
+});
