@@ -1,0 +1,40 @@
+"""The Chinese texts of the nodes, against the nodes as ComfyUI knows them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def schemas(pack_module):
+    return {schema.node_id: schema for schema in (node.define_schema() for node in pack_module("nodes").NODES)}
+
+
+def test_every_node_and_nothing_else_is_translated(schemas):
+    assert TEXTS.keys() == schemas.keys()
+
+
+def test_every_input_and_output_has_a_name_and_a_tooltip(schemas):
+    for node_id, schema in schemas.items():
+        texts = TEXTS[node_id]
+        assert texts["inputs"].keys() == {item.id for item in schema.inputs}, node_id
+        assert list(texts["outputs"]) == [str(place) for place in range(len(schema.outputs))], node_id
+        assert all(entry["name"] and entry["tooltip"] for entry in texts["inputs"].values()), node_id
+        assert texts["display_name"] and texts["description"]
+
+
+def test_what_a_combo_offers_is_named_as_it_is_written(schemas):
+    """A tooltip speaks of options, and those stay in English: a renamed option must be renamed in both languages."""
+    for node_id, schema in schemas.items():
+        for item in schema.inputs:
+            for option in getattr(item, "options", None) or []:
+                if item.tooltip and f"{option}:" in item.tooltip:
+                    assert option in TEXTS[node_id]["inputs"][item.id]["tooltip"], (node_id, item.id, option)
+
+
+def test_the_server_hands_them_to_the_frontend(comfy_server):
+    assert comfy_server.get("/i18n")["zh"]["nodeDefs"]["DiagonalSchedule"] == TEXTS["DiagonalSchedule"]
