@@ -9,6 +9,7 @@ from .context_frames import DiagonalContextFrames
 from .demo_loader import DiagonalDemoLoader
 from .model_loader import DiagonalModelLoader
 from .schedule import DiagonalScheduleNode
+from .stream_video import DiagonalStreamVideo
 
 NODES: list[type[io.ComfyNode]] = [
     DiagonalModelLoader,
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiagonalScheduleNode,
     DiagonalContextFrames,
     DiagonalChunkSampler,
+    DiagonalStreamVideo,
 ]
 
 

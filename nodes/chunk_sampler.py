@@ -1,10 +1,12 @@
 """DiagonalChunkSampler: denoises a video chunk by chunk."""
 
 import time
+from collections.abc import Callable
 
 import latent_preview
 from comfy_api.latest import io
 from server import PromptServer
+from torch import Tensor
 
 from ..model_patches.sampling import Progress, sample_latent
 from .common import CATEGORY, ContextType, ScheduleType
@@ -77,15 +79,6 @@ class DiagonalChunkSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float, context=None
     ) -> io.NodeOutput:
-        callback = None
-
-        def preview(step: int, denoised, x, total: int) -> None:
-            # The previewer is made at the first forward: only then is the number of forwards settled.
-            nonlocal callback
-            if callback is None:
-                callback = latent_preview.prepare_callback(model, total)
-            callback(step, denoised, x, total)
-
         result = sample_latent(
             model,
             positive,
@@ -95,14 +88,28 @@ class DiagonalChunkSampler(io.ComfyNode):
             seed=seed,
             cfg=cfg,
             denoise=denoise,
-            callback=preview,
-            on_progress=_Reporter(cls.hidden.unique_id),
+            callback=preview_callback(model),
+            on_progress=ProgressReporter(cls.hidden.unique_id),
             context=context,
         )
         return io.NodeOutput(result)
 
 
-class _Reporter:
+def preview_callback(model) -> Callable[[int, Tensor, Tensor, int], None]:
+    """ComfyUI's callback for its progress bar and previews."""
+    callback = None
+
+    def preview(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        # The previewer is made at the first forward: only then is the number of forwards settled.
+        nonlocal callback
+        if callback is None:
+            callback = latent_preview.prepare_callback(model, total)
+        callback(step, denoised, x, total)
+
+    return preview
+
+
+class ProgressReporter:
     """Tells the client that queued the prompt which chunk is being made."""
 
     def __init__(self, node_id: str) -> None:
