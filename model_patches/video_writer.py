@@ -163,6 +163,14 @@ class _Container(ABC):
             VideoWriteError: a stream of another build than expected.
         """
 
+    @abstractmethod
+    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
+        """The header with texts by name, where ComfyUI's own files have them.
+
+        ffmpeg cannot do it: a command line is too short for a workflow, and its MP4 muxer writes broken boxes when a
+        header that does not fit its buffer goes to a pipe.
+        """
+
     def codec_parameters(self, header: bytes) -> bytes:
         """What all streams of one file must agree on."""
         return b""
@@ -203,7 +211,7 @@ class Mp4Container(_Container):
     def arguments(self) -> list[str]:
         keyframes = max(1, round(KEYFRAME_SECONDS * self.spec.rate))
         codec = ["-c:v", "libx264", "-preset", "fast", "-tune", "zerolatency", "-bf", "0", "-g", str(keyframes)]
-        flags = "empty_moov+default_base_moof+frag_every_frame+use_metadata_tags+skip_trailer"
+        flags = "empty_moov+default_base_moof+frag_every_frame+skip_trailer"
         timescale = ["-video_track_timescale", str(self.ticks_per_second)]
         return [*codec, "-crf", f"{self.spec.crf:g}", *timescale, "-movflags", flags, "-f", "mp4"]
 
@@ -238,6 +246,17 @@ class Mp4Container(_Container):
         struct.pack_into(">Q", out, time + 4, ticks + first_frame * self.ticks_per_frame)
         return bytes(out)
 
+    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
+        keys = struct.pack(">II", 0, len(texts)) + b"".join(_box(b"mdta", key.encode()) for key in texts)
+        items = b"".join(
+            _box(struct.pack(">I", number), _box(b"data", struct.pack(">II", _UTF8, 0) + text.encode()))
+            for number, text in enumerate(texts.values(), 1)
+        )
+        handler = _box(b"hdlr", struct.pack(">II4s", 0, 0, b"mdta") + bytes(13))
+        meta = _box(b"meta", bytes(4) + handler + _box(b"keys", keys) + _box(b"ilst", items))
+        moov = header.find(b"moov") - 4
+        return header[:moov] + _box(b"moov", header[moov + 8 :] + _box(b"udta", meta))
+
     def codec_parameters(self, header: bytes) -> bytes:
         at = header.find(b"avcC")
         (size,) = struct.unpack_from(">I", header, at - 4)
@@ -251,6 +270,14 @@ class Mp4Container(_Container):
         if header[movie] != 0 or ticks >= 1 << 32:
             return None
         return movie + 16, struct.pack(">I", ticks)
+
+
+_UTF8 = 1
+"""QuickTime's number for a text value."""
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
 
 
 def _find_box(data: bytes, *path: bytes) -> int:
@@ -300,6 +327,14 @@ class WebmContainer(_Container):
             elif header is not None:
                 header += head + body
 
+    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
+        # Upper case, as ffmpeg has it and as ComfyUI's web page reads it.
+        simple = b"".join(
+            _element(0x67C8, _element(0x45A3, key.upper().encode()) + _element(0x4487, text.encode()))
+            for key, text in texts.items()
+        )
+        return header + _element(0x1254C367, _element(0x7373, _element(0x63C0, b"") + simple))
+
     def _moved(self, body: bytes, frame: int) -> bytes:
         """A cluster of one frame, timed as a part of the whole clip."""
         kind, start = _ebml_number(body, 0, keep_marker=True)
@@ -307,8 +342,12 @@ class WebmContainer(_Container):
         if kind != _EBML_TIME:
             raise VideoWriteError("ffmpeg wrote a cluster without its time first; another build of ffmpeg is needed.")
         time = bytes([_EBML_TIME, 0x88]) + struct.pack(">Q", round(1000 * frame / self.spec.rate))
-        content = time + body[start + length :]
-        return struct.pack(">I", _EBML_CLUSTER) + struct.pack(">Q", len(content) | 1 << 56) + content
+        return _element(_EBML_CLUSTER, time + body[start + length :])
+
+
+def _element(kind: int, content: bytes) -> bytes:
+    """An EBML element with its size in eight bytes."""
+    return kind.to_bytes(-(-kind.bit_length() // 8), "big") + struct.pack(">Q", len(content) | 1 << 56) + content
 
 
 def _ebml_number(data: bytes, at: int, *, keep_marker: bool = False) -> tuple[int, int]:
@@ -356,7 +395,6 @@ class EncodedWriter(VideoWriter):
         self._errors: IO[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._read_error: OSError | VideoWriteError | None = None
-        self._metadata_file: Path | None = None
         try:
             self._file = os.open(path, os.O_RDWR | _BINARY | (0 if mark is not None else os.O_CREAT | os.O_EXCL), 0o666)
         except FileExistsError:
@@ -444,17 +482,11 @@ class EncodedWriter(VideoWriter):
         command += ["-probesize", "32", "-analyzeduration", "0", "-f", "rawvideo", "-pixel_format", "rgb24"]
         command += ["-video_size", f"{spec.width}x{spec.height}"]
         command += ["-framerate", f"{spec.rate.numerator}/{spec.rate.denominator}", "-i", "pipe:0"]
-        if not self._size and spec.metadata:
-            # Workflows are longer than a command line may be.
-            handle, name = tempfile.mkstemp(suffix=".ffmetadata")
-            self._metadata_file = Path(name)
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(ffmetadata(spec.texts()))
-            command += ["-f", "ffmetadata", "-i", name, "-map", "0:v", "-map_metadata", "1"]
         # Passed through: a constant frame rate would hold each frame until the next.
         command += ["-fps_mode", "passthrough", "-vf", "scale=out_color_matrix=bt709:out_range=tv"]
         command += ["-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
-        command += [*self._container.arguments(), "-flush_packets", "1", "pipe:1"]
+        # Bit-exact: the same frames make the same bytes.
+        command += [*self._container.arguments(), "-fflags", "+bitexact", "-flush_packets", "1", "pipe:1"]
         self._errors = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(
@@ -491,10 +523,10 @@ class EncodedWriter(VideoWriter):
             process.kill()
 
     def _take_header(self, header: bytes) -> None:
-        self._drop_metadata_file()
         if not self._size:
-            self._append(header)
-            self._header = header
+            texts = self.spec.texts()
+            self._header = self._container.with_metadata(header, texts) if texts else header
+            self._append(self._header)
         elif self._container.codec_parameters(header) != self._container.codec_parameters(self._header):
             raise VideoWriteError(
                 f"This ffmpeg encodes in another way than the one that began {self.path.name}, so that the video "
@@ -567,26 +599,6 @@ class EncodedWriter(VideoWriter):
         if self._errors is not None:
             self._errors.close()
             self._errors = None
-        self._drop_metadata_file()
-
-    def _drop_metadata_file(self) -> None:
-        path = self._metadata_file
-        if path is not None:
-            with contextlib.suppress(OSError):  # Windows, while ffmpeg has it open: `_stop` comes again
-                path.unlink()
-                self._metadata_file = None
-
-
-def ffmetadata(texts: Mapping[str, str]) -> str:
-    """A metadata file as ffmpeg reads it; keys and values may hold anything but NUL."""
-
-    def escape(text: str) -> str:
-        for character in "\\=;#\n":
-            text = text.replace(character, "\\" + character)
-        # ffmpeg takes every backslash before a line's end for an escape, an escaped one too.
-        return text + " " if text.endswith("\\") else text
-
-    return ";FFMETADATA1\n" + "".join(f"{escape(key)}={escape(value)}\n" for key, value in texts.items())
 
 
 class PngWriter(VideoWriter):

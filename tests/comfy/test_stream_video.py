@@ -14,6 +14,7 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,7 +102,7 @@ def stop_at(chunk: int, error: type[BaseException] = Stop):
 def decoded(path: Path) -> list:
     """Every frame, after checking that times go up evenly."""
     if path.is_dir():
-        return [torch.tensor(list(Image.open(name).getdata())) for name in sorted(path.iterdir())]
+        return [torch.from_numpy(np.array(Image.open(name))) for name in sorted(path.glob("*.png"))]
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     for number, frame in enumerate(frames):
@@ -189,10 +190,7 @@ def test_a_resumed_run_leaves_the_same_file(stream, options, output, format, cap
             assert (whole.path / name).read_bytes() == (stopped / name).read_bytes()
     else:
         assert len(decoded(stopped)) == 48
-        first, second = whole.path.read_bytes(), stopped.read_bytes()
-        assert len(first) == len(second)
-        if format == "mp4":  # a WebM carries random numbers
-            assert first == second
+        assert whole.path.read_bytes() == stopped.read_bytes()
     assert sorted(files(output)) == sorted([whole.path.name, stopped.name])
 
 
@@ -517,10 +515,10 @@ def test_a_dying_ffmpeg_ends_the_run_and_it_resumes(stream, options, output, vid
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(video_writer.VideoWriteError, match="ffmpeg stopped.*queue the same graph again"):
-        stream(options(seconds=4.0, state_every=2), on_progress=lambda p: (kill(p), time.sleep(0.01)))
-    assert not children()
+        stream(options(seconds=4.0, state_every=99), on_progress=kill)
+    assert not children() and len(decoded(output / "v_00002_.mp4")) >= 8
     path = stream(options(seconds=4.0)).path
-    assert path.name == "v_00002_.mp4" and len(decoded(path)) == 64 and len(path.read_bytes()) > len(whole) // 2
+    assert path.name == "v_00002_.mp4" and path.read_bytes() == whole
 
 
 CHILD = """
