@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, get_args
@@ -365,10 +366,15 @@ class StreamDecoder:
             return
         batch, height, width = snapshot["size"].tolist()
         clips = [self._architecture.new_clip() for _ in range(batch)]
-        for number, clip in enumerate(clips):
-            prefix = f"{number}/"
-            own = {name.removeprefix(prefix): x for name, x in snapshot.items() if name.startswith(prefix)}
-            clip.restore({name: x.to(self.vae.device, copy=True) for name, x in own.items()})
+        device = self.vae.device
+        if device.type == "cuda" and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        # Copied by the stream that decodes: memory belongs to the stream that it was taken on.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for number, clip in enumerate(clips):
+                prefix = f"{number}/"
+                own = {name.removeprefix(prefix): x for name, x in snapshot.items() if name.startswith(prefix)}
+                clip.restore({name: x.to(device, copy=True) for name, x in own.items()})
         self._size = (batch, height, width)
         self._image_size = tuple(snapshot["image_size"].tolist())
         self._clips = clips

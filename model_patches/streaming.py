@@ -374,7 +374,9 @@ def _resume(
                 lock.release()
                 continue
             if done:
-                os.replace(path, path := place.folder / (stem + STATE_SUFFIX))
+                unfinished = place.folder / (stem + STATE_SUFFIX)
+                os.replace(path, unfinished)
+                path = unfinished
             writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
         except (OSError, VideoWriteError) as error:
             lock.release()
