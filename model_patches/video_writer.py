@@ -175,10 +175,6 @@ class _Container(ABC):
         """What all streams of one file must agree on."""
         return b""
 
-    def duration_patch(self, header: bytes, frames: int) -> tuple[int, bytes] | None:
-        """Offset and bytes that write the length of a finished video into its header."""
-        return None
-
 
 class _Buffer:
     """Takes exact numbers of bytes from a stream that comes in pieces."""
@@ -220,7 +216,7 @@ class Mp4Container(_Container):
         header, fragment = b"", b""
         while (start := buffer.take(8)) is not None:
             size, kind = struct.unpack(">I4s", start)
-            body = buffer.take(size - 8)
+            body = buffer.take(size - 8) if size >= 8 else None
             if body is None:
                 return
             if kind in (b"ftyp", b"moov"):
@@ -247,9 +243,9 @@ class Mp4Container(_Container):
         return bytes(out)
 
     def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
-        keys = struct.pack(">II", 0, len(texts)) + b"".join(_box(b"mdta", key.encode()) for key in texts)
+        keys = struct.pack(">II", 0, len(texts)) + b"".join(_box(b"mdta", _utf8(key)) for key in texts)
         items = b"".join(
-            _box(struct.pack(">I", number), _box(b"data", struct.pack(">II", _UTF8, 0) + text.encode()))
+            _box(struct.pack(">I", number), _box(b"data", struct.pack(">II", _TEXT, 0) + _utf8(text)))
             for number, text in enumerate(texts.values(), 1)
         )
         handler = _box(b"hdlr", struct.pack(">II4s", 0, 0, b"mdta") + bytes(13))
@@ -262,17 +258,12 @@ class Mp4Container(_Container):
         (size,) = struct.unpack_from(">I", header, at - 4)
         return header[at : at - 4 + size]
 
-    def duration_patch(self, header: bytes, frames: int) -> tuple[int, bytes] | None:
-        moov = header.find(b"moov") - 4
-        movie = moov + _find_box(header[moov:], b"mvhd")
-        (ticks_per_second,) = struct.unpack_from(">I", header, movie + 12)
-        ticks = round(frames / self.spec.rate * ticks_per_second)
-        if header[movie] != 0 or ticks >= 1 << 32:
-            return None
-        return movie + 16, struct.pack(">I", ticks)
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
-_UTF8 = 1
+_TEXT = 1
 """QuickTime's number for a text value."""
 
 
@@ -330,7 +321,7 @@ class WebmContainer(_Container):
     def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
         # Upper case, as ffmpeg has it and as ComfyUI's web page reads it.
         simple = b"".join(
-            _element(0x67C8, _element(0x45A3, key.upper().encode()) + _element(0x4487, text.encode()))
+            _element(0x67C8, _element(0x45A3, _utf8(key.upper())) + _element(0x4487, _utf8(text)))
             for key, text in texts.items()
         )
         return header + _element(0x1254C367, _element(0x7373, _element(0x63C0, b"") + simple))
@@ -419,7 +410,6 @@ class EncodedWriter(VideoWriter):
             is_header, self._header = next(self._container.cut(pieces, 0), (False, b""))
             if not is_header:
                 raise VideoWriteError(f"{self.path.name} is not the video that was written before.")
-            self._patch_duration(0)
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
 
@@ -458,11 +448,6 @@ class EncodedWriter(VideoWriter):
         if self._file < 0:
             return
         self.settle()
-        try:
-            self._patch_duration(self.frames)
-        except OSError as error:
-            raise self._disk_error(error) from error
-        self._sync()
         os.close(self._file)
         self._file = -1
 
@@ -538,15 +523,6 @@ class EncodedWriter(VideoWriter):
         while at < len(data):
             at += os.write(self._file, data[at:])
         self._size += len(data)
-
-    def _patch_duration(self, frames: int) -> None:
-        """Write the length of the finished video where players look for it; 0 while it grows."""
-        patch = self._container.duration_patch(self._header, frames) if self._header else None
-        if patch is not None:
-            offset, data = patch
-            os.lseek(self._file, offset, os.SEEK_SET)
-            os.write(self._file, data)
-            os.lseek(self._file, self._size, os.SEEK_SET)
 
     def _sync(self) -> None:
         try:
