@@ -1,13 +1,14 @@
 """Samples a causal MODEL chunk by chunk through ComfyUI's own guider.
 
 The guider loads the model, prepares the conditionings and applies guidance, hooks, wrappers and other packs' patches;
-only the loop over chunks and steps is ours (`diagonal_sampler.sampler`).
+only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sample_latent` gives the whole clip,
+`stream_latent` gives it away chunk by chunk and keeps nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,6 +98,43 @@ class ClipPlan:
             batch=batch,
             conditions=conditions,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedChunk:
+    """Finished latent frames of a stream.
+
+    Attributes:
+        index: the chunk, counted from 0; CONTEXT for the given frames that the clip begins with.
+        latents: [B, C, frames, H, W] in LATENT scale, on the model's device.
+        cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call only.
+        forwards: forwards of the clip so far.
+        patcher: the MODEL that is sampling, which must stay loaded.
+    """
+
+    index: int
+    latents: Tensor
+    cache: KVCache
+    forwards: int
+    patcher: ModelPatcher
+
+
+CONTEXT = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Where a stream goes on.
+
+    Attributes:
+        chunk: the first chunk to make, counted from 0.
+        committed: latent frames before it, context included.
+        load: gives the KVCache's snapshot there; called once, and what it gives is not kept.
+    """
+
+    chunk: int
+    committed: int
+    load: Callable[[], Mapping[str, Tensor]]
 
 
 def plan_clip(
@@ -222,17 +260,98 @@ def sample_latent(
                 "encode a video with VAE Encode."
             )
         schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
-    for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
-        log.warning(warning)
     plan = plan_clip(model, samples.shape, schedule, context)
-    conditions = _check_conditionings(model, positive, negative if cfg != 1.0 else [])
-
-    batch, channels, _, height, width = plan.shape
-    draws = noise if noise is not None else SeededNoise(seed, (batch, channels, height, width))
+    draws = noise if noise is not None else _seeded_noise(plan, seed)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
+    result = _run_guider(
+        model,
+        positive,
+        negative,
+        plan,
+        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk),
+        initial,
+        samples,
+        seed=seed,
+        cfg=cfg,
+        mask=latent.get("noise_mask"),
+        callback=callback,
+    )
+    out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    out["samples"] = result.to(
+        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
+    )
+    return out
 
+
+def stream_latent(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    plan: ClipPlan,
+    on_chunk: Callable[[StreamedChunk], None],
+    *,
+    seed: int,
+    cfg: float = 1.0,
+    resume: Resume | None = None,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
+
+    Seed for seed the latents equal those of `sample_latent` on an empty latent, because noise is drawn per chunk and
+    step there too. ComfyUI's guider, and wrappers around it, see noise and latent of one chunk, all zeros.
+
+    Args:
+        model: a causal MODEL; it is not changed.
+        plan: from plan_clip; its shape is the whole clip's.
+        on_chunk: gets the given context frames, if there are any, and then each chunk.
+        resume: go on at a later chunk; what lies before it is not given again.
+        positive, negative, seed, cfg, callback, on_progress: as in sample_latent. Progress counts on when resumed.
+
+    Raises:
+        ValueError: an input that cannot be sampled, with the reason and the remedy.
+    """
+    batch, channels, frames, height, width = plan.shape
+    chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
+    _run_guider(
+        model,
+        positive,
+        negative,
+        plan,
+        DiagonalSampler(plan, _seeded_noise(plan, seed), on_progress=on_progress, stream=on_chunk, resume=resume),
+        chunk,
+        chunk.clone(),
+        seed=seed,
+        cfg=cfg,
+        callback=callback,
+    )
+
+
+def _seeded_noise(plan: ClipPlan, seed: int) -> SeededNoise:
+    batch, channels, _, height, width = plan.shape
+    return SeededNoise(seed, (batch, channels, height, width))
+
+
+def _run_guider(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    plan: ClipPlan,
+    sampler: DiagonalSampler,
+    noise: Tensor,
+    latent_image: Tensor,
+    *,
+    seed: int,
+    cfg: float,
+    mask: Tensor | None = None,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> Tensor:
+    """Hand one run to ComfyUI's guider, with memory asked for one chunk and the KV window."""
+    for warning in (*plan.schedule.warnings(), *_contradictions(model, plan.schedule)):
+        log.warning(warning)
+    conditions = _check_conditionings(model, positive, negative if cfg != 1.0 else [])
     run_model = model.clone()
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
@@ -242,22 +361,16 @@ def sample_latent(
     guider = comfy.samplers.CFGGuider(run_model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    sampler = DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk)
-    result = guider.sample(
-        initial,
-        samples,
+    return guider.sample(
+        noise,
+        latent_image,
         sampler,
         torch.tensor([*plan.schedule.chunk_sigmas(0), 0.0]),
-        denoise_mask=latent.get("noise_mask"),
+        denoise_mask=mask,
         callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    out["samples"] = result.to(
-        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
-    )
-    return out
 
 
 def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[str, ...]:
@@ -279,7 +392,11 @@ def _made_frames(plan: ClipPlan) -> list[int]:
 
 
 class DiagonalSampler(comfy.samplers.Sampler):
-    """The loop over chunks as a ComfyUI sampler; one instance serves one run."""
+    """The loop over chunks as a ComfyUI sampler; one instance serves one run.
+
+    With `stream` it collects nothing: noise and latent_image are then those of one chunk, the noise is drawn here
+    chunk by chunk, and what `sample` returns means nothing.
+    """
 
     def __init__(
         self,
@@ -288,11 +405,15 @@ class DiagonalSampler(comfy.samplers.Sampler):
         *,
         on_progress: Callable[[Progress], None] | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
+        stream: Callable[[StreamedChunk], None] | None = None,
+        resume: Resume | None = None,
     ) -> None:
         self.plan = plan
         self.noise = noise
         self.on_progress = on_progress
         self.on_chunk = on_chunk
+        self.stream = stream
+        self.resume = resume
 
     def sample(
         self,
@@ -306,7 +427,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """ComfyUI's contract: noise and latent_image [B, C, T, H, W] in the model's space; returns the same shape."""
-        plan = self.plan
+        plan, resume, streaming = self.plan, self.resume, self.stream is not None
         options = extra_args["model_options"]
         transformer_options = options["transformer_options"]
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
@@ -316,9 +437,12 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options[RUN_KEY] = run
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
-        if context is not None:
+        if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done = 0
+        if resume is not None:
+            cache.restore(resume.committed, resume.load(), noise.device)
+            done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
 
         def frames_of(tensor: Tensor, at: Forward) -> Tensor:
             return tensor[:, :, at.start_frame : at.start_frame + at.frames]
@@ -354,12 +478,30 @@ class DiagonalSampler(comfy.samplers.Sampler):
             return denoised
 
         def draw(chunk: int, step: int, frames: int) -> Tensor:
-            if step == INITIAL_STEP:
+            if step == INITIAL_STEP and not streaming:
                 start = plan.context_frames + chunk * plan.settings.frames_per_chunk
                 return noise[:, :, start : start + frames]
             return self.noise(chunk, step, frames).to(noise)
 
+        def source(start: int, frames: int) -> Tensor:
+            start = 0 if streaming else start  # a stream's latent is one chunk, and empty
+            return latent_image[:, :, start : start + frames]
+
+        def give(index: int, latents: Tensor) -> None:
+            latents = model_wrap.inner_model.process_latent_out(latents.to(torch.float32))
+            self.stream(
+                StreamedChunk(
+                    index=index,
+                    latents=latents.to(comfy.model_management.intermediate_dtype()),
+                    cache=cache,
+                    forwards=done,
+                    patcher=model_wrap.model_patcher,
+                )
+            )
+
         try:
+            if streaming and context is not None and resume is None:
+                give(CONTEXT, context)
             for chunk in sample_chunks(
                 denoise,
                 draw,
@@ -368,9 +510,13 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 frames=plan.shape[2],
                 frames_per_chunk=plan.settings.frames_per_chunk,
                 context=context,
-                source=None if latent_image is None else lambda start, n: latent_image[:, :, start : start + n],
+                source=None if latent_image is None else source,
+                first_chunk=0 if resume is None else resume.chunk,
             ):
                 _require_finite(chunk, plan.chunks)
+                if streaming:
+                    give(chunk.index, chunk.latents)
+                    continue
                 output[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
                 if self.on_chunk is not None:
                     self.on_chunk(chunk)

@@ -15,7 +15,8 @@ All state lives in the `StreamDecoder`, never in the VAE: other decoders and VAE
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, get_args
@@ -38,6 +39,8 @@ LatentScaling = Literal["auto", "comfyui", "wan"]
 
 WAN_GROUP_FRAMES = 2
 """Latent frames that Wan's decoder takes at once after the first, as ComfyUI feeds it."""
+WAN_MARK = "Rep"
+"""What ComfyUI's Wan decoder puts in place of the features of a layer that has seen the first frame only."""
 WAN_ESTIMATE_FRAMES = 5
 """ComfyUI's estimate for Wan's decoder steps up after 4 latent frames, with the caches full; here they stay full."""
 WINDOW_CONTEXT_FRAMES = 4
@@ -53,6 +56,14 @@ class _ClipState(Protocol):
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors held until the next chunk."""
+        ...
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All of the state by name, numbers as tensors too; the tensors may be views of what is held."""
+        ...
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Take the state of a snapshot, whose tensors are on the VAE's device, into a clip that has not begun."""
         ...
 
 
@@ -115,6 +126,20 @@ class _WanClip:
     def tensors(self) -> Iterator[Tensor]:
         return (entry for entry in self.features if isinstance(entry, Tensor))
 
+    def snapshot(self) -> dict[str, Tensor]:
+        # ComfyUI marks some layers that have seen one frame only with a word instead of a tensor.
+        marks = [index for index, entry in enumerate(self.features) if isinstance(entry, str)]
+        kept = {f"feature/{index}": e for index, e in enumerate(self.features) if isinstance(e, Tensor)}
+        return {"started": torch.tensor([self.started]), "marks": torch.tensor(marks, dtype=torch.int64), **kept}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        self.started = bool(snapshot["started"])
+        for index in snapshot["marks"].tolist():
+            self.features[index] = WAN_MARK
+        for name, value in snapshot.items():
+            if name.startswith("feature/"):
+                self.features[int(name.removeprefix("feature/"))] = value
+
 
 class _TaehvClip:
     """TAEHV: latent frame by latent frame; the frames that it makes too many at the start of a clip are dropped."""
@@ -149,6 +174,13 @@ class _TaehvClip:
     def tensors(self) -> Iterator[Tensor]:
         return iter(self.memory.values())
 
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"trim": torch.tensor([self.trim]), **{f"memory/{index}": x for index, x in self.memory.items()}}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        self.trim = int(snapshot["trim"])
+        self.memory = {int(name.removeprefix("memory/")): x for name, x in snapshot.items() if name != "trim"}
+
 
 class _DemoClip:
     """The demo's autoencoder: no layer sees two latent frames, only the first frame is special."""
@@ -164,6 +196,12 @@ class _DemoClip:
 
     def tensors(self) -> Iterator[Tensor]:
         return iter(())
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"started": torch.tensor([self.started])}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        self.started = bool(snapshot["started"])
 
 
 class _WindowClip:
@@ -192,6 +230,13 @@ class _WindowClip:
 
     def tensors(self) -> Iterator[Tensor]:
         return iter(() if self.context is None else (self.context,))
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor([self.seen]), **({} if self.context is None else {"context": self.context})}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        self.seen = int(snapshot["seen"])
+        self.context = snapshot.get("context")
 
 
 class DecodeHandle:
@@ -289,6 +334,50 @@ class StreamDecoder:
         self._size = None
         self._image_size = (0, 0, 0, 0)
         self._refusal = None
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What the decoder remembers of the clip, by name; copies on the CPU. Empty before the first chunk.
+
+        With it a later run goes on after the chunks decoded so far: see `restore`.
+
+        Raises:
+            RuntimeError: the chunk before failed, or the decoder is closed.
+        """
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        self._wait()
+        if not self._clips:
+            return {}
+        out = {"size": torch.tensor(self._size), "image_size": torch.tensor(self._image_size)}
+        for number, clip in enumerate(self._clips):
+            for name, value in clip.snapshot().items():
+                out[f"{number}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
+        return out
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Go on where a snapshot was taken, with a VAE of the same weights, in a decoder that has not begun a clip.
+
+        Raises:
+            RuntimeError: a clip has begun, or the decoder is closed.
+        """
+        if self._refusal is not None or self._clips:
+            raise RuntimeError(self._refusal or "StreamDecoder.restore inside a clip; call reset() first.")
+        if not snapshot:
+            return
+        batch, height, width = snapshot["size"].tolist()
+        clips = [self._architecture.new_clip() for _ in range(batch)]
+        device = self.vae.device
+        if device.type == "cuda" and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        # Copied by the stream that decodes: memory belongs to the stream that it was taken on.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for number, clip in enumerate(clips):
+                prefix = f"{number}/"
+                own = {name.removeprefix(prefix): x for name, x in snapshot.items() if name.startswith(prefix)}
+                clip.restore({name: x.to(device, copy=True) for name, x in own.items()})
+        self._size = (batch, height, width)
+        self._image_size = tuple(snapshot["image_size"].tolist())
+        self._clips = clips
 
     def close(self) -> None:
         """Free the state for good. Handles stay valid."""

@@ -10,6 +10,7 @@ from .demo_loader import DiagonalDemoLoader
 from .model_loader import DiagonalModelLoader
 from .routes import add_routes
 from .schedule import DiagonalScheduleNode
+from .stream_video import DiagonalStreamVideo
 
 NODES: list[type[io.ComfyNode]] = [
     DiagonalModelLoader,
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiagonalScheduleNode,
     DiagonalContextFrames,
     DiagonalChunkSampler,
+    DiagonalStreamVideo,
 ]
 
 

@@ -1,11 +1,10 @@
 """DiagonalChunkSampler: denoises a video chunk by chunk."""
 
-import latent_preview
 from comfy_api.latest import io
 
 from ..model_patches.sampling import sample_latent
 from .common import CATEGORY, ContextType, ScheduleType
-from .live import LiveReport
+from .live import LiveReport, preview_callback
 
 
 class DiagonalChunkSampler(io.ComfyNode):
@@ -73,15 +72,6 @@ class DiagonalChunkSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float, context=None
     ) -> io.NodeOutput:
-        callback = None
-
-        def preview(step: int, denoised, x, total: int) -> None:
-            # The previewer is made at the first forward: only then is the number of forwards settled.
-            nonlocal callback
-            if callback is None:
-                callback = latent_preview.prepare_callback(model, total)
-            callback(step, denoised, x, total)
-
         live = LiveReport(cls.hidden.unique_id, model)
         result = sample_latent(
             model,
@@ -92,7 +82,7 @@ class DiagonalChunkSampler(io.ComfyNode):
             seed=seed,
             cfg=cfg,
             denoise=denoise,
-            callback=preview,
+            callback=preview_callback(model),
             on_progress=live.progress,
             on_chunk=live.chunk,
             context=context,

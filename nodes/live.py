@@ -23,7 +23,8 @@ PREVIEW_ATTACHMENT = "diagonal_preview"
 """ModelPatcher attachment: a function from latents [T, 16, h, w] in the model's space to frames [T, 3, H, W] in
 [-1, 1], for models whose latents ComfyUI's own preview does not know."""
 LARGEST_SIDE = 320  # pixels of a preview frame
-LATENT_FPS = 4.0  # one preview frame for each latent frame: Wan has four of them a second
+PIXEL_FRAMES_A_PICTURE = 4  # as many as a latent frame stands for
+PICTURES_A_SECOND = 4.0  # Wan makes 16 frames a second
 
 
 class LiveReport:
@@ -38,12 +39,9 @@ class LiveReport:
         self.node_id = node_id
         self.start = time.perf_counter()
         self.frames_of = preview_of(model)
-        self.chunks = 0
-        self.latent_frames = 0
 
     def progress(self, progress: Progress) -> None:
         """After every forward."""
-        self.chunks = progress.chunks
         self._send(
             PROGRESS_EVENT,
             forwards=progress.forwards,
@@ -56,16 +54,24 @@ class LiveReport:
         )
 
     def chunk(self, chunk: Chunk) -> None:
-        """After every finished chunk: its first clip's frames, as pictures."""
-        self.latent_frames = chunk.start_frame + chunk.latents.shape[2]
+        """After every finished chunk: the first clip's frames, quickly made."""
         frames = [] if self.frames_of is None else self.frames_of(chunk.latents[0].movedim(1, 0))
+        self._send_pictures(frames, 4 * (chunk.start_frame + chunk.latents.shape[2]) - 3)
+
+    def frames(self, images: Tensor, made: int) -> None:
+        """After decoded frames [n, H, W, 3] in [0, 1]: one in four of them. `made` in this run, these included.
+
+        May be called in another thread, as ComfyUI's own send functions may.
+        """
+        pixels = images[::PIXEL_FRAMES_A_PICTURE].mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        self._send_pictures((Image.fromarray(frame) for frame in pixels), made)
+
+    def _send_pictures(self, pictures: Iterable[Image.Image], pixel_frames: int) -> None:
         self._send(
             CHUNK_EVENT,
-            chunk=chunk.index + 1,
-            chunks=self.chunks,
-            pixel_frames=4 * self.latent_frames - 3,
-            fps=LATENT_FPS,
-            frames=[picture(frame) for frame in frames],
+            pixel_frames=pixel_frames,
+            fps=PICTURES_A_SECOND,
+            frames=[as_address(picture) for picture in pictures],
         )
 
     def _send(self, event: str, **data: Any) -> None:
@@ -73,6 +79,20 @@ class LiveReport:
         elapsed = time.perf_counter() - self.start
         data = {"node": self.node_id, "prompt_id": server.last_prompt_id, "elapsed": elapsed, **data}
         server.send_sync(event, data, server.client_id)
+
+
+def preview_callback(model: ModelPatcher) -> Callable[[int, Tensor, Tensor, int], None]:
+    """ComfyUI's callback for its progress bar and its own previews."""
+    callback = None
+
+    def preview(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        # The previewer is made at the first forward: only then is the number of forwards settled.
+        nonlocal callback
+        if callback is None:
+            callback = latent_preview.prepare_callback(model, total)
+        callback(step, denoised, x, total)
+
+    return preview
 
 
 def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]] | None:
@@ -103,7 +123,7 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
     )
 
 
-def picture(image: Image.Image) -> str:
+def as_address(image: Image.Image) -> str:
     """An image as the address of its own JPEG."""
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     data = python_io.BytesIO()

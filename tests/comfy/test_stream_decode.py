@@ -260,6 +260,35 @@ def test_the_vae_is_left_as_it_was(streaming, vae):
     assert not vae.patcher.object_patches and not vae.patcher.patches and not vae.patcher.wrappers
 
 
+@pytest.mark.parametrize("split", SPLITS[1:], ids=lambda split: "-".join(map(str, split)))
+def test_a_restored_decoder_goes_on_bit_by_bit(streaming, vae, split):
+    """After every chunk, from a snapshot that has nothing of the first decoder but its numbers."""
+    chunks = latents_of(2, batch=2).split(split, dim=2)
+    with streaming.stream_decoder(vae) as first:
+        assert first.snapshot() == {}
+        for done, chunk in enumerate(chunks[:-1], 1):
+            first.decode(chunk)
+            snapshot = first.snapshot()
+            assert all(type(name) is str and x.device.type == "cpu" for name, x in snapshot.items())
+            with streaming.stream_decoder(vae) as second:
+                second.restore({name: x.clone() for name, x in snapshot.items()})
+                assert second.state_bytes <= first.state_bytes
+                with pytest.raises(RuntimeError, match="inside a clip"):
+                    second.restore(snapshot)
+                found = [second.decode(rest) for rest in chunks[done:]]
+            with streaming.stream_decoder(vae) as third:
+                expected = [third.decode(chunk) for chunk in chunks][done:]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_restored_window_goes_on(streaming, foreign_vae):
+    latents = latents_of(8, frames=9)
+    with streaming.stream_decoder(foreign_vae) as first, streaming.stream_decoder(foreign_vae) as second:
+        first.decode(latents[:, :, :5])
+        second.restore(first.snapshot())
+        assert torch.equal(second.decode(latents[:, :, 5:]), first.decode(latents[:, :, 5:]))
+
+
 def test_the_callers_latents_and_grad_mode_are_left_alone(streaming, vae, whole):
     latents = latents_of(1)
     kept = latents.clone()

@@ -112,8 +112,7 @@ def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
     assert chunks[0] == (1, 3, 1, nfe) and chunks[-1] == (3, 3, nfe, nfe)
     assert len(previews) == nfe
     assert previews[0] != previews[-1]
-    made = [(data["chunk"], data["chunks"], data["pixel_frames"]) for data in played]
-    assert made == [(1, 3, 9), (2, 3, 21), (3, 3, 33)]
+    assert [data["pixel_frames"] for data in played] == [9, 21, 33]
     # The demo's own decoder makes the pictures: 64x64, one for each latent frame, with something on the ground.
     pictures = [base64.b64decode(frame.partition(",")[2]) for data in played for frame in data["frames"]]
     decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]

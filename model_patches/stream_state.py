@@ -1,0 +1,261 @@
+"""The state file of a stream: all that a later run of the same graph needs to go on, and how it knows that it may.
+
+The file is replaced atomically and only after the video's own bytes are on the disk, so that a crash or a power cut
+leaves a state and a video that goes at least as far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .video_writer import VideoWriteError, sync_path
+
+log = logging.getLogger(__name__)
+
+STATE_SUFFIX = ".state.safetensors"
+"""Of a video that is not finished."""
+DONE_SUFFIX = ".done.safetensors"
+"""Of a finished video whose state was kept, to make it longer."""
+LOCK_SUFFIX = ".lock"
+_FORMAT = "diagonal-stream-1"
+_HEADER_KEY = "stream"
+WHOLE_TENSOR_ELEMENTS = 1 << 22
+"""Larger tensors, and weights of any size, are told apart by a sample of their values."""
+SAMPLE_ELEMENTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamState:
+    """A stream after some whole chunks; the tensors are beside it in the file.
+
+    Attributes:
+        digest: of everything that decides the result, except the length.
+        length: pixel frames that the video was to have.
+        latent_frames: latent frames of the whole clip then.
+        chunk: chunks made.
+        committed: latent frames made, context included; 0 at the start, where there are no tensors.
+        frames: pixel frames in the video.
+        size: bytes of the video, 0 for a folder of images.
+        forwards: forwards made.
+        run: seed, schedule and settings, for people who open the file.
+    """
+
+    digest: str
+    length: int
+    latent_frames: int
+    chunk: int = 0
+    committed: int = 0
+    frames: int = 0
+    size: int = 0
+    forwards: int = 0
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the state file at once, on the disk. The video must be there already (VideoWriter.settle).
+
+    Raises:
+        VideoWriteError: it cannot be written; the state before stays.
+    """
+    part = path.with_name(path.name + ".part")
+    header = {"format": _FORMAT, _HEADER_KEY: json.dumps(dataclasses.asdict(state))}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
+        sync_path(part)
+        os.replace(part, path)
+        sync_path(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise VideoWriteError(
+            f"The state {path.name} cannot be written: {error}. The video and the state before are kept; free some "
+            "space, then queue the same graph again to go on."
+        ) from error
+
+
+def read_state(path: Path) -> StreamState | None:
+    """The state without its tensors; None for a file that holds none."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            return None
+        return StreamState(**json.loads(metadata[_HEADER_KEY]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        log.warning("The stream state %s cannot be read (%s); it is left alone.", path.name, error)
+        return None
+
+
+def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it; on the CPU."""
+    with safe_open(path, "pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
+
+def find_states(folder: Path, digest: str) -> list[tuple[Path, StreamState]]:
+    """The states of one graph in a folder, newest first."""
+    found = []
+    for path in folder.iterdir():
+        if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)):
+            state = read_state(path)
+            if state is not None and state.digest == digest:
+                found.append((path.stat().st_mtime_ns, path, state))
+    return [(path, state) for _, path, state in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+class StreamLock:
+    """Held while a process writes a stream: two servers may share an output folder. A dead process holds none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def acquire(self) -> bool:
+        """Whether it is ours now. Raises OSError where the folder cannot be written."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(handle)
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            return False
+        except OSError as error:
+            log.debug("%s: this file system has no locks: %s", self.path.name, error)
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        if self._handle is None:
+            return
+        if os.name == "nt":  # open files cannot be removed there
+            os.close(self._handle)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        if os.name != "nt":
+            os.close(self._handle)
+        self._handle = None
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _lock(handle: int) -> None:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def digest_of(**parts: Any) -> str:
+    """One digest of values of any kind; the same in every process.
+
+    Text, numbers, lists, mappings, dataclasses and tensors count with their contents, up to a limit for tensors;
+    a ModelPatcher with its weights; a function with its name; anything else with its type only.
+    """
+    hasher = hashlib.sha256()
+    _feed(hasher, parts)
+    return hasher.hexdigest()
+
+
+def _feed(hasher: Any, value: Any) -> None:
+    def put(*words: object) -> None:
+        hasher.update("\0".join(map(str, words)).encode("utf-8", "surrogatepass") + b"\1")
+
+    if value is None or isinstance(value, (bool, str, bytes, numbers.Number)):
+        put(type(value).__name__, repr(value))
+    elif isinstance(value, Tensor):
+        _feed_tensor(hasher, value, sample=value.numel() > WHOLE_TENSOR_ELEMENTS)
+    elif isinstance(value, ModelPatcher):
+        _feed_model(hasher, value)
+    elif isinstance(value, Mapping):
+        put("mapping", len(value))
+        for key in sorted(value, key=str):
+            put(key)
+            _feed(hasher, value[key])
+    elif isinstance(value, (Sequence, set, frozenset)):
+        put("list", len(value))
+        for item in sorted(value, key=str) if isinstance(value, (set, frozenset)) else value:
+            _feed(hasher, item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        put(type(value).__qualname__)
+        for field in dataclasses.fields(value):
+            put(field.name)
+            _feed(hasher, getattr(value, field.name))
+    elif isinstance(value, type) or hasattr(value, "__qualname__"):
+        put("name", value.__qualname__)
+    else:
+        put("type", type(value).__qualname__)
+        # A LoRA or another weight adapter of ComfyUI's: its tensors.
+        if isinstance(weights := getattr(value, "weights", None), (tuple, list)):
+            _feed(hasher, weights)
+
+
+def _feed_tensor(hasher: Any, tensor: Tensor, *, sample: bool) -> None:
+    hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    try:
+        flat = tensor.detach().reshape(-1)
+        if sample:
+            flat = flat[:: max(1, len(flat) // SAMPLE_ELEMENTS)]
+        hasher.update(flat.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        # Quantised tensors of other packs have no values to look at; their name, type and shape must do.
+        log.debug("A %s counts by its shape only: %s", type(tensor).__name__, error)
+
+
+def _feed_model(hasher: Any, patcher: ModelPatcher) -> None:
+    """The weights as they were loaded (a sample of each), what is patched onto them, and the options."""
+    model = patcher.model
+    hasher.update(f"{type(model).__qualname__}{getattr(model, 'manual_cast_dtype', None)}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        # ComfyUI keeps the unpatched weight here while a patched one is in use.
+        backup = patcher.backup.get(name)
+        hasher.update(name.replace("_orig_mod.", "").encode())
+        _feed_tensor(hasher, tensor if backup is None else backup.weight, sample=True)
+    _feed(hasher, patcher.patches)
+    _feed(hasher, patcher.model_options)
+
+
+def graph_digest(prompt: Mapping[str, Any] | None, node: str | None, inputs: Sequence[str]) -> str:
+    """Of the nodes that feed some inputs of a node, and all of theirs; node numbers and titles do not count.
+
+    Args:
+        prompt: an API graph; None gives an empty digest.
+    """
+    if not prompt or node not in prompt:
+        return ""
+    known: dict[str, str] = {}
+
+    def of_node(identity: str) -> str:
+        if identity not in known:
+            known[identity] = ""  # a loop is no graph, but it must not hang
+            entry = prompt[identity]
+            values = {name: of_value(value) for name, value in entry.get("inputs", {}).items()}
+            known[identity] = digest_of(kind=entry.get("class_type"), inputs=values)
+        return known[identity]
+
+    def of_value(value: Any) -> Any:
+        is_link = isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], int)
+        if is_link and isinstance(value[0], str) and value[0] in prompt:
+            return ["link", of_node(value[0]), value[1]]
+        return value
+
+    own = prompt[node].get("inputs", {})
+    return digest_of(inputs={name: of_value(own[name]) for name in inputs if name in own})

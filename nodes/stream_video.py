@@ -1,0 +1,245 @@
+"""DiagonalStreamVideo: samples, decodes and saves a video chunk by chunk."""
+
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+from ..model_patches.streaming import MAX_FPS, MAX_SECONDS, StreamOptions, StreamProgress, stream_video
+from ..model_patches.video_writer import FORMATS, MAX_CRF, png_name
+from .common import CATEGORY, ContextType, ScheduleType
+from .live import LiveReport, preview_callback
+
+STREAM_EVENT = "diagonal.stream"
+DEFAULT_STATE_EVERY = 20
+
+
+class DiagonalStreamVideo(io.ComfyNode):
+    """A video of any length straight to the disk, in constant memory; it resumes where it was stopped."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiagonalStreamVideo",
+            display_name="Diagonal Stream Video",
+            category=f"{CATEGORY}/video",
+            description="Samples, decodes and saves a video chunk by chunk: the file plays while it grows, memory does "
+            "not depend on the length, and the same graph run again goes on where a crash or Cancel left it.",
+            search_aliases=["save video", "long video", "endless video", "resume video", "stream to disk"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A causal MODEL, from Diagonal Model Loader or Diagonal Causal Attention."
+                ),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
+                io.Vae.Input("vae", tooltip="The VAE of the model: Wan 2.1, lighttaew2_1, or the demo's."),
+                ScheduleType.Input("schedule", tooltip="From Diagonal Schedule."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width in pixels."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
+                io.Float.Input(
+                    "length",
+                    default=10.0,
+                    min=0.01,
+                    max=MAX_SECONDS,
+                    step=0.5,
+                    round=0.001,
+                    tooltip="Length in seconds, context frames included. A longer length goes on with an unfinished "
+                    "video of the same graph.",
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=16.0,
+                    min=0.1,
+                    max=MAX_FPS,
+                    step=1.0,
+                    round=0.001,
+                    tooltip="Frames a second. Wan 2.1 makes 16.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise (no unit). To resume, keep it: set control after generate to fixed.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance scale (no unit). Distilled models use 1, which is also twice as fast.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/diagonal",
+                    tooltip="Name of the file, below ComfyUI's output folder; a number is added.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=FORMATS[0],
+                    tooltip="mp4: H.264, plays everywhere while it grows. webm: VP9. png: a folder of images, without "
+                    "loss.",
+                ),
+                io.Float.Input(
+                    "crf",
+                    default=20.0,
+                    min=1.0,
+                    max=float(MAX_CRF),
+                    step=1.0,
+                    tooltip="Quality from 1 (best, largest) to 51, in H.264's measure. No effect on png.",
+                ),
+                io.Int.Input(
+                    "state_every",
+                    default=DEFAULT_STATE_EVERY,
+                    min=1,
+                    max=100_000,
+                    tooltip="Chunks between two states on the disk: at most so many are made again after a crash. A "
+                    "state is about as large as the KV cache (3.5 GB for Wan 1.3B at 832x480, window 12).",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "restart",
+                    default=False,
+                    tooltip="Begin a new video even where an unfinished one of this graph could be resumed. The "
+                    "unfinished one stays as a file, but can no longer be resumed.",
+                ),
+                io.Boolean.Input(
+                    "keep_state",
+                    default=False,
+                    tooltip="Keep the state of the finished video beside it, so that a longer length goes on with it "
+                    "in the same file.",
+                    advanced=True,
+                ),
+                ContextType.Input(
+                    "context",
+                    optional=True,
+                    tooltip="Frames that the video begins with, from Diagonal Context Frames: a start image, or the "
+                    "end of a video to go on from. They count in the length.",
+                ),
+            ],
+            outputs=[
+                io.Video.Output(display_name="VIDEO", tooltip="The saved video."),
+                ContextType.Output(
+                    display_name="context", tooltip="The last frames of the video (one chunk), to go on from."
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, restart: bool = False, **_widgets) -> float | str:
+        """With restart every run begins a new video; otherwise a finished one is not made twice."""
+        return float("nan") if restart else ""
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        vae,
+        schedule,
+        width: int,
+        height: int,
+        length: float,
+        fps: float,
+        seed: int,
+        cfg: float,
+        filename_prefix: str,
+        format: str,
+        crf: float,
+        state_every: int,
+        restart: bool,
+        keep_state: bool,
+        context=None,
+    ) -> io.NodeOutput:
+        options = StreamOptions(
+            width=width,
+            height=height,
+            seconds=length,
+            fps=fps,
+            seed=seed,
+            cfg=cfg,
+            filename_prefix=filename_prefix,
+            format=format,
+            crf=crf,
+            state_every=state_every,
+            restart=restart,
+            keep_state=keep_state,
+        )
+        prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id
+        metadata = {}
+        if not args.disable_metadata:
+            metadata |= cls.hidden.extra_pnginfo or {}
+            metadata |= {} if prompt is None else {"prompt": prompt}
+        live = LiveReport(node_id, model)
+        reporter = _StreamReporter(node_id, live)
+        result = stream_video(
+            model,
+            positive,
+            negative,
+            vae,
+            schedule,
+            options,
+            context=context,
+            metadata=metadata,
+            prompt=prompt,
+            node_id=node_id,
+            callback=preview_callback(model),
+            on_progress=live.progress,
+            on_frames=reporter.frames,
+            announce=reporter.announce,
+        )
+        reporter.announce(result.message)
+        if format == "png":
+            folder = f"{result.subfolder}/{result.path.name}".lstrip("/")
+            last = result.video.get_frame_count()
+            shown = {"images": [ui.SavedResult(png_name(last), folder, io.FolderType.output)]}
+        else:
+            saved = ui.SavedResult(result.path.name, result.subfolder, io.FolderType.output)
+            shown = ui.PreviewVideo([saved]).as_dict()
+        return io.NodeOutput(result.video, result.context, ui={**shown, "text": (result.message,)})
+
+
+class _StreamReporter:
+    """Tells the client that queued the prompt what can be watched, and the node what is going on."""
+
+    def __init__(self, node_id: str, live: LiveReport) -> None:
+        self.node_id = node_id
+        self.live = live
+        self.headline = ""
+
+    def announce(self, text: str) -> None:
+        self.headline = text
+        self._show(text)
+
+    def frames(self, progress: StreamProgress) -> None:
+        """Called in the writing thread; ComfyUI's send functions may be."""
+        seconds, length = (float(count / progress.rate) for count in (progress.frames, progress.length))
+        self._show(f"{self.headline}\n{seconds:.1f} of {length:.1f} s can be watched.")
+        self.live.frames(progress.newest, progress.frames - progress.resumed_at)
+        server = PromptServer.instance
+        server.send_sync(
+            STREAM_EVENT,
+            {
+                "node": self.node_id,
+                "prompt_id": server.last_prompt_id,
+                "filename": progress.path.name,
+                "subfolder": progress.subfolder,
+                "type": io.FolderType.output.value,
+                "frames": progress.frames,
+                "length": progress.length,
+                "resumed_at": progress.resumed_at,
+                "fps": float(progress.rate),
+            },
+            server.client_id,
+        )
+
+    def _show(self, text: str) -> None:
+        if self.node_id:
+            server = PromptServer.instance
+            server.send_progress_text(text, self.node_id, server.client_id)

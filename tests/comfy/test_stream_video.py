@@ -1,0 +1,607 @@
+"""Streaming a video to the disk: equal to the whole clip, playable at any moment, resumed bit by bit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diagonal_sampler.schedule import DiagonalSchedule
+
+av = pytest.importorskip("av")
+
+SCHEDULE = DiagonalSchedule.preset("undistilled", steps=(2,))
+SIZE = 64
+FPS = 16
+CHUNK = 3  # latent frames
+PROC = Path("/proc/self").exists()
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
+
+
+@pytest.fixture(scope="module")
+def streaming(pack_module):
+    return pack_module("model_patches.streaming")
+
+
+@pytest.fixture(scope="module")
+def video_writer(pack_module):
+    return pack_module("model_patches.video_writer")
+
+
+@pytest.fixture(scope="module")
+def stream_state(pack_module):
+    return pack_module("model_patches.stream_state")
+
+
+@pytest.fixture(scope="module")
+def demo(pack_module):
+    """MODEL, positive, negative, VAE of the bundled demo."""
+    node = pack_module("nodes.demo_loader").DiagonalDemoLoader
+    model, clip, vae = node.execute().result
+    texts = ("a red circle moves right", "")
+    yield (model, *(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts), vae)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def output(tmp_path):
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
+@pytest.fixture
+def options(streaming):
+    """2 seconds: 32 frames (of 33 that 9 latent frames hold), 3 chunks; a state after every chunk."""
+
+    def make(**changes):
+        fields = dict(width=SIZE, height=SIZE, seconds=2.0, fps=FPS, seed=3, filename_prefix="v", state_every=1)
+        return streaming.StreamOptions(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def stream(streaming, demo, output):
+    """`stream(options, **more)`: the whole run."""
+
+    def run(options, **more):
+        return streaming.stream_video(*demo, SCHEDULE, options, **more)
+
+    return run
+
+
+class Stop(Exception):
+    """What a test stops a run with."""
+
+
+def stop_at(chunk: int, error: type[BaseException] = Stop):
+    """An on_progress that ends the run in the middle of a chunk."""
+
+    def report(progress):
+        if progress.chunk == chunk and progress.step == 1:
+            raise error
+
+    return report
+
+
+def decoded(path: Path) -> list:
+    """Every frame, after checking that times go up evenly."""
+    if path.is_dir():
+        return [torch.from_numpy(np.array(Image.open(name))) for name in sorted(path.glob("*.png"))]
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    for number, frame in enumerate(frames):
+        assert abs(frame.time - number / FPS) < 1e-3
+    return [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def children(parent: int | None = None) -> list[int]:
+    """Processes of a parent (this one), zombies too. Empty where there is no /proc."""
+
+    def status(pid: str) -> str:
+        try:
+            return Path("/proc", pid, "status").read_text()
+        except OSError:
+            return ""
+
+    line = f"PPid:\t{parent or os.getpid()}\n"
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and line in status(pid)] if PROC else []
+
+
+def recorded(streaming, monkeypatch) -> list[torch.Tensor]:
+    """The latents of every chunk from now on."""
+    found = []
+    submit = streaming.StreamDecoder.submit
+    monkeypatch.setattr(
+        streaming.StreamDecoder, "submit", lambda self, x: (found.append(x.clone()), submit(self, x))[1]
+    )
+    return found
+
+
+def test_frames_equal_the_sampler_and_vae_decode(streaming, demo, stream, options, sample_latent, pack_module):
+    model, positive, negative, vae = demo
+    result = stream(options(format="png", cfg=2.0))
+    latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
+    whole = sample_latent(model, positive, negative, latent, SCHEDULE, seed=3, cfg=2.0)["samples"]
+    images = vae.decode(whole)[0]
+    assert len(images) == 33 and result.video.get_frame_count() == 32
+    expected = (images[:32] * 255).clamp(0, 255).to(torch.uint8)
+    found = (result.video.get_components().images * 255).round().to(torch.uint8)
+    assert torch.equal(found, expected)
+    encode = pack_module("model_patches.context_frames").encode_context
+    assert torch.allclose(result.context, encode(vae, images[:32], CHUNK).latent, atol=1e-5)
+    assert result.context.shape == (1, 16, CHUNK, 8, 8)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_an_encoded_video_shows_the_same_frames(streaming, stream, options, output, format):
+    plain = stream(options(format="png")).video.get_components().images
+    result = stream(options(format=format, crf=1.0))
+    assert files(output) == sorted(["v_00001_", f"v_00002_.{format}"])
+    frames = torch.stack(decoded(result.path)).float() / 255
+    assert frames.shape == plain.shape
+    assert (frames - plain).abs().mean() < 0.02  # half of the colour resolution is lost
+    assert result.video.get_dimensions() == (SIZE, SIZE)
+    assert result.video.get_frame_rate() == FPS
+    assert abs(result.video.get_duration() - 2.0) < 0.07
+    assert len(result.video.get_components().images) == 32
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_resumed_run_leaves_the_same_file(stream, options, output, format, caplog):
+    whole = stream(options(format=format, seconds=3.0))
+    with pytest.raises(Stop):
+        stream(options(format=format, seconds=3.0), on_progress=stop_at(3))
+    assert not children()
+    stopped = whole.path.with_name(whole.path.name.replace("1", "2"))
+    assert set(files(output)) == {whole.path.name, stopped.name, "v_00002_.state.safetensors"}
+    assert len(decoded(stopped)) == 33  # three chunks, all that was made
+    lines, began = [], []
+    with caplog.at_level(logging.INFO):
+        resumed = stream(
+            options(format=format, seconds=3.0), announce=lines.append, on_progress=lambda p: began.append(p)
+        )
+    assert resumed.path == stopped
+    assert "Resumed v_00002_" in lines[0] and "frame 33 of 48, after chunk 3" in lines[0]
+    assert any("Resumed v_00002_" in record.message for record in caplog.records)
+    assert began[0].chunk == 3 and began[0].forwards == 10 and began[-1].forwards == began[-1].total
+    assert torch.equal(resumed.context, whole.context)
+    if format == "png":
+        for name in files(whole.path):
+            assert (whole.path / name).read_bytes() == (stopped / name).read_bytes()
+    else:
+        assert len(decoded(stopped)) == 48
+        assert whole.path.read_bytes() == stopped.read_bytes()
+    assert sorted(files(output)) == sorted([whole.path.name, stopped.name])
+
+
+def test_resumed_latents_are_equal_bit_by_bit(streaming, stream, options, monkeypatch, tmp_path):
+    """With guidance, a window that evicts, and two chunks to make again."""
+    wanted = options(format="png", seconds=4.0, cfg=3.0, state_every=3)
+    found = recorded(streaming, monkeypatch)
+    stream(wanted)
+    whole = found.copy()
+    found.clear()
+    with pytest.raises(Stop):
+        stream(wanted, on_progress=stop_at(5))
+    assert len(found) == 5
+    lines = []
+    stream(wanted, announce=lines.append)
+    assert "after chunk 3" in lines[0]
+    assert len(whole) == 6 and len(found) == 8
+    assert all(torch.equal(a, b) for a, b in zip(found, whole[:5] + whole[3:], strict=True))
+
+
+def test_comfyuis_cancel_keeps_the_video_and_the_state(stream, options, output):
+    def cancel(progress):
+        if progress.chunk == 2:
+            comfy.model_management.interrupt_current_processing(True)
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(), on_progress=cancel)
+    assert files(output) == ["v_00001_.mp4", "v_00001_.state.safetensors"]
+    assert len(decoded(output / "v_00001_.mp4")) == 21
+    assert not children()
+    assert len(decoded(stream(options()).path)) == 32
+    assert files(output) == ["v_00001_.mp4"]
+
+
+def test_a_run_stopped_before_its_first_frame_leaves_nothing(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(0))
+    assert files(output) == []
+
+
+def test_a_run_stopped_before_its_first_state_begins_again_in_its_file(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(state_every=9), on_progress=stop_at(2))
+    assert len(decoded(output / "v_00001_.mp4")) == 21
+    lines = []
+    result = stream(options(state_every=9), announce=lines.append)
+    assert result.path.name == "v_00001_.mp4" and len(decoded(result.path)) == 32 and "Begun again" in lines[0]
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_the_video_plays_while_it_grows(stream, options, format):
+    seen = []
+
+    def watch(progress):
+        seen.append((progress.frames, len(decoded(progress.path))))
+
+    stream(options(format=format), on_frames=watch)
+    # A muxer holds its last frame until the next one; a state brings it out.
+    assert [announced for announced, _ in seen][-1] == 32 and len(seen) >= 3
+    assert all(announced == there for announced, there in seen)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("rate", [Fraction(2997, 125), Fraction(1, 10), Fraction(240)], ids=str)
+def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rate, suffix):
+    path = tmp_path / f"v{suffix}"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=rate, crf=20.0, metadata={})
+    images = torch.linspace(0, 1, 9)[:, None, None, None].expand(9, 32, 48, 3)
+    writer = video_writer.open_writer(path, spec)
+    writer.write(images[:5])
+    mark = writer.settle()
+    writer.write(images[5:7])
+    writer.abandon()  # a crash: the frames after the mark are to be made again
+    writer = video_writer.open_writer(path, spec, mark)
+    writer.write(images[5:])
+    writer.close()
+    assert writer.frames == writer.submitted == 9 and not children()
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == 9
+    for number, frame in enumerate(frames):
+        assert abs(frame.time - number / rate) < 0.00051  # WebM counts milliseconds
+        assert abs(frame.to_ndarray(format="rgb24").mean() / 255 - number / 8) < 0.03
+    with pytest.raises(FileExistsError):
+        video_writer.open_writer(path, spec)
+
+
+def test_memory_does_not_depend_on_the_length(stream, options):
+    """A day of video is 345,601 latent frames; held anywhere they would be 1.4 GB."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return len(tensors), sum(storages.values())
+
+    before = held()[1]
+    counts = {}
+
+    def count(progress):
+        if progress.chunk in (6, 16) and progress.step == 1:
+            counts[progress.chunk] = held()
+        if progress.chunk == 17:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stream(options(seconds=86_400.0, state_every=4), on_progress=count)
+    assert counts[6] == counts[16]
+    assert counts[16][1] - before < 16 << 20
+
+
+NASTY = "=;#\\ \n\t\"'%s ü 漢 🎈 \\"
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_long_workflow_is_in_the_file(stream, options, format):
+    metadata = {
+        "workflow": {"nodes": [{"id": n, "text": NASTY} for n in range(4000)]},
+        "prompt": {"1": {"inputs": {"text": NASTY}}},
+        "note": "a = b; # c\nd",
+    }
+    assert len(json.dumps(metadata)) > 200_000
+    with pytest.raises(Stop):
+        stream(options(format=format), metadata=metadata, on_progress=stop_at(2))
+    path = stream(options(format=format), metadata=metadata).path
+    if format == "png":
+        with Image.open(path / "00000001.png") as image:
+            found = image.text
+        assert (path / "00000002.png").stat().st_size < 200_000
+    else:
+        with av.open(str(path)) as container:
+            found = {key.lower(): value for key, value in container.metadata.items()}
+    assert json.loads(found["workflow"]) == metadata["workflow"]
+    assert json.loads(found["prompt"]) == metadata["prompt"]
+    assert found["note"] == metadata["note"]
+
+
+def test_a_longer_length_goes_on(stream, options, output):
+    whole = stream(options(seconds=4.0)).path
+    with pytest.raises(Stop):
+        stream(options(seconds=3.0), on_progress=stop_at(3))
+    unfinished = stream(options(seconds=4.0)).path
+    assert unfinished.name == "v_00002_.mp4"
+    # 38 frames end inside the last chunk, which a longer length makes anew.
+    finished = stream(options(seconds=2.4, keep_state=True, state_every=9))
+    assert "v_00003_.done.safetensors" in files(output) and len(decoded(finished.path)) == 38
+    lines = []
+    longer = stream(options(seconds=4.0), announce=lines.append).path
+    assert longer == finished.path and "after chunk 3" in lines[0]
+    assert len(decoded(longer)) == len(decoded(unfinished)) == 64
+    assert unfinished.read_bytes() == whole.read_bytes()
+    assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+
+
+def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, caplog):
+    with pytest.raises(Stop):
+        stream(options(seconds=4.0), on_progress=stop_at(5))
+    lines = []
+    changes = [{"seed": 4}, {"crf": 21.0}, {"fps": 15.0}, {"format": "webm"}, {"cfg": 2.0}, {"width": 80}]
+    for number, change in enumerate(changes):
+        stream(options(**{"seconds": 0.3, **change}), announce=lines.append)
+        assert "Resumed" not in lines[-1] and f"v_{number + 2:05}_" in lines[-1]
+    model, positive, negative, vae = demo
+    other = model.clone()
+    key = next(name for name in model.model.state_dict() if name.endswith("ffn.0.weight"))
+    other.add_patches({key: ("diff", (torch.ones_like(model.model.state_dict()[key]),))}, 0.1)
+    for inputs in ((model, negative, negative, vae), (other, positive, negative, vae)):
+        result = streaming.stream_video(*inputs, SCHEDULE, options(seconds=0.3), announce=lines.append)
+        assert "Resumed" not in lines[-1]
+        result.path.unlink()
+    # Too short a length, which has nothing left to make.
+    with caplog.at_level(logging.WARNING):
+        stream(options(seconds=1.0), announce=lines.append)
+    assert "Resumed" not in lines[-1] and "57 frames already, and 16 are asked for" in caplog.text
+    assert "v_00001_.state.safetensors" in files(output)
+    assert stream(options(seconds=4.0), announce=lines.append).path.name == "v_00001_.mp4"
+    assert "Resumed" in lines[-1]
+
+
+def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    first = (output / "v_00001_.mp4").read_bytes()
+    second = stream(options(restart=True)).path
+    assert second.name == "v_00002_.mp4" and (output / "v_00001_.mp4").read_bytes() == first
+    third = stream(options()).path
+    assert third.name == "v_00003_.mp4" and third.read_bytes() == second.read_bytes()
+    assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "foreign", "state"])
+def test_a_video_or_state_that_is_damaged_is_not_resumed(stream, options, output, caplog, damage):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    video, state = output / "v_00001_.mp4", output / "v_00001_.state.safetensors"
+    if damage == "gone":
+        video.unlink()
+    elif damage == "short":
+        os.truncate(video, video.stat().st_size // 2)
+    elif damage == "foreign":
+        video.write_bytes(bytes(video.stat().st_size))
+    else:
+        os.truncate(state, state.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING):
+        result = stream(options())
+    assert len(decoded(result.path)) == 32 and result.path.name != ("" if damage == "gone" else "v_00001_.mp4")
+    assert "cannot be" in caplog.text
+
+
+def test_a_video_that_another_process_writes_is_left_alone(stream, options, output, stream_state):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    lock = stream_state.StreamLock(output / "v_00001_.lock")
+    assert lock.acquire()
+    assert stream(options()).path.name == "v_00002_.mp4"
+    lock.release()
+    assert stream(options()).path.name == "v_00001_.mp4"
+
+
+def test_a_start_image_begins_the_video(stream, options, demo, sample_latent):
+    model, positive, negative, vae = demo
+    given = vae.encode(torch.rand(1, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1)))
+    wanted = options(format="png")
+    latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
+    whole = sample_latent(model, positive, negative, latent, SCHEDULE, seed=3, context=given)["samples"]
+    with pytest.raises(Stop):
+        stream(wanted, context=given, on_progress=stop_at(2))
+    lines = []
+    result = stream(wanted, context=given, announce=lines.append)
+    assert "frame 25 of 32, after chunk 2" in lines[0]
+    expected = (vae.decode(whole)[0][:32] * 255).clamp(0, 255)
+    found = result.video.get_components().images * 255
+    assert (found - expected).abs().max() <= 1.001  # both are rounded
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 60}, "width is 60 pixels; it must be a multiple of 16. The nearest that fit are 48 and 64"),
+        ({"height": 8}, "height is 8 pixels; it must be a multiple of 16"),
+        ({"seconds": 0.0}, "length is 0.0 seconds; it must be above 0"),
+        ({"seconds": 0.01}, "less than half a frame"),
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"format": "avi"}, "choose one of mp4, webm, png"),
+        ({"crf": 99.0}, "crf is 99.0"),
+        ({"state_every": 0}, "state_every is 0"),
+        ({"filename_prefix": "../v"}, "leaves ComfyUI's output folder; use a name such as video/ComfyUI"),
+        ({"filename_prefix": "/etc/v"}, "leaves ComfyUI's output folder"),
+        ({"filename_prefix": "a/../../v"}, "leaves ComfyUI's output folder"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, options, output, change, words):
+    with pytest.raises(ValueError, match=words):
+        stream(options(**change))
+    assert files(output) == [] and sorted(path.name for path in output.parent.iterdir() if path.name == "v") == []
+
+
+def test_a_context_that_does_not_fit_is_refused(stream, options, output):
+    with pytest.raises(ValueError, match="holds 2 videos"):
+        stream(options(), context=torch.zeros(2, 16, 1, 8, 8))
+    with pytest.raises(ValueError, match="48x64 but the video is 64x64"):
+        stream(options(), context=torch.zeros(1, 16, 1, 8, 6))
+    assert files(output) == []
+
+
+def test_numbers_and_names_follow_comfyui(stream, options, output):
+    first = stream(options(seconds=0.3, filename_prefix="a/b/%width%x"))
+    second = stream(options(seconds=0.3, filename_prefix="a/b/%width%x"))
+    assert [first.path.name, second.path.name] == ["64x_00001_.mp4", "64x_00002_.mp4"]
+    assert first.subfolder == "a/b" and first.path.parent == output / "a" / "b"
+
+
+@needs_posix
+def test_a_full_disk_is_one_line_and_the_video_stays(stream, options, output, video_writer):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        with pytest.raises(video_writer.VideoWriteError) as error:
+            stream(options(seconds=8.0, crf=1.0, state_every=99))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert "v_00001_.mp4 cannot be written: File too large" in str(error.value) and "free some space" in str(
+        error.value
+    )
+    assert files(output) == ["v_00001_.mp4", "v_00001_.state.safetensors"]
+    there = len(decoded(output / "v_00001_.mp4"))
+    assert there > 5 and f"The {there} frames before are kept" in str(error.value)
+    assert not children()
+
+
+@needs_posix
+def test_a_disk_too_full_for_the_state_keeps_the_one_before(stream, options, output, video_writer):
+    import resource
+
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    state = output / "v_00001_.state.safetensors"
+    kept = state.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+    try:
+        with pytest.raises(
+            video_writer.VideoWriteError, match="The state v_00001_.state.safetensors cannot be written"
+        ):
+            stream(options(seconds=4.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert state.read_bytes() == kept and files(output) == ["v_00001_.mp4", "v_00001_.state.safetensors"]
+    assert len(decoded(stream(options(seconds=4.0)).path)) == 64
+
+
+def test_a_missing_or_broken_ffmpeg_is_one_line(stream, options, output, video_writer, monkeypatch, tmp_path_factory):
+    import imageio_ffmpeg
+
+    def fail():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", fail)
+    with pytest.raises(video_writer.VideoWriteError, match="ffmpeg is needed.*pip install.*format png"):
+        stream(options())
+    assert files(output) == []
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(output / "none"))
+    with pytest.raises(video_writer.VideoWriteError, match="could not be started"):
+        stream(options())
+    assert files(output) == []
+    if sys.platform != "win32":
+        fake = tmp_path_factory.mktemp("bin") / "ffmpeg"
+        fake.write_text("#!/bin/sh\necho one >&2; echo \"Unknown encoder 'libx264'\" >&2; exit 3\n")
+        fake.chmod(0o755)
+        monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
+        with pytest.raises(video_writer.VideoWriteError, match=r"stopped \(code 3\).*Unknown encoder 'libx264'"):
+            stream(options())
+        assert files(output) == [] and not children()
+
+
+@needs_posix
+def test_a_dying_ffmpeg_ends_the_run_and_it_resumes(stream, options, output, video_writer):
+    whole = stream(options(seconds=4.0)).path.read_bytes()
+
+    def kill(progress):
+        if progress.chunk == 2 and progress.step == 0:
+            for pid in children():
+                os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(video_writer.VideoWriteError, match="ffmpeg stopped.*queue the same graph again"):
+        stream(options(seconds=4.0, state_every=99), on_progress=kill)
+    assert not children() and len(decoded(output / "v_00002_.mp4")) >= 8
+    path = stream(options(seconds=4.0)).path
+    assert path.name == "v_00002_.mp4" and path.read_bytes() == whole
+
+
+CHILD = """
+import sys
+sys.path += [{helpers!r}, {root!r}]
+import comfy_host
+comfy_host.put_on_path(comfy_host.find_comfyui())
+import folder_paths, torch
+torch.set_num_threads({threads})
+folder_paths.set_output_directory({output!r})
+model, clip, vae = comfy_host.pack_module("nodes.demo_loader").DiagonalDemoLoader.execute().result
+streaming = comfy_host.pack_module("model_patches.streaming")
+from diagonal_sampler.schedule import DiagonalSchedule
+encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))
+streaming.stream_video(
+    model, encode("a red circle moves right"), encode(""), vae, DiagonalSchedule.preset("undistilled", steps=(2,)),
+    streaming.StreamOptions(**{options!r}), on_frames=lambda p: print(p.frames, flush=True),
+)
+"""
+
+
+@needs_posix
+@pytest.mark.slow
+def test_kill_9_loses_no_announced_frame_and_the_run_resumes(stream, options, output, request):
+    root = request.config.rootpath
+    fields = dict(width=SIZE, height=SIZE, seconds=30.0, fps=FPS, seed=3, filename_prefix="v", state_every=4)
+    code = CHILD.format(
+        helpers=str(root / "tests" / "helpers"),
+        root=str(root),
+        output=str(output),
+        options=fields,
+        threads=torch.get_num_threads(),
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=output.parent, text=True, stderr=subprocess.DEVNULL
+    )
+    announced = 0
+    for line in process.stdout:
+        announced = int(line)
+        if announced > 100:
+            break
+    encoders = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    announced = max([announced, *(int(line) for line in process.stdout)])
+    process.wait()
+    give_up = time.monotonic() + 10
+    while any(Path("/proc", str(pid)).exists() for pid in encoders) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not any(Path("/proc", str(pid)).exists() for pid in encoders)
+    path = output / "v_00001_.mp4"
+    there = len(decoded(path))
+    assert there >= announced - 1 and announced > 100
+    lines = []
+    wanted = options(**{**fields, "seconds": (announced + 40) / FPS})
+    resumed = stream(wanted, announce=lines.append)
+    at = int(lines[0].split("frame ")[1].split()[0])
+    # A state is at most four chunks of 12 frames old.
+    assert resumed.path == path and at > 0 and announced - at <= 4 * 12
+    whole = stream(wanted)
+    assert whole.path != path
+    assert whole.path.read_bytes() == path.read_bytes()

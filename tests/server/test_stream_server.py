@@ -1,0 +1,172 @@
+"""The stream node in a real server: Cancel and resume of one graph, what the page gets, metadata, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import urllib.parse
+import urllib.request
+import uuid
+
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp")
+av = pytest.importorskip("av")
+
+FRAMES = 160
+
+
+def stream_graph(prefix: str, **widgets):
+    """The demo straight to a video of 160 frames, 14 chunks."""
+    values = {
+        "width": 64,
+        "height": 64,
+        "length": 10.0,
+        "fps": 16.0,
+        "seed": 1,
+        "cfg": 1.0,
+        "filename_prefix": prefix,
+        "format": "mp4",
+        "crf": 20.0,
+        "state_every": 2,
+        "restart": False,
+        "keep_state": False,
+        **widgets,
+    }
+    links = {"model": 0, "vae": 2}
+    return {
+        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "positive": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"text": "a red circle moves right", "clip": ["loader", 1]},
+        },
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["loader", 1]}},
+        "schedule": {
+            "class_type": "DiagonalSchedule",
+            "inputs": {
+                "preset": "undistilled",
+                "steps": "2",
+                "context_mode": "from preset",
+                "context_sigma": 0.357,
+                "shift": 0.0,
+                "frames_per_chunk": 0,
+                "sigmas": "",
+            },
+        },
+        "stream": {
+            "class_type": "DiagonalStreamVideo",
+            "inputs": {
+                **{name: ["loader", output] for name, output in links.items()},
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "schedule": ["schedule", 0],
+                **values,
+            },
+        },
+    }
+
+
+async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
+    """Queue a graph, perhaps cancel it once that many frames can be watched: how it ended, events and texts."""
+    client = uuid.uuid4().hex
+    frames, texts = [], []
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{server.url}/ws?clientId={client}", max_msg_size=0) as socket:
+            extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
+            body = {"prompt": graph, "client_id": client, "extra_data": extra}
+            async with session.post(f"{server.url}/prompt", json=body) as answer:
+                assert answer.status == 200, await answer.text()
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    if message.data[:4] == b"\0\0\0\3":  # a text for a node
+                        texts.append(message.data[8:].decode(errors="replace"))
+                    continue
+                event = json.loads(message.data)
+                if event["type"] == "diagonal.stream":
+                    frames.append(event["data"])
+                    if cancel_at is not None and frames[-1]["frames"] >= cancel_at:
+                        cancel_at = None
+                        async with session.post(f"{server.url}/interrupt"):
+                            pass
+                if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                    history = server.get(f"/history/{event['data']['prompt_id']}")
+                    outputs = next(iter(history.values()))["outputs"] if history else {}
+                    return event["type"], event["data"], outputs.get("stream"), frames, texts
+    raise AssertionError("the socket closed before the prompt ended")
+
+
+def view(server, item) -> bytes:
+    with urllib.request.urlopen(f"{server.url}/view?{urllib.parse.urlencode(item)}") as answer:
+        return answer.read()
+
+
+def test_cancel_resume_and_again(comfy_server):
+    graph = stream_graph("streams/a")
+    folder = comfy_server.output_dir / "streams"
+    workflow = {"nodes": [{"id": n, "type": "Note", "text": "words; = # \\ \n"} for n in range(6000)]}
+    assert len(json.dumps(workflow)) > 200_000
+    end, _, _, frames, _ = asyncio.run(run(comfy_server, graph, workflow=workflow, cancel_at=50))
+    assert end == "execution_interrupted" and frames[-1]["filename"] == "a_00001_.mp4"
+    assert sorted(path.name for path in folder.iterdir()) == ["a_00001_.mp4", "a_00001_.state.safetensors"]
+    with av.open(str(folder / "a_00001_.mp4")) as container:
+        there = sum(1 for _ in container.decode(video=0))
+    assert frames[-1]["frames"] <= there < FRAMES
+
+    end, data, shown, frames, texts = asyncio.run(run(comfy_server, graph, workflow=workflow))
+    assert end == "execution_success", data
+    item = {"filename": "a_00001_.mp4", "subfolder": "streams", "type": "output"}
+    assert shown["images"] == [item] and shown["animated"] == [True]
+    assert "Resumed a_00001_.mp4" in shown["text"][0] and "160 frames" in shown["text"][0]
+    assert any("Resumed a_00001_.mp4" in text for text in texts)
+    assert frames[0]["resumed_at"] > 0 and frames[-1]["frames"] == frames[-1]["length"] == FRAMES
+    assert {key: frames[-1][key] for key in item} == item
+    assert [path.name for path in folder.iterdir()] == ["a_00001_.mp4"]
+    with av.open(io.BytesIO(view(comfy_server, item))) as container:
+        metadata = dict(container.metadata)
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES
+    assert json.loads(metadata["workflow"]) == workflow
+    assert json.loads(metadata["prompt"])["stream"]["inputs"]["seed"] == 1
+
+    # The finished graph again is ComfyUI's to answer from its cache, as with Save Video; restart makes another.
+    assert asyncio.run(run(comfy_server, graph))[0] == "execution_success"
+    assert [path.name for path in folder.iterdir()] == ["a_00001_.mp4"]
+    for number in (2, 3):
+        again = asyncio.run(run(comfy_server, stream_graph("streams/a", restart=True)))[2]
+        assert again["images"][0]["filename"] == f"a_{number:05}_.mp4"
+    assert view(comfy_server, again["images"][0])[-4096:] == view(comfy_server, item)[-4096:]
+
+
+def test_the_outputs_feed_other_nodes(comfy_server):
+    """The VIDEO into its parts, the context into another stream."""
+    graph = stream_graph("streams/first", length=1.0)
+    graph["second"] = {
+        "class_type": "DiagonalStreamVideo",
+        "inputs": {
+            **graph["stream"]["inputs"],
+            "context": ["stream", 1],
+            "filename_prefix": "streams/second",
+            "format": "png",
+            "length": 2.0,
+        },
+    }
+    graph["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["second", 0]}}
+    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["parts", 0], "filename_prefix": "streams/image"}}
+    outputs = comfy_server.run(graph)
+    assert len(outputs["save"]["images"]) == 32
+    assert outputs["second"]["images"] == [
+        {"filename": "00000032.png", "subfolder": "streams/second_00001_", "type": "output"}
+    ]
+    assert view(comfy_server, outputs["second"]["images"][0])[:4] == b"\x89PNG"
+
+
+def test_refusals_reach_the_page(comfy_server):
+    for change, words in (
+        ({"filename_prefix": "../../escaped"}, "leaves ComfyUI's output folder"),
+        ({"width": 72}, "width is 72 pixels; it must be a multiple of 16"),
+    ):
+        graph = stream_graph("streams/refused", **change)
+        entry = comfy_server.wait(comfy_server.queue(graph))
+        (error,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+        assert error["node_id"] == "stream" and words in error["exception_message"]
+    assert not list(comfy_server.output_dir.glob("streams/refused*"))
