@@ -335,6 +335,10 @@ class StreamDecoder:
         self._image_size = (0, 0, 0, 0)
         self._refusal = None
 
+    def keep_loaded(self, models: Sequence[ModelPatcher]) -> None:
+        """Name the models that must stay on the GPU if the VAE has to be loaded, in place of those before."""
+        self._keep_loaded = tuple(models)
+
     def snapshot(self) -> dict[str, Tensor]:
         """What the decoder remembers of the clip, by name; copies on the CPU. Empty before the first chunk.
 

@@ -196,8 +196,6 @@ def stream_video(
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}
     )
-    decoder_check = stream_decoder(vae)  # refuses, by name, what does not decode video, before anything is written
-    decoder_check.close()
     digest = digest_of(
         model=model,
         vae=vae.patcher,
@@ -216,6 +214,7 @@ def stream_video(
         graph=graph_digest(prompt, node_id, GRAPH_INPUTS),
     )
     with contextlib.ExitStack() as stack:
+        decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
         place = _Place.find(options)
         opened = _resume(place, options, plan, digest, spec, stack) or _begin(place, options, plan, digest, spec, stack)
         message = opened.announcement(options)
@@ -223,7 +222,7 @@ def stream_video(
         if announce is not None:
             announce(message)
         started = time.perf_counter()
-        run = _Run(opened, plan, options, vae, stack, on_frames)
+        run = _Run(opened, plan, options, decoder, on_frames)
         try:
             stream_latent(
                 model,
@@ -474,16 +473,15 @@ class _Run:
         opened: _Opened,
         plan: ClipPlan,
         options: StreamOptions,
-        vae: comfy.sd.VAE,
-        stack: contextlib.ExitStack,
+        decoder: StreamDecoder,
         on_frames: Callable[[StreamProgress], None] | None,
     ) -> None:
         self.opened = opened
         self.plan = plan
         self.options = options
-        self.vae = vae
-        self._stack = stack
-        self._decoder: StreamDecoder | None = None
+        self._decoder = decoder
+        if opened.resumed:
+            decoder.restore(load_tensors(opened.state_path, DECODER))
         tail = load_tensors(opened.state_path, TAIL).get(_TAIL) if opened.resumed else None
         self._thread = _WritingThread(opened, options, tail, plan.settings.frames_per_chunk, on_frames)
 
@@ -504,10 +502,7 @@ class _Run:
 
     def take(self, chunk: StreamedChunk) -> None:
         """Decode a chunk, have it written, and save the state if it is time."""
-        if self._decoder is None:
-            self._decoder = self._stack.enter_context(stream_decoder(self.vae, keep_loaded=[chunk.patcher]))
-            if self.opened.resumed:
-                self._decoder.restore(load_tensors(self.opened.state_path, DECODER))
+        self._decoder.keep_loaded([chunk.patcher])
         self._thread.put(self._decoder.submit(chunk.latents))
         if chunk.index != CONTEXT and self._due(chunk.index + 1):
             self._save(chunk)
@@ -636,7 +631,7 @@ class _WritingThread:
             if self._error is None:
                 try:
                     self._write(chunk)
-                except Exception as error:  # noqa: BLE001  raised again in the caller's thread
+                except Exception as error:  # raised again in the caller's thread
                     self._error = error
             self._chunks.task_done()
         self._chunks.task_done()
