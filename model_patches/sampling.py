@@ -26,6 +26,7 @@ from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, sample_ch
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
+from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ def sample_latent(
     on_progress: Callable[[Progress], None] | None = None,
     on_chunk: Callable[[Chunk], None] | None = None,
     context: Tensor | None = None,
+    optical_flow: FlowConditioning | None = None,
 ) -> dict[str, Any]:
     """Denoise a LATENT with a causal MODEL.
 
@@ -201,6 +203,7 @@ def sample_latent(
         callback: ComfyUI's (step, denoised, x, total) after every forward, with the newest chunk alone.
         on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
         context: latent frames that the clip begins with (see plan_clip); they count in the latent's length.
+        optical_flow: motion to follow; of strength 0 it is as none.
 
     Returns:
         a new LATENT.
@@ -229,11 +232,23 @@ def sample_latent(
 
     batch, channels, _, height, width = plan.shape
     draws = noise if noise is not None else SeededNoise(seed, (batch, channels, height, width))
+    run_model = model.clone()
+    flow_run = None
+    if optical_flow is not None and optical_flow.strength > 0:
+        flow_run = FlowRun(
+            optical_flow,
+            run_model,
+            plan.shape,
+            plan.schedule,
+            _made_frames(plan),
+            given_frames=plan.context_frames,
+            denoise=denoise,
+        )
+        plan, draws = replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
 
-    run_model = model.clone()
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
         "diagonal_memory",
@@ -242,7 +257,7 @@ def sample_latent(
     guider = comfy.samplers.CFGGuider(run_model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    sampler = DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk)
+    sampler = DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk, flow_run=flow_run)
     result = guider.sample(
         initial,
         samples,
@@ -288,7 +303,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
         *,
         on_progress: Callable[[Progress], None] | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
+        flow_run: FlowRun | None = None,
     ) -> None:
+        self.flow_run = flow_run
         self.plan = plan
         self.noise = noise
         self.on_progress = on_progress
@@ -316,8 +333,14 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options[RUN_KEY] = run
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
+        flow_run = self.flow_run
+        source = None if latent_image is None else lambda start, n: latent_image[:, :, start : start + n]
+        if flow_run is not None and flow_run.starts_chunks:
+            source = flow_run.source
         if context is not None:
             output[:, :, : context.shape[2]] = context
+            if flow_run is not None:
+                flow_run.finished(context)
         done = 0
 
         def frames_of(tensor: Tensor, at: Forward) -> Tensor:
@@ -336,7 +359,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 model.latent_image = frames_of(latent_image, at)
                 model.noise = frames_of(noise, at)
             sigma = x.new_full((x.shape[0],), at.sigma)
+            if flow_run is not None:
+                flow_run.before(at, x.device)
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
+            if flow_run is not None:
+                denoised = flow_run.after(denoised, at)
             done += 1
             if callback is not None:
                 callback(done - 1, denoised, x, plan.forwards)
@@ -368,14 +395,18 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 frames=plan.shape[2],
                 frames_per_chunk=plan.settings.frames_per_chunk,
                 context=context,
-                source=None if latent_image is None else lambda start, n: latent_image[:, :, start : start + n],
+                source=source,
             ):
                 _require_finite(chunk, plan.chunks)
+                if flow_run is not None:
+                    flow_run.finished(chunk.latents)
                 output[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
                 if self.on_chunk is not None:
                     self.on_chunk(chunk)
         finally:
             run.free()
+            if flow_run is not None:
+                flow_run.free()
             transformer_options.pop(RUN_KEY, None)
         return output
 

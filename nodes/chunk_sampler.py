@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..model_patches.sampling import Progress, sample_latent
-from .common import CATEGORY, ContextType, ScheduleType
+from .common import CATEGORY, ContextType, FlowType, ScheduleType
 
 PROGRESS_EVENT = "diagonal.progress"
 
@@ -68,6 +68,12 @@ class DiagonalChunkSampler(io.ComfyNode):
                     tooltip="Frames that the video begins with, from Diagonal Context Frames: a start image, or the "
                     "end of a video to go on from. They count in the latent's length.",
                 ),
+                FlowType.Input(
+                    "optical_flow",
+                    optional=True,
+                    tooltip="Motion that the video is to follow, from Diagonal Flow Conditioning, in pixels per pixel "
+                    "frame.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The denoised video latent.")],
             hidden=[io.Hidden.unique_id],
@@ -75,7 +81,17 @@ class DiagonalChunkSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float, context=None
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        schedule,
+        seed: int,
+        cfg: float,
+        denoise: float,
+        context=None,
+        optical_flow=None,
     ) -> io.NodeOutput:
         callback = None
 
@@ -98,6 +114,7 @@ class DiagonalChunkSampler(io.ComfyNode):
             callback=preview,
             on_progress=_Reporter(cls.hidden.unique_id),
             context=context,
+            optical_flow=optical_flow,
         )
         return io.NodeOutput(result)
 
