@@ -153,7 +153,7 @@ def preview(
     height, width = optical_flow.height, optical_flow.width
     scale = max(1, round(256 / min(height, width)))
     size = (height * scale, width * scale)
-    spacing = max(8, min(size) // 16)
+    spacing = max(8, min(size) // 12)
     out = []
     for step in range(optical_flow.steps):
         frame = torch.full((height, width, 3), 0.35) if frames is None else frames[step, ..., :3].float().cpu()
