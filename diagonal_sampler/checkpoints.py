@@ -26,6 +26,7 @@ from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_q
 from .schedule import PRESETS, DiagonalSchedule
 from .settings import CausalSettings
 from .wan_layout import (
+    FLOW_ADAPTER_KEYS,
     HEAD_DIM,
     LATENT_CHANNELS,
     PATCH,
@@ -141,6 +142,8 @@ class CheckpointInfo:
             f"{marker}",
             f"layout: {self.layout}",
         ]
+        if dims.flow_adapter:
+            parts.append("with an optical-flow adapter")
         if self.unused:
             parts.append(f"not used: {listed(self.unused)}")
         if self.suggested_preset:
@@ -492,7 +495,16 @@ def _check_names(
     name: str,
 ) -> None:
     """Raise ValueError with the names of missing and left-over tensors."""
-    placeholder = WanDims(dim=HEAD_DIM, depth=depth, ffn_dim=1, text_dim=1, freq_dim=1, in_channels=1, out_channels=1)
+    placeholder = WanDims(
+        dim=HEAD_DIM,
+        depth=depth,
+        ffn_dim=1,
+        text_dim=1,
+        freq_dim=1,
+        in_channels=1,
+        out_channels=1,
+        flow_adapter=_has_flow_adapter(bare),
+    )
     expected = set(expected_shapes(placeholder)) | quantization.required()
     allowed = quantization.allowed(depth)
     missing = expected - bare.keys()
@@ -546,7 +558,12 @@ def _derive_dims(bare: Mapping[str, torch.Tensor], depth: int, quantization: Qua
         freq_dim=in_features("time_embedding.0"),
         in_channels=shape("patch_embedding.weight", 2 + len(PATCH))[1],
         out_channels=shape("head.head.weight", 2)[0] // math.prod(PATCH),
+        flow_adapter=_has_flow_adapter(bare),
     )
+
+
+def _has_flow_adapter(bare: Mapping[str, torch.Tensor]) -> bool:
+    return any(key in bare for key in FLOW_ADAPTER_KEYS)
 
 
 def _check_tensors(bare: Mapping[str, torch.Tensor], dims: WanDims, quantization: Quantization, name: str) -> None:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import ConditionKV
+from .flow import ADAPTER_CHANNELS
 from .rope import rotate, rotation_table
 from .sampler import split_frames
 from .settings import GLOBAL_WINDOW, CausalSettings
+from .wan_layout import FLOW_ADAPTER_KEYS
 
 HEAD_DIM = 128
 
@@ -44,6 +46,8 @@ class WanConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    flow_adapter: bool = False
+    """With `flow_embedding`, a convolution over optical flow whose result is added to the tokens."""
 
     def __post_init__(self) -> None:
         if self.dim < HEAD_DIM or self.dim % HEAD_DIM:
@@ -79,6 +83,7 @@ class WanConfig:
             out_channels=state_dict["head.head.weight"].shape[0] // pixels,
             freq_dim=state_dict["time_embedding.0.weight"].shape[1],
             patch_size=patch_size,
+            flow_adapter=FLOW_ADAPTER_KEYS[0] in state_dict,
         )
 
 
@@ -270,6 +275,14 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self._initialise()
+        if config.flow_adapter:
+            self.flow_embedding = nn.Conv3d(
+                ADAPTER_CHANNELS, dim, kernel_size=config.patch_size, stride=config.patch_size
+            )
+            # Zero, so that a model that just got the adapter is the model that it was.
+            nn.init.zeros_(self.flow_embedding.weight)
+            assert self.flow_embedding.bias is not None
+            nn.init.zeros_(self.flow_embedding.bias)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -292,6 +305,7 @@ class WanDiT(nn.Module):
         window: int = -1,
         sink: int = 0,
         cache: ConditionKV | None = None,
+        optical_flow: Tensor | None = None,
     ) -> Tensor:
         """Predict the flow.
 
@@ -302,12 +316,15 @@ class WanDiT(nn.Module):
             frames_per_chunk: latent frames a chunk for the causal forward over a whole clip; None sees everything.
             window, sink: latent frames, as in CausalSettings, for that forward.
             cache: the KV cache of this condition for the streaming forward: `x` is then the current chunk.
+            optical_flow: [B or 1, 4, T, H, W] motion of the latent frames of `x`, from `flow.adapter_features`; None
+                adds nothing.
 
         Returns:
             [B, out_channels, T, H, W] flow = noise - x0.
 
         Raises:
-            ValueError: a shape that does not fit, or a causal forward over a clip and a cache together.
+            ValueError: a shape that does not fit, a causal forward over a clip and a cache together, or optical flow
+                for a model without the adapter.
         """
         pt, ph, pw = self.config.patch_size
         if x.ndim != 5 or x.shape[1] != self.config.in_channels or x.shape[3] % ph or x.shape[4] % pw:
@@ -332,6 +349,8 @@ class WanDiT(nn.Module):
                 f"x has {total} latent frames but the cache's open chunk has {cache.cache.frames}; call begin({total})."
             )
         tokens_BCTHW = self.patch_embedding(x)
+        if optical_flow is not None:
+            tokens_BCTHW = tokens_BCTHW + self._flow_tokens(optical_flow, x)
         _, _, frames, height, width = tokens_BCTHW.shape
         hidden = rearrange(tokens_BCTHW, "b c t h w -> b t (h w) c")
 
@@ -361,3 +380,17 @@ class WanDiT(nn.Module):
             "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
             h=height, w=width, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
+
+    def _flow_tokens(self, optical_flow: Tensor, x: Tensor) -> Tensor:
+        if not self.config.flow_adapter:
+            raise ValueError(
+                "optical_flow is given but the model has no adapter for it (flow_embedding); make it with "
+                "WanConfig(flow_adapter=True), or leave optical_flow out."
+            )
+        wanted = (ADAPTER_CHANNELS, *x.shape[2:])
+        if optical_flow.ndim != 5 or optical_flow.shape[1:] != wanted or optical_flow.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"optical_flow has shape {tuple(optical_flow.shape)}; it must be [{x.shape[0]} or 1, "
+                f"{', '.join(map(str, wanted))}], the latent's own frames and size."
+            )
+        return self.flow_embedding(optical_flow.to(x.dtype))

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .flow import ADAPTER_CHANNELS
+
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "")
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 """Name components that sharding, checkpointing, compiling and data-parallel wrappers insert anywhere."""
@@ -14,6 +16,8 @@ HEAD_DIM = 128
 """Wan's attention heads are 128 wide at every size; the number of heads is dim / 128."""
 PATCH = (1, 2, 2)
 LATENT_CHANNELS = 16
+FLOW_ADAPTER_KEYS = ("flow_embedding.weight", "flow_embedding.bias")
+"""What a model conditioned on optical flow has beside Wan's tensors; ComfyUI's Wan has no place for them."""
 
 PUBLISHED_SIZES = {1536: ("1.3B", 30, 8960), 5120: ("14B", 40, 13824)}
 """dim -> (name, depth, ffn_dim) of the sizes that Wan 2.1 was published in."""
@@ -44,6 +48,7 @@ class WanDims:
     freq_dim: int
     in_channels: int
     out_channels: int
+    flow_adapter: bool = False
 
     @property
     def heads(self) -> int:
@@ -90,6 +95,9 @@ def expected_shapes(dims: WanDims) -> dict[str, tuple[int, ...]]:
         shapes[f"{block}.modulation"] = (1, 6, dim)
     linear("head.head", dims.out_channels * PATCH[0] * PATCH[1] * PATCH[2], dim)
     shapes["head.modulation"] = (1, 2, dim)
+    if dims.flow_adapter:
+        shapes[FLOW_ADAPTER_KEYS[0]] = (dim, ADAPTER_CHANNELS, *PATCH)
+        shapes[FLOW_ADAPTER_KEYS[1]] = (dim,)
     return shapes
 
 

@@ -137,6 +137,7 @@ def predict_x0(
     *,
     cache: ConditionKV | None = None,
     settings: CausalSettings | None = None,
+    optical_flow: Tensor | None = None,
 ) -> Tensor:
     """x0 = x - sigma * flow, in float32.
 
@@ -144,12 +145,14 @@ def predict_x0(
         x: [B, C, T, H, W] noisy latent.
         sigma: one number, [B] or [B, T].
         settings: how a whole-clip forward looks back; None is bidirectional.
+        optical_flow: motion of the same latent frames, see WanDiT.forward.
     """
     sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.float32)
     sigma = sigma.expand(x.shape[0]) if sigma.ndim == 0 else sigma
-    options = {}
+    # Passed only where there is one: networks in wrappers need not know the argument.
+    options = {} if optical_flow is None else {"optical_flow": optical_flow}
     if settings is not None:
-        options = {
+        options |= {
             "frames_per_chunk": settings.frames_per_chunk,
             "window": settings.window,
             "sink": settings.sink,

@@ -179,6 +179,44 @@ class _Patch:
         raise NotImplementedError
 
 
+class FlowEmbedding:
+    """Stands in for `patch_embedding.forward` during one run and adds the current chunk's motion to its tokens.
+
+    Args:
+        original: what it replaces.
+        weight, bias: [dim, 4, *patch] and [dim], of the checkpoint's `flow_embedding`.
+        strength: factor on what is added.
+    """
+
+    def __init__(self, original: Callable, weight: Tensor, bias: Tensor, strength: float) -> None:
+        self.original = original
+        self.weight, self.bias, self.strength = weight, bias, strength
+        self._tokens: Tensor | None = None
+
+    def set(self, features: Tensor | None) -> None:
+        """The motion of the chunk that comes next: [1, 4, frames, H, W] from `adapter_features`; None adds nothing."""
+        if features is None:
+            self._tokens = None
+            return
+        patch = tuple(self.weight.shape[2:])
+        weight, bias = (tensor.to(device=features.device, dtype=torch.float32) for tensor in (self.weight, self.bias))
+        self._tokens = self.strength * torch.nn.functional.conv3d(features, weight, bias, stride=patch)
+
+    # Always eager, as the attention is: a compiled graph would keep the first chunk's motion.
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.original(x, *args, **kwargs)
+        if self._tokens is None:
+            return out
+        if out.shape[2:] != self._tokens.shape[2:]:
+            raise ValueError(
+                f"The optical-flow adapter has motion for {tuple(self._tokens.shape[2:])} tokens and the model was "
+                f"given {tuple(out.shape[2:])}: an area of the picture cannot follow it. Remove ConditioningSetArea, "
+                "or use mode reference."
+            )
+        return out + self._tokens.to(out)
+
+
 class _CausalSelfAttention(_Patch):
     """Writes the chunk's keys and values to the cache and attends to everything in it."""
 

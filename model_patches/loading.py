@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from ..diagonal_sampler import lora_files
 from ..diagonal_sampler.checkpoints import Checkpoint, CheckpointInfo, load_checkpoint
 from ..diagonal_sampler.lora_files import HOST_PREFIX, Lora, convert_lora
-from ..diagonal_sampler.wan_layout import expected_shapes
+from ..diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS, expected_shapes
 from ..diagonal_sampler.weight_files import listed, read_weight_file
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ WEIGHT_DTYPES: dict[str, dict] = {
 
 PROVENANCE_ATTACHMENT = "diagonal_provenance"
 """Under this name a MODEL carries the Provenance of its file, for the nodes that come after the loader."""
+FLOW_ADAPTER_ATTACHMENT = "diagonal_flow_adapter"
+"""Under this name a MODEL carries the (weight, bias) of its file's optical-flow adapter, if there is one."""
 
 
 def load_wan(
@@ -91,8 +93,10 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
 def _host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
     info = checkpoint.info
     # ComfyUI empties the dict that it is given: keep ours whole.
+    state_dict = dict(checkpoint.state_dict)
+    adapter = tuple(state_dict.pop(key) for key in FLOW_ADAPTER_KEYS if key in state_dict)
     model = comfy.sd.load_diffusion_model_state_dict(
-        dict(checkpoint.state_dict), model_options=dict(model_options), metadata=dict(checkpoint.host_metadata)
+        state_dict, model_options=dict(model_options), metadata=dict(checkpoint.host_metadata)
     )
     if model is None:
         raise ValueError(
@@ -108,6 +112,8 @@ def _host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
             f"lacks: {listed(missing)}; use the ComfyUI version that this pack was tested with"
         )
     model.set_attachments(PROVENANCE_ATTACHMENT, info.provenance)
+    if adapter:
+        model.set_attachments(FLOW_ADAPTER_ATTACHMENT, adapter)
     return model
 
 

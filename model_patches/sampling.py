@@ -27,6 +27,7 @@ from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, sample_ch
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
+from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
 
 log = logging.getLogger(__name__)
@@ -224,6 +225,7 @@ def sample_latent(
     on_progress: Callable[[Progress], None] | None = None,
     on_chunk: Callable[[Chunk], None] | None = None,
     context: Tensor | None = None,
+    optical_flow: FlowConditioning | None = None,
 ) -> dict[str, Any]:
     """Denoise a LATENT with a causal MODEL.
 
@@ -239,6 +241,7 @@ def sample_latent(
         callback: ComfyUI's (step, denoised, x, total) after every forward, with the newest chunk alone.
         on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
         context: latent frames that the clip begins with (see plan_clip); they count in the latent's length.
+        optical_flow: motion to follow; of strength 0 it is as none.
 
     Returns:
         a new LATENT.
@@ -261,16 +264,30 @@ def sample_latent(
             )
         schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
     plan = plan_clip(model, samples.shape, schedule, context)
+    _warn(model, schedule)
     draws = noise if noise is not None else _seeded_noise(plan, seed)
+    run_model = model.clone()
+    flow_run = None
+    if optical_flow is not None and optical_flow.strength > 0:
+        flow_run = FlowRun(
+            optical_flow,
+            run_model,
+            plan.shape,
+            plan.schedule,
+            _made_frames(plan),
+            given_frames=plan.context_frames,
+            denoise=denoise,
+        )
+        plan, draws = replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
     result = _run_guider(
-        model,
+        run_model,
         positive,
         negative,
         plan,
-        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk),
+        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk, flow_run=flow_run),
         initial,
         samples,
         seed=seed,
@@ -313,10 +330,11 @@ def stream_latent(
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
     """
+    _warn(model, plan.schedule)
     batch, channels, frames, height, width = plan.shape
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
     _run_guider(
-        model,
+        model.clone(),
         positive,
         negative,
         plan,
@@ -334,8 +352,13 @@ def _seeded_noise(plan: ClipPlan, seed: int) -> SeededNoise:
     return SeededNoise(seed, (batch, channels, height, width))
 
 
+def _warn(model: ModelPatcher, schedule: DiagonalSchedule) -> None:
+    for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
+        log.warning(warning)
+
+
 def _run_guider(
-    model: ModelPatcher,
+    run_model: ModelPatcher,
     positive: list,
     negative: list,
     plan: ClipPlan,
@@ -348,15 +371,16 @@ def _run_guider(
     mask: Tensor | None = None,
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
 ) -> Tensor:
-    """Hand one run to ComfyUI's guider, with memory asked for one chunk and the KV window."""
-    for warning in (*plan.schedule.warnings(), *_contradictions(model, plan.schedule)):
-        log.warning(warning)
-    conditions = _check_conditionings(model, positive, negative if cfg != 1.0 else [])
-    run_model = model.clone()
+    """Hand one run to ComfyUI's guider, with memory asked for one chunk and the KV window.
+
+    Args:
+        run_model: the run's own clone of the MODEL.
+    """
+    conditions = _check_conditionings(run_model, positive, negative if cfg != 1.0 else [])
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
         "diagonal_memory",
-        _memory_request(plan, plan.cache_bytes(model, conditions)),
+        _memory_request(plan, plan.cache_bytes(run_model, conditions)),
     )
     guider = comfy.samplers.CFGGuider(run_model)
     guider.set_conds(positive, negative)
@@ -407,7 +431,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
         on_chunk: Callable[[Chunk], None] | None = None,
         stream: Callable[[StreamedChunk], None] | None = None,
         resume: Resume | None = None,
+        flow_run: FlowRun | None = None,
     ) -> None:
+        self.flow_run = flow_run
         self.plan = plan
         self.noise = noise
         self.on_progress = on_progress
@@ -437,6 +463,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options[RUN_KEY] = run
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
+        flow_run = self.flow_run
+        starts = flow_run is not None and flow_run.starts_chunks
+        if context is not None and flow_run is not None:
+            flow_run.finished(context)
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done = 0
@@ -460,7 +490,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 model.latent_image = frames_of(latent_image, at)
                 model.noise = frames_of(noise, at)
             sigma = x.new_full((x.shape[0],), at.sigma)
+            if flow_run is not None:
+                flow_run.before(at, x.device)
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
+            if flow_run is not None:
+                denoised = flow_run.after(denoised, at)
             done += 1
             if callback is not None:
                 callback(done - 1, denoised, x, plan.forwards)
@@ -510,10 +544,12 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 frames=plan.shape[2],
                 frames_per_chunk=plan.settings.frames_per_chunk,
                 context=context,
-                source=None if latent_image is None else source,
+                source=flow_run.source if starts else None if latent_image is None else source,
                 first_chunk=0 if resume is None else resume.chunk,
             ):
                 _require_finite(chunk, plan.chunks)
+                if flow_run is not None:
+                    flow_run.finished(chunk.latents)
                 if streaming:
                     give(chunk.index, chunk.latents)
                     continue
@@ -522,6 +558,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
                     self.on_chunk(chunk)
         finally:
             run.free()
+            if flow_run is not None:
+                flow_run.free()
             transformer_options.pop(RUN_KEY, None)
         return output
 

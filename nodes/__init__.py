@@ -7,6 +7,8 @@ from .causal_attention import DiagonalCausalAttention
 from .chunk_sampler import DiagonalChunkSampler
 from .context_frames import DiagonalContextFrames
 from .demo_loader import DiagonalDemoLoader
+from .flow_conditioning import DiagonalFlowConditioning
+from .flow_preview import DiagonalFlowPreview
 from .model_loader import DiagonalModelLoader
 from .routes import add_routes
 from .schedule import DiagonalScheduleNode
@@ -18,6 +20,8 @@ NODES: list[type[io.ComfyNode]] = [
     DiagonalDemoLoader,
     DiagonalScheduleNode,
     DiagonalContextFrames,
+    DiagonalFlowConditioning,
+    DiagonalFlowPreview,
     DiagonalChunkSampler,
     DiagonalStreamVideo,
 ]

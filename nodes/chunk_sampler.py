@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..model_patches.sampling import sample_latent
-from .common import CATEGORY, ContextType, ScheduleType
+from .common import CATEGORY, ContextType, FlowType, ScheduleType
 from .live import LiveReport, preview_callback
 
 
@@ -63,6 +63,12 @@ class DiagonalChunkSampler(io.ComfyNode):
                     tooltip="Frames that the video begins with, from Diagonal Context Frames: a start image, or the "
                     "end of a video to go on from. They count in the latent's length.",
                 ),
+                FlowType.Input(
+                    "optical_flow",
+                    optional=True,
+                    tooltip="Motion that the video is to follow, from Diagonal Flow Conditioning, in pixels per pixel "
+                    "frame.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The denoised video latent.")],
             hidden=[io.Hidden.unique_id],
@@ -70,7 +76,17 @@ class DiagonalChunkSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, schedule, seed: int, cfg: float, denoise: float, context=None
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        schedule,
+        seed: int,
+        cfg: float,
+        denoise: float,
+        context=None,
+        optical_flow=None,
     ) -> io.NodeOutput:
         live = LiveReport(cls.hidden.unique_id, model)
         result = sample_latent(
@@ -86,5 +102,6 @@ class DiagonalChunkSampler(io.ComfyNode):
             on_progress=live.progress,
             on_chunk=live.chunk,
             context=context,
+            optical_flow=optical_flow,
         )
         return io.NodeOutput(result)

@@ -8,6 +8,9 @@ ScheduleType = io.Custom("DIAGONAL_SCHEDULE")
 ContextType = io.Custom("DIAGONAL_CONTEXT")
 """Latent frames [b, 16, n, H, W] in LATENT scale that a clip begins with."""
 
+FlowType = io.Custom("DIAGONAL_OPTICAL_FLOW")
+"""Motion and how to follow it: a FlowConditioning."""
+
 CATEGORY = "Diagonal"
 _DEFAULTS = CausalSettings()
 

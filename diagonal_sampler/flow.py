@@ -1,0 +1,506 @@
+"""Motion as dense fields: where the pixels of one frame are in the next one, and pictures moved along it.
+
+An optical flow is [T, H, W, 2] float32 in pixels per pixel frame, x to the right and y down. Step t moves pixel frame t
+to pixel frame t+1, so a clip of P pixel frames has P-1 steps. Points are [..., 2] as (x, y); the centre of the first
+pixel is (0, 0). "Valid" marks where the motion is known, or commanded; everywhere else nothing is said.
+
+(`flow` alone, in the sampler's files, is the model's prediction noise - x0. Motion is always called optical flow.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TIME_FACTOR = 4
+"""Pixel frames of a latent frame after the first, which holds one."""
+ADAPTER_CHANNELS = 4
+"""Channels of `adapter_features`: dx, dy, valid, speed."""
+TRACK_RADIUS_SHARE = 1 / 8
+"""Reach of a track as a share of the frame's shorter side, where none is given."""
+
+_HIDDEN_MARGIN = 0.5  # pixels: of two particles in one cell, the one that has moved this much less lies behind
+_HIDDEN_WEIGHT = 1e-4  # what a hidden particle still counts for
+_KNOWN_WEIGHT = 0.2  # a target pixel that receives less than this share of a pixel is a hole
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpticalFlow:
+    """A dense field of motion.
+
+    Attributes:
+        flow: [T, H, W, 2] float32, pixels per pixel frame, x right, y down; finite. Ignored where it is not valid.
+        valid: [T, H, W] bool, where the motion is known.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, no step, NaN or Inf, or nothing valid.
+    """
+
+    flow: Tensor
+    valid: Tensor
+
+    def __post_init__(self) -> None:
+        if self.flow.ndim != 4 or self.flow.shape[-1] != 2 or not self.flow.numel():
+            raise ValueError(
+                f"The optical flow has shape {tuple(self.flow.shape)}; it must be [steps, height, width, 2] with at "
+                "least one step. A video needs two frames for one step."
+            )
+        if self.flow.dtype != torch.float32 or self.valid.dtype != torch.bool:
+            raise ValueError(
+                f"The optical flow is {self.flow.dtype} and its mask {self.valid.dtype}; give float32 and bool."
+            )
+        if self.valid.shape != self.flow.shape[:3]:
+            raise ValueError(
+                f"The mask has shape {tuple(self.valid.shape)} but the optical flow {tuple(self.flow.shape)}; give "
+                f"{tuple(self.flow.shape[:3])}."
+            )
+        if not torch.isfinite(_stored(self.flow)).all():
+            raise ValueError(
+                "The optical flow holds NaN or infinite values. Mark unknown places in the mask and set them to 0, or "
+                "check the video that it was estimated from."
+            )
+        if not _stored(self.valid).any():
+            raise ValueError(
+                "The optical flow's mask is empty: no motion is given anywhere. Draw the mask (white is where the "
+                "motion counts), or leave it out."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Motions between pixel frames: one less than the frames."""
+        return self.flow.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.flow.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.flow.shape[2]
+
+    @classmethod
+    def everywhere(cls, flow: Tensor) -> OpticalFlow:
+        """A field that is valid everywhere. flow: [T, H, W, 2] in pixels per pixel frame."""
+        return cls(flow, torch.ones((), dtype=torch.bool, device=flow.device).expand(flow.shape[:-1]))
+
+    def masked(self, mask: Tensor) -> OpticalFlow:
+        """The field inside a mask only.
+
+        Args:
+            mask: [n, h, w] in 0..1, above 0.5 is inside; n is 1 (for every step) or at least the number of steps. It
+                is resized to the field.
+
+        Raises:
+            ValueError: another shape or length, NaN, or a mask that leaves nothing.
+        """
+        if mask.ndim == 2:
+            mask = mask[None]
+        if mask.ndim != 3 or not mask.numel():
+            raise ValueError(f"The mask has shape {tuple(mask.shape)}; it must be [frames, height, width].")
+        if mask.shape[0] != 1 and mask.shape[0] < self.steps:
+            raise ValueError(
+                f"The mask has {mask.shape[0]} frames and the optical flow {self.steps} steps; give one mask for all "
+                "of them, or one for each frame."
+            )
+        if not torch.isfinite(mask).all():
+            raise ValueError("The mask holds NaN or infinite values; give numbers from 0 to 1.")
+        size = (self.height, self.width)
+        inside = F.interpolate(mask[: self.steps, None].float(), size, mode="bilinear", antialias=True)[:, 0] > 0.5
+        return OpticalFlow(self.flow, self.valid & inside.to(self.valid.device))
+
+    def fit(self, steps: int, height: int, width: int) -> OpticalFlow:
+        """The field for a clip of another length and size.
+
+        The rule for the length: motion keeps its pace, step t stays step t. What is too long is cut. What is too short
+        leaves the rest of the clip free (not valid), except that a single step is held for the whole clip. The rule for
+        the size: the picture is stretched to the new one, and the vectors with it.
+
+        Raises:
+            ValueError: nothing valid is left.
+        """
+        flow, valid = self.flow, self.valid
+        if self.steps == 1:
+            flow, valid = flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)
+        flow, valid = flow[:steps], valid[:steps]
+        if (height, width) != (self.height, self.width):
+            flow, valid = _resize(flow, valid, height, width)
+        missing = steps - len(flow)
+        if missing > 0:
+            flow = torch.cat([flow, flow.new_zeros(missing, height, width, 2)])
+            valid = torch.cat([valid, valid.new_zeros(missing, height, width)])
+        if not _stored(valid).any():
+            raise ValueError(
+                f"Nothing of the optical flow's valid part lies in the first {steps} steps at {width}x{height}; make "
+                "the clip longer, or draw the motion or the mask earlier or larger."
+            )
+        return OpticalFlow(flow, valid)
+
+    def at(self, step: int, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Motion at points between pixels, interpolated over the valid pixels around them.
+
+        Args:
+            step: from 0; the motion from pixel frame `step` to the next.
+            points: [..., 2].
+
+        Returns:
+            motion [..., 2] in pixels, 0 where it is not known; and whether it is known, [...].
+        """
+        device = points.device
+        valid = self.valid[step].to(device)
+        weight = valid.to(points.dtype)
+        picture = torch.cat([self.flow[step].to(device).movedim(-1, 0) * weight, weight[None]])
+        found = sample(picture, points)
+        inside = (points >= -0.5).all(-1) & (points[..., 0] < self.width - 0.5) & (points[..., 1] < self.height - 0.5)
+        known = (found[2] >= 0.5) & inside
+        motion = found[:2] / found[2].clamp(min=0.5) * known
+        return motion.movedim(0, -1), known
+
+    def composed(self, group: int = TIME_FACTOR) -> OpticalFlow:
+        """Every `group` steps as one: points are followed through them. A last, shorter group is dropped.
+
+        At the size of the latent (`fit(steps, h, w)`) this is latent pixels per latent frame: step j moves latent frame
+        j to latent frame j+1, for latent frame j ends with pixel frame 4*j.
+
+        Raises:
+            ValueError: fewer steps than one group, or nothing valid throughout a group.
+        """
+        count = self.steps // group
+        start = grid(self.height, self.width, self.flow.device)
+        flows, valids = [], []
+        for index in range(count):
+            points, known = start, torch.ones(start.shape[:-1], dtype=torch.bool, device=start.device)
+            for step in range(index * group, (index + 1) * group):
+                motion, here = self.at(step, points)
+                points, known = points + motion, known & here
+            # What leaves the picture on its way was known until then: its motion is the best there is.
+            flows.append(points - start)
+            valids.append(known | (self.valid[index * group] & ~inside(points, self.height, self.width)))
+        if not count:
+            raise ValueError(f"The optical flow has {self.steps} steps; one latent frame needs {group}.")
+        return OpticalFlow(torch.stack(flows), torch.stack(valids))
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in memory once, where its first axis only repeats."""
+    return tensor[:1] if tensor.stride(0) == 0 else tensor
+
+
+def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    steps = len(flow)
+    held = flow.stride(0) == 0 and valid.stride(0) == 0
+    if held:
+        flow, valid = flow[:1], valid[:1]
+    scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1]])
+    flows, valids = [], []
+    for step in range(len(flow)):  # step by step, so that a long clip needs no second copy of itself
+        weight = valid[step].float()
+        picture = torch.cat([flow[step].movedim(-1, 0) * weight, weight[None]])[None]
+        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)[0]
+        known = picture[2] >= 0.5
+        flows.append((picture[:2] / picture[2].clamp(min=0.5) * known).movedim(0, -1) * scale)
+        valids.append(known)
+    flow, valid = torch.stack(flows), torch.stack(valids)
+    return (flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)) if held else (flow, valid)
+
+
+# --- points and pictures ---
+
+
+def grid(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """The centres of all pixels, [H, W, 2] as (x, y)."""
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float32, device=device),
+        torch.arange(width, dtype=torch.float32, device=device),
+        indexing="ij",
+    )
+    return torch.stack([x, y], dim=-1)
+
+
+def inside(points: Tensor, height: int, width: int) -> Tensor:
+    """Whether points [..., 2] lie in a picture, its edge pixels included: [...]."""
+    return (points >= -0.5).all(-1) & (points[..., 0] <= width - 0.5) & (points[..., 1] <= height - 0.5)
+
+
+def sample(picture: Tensor, points: Tensor) -> Tensor:
+    """A picture [C, H, W] read at points [..., 2], bilinearly; beyond its edge the edge continues. [C, ...]."""
+    height, width = picture.shape[-2:]
+    size = points.new_tensor([max(width - 1, 1), max(height - 1, 1)])
+    places = (points * 2 / size - 1).reshape(1, 1, -1, 2)
+    found = F.grid_sample(picture[None], places, mode="bilinear", padding_mode="border", align_corners=True)
+    return found.reshape(picture.shape[0], *points.shape[:-1])
+
+
+def warp_backward(picture: Tensor, motion: Tensor) -> Tensor:
+    """The picture seen through a field: pixel p of the result is the picture at p + motion(p).
+
+    Args:
+        picture: [C, H, W].
+        motion: [H, W, 2] pixels, from the result's pixels to the picture's.
+    """
+    return sample(picture, grid(*motion.shape[:2], motion.device) + motion)
+
+
+def splat(values: Tensor, points: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Puts values at points onto a picture, each shared among the four pixels around it.
+
+    Args:
+        values: [C, N].
+        points: [N, 2].
+        weight: [N] how much each counts against others that meet it.
+
+    Returns:
+        [C, H, W] weighted means, 0 where nothing arrives; and [H, W] the share of a pixel that arrives, by area alone.
+    """
+    corner = points.floor()
+    part = points - corner
+    corner = corner.long()
+    totals = values.new_zeros(height * width, values.shape[0] + 2)
+    data = torch.cat([values * weight, weight[None], torch.ones_like(weight)[None]]).T
+    for dy in (0, 1):
+        for dx in (0, 1):
+            x, y = corner[:, 0] + dx, corner[:, 1] + dy
+            share = (part[:, 0] if dx else 1 - part[:, 0]) * (part[:, 1] if dy else 1 - part[:, 1])
+            there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            totals.index_add_(0, (y * width + x)[there], (data * share[:, None])[there])
+    means = totals[:, :-2] / totals[:, -2:-1].clamp(min=1e-8)
+    return means.T.reshape(-1, height, width), totals[:, -1].view(height, width)
+
+
+def fill_holes(picture: Tensor, known: Tensor) -> Tensor:
+    """Fills unknown pixels from their surroundings: halve the picture until nothing is unknown, then come back.
+
+    Gortler et al. 1996, "The Lumigraph", section 3.5 (push-pull).
+
+    Args:
+        picture: [N, C, H, W].
+        known: [N, H, W] bool.
+
+    Returns:
+        the picture with known pixels as they are; 0 where a whole picture is unknown.
+    """
+    weight = known[:, None].to(picture.dtype)
+    picture = picture * weight
+    if picture.shape[-2:] == (1, 1) or bool(known.all()):
+        return picture
+    pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
+    share = F.avg_pool2d(weight, **pool)
+    coarse = F.avg_pool2d(picture, **pool) / share.clamp(min=1e-6)
+    coarse = fill_holes(coarse, share[:, 0] > 0)
+    wide = F.interpolate(coarse, picture.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.where(weight > 0, picture, wide)
+
+
+@dataclass(frozen=True, slots=True)
+class WarpedFrame:
+    """One frame that a picture was carried to.
+
+    Attributes:
+        picture: [C, H, W] with holes filled.
+        commanded: [H, W] in 0..1, where the motion says what is seen: what it carried here, and what it left behind.
+            0 where nothing was said, and where content from outside the frame enters.
+    """
+
+    picture: Tensor
+    commanded: Tensor
+
+
+def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) -> Iterator[WarpedFrame]:
+    """Carries a picture along the flow, one frame at a time; each frame is made from the picture itself, once.
+
+    Every pixel is a particle. Where two meet, the one that has moved further hides the other, which goes on at its own
+    pace until it is seen again; places that nothing arrives at are filled from around them.
+
+    Args:
+        picture: [C, H, W], pixel frame `start` of the clip, of the field's size.
+        optical_flow: of the whole clip.
+        start: the step to begin with.
+        count: frames to make; beyond the field's last step nothing is commanded.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    height, width = optical_flow.height, optical_flow.width
+    if tuple(picture.shape[-2:]) != (height, width):
+        raise ValueError(
+            f"The picture is {picture.shape[-1]}x{picture.shape[-2]} and the optical flow {width}x{height}; fit the "
+            "optical flow to the picture first."
+        )
+    device = picture.device
+    origin = grid(height, width, device).reshape(-1, 2)
+    points, velocity = origin, torch.zeros_like(origin)
+    commanded = torch.ones(len(origin), dtype=torch.bool, device=device)
+    hidden = torch.zeros_like(commanded)
+    passed = torch.zeros_like(origin)  # motion over each place so far: tells what entered from outside
+    started = None
+    values = picture.reshape(picture.shape[0], -1)
+    for step in range(start, start + count):
+        if step < optical_flow.steps:
+            motion, known = optical_flow.at(step, points)
+            passed = passed + optical_flow.at(step, origin)[0]
+        else:
+            motion, known = torch.zeros_like(points), torch.zeros_like(commanded)
+        # The field says nothing of what is hidden or has left the frame: it goes on as it did.
+        away = hidden | ~inside(points, height, width)
+        velocity = torch.where(away[:, None], velocity, motion)
+        points = points + velocity
+        commanded = commanded & (known | away)
+        started = commanded if started is None else started
+        hidden = _hidden(points, origin, commanded, height, width)
+        weight = torch.where(hidden, _HIDDEN_WEIGHT, 1.0)
+        moved, share = splat(torch.cat([values, commanded.to(values.dtype)[None]]), points, weight, height, width)
+        arrived = share >= _KNOWN_WEIGHT
+        moved = fill_holes(moved[None], arrived[None])[0]
+        mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
+        entered = ~arrived & ~inside(origin - passed, height, width).view(height, width)
+        yield WarpedFrame(moved[:-1], mask.masked_fill(entered, 0.0))
+
+
+def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:
+    """[N] whether another particle in the same pixel lies in front: one that moved further, commanded before not."""
+    moved = (points - origin).norm(dim=-1) + commanded
+    cell = points.round().long()
+    there = inside(points, height, width)
+    x, y = cell[:, 0].clamp(0, width - 1), cell[:, 1].clamp(0, height - 1)
+    index = y * width + x
+    front = moved.new_zeros(height * width).scatter_reduce_(0, index[there], moved[there], "amax")
+    return there & (moved < front[index] - _HIDDEN_MARGIN)
+
+
+# --- sources ---
+
+
+def camera_flow(
+    steps: int,
+    height: int,
+    width: int,
+    *,
+    pan: tuple[float, float] = (0.0, 0.0),
+    zoom: float = 0.0,
+    rotation: float = 0.0,
+) -> OpticalFlow:
+    """The motion of a still scene under a moving camera.
+
+    Args:
+        steps: pixel frames less one, at least 1.
+        height, width: pixels.
+        pan: (x, y) pixels per frame that the camera moves right and down; the picture moves the other way.
+        zoom: percent per frame that the picture grows about its centre, above -100.
+        rotation: degrees per frame that the camera turns clockwise; the picture turns the other way.
+
+    Raises:
+        ValueError: a number out of range or not finite.
+    """
+    if steps < 1:
+        raise ValueError(f"A camera motion over {steps + 1} pixel frames has no step; use a length of at least 2.")
+    if height < 1 or width < 1:
+        raise ValueError(f"The size is {width}x{height}; width and height must be at least 1 pixel.")
+    if not all(math.isfinite(value) for value in (*pan, zoom, rotation)):
+        raise ValueError(f"pan is {pan}, zoom {zoom} and rotation {rotation}; all must be finite numbers.")
+    if zoom <= -100:
+        raise ValueError(f"zoom is {zoom} percent per frame; it must be above -100, where the picture vanishes.")
+    points = grid(height, width)
+    centre = points.new_tensor([(width - 1) / 2, (height - 1) / 2])
+    angle = math.radians(-rotation)
+    # With y down, this turns clockwise for a positive angle.
+    turn = points.new_tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    moved = (points - centre) @ turn.T * (1 + zoom / 100) + centre - points.new_tensor(pan)
+    return OpticalFlow.everywhere((moved - points).expand(steps, -1, -1, -1))
+
+
+def tracks_flow(
+    path: Tensor, visible: Tensor | None, height: int, width: int, *, radius: float | None = None
+) -> OpticalFlow:
+    """A dense field from points that are followed over time: around each track everything moves as it does.
+
+    Where several reach, their motions are averaged with Gaussian weights (deviation half the radius); beyond the
+    radius of every track nothing is said.
+
+    Args:
+        path: [T, N, 2] positions in pixels, (x, y), one for each pixel frame (ComfyUI's TRACKS, `track_path`).
+        visible: [T, N] or [T, 1] bool (`track_visibility`), or None for all.
+        height, width: pixels of the frame that the positions are measured in.
+        radius: pixels; None is an eighth of the shorter side.
+
+    Raises:
+        ValueError: another shape, fewer than two frames, a visible position that is not finite, nothing visible, or a
+            radius that is not positive.
+    """
+    if path.ndim != 3 or path.shape[-1] != 2 or not path.shape[1]:
+        raise ValueError(f"The tracks have shape {tuple(path.shape)}; they must be [frames, tracks, 2], (x, y) pixels.")
+    frames, count = path.shape[:2]
+    if frames < 2:
+        raise ValueError(f"The tracks have {frames} frame; motion needs at least 2.")
+    radius = TRACK_RADIUS_SHARE * min(height, width) if radius is None else radius
+    if not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f"radius is {radius}; it must be a positive number of pixels.")
+    path = path.detach().float().cpu()
+    if visible is None:
+        visible = torch.ones(frames, count, dtype=torch.bool)
+    if visible.ndim != 2 or visible.shape[0] < frames or visible.shape[1] not in (1, count):
+        raise ValueError(
+            f"The tracks' visibility has shape {tuple(visible.shape)}; it must be [{frames}, {count}] or [{frames}, 1]."
+        )
+    visible = visible[:frames].cpu().bool().expand(-1, count)
+    bad = visible & ~torch.isfinite(path).all(-1)
+    if bad.any():
+        frame, track = bad.nonzero()[0].tolist()
+        raise ValueError(f"Track {track} is visible at frame {frame} but its position there is NaN; mark it invisible.")
+    flow = torch.zeros(frames - 1, height, width, 2)
+    total = torch.zeros(frames - 1, height, width)
+    for step in range(frames - 1):
+        for track in (visible[step] & visible[step + 1]).nonzero()[:, 0].tolist():
+            x, y = path[step, track].tolist()
+            rows = slice(max(0, math.ceil(y - radius)), min(height, math.floor(y + radius) + 1))
+            columns = slice(max(0, math.ceil(x - radius)), min(width, math.floor(x + radius) + 1))
+            if rows.start >= rows.stop or columns.start >= columns.stop:
+                continue
+            away = (
+                torch.arange(rows.start, rows.stop)[:, None].sub(y).square()
+                + torch.arange(columns.start, columns.stop).sub(x).square()
+            )
+            weight = torch.exp(-2 * away / radius**2) * (away <= radius**2)
+            total[step, rows, columns] += weight
+            flow[step, rows, columns] += weight[..., None] * (path[step + 1, track] - path[step, track])
+    valid = total > 0
+    if not valid.any():
+        raise ValueError(
+            f"No track is visible inside the {width}x{height} picture in two frames that follow each other; check that "
+            "the tracks were made for this width and height."
+        )
+    return OpticalFlow(flow / total.clamp(min=1e-12)[..., None], valid)
+
+
+# --- what the adapter sees ---
+
+
+def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int, width: int) -> Tensor:
+    """The field as the adapter's convolution takes it.
+
+    Args:
+        optical_flow: any size; it is fitted to the clip by the rules of `OpticalFlow.fit`.
+        latent_frames: T of the clip.
+        height, width: of the latent.
+
+    Returns:
+        [1, 4, T, H, W] float32: dx and dy in latent pixels per latent frame, averaged over the four pixel steps that
+        lead to the latent frame (of the first, the one that leaves it); the share of them that is valid; the speed
+        |(dx, dy)|. 0 where nothing is valid.
+    """
+    steps = max(1, TIME_FACTOR * (latent_frames - 1))
+    small = optical_flow.fit(steps, height, width)
+    out = torch.zeros(ADAPTER_CHANNELS, latent_frames, height, width)
+    for frame in range(latent_frames):
+        first = max(0, TIME_FACTOR * (frame - 1))
+        rows = slice(first, first + (TIME_FACTOR if frame else 1))
+        weight = small.valid[rows].float().cpu()
+        total = weight.sum(0)
+        motion = (small.flow[rows].cpu() * weight[..., None]).sum(0) / total.clamp(min=1)[..., None]
+        out[:2, frame] = TIME_FACTOR * motion.movedim(-1, 0)
+        out[2, frame] = total / len(weight)
+    out[3] = out[:2].norm(dim=0)
+    return out[None]

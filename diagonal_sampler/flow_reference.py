@@ -1,0 +1,147 @@
+"""Motion without training: each chunk begins from the last frame, carried along the optical flow.
+
+The chunk's start is the carried frames, encoded and noised to `start_sigma` instead of to pure noise. At its first step
+the prediction is blended with them where the flow says something. Both use the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .flow import TIME_FACTOR, OpticalFlow, carry
+from .sampler import Forward
+from .schedule import DiagonalSchedule, shift_sigma, unshift_sigma
+
+DEFAULT_START_SIGMA = 0.733
+"""Measured on a toy as the level that follows best; it is also one of the release's own four."""
+TAIL_FRAMES = 3
+"""Latent frames that are decoded to get the last pixel frame: a video decoder needs some before it."""
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents [B, C, n, h, w] in the model's space, the end of a clip -> its last pixel frame [B, 3, H, W] in 0..1."""
+Encode = Callable[[Tensor], Tensor]
+"""Pixel frames [B, 3, 1 + 4n, H, W] in 0..1 -> latents [B, C, 1 + n, h, w] in the model's space."""
+
+
+def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float) -> tuple[float, ...]:
+    """The levels of a chunk that starts at `start_sigma`: as many steps, and the same last one.
+
+    In uniform time the levels are moved linearly so that the first becomes `start_sigma` and the last stays, for the
+    next chunk may see the last one's noise. A chunk of one step gets `start_sigma` alone.
+
+    Args:
+        sigmas: descending, in (0, 1]; unchanged if they start at or below `start_sigma`.
+        start_sigma: in (0, 1].
+        shift: of the schedule.
+
+    Raises:
+        ValueError: start_sigma out of range, or not above the last level.
+    """
+    if not 0 < start_sigma <= 1:
+        raise ValueError(f"start_sigma is {start_sigma}; it must be in (0, 1].")
+    if sigmas[0] <= start_sigma:
+        return tuple(sigmas)
+    if len(sigmas) == 1:
+        return (start_sigma,)
+    if start_sigma <= sigmas[-1]:
+        raise ValueError(
+            f"start_sigma is {start_sigma}, but the schedule's last step is at sigma {sigmas[-1]:.3f}; use a "
+            "start_sigma above it, or more steps."
+        )
+    times = [unshift_sigma(sigma, shift) for sigma in sigmas]
+    first, last = times[0], times[-1]
+    slope = (unshift_sigma(start_sigma, shift) - last) / (first - last)
+    inner = tuple(shift_sigma(last + (u - last) * slope, shift) for u in times[1:-1])
+    return (start_sigma, *inner, sigmas[-1])
+
+
+class FlowReference:
+    """What the reference mode adds to one run of `sample_chunks`: its schedule, its source, and the blend.
+
+    Args:
+        optical_flow: fitted to the clip: 4 * (T - 1) steps of the decoded size.
+        schedule: the usual one.
+        counts: latent frames of each chunk.
+        decode, encode: the autoencoder, see Decode and Encode.
+        given_frames: latent frames that the clip begins with (context), before chunk 0.
+        start_sigma: noise level in (0, 1] that a carried chunk starts at.
+        blend: share in [0, 1] of the carried frames in the first prediction, where the flow is valid.
+        first_chunk, last_chunk: chunks that follow the flow, from 0. A chunk with nothing before it never does, nor one
+            in which the flow is valid nowhere.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        optical_flow: OpticalFlow,
+        schedule: DiagonalSchedule,
+        counts: Sequence[int],
+        *,
+        decode: Decode,
+        encode: Encode,
+        given_frames: int = 0,
+        start_sigma: float = DEFAULT_START_SIGMA,
+        blend: float = 1.0,
+        first_chunk: int = 0,
+        last_chunk: int | None = None,
+    ) -> None:
+        if not 0 <= blend <= 1:
+            raise ValueError(f"blend is {blend}; it must be in [0, 1].")
+        self.optical_flow, self.decode, self.encode, self.blend_weight = optical_flow, decode, encode, blend
+        last_chunk = len(counts) - 1 if last_chunk is None else last_chunk
+        self._active: dict[int, int] = {}  # start frame -> chunk
+        rows = []
+        start = given_frames
+        for chunk, count in enumerate(counts):
+            row = schedule.chunk_sigmas(chunk)
+            step = max(0, TIME_FACTOR * (start - 1))
+            commanded = optical_flow.valid[step : step + TIME_FACTOR * count]
+            if start > 0 and first_chunk <= chunk <= last_chunk and bool(commanded.any()):
+                self._active[start] = chunk
+                row = start_below_noise(row, start_sigma, schedule.shift)
+            rows.append(row)
+            start += count
+        self.schedule = replace(schedule, sigmas=tuple(rows))
+        self._tail: Tensor | None = None
+        self._reference: tuple[int, Tensor, Tensor] | None = None
+
+    def finished(self, latents: Tensor) -> None:
+        """Takes what precedes the next chunk: the given context, then each chunk, [B, C, n, h, w]."""
+        tail = latents if self._tail is None else torch.cat([self._tail, latents], dim=2)
+        self._tail = tail[:, :, -TAIL_FRAMES:].detach()
+
+    def source(self, start_frame: int, frames: int) -> Tensor:
+        """The carried frames of a chunk that follows the flow, [B, C, frames, h, w] in the model's space."""
+        return self._carried(start_frame, frames)[0]
+
+    def blend(self, denoised: Tensor, at: Forward) -> Tensor:
+        """The prediction of a chunk's first step with the carried frames mixed in; any other prediction as it is."""
+        if at.step != 0 or at.start_frame not in self._active or self.blend_weight == 0:
+            return denoised
+        carried, mask = self._carried(at.start_frame, at.frames)
+        return torch.lerp(denoised, carried, self.blend_weight * mask)
+
+    @torch.no_grad()
+    def _carried(self, start_frame: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, frames, h, w] of the carried frames, and the blend's mask, 1 channel, in 0..1."""
+        if self._reference is None or self._reference[0] != start_frame:
+            assert self._tail is not None, "finished() was not told what precedes the chunk"
+            tail = self._tail
+            last = self.decode(tail)
+            step = TIME_FACTOR * (start_frame - 1)
+            clips, masks = [], []
+            for picture in last:
+                carried = list(carry(picture, self.optical_flow, step, TIME_FACTOR * frames))
+                clips.append(torch.stack([picture, *(frame.picture for frame in carried)], dim=1))
+                masks.append(torch.stack([frame.commanded for frame in carried]))
+            latents = self.encode(torch.stack(clips))[:, :, 1:].to(tail)
+            mask = F.adaptive_avg_pool3d(torch.stack(masks)[:, None], (frames, *tail.shape[-2:])).to(tail)
+            self._reference = (start_frame, latents, mask)
+        return self._reference[1:]

@@ -1,0 +1,395 @@
+"""Does the video move as it is told? Commands motion to the demo's sprites and measures what they do.
+
+    python -m distillation.flow_evaluate                               # scores what is missing, prints the table
+    python -m distillation.flow_evaluate --write docs/evidence/flow.md # and writes it
+
+Each scene has one sprite and a held-out caption. Its first chunk is made as usual; the sprite is then found in the
+decoded frames and told to go from there, straight and bouncing at the edge: a track, as a person would draw it. Two
+commands a scene: one in any direction, whatever the caption says, and one in the caption's direction at another speed.
+The same scene is made without flow and with every mode that the checkpoint allows.
+
+End-point error: the distance between the sprite's displacement and the commanded one, over one latent frame (4 pixel
+frames), in pixels per pixel frame, averaged over the latent frames after the first chunk. A sprite that is not seen
+counts as one that rests. Nothing in here looks at latents.
+
+Every clip's numbers are kept in OUT/NAME.json under a digest of the weights and the options, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.captions import CaptionEncoder, SpriteSpec, caption_of
+from diagonal_sampler.demo_autoencoder import (
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
+    DemoAutoencoder,
+    latent_frames,
+    pixel_frames,
+)
+from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.flow import OpticalFlow, adapter_features, tracks_flow
+from diagonal_sampler.flow_noise import FlowNoise
+from diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
+from diagonal_sampler.noise import NoiseSource, SeededNoise
+from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
+from distillation import score, sprites, train_demo
+from distillation.losses import guided
+from distillation.recipes import DEMO
+from distillation.rollout import predict_x0
+from distillation.run_folder import write_json
+from distillation.samples import decode_frames
+
+log = logging.getLogger("flow_evaluate")
+
+MEASURES_VERSION = 1
+"""Raise it when a measure changes: clips that were scored before are then scored again."""
+MODES = ("none", "reference", "noise", "adapter")
+WORDS = {
+    "none": "no flow",
+    "reference": "reference (training-free)",
+    "noise": "noise (a model not trained for it)",
+    "adapter": "adapter",
+}
+COMMANDS = {
+    "any": "any direction, against the caption",
+    "caption": "the caption's direction, at another speed",
+}
+MARGIN = 8.0
+"""Pixels between the frame's edge and a commanded centre: half the side of the largest sprite."""
+TRACK_RADIUS = 11.0
+"""Pixels around the track that move with it: the largest sprite, with its corners."""
+PRECISION = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What every clip of a table shares: scenes, pixel frames (4n + 1), seed, and the reference mode's settings."""
+
+    scenes: int = 8
+    length: int = 57
+    seed: int = 0
+    start_sigma: float = DEFAULT_START_SIGMA
+    blend: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scenes < 1:
+            raise ValueError(f"scenes is {self.scenes}; it must be at least 1.")
+        whole = pixel_frames(latent_frames(self.length))
+        if self.length < score.SECOND * 2 or whole != self.length:
+            raise ValueError(f"length is {self.length}; give 4n + 1 pixel frames, at least {2 * score.SECOND + 1}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured of one clip.
+
+    Attributes:
+        error: end-point error, pixels per pixel frame.
+        place: mean distance from the commanded place, pixels.
+        commanded: mean commanded speed, pixels per pixel frame.
+        lost: share of the latent frames in which the sprite is not seen.
+        colour, shape: as the caption says.
+        seconds: to make the clip.
+    """
+
+    error: float
+    place: float
+    commanded: float
+    lost: float
+    colour: bool
+    shape: bool
+    seconds: float
+
+
+def scene(index: int, seed: int) -> tuple[SpriteSpec, dict[str, tuple[float, float]]]:
+    """Scene `index` of a seed: its held-out sprite, and command -> (direction in radians, pixels per frame)."""
+    rng = np.random.default_rng([seed, index, 0xF10])
+    spec = sprites.sample_sprite(rng, held_out=True)
+    speeds = list(sprites.PIXELS_PER_FRAME.values())
+    anywhere = (float(rng.uniform(0, 2 * np.pi)), speeds[rng.integers(len(speeds))])
+    others = [speed for speed in speeds if speed != sprites.PIXELS_PER_FRAME[spec.speed]]
+    x, y = sprites.VELOCITY[spec.direction]
+    return spec, {"any": anywhere, "caption": (float(np.arctan2(y, x)), others[rng.integers(len(others))])}
+
+
+def commanded_path(start: Tensor, angle: float, speed: float, frames: int) -> Tensor:
+    """[frames, 2] centres from `start` on, straight and bouncing MARGIN from the edge; in pixels, edges at 0 and 64."""
+    direction = torch.tensor([np.cos(angle), np.sin(angle)], dtype=torch.float32)
+    inside = start.clamp(MARGIN, sprites.FRAME_SIZE - MARGIN)
+    return sprites.bounce(inside, speed * direction, torch.tensor(MARGIN), torch.arange(frames).float())
+
+
+def commanded_flow(path: Tensor, first_frame: int) -> OpticalFlow:
+    """The track as a field of the whole clip; before `first_frame` nothing is commanded."""
+    frames = first_frame + len(path)
+    # Pixel i covers [i, i + 1): its centre is 0 in the field and 0.5 in the sprite world.
+    whole = torch.zeros(frames, 1, 2)
+    whole[first_frame:, 0] = path - 0.5
+    visible = (torch.arange(frames) >= first_frame)[:, None]
+    return tracks_flow(whole, visible, sprites.FRAME_SIZE, sprites.FRAME_SIZE, radius=TRACK_RADIUS)
+
+
+class Player:
+    """Makes clips with the demo, with and without motion to follow."""
+
+    def __init__(self, folder: Path, dit: Path | None) -> None:
+        self.dit: WanDiT
+        self.encoder: CaptionEncoder
+        self.autoencoder: DemoAutoencoder
+        self.dit, self.encoder, self.autoencoder = train_demo.load_models(folder)
+        file = dit if dit is not None else folder / train_demo.DIT_FILE
+        if dit is not None:
+            self.dit = train_demo.load_dit(dit)
+        self.trained = train_demo.trained_for(file)
+        self.digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+        self.modes = tuple(mode for mode in MODES if mode != "adapter" or self.dit.config.flow_adapter)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Standardised latents -> [B, 3, H, W] in 0..1, the last pixel frame."""
+        return decode_frames(self.autoencoder, latents)[:, -1] / 255
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """[B, 3, T, H, W] in 0..1 -> standardised latents."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_LATENT_MEAN, WAN_LATENT_STD))
+        return (self.autoencoder.encode(2 * frames - 1) - mean) / std
+
+    @torch.no_grad()
+    def clip(
+        self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, mode: str = "none"
+    ) -> Tensor:
+        """[T, 3, H, W] in 0..255."""
+        schedule, settings, cfg = self.trained.schedule, self.trained.settings, self.trained.cfg
+        frames = latent_frames(options.length)
+        counts = split_frames(frames, settings.frames_per_chunk)
+        side = sprites.FRAME_SIZE // SPACE_FACTOR
+        noise: NoiseSource = SeededNoise(seed, (1, LATENT_CHANNELS, side, side))
+        steps = TIME_FACTOR * (frames - 1)
+        reference, features = None, None
+        if flow is not None and mode == "reference":
+            reference = FlowReference(
+                flow.fit(steps, sprites.FRAME_SIZE, sprites.FRAME_SIZE), schedule, counts,
+                decode=self.decode, encode=self.encode, start_sigma=options.start_sigma, blend=options.blend,
+            )  # fmt: skip
+            schedule = reference.schedule
+        elif flow is not None and mode == "noise":
+            # As in the node with first_chunk 1: the first chunk has no valid motion, so its noise is as usual.
+            noise = FlowNoise(noise, flow.fit(steps, side, side).composed(), counts)
+        elif flow is not None and mode == "adapter":
+            features = adapter_features(flow, frames, side, side)
+        positive, negative = self.encoder.encode([caption]), self.encoder.encode([""])
+        cache = KVCache(settings, frames)
+
+        def denoise(x: Tensor, at: Forward) -> Tensor:
+            rows = None if features is None else features[:, :, at.start_frame : at.start_frame + at.frames]
+
+            def predict(text: Tensor, name: str) -> Tensor:
+                return predict_x0(
+                    self.dit, x, at.sigma, text, PRECISION, cache=cache.condition(name), optical_flow=rows
+                )
+
+            x0 = predict(positive, "positive")
+            if cfg != 1:
+                x0 = guided(x0, predict(negative, "negative"), cfg)
+            return x0 if reference is None else reference.blend(x0, at)
+
+        chunks = []
+        try:
+            for chunk in sample_chunks(
+                denoise, noise, schedule, cache, frames=frames, frames_per_chunk=settings.frames_per_chunk,
+                source=None if reference is None else reference.source,
+            ):  # fmt: skip
+                chunks.append(chunk.latents)
+                if reference is not None:
+                    reference.finished(chunk.latents)
+        finally:
+            cache.free()
+        return decode_frames(self.autoencoder, torch.cat(chunks, dim=2))[0]
+
+    def first_frame(self) -> int:
+        """The last pixel frame of the first chunk: motion is commanded from it on."""
+        return pixel_frames(self.trained.settings.frames_per_chunk) - 1
+
+
+def measure(frames: Tensor, spec: SpriteSpec, path: Tensor, first_frame: int, seconds: float) -> Result:
+    """Scores one clip [T, 3, H, W] in 0..255 against the commanded places `path` from `first_frame` on."""
+    centroid = score.find_blobs(frames).centroid(spec.colour)[first_frame::TIME_FACTOR]
+    wanted = path[::TIME_FACTOR]
+    moved, commanded = centroid.diff(dim=0), wanted.diff(dim=0)
+    seen = ~moved[:, 0].isnan()
+    error = (torch.where(seen[:, None], moved, 0.0) - commanded).norm(dim=1) / TIME_FACTOR
+    there = ~centroid[:, 0].isnan()
+    place = (centroid - wanted)[there].norm(dim=1).mean() if bool(there.any()) else torch.tensor(torch.nan)
+    clip = score.score_clip(frames, caption_of((spec,)))
+    return Result(
+        error=float(error.mean()),
+        place=float(place),
+        commanded=float(commanded.norm(dim=1).mean()) / TIME_FACTOR,
+        lost=float((~seen).float().mean()),
+        colour=clip.sprites[0].colour_right,
+        shape=clip.sprites[0].shape_right,
+        seconds=seconds,
+    )
+
+
+Results = dict[tuple[str, str], list[Result]]
+"""(command, mode) -> one Result a scene."""
+
+
+def evaluate(player: Player, options: Options, out: Path, modes: Sequence[str]) -> Results:
+    """Results of each command and mode over the scenes; clips that were scored before are read from `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    found: Results = {(command, mode): [] for command in COMMANDS for mode in modes}
+    for index in range(options.scenes):
+        spec, commands = scene(index, options.seed)
+        caption, first, seed = caption_of((spec,)), player.first_frame(), 1000 * options.seed + index
+        plain: tuple[Tensor, float] | None = None
+        for command, mode in found:
+            file = out / f"{_digest(player, options, mode)}-{command}-{mode}-{index}.json"
+            if file.exists():
+                found[command, mode].append(Result(**json.loads(file.read_text())))
+                continue
+            if plain is None:
+                started = time.perf_counter()
+                plain = player.clip(caption, seed, options), time.perf_counter() - started
+            start = score.find_blobs(plain[0]).centroid(spec.colour)[first]
+            # A first chunk without the sprite is told to move it all the same, from the middle.
+            path = commanded_path(
+                start.nan_to_num(sprites.FRAME_SIZE / 2), *commands[command], frames=options.length - first
+            )
+            frames, seconds = plain
+            if mode != "none":
+                started = time.perf_counter()
+                frames = player.clip(caption, seed, options, commanded_flow(path, first), mode)
+                seconds = time.perf_counter() - started
+            result = measure(frames, spec, path, first, seconds)
+            write_json(file, asdict(result))
+            log.info("scene %d (%s), %s, %s: %.2f px/frame", index, caption, COMMANDS[command], mode, result.error)
+            found[command, mode].append(result)
+    return found
+
+
+def _digest(player: Player, options: Options, mode: str) -> str:
+    """Of all that decides a clip's numbers but its scene and command."""
+    parts: list[object] = [MEASURES_VERSION, player.digest, options.length, options.seed]
+    if mode == "reference":
+        parts += [options.start_sigma, options.blend]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
+
+
+def table(found: Results, options: Options) -> str:
+    """The results as Markdown, a table for each command."""
+
+    def mean(values: Sequence[float]) -> float:
+        known = [value for value in values if value == value]
+        return sum(known) / len(known) if known else float("nan")
+
+    blocks = []
+    for command, words in COMMANDS.items():
+        rows = {mode: results for (which, mode), results in found.items() if which == command}
+        usual = mean([result.error for result in rows.get("none", [])])
+        speed = mean([result.commanded for results in rows.values() for result in results])
+        lines = [
+            f"Commanded: {words}; {speed:.2f} px/frame on average, which is also the error of a sprite that rests.",
+            "",
+            "| mode | end-point error, px/frame | of no flow | distance from the commanded place, px | not seen "
+            "| colour right | shape right | time of a clip |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for mode, results in rows.items():
+            error = mean([result.error for result in results])
+            lines.append(
+                f"| {WORDS[mode]} | {error:.2f} | {error / usual:.0%} | {mean([r.place for r in results]):.1f} "
+                f"| {mean([r.lost for r in results]):.0%} | {mean([r.colour for r in results]):.0%} "
+                f"| {mean([r.shape for r in results]):.0%} | {mean([r.seconds for r in results]):.1f} s |"
+            )
+        if "adapter" not in rows:
+            lines.append("| adapter | not measured | | | | | | |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, f"{options.scenes} scenes of {options.length} pixel frames, seed {options.seed}."])
+
+
+def page(found: Results, options: Options, player: Player) -> str:
+    """docs/evidence/flow.md."""
+    command = (
+        f"python -m distillation.flow_evaluate --scenes {options.scenes} --length {options.length} --seed "
+        f"{options.seed} --start-sigma {options.start_sigma:g} --blend {options.blend:g}"
+    )
+    steps = ",".join(str(len(row)) for row in player.trained.schedule.sigmas)
+    adapter = "with" if player.dit.config.flow_adapter else "without"
+    return "\n".join(
+        [
+            "# Does the video move as it is told?",
+            "",
+            f"Made by `{command} --write docs/evidence/flow.md`; weights {player.digest}, {adapter} an adapter; "
+            f"{steps} steps a chunk, cfg {player.trained.cfg:g}.",
+            "",
+            "One sprite with a held-out caption; the first chunk is as usual, then the sprite is told where to go by a "
+            "track. What is measured and how: the head of `distillation/flow_evaluate.py`.",
+            "",
+            table(found, options),
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluates; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="folder of the demo's three files")
+    parser.add_argument("--dit", type=Path, help="a DiT of the demo's size instead of the checkpoint's")
+    parser.add_argument("--out", type=Path, default=Path("runs/flow"), help="numbers of each clip are kept here")
+    parser.add_argument("--scenes", type=int, default=Options().scenes)
+    parser.add_argument("--length", type=int, default=Options().length, help="pixel frames of a clip, 4n + 1")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and noise")
+    parser.add_argument("--start-sigma", type=float, default=Options().start_sigma, help="reference: see the node")
+    parser.add_argument("--blend", type=float, default=Options().blend, help="reference: see the node")
+    parser.add_argument("--modes", help=f"with commas, of {', '.join(MODES)}; default: all that the checkpoint allows")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table as a page, docs/evidence/flow.md")
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        torch.set_num_threads(chosen.threads)
+        options = Options(
+            scenes=chosen.scenes,
+            length=chosen.length,
+            seed=chosen.seed,
+            start_sigma=chosen.start_sigma,
+            blend=chosen.blend,
+        )
+        player = Player(chosen.checkpoint, chosen.dit)
+        modes = player.modes if chosen.modes is None else tuple(mode.strip() for mode in chosen.modes.split(","))
+        unknown = [mode for mode in modes if mode not in player.modes]
+        if unknown:
+            raise ValueError(f"modes has {', '.join(unknown)}; this checkpoint allows {', '.join(player.modes)}.")
+        found = evaluate(player, options, chosen.out, modes)
+        print(table(found, options))
+        if chosen.write:
+            chosen.write.parent.mkdir(parents=True, exist_ok=True)
+            chosen.write.write_text(page(found, options, player))
+    except (ValueError, OSError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

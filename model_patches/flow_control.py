@@ -1,0 +1,258 @@
+"""Motion for the chunk sampler: what DIAGONAL_OPTICAL_FLOW holds, and what it does to one run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..diagonal_sampler.flow import TIME_FACTOR, OpticalFlow, adapter_features
+from ..diagonal_sampler.flow_noise import FlowNoise
+from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
+from ..diagonal_sampler.noise import NoiseSource, SeededNoise
+from ..diagonal_sampler.sampler import Forward
+from ..diagonal_sampler.schedule import DiagonalSchedule
+from .causal import FlowEmbedding
+from .loading import FLOW_ADAPTER_ATTACHMENT
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "adapter", "reference", "noise")
+LAST_CHUNK = 0
+"""Value of `last_chunk` that stands for the last one of the clip; chunks are counted from 1 for people."""
+_EMBEDDING_PATH = "diffusion_model.patch_embedding.forward"
+# Any number will do: the noise that `degrade` mixes in must not be the noise that fills holes.
+_OTHER_SEED = 0x9E37_79B9_7F4A_7C15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FlowConditioning:
+    """Motion, and how a run is to follow it.
+
+    Attributes:
+        optical_flow: of any size and length; fitted to the clip by the rules of `OpticalFlow.fit`.
+        mode: adapter (weights in the checkpoint), reference (any model; needs the VAE), noise (models trained on warped
+            noise), or auto: adapter if the model has one, else reference.
+        strength: in [0, 1]; 0 is as if nothing was connected.
+        start_sigma: noise level in (0, 1] that a chunk of mode reference starts at.
+        blend: in [0, 1], share of the carried frames in the first prediction of mode reference; times strength.
+        first_chunk, last_chunk: that follow it, counted from 1; LAST_CHUNK is to the end.
+        degrade: in [0, 1], share of unmoved noise in mode noise.
+        vae: of the model, for mode reference.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    optical_flow: OpticalFlow
+    mode: str = "auto"
+    strength: float = 1.0
+    start_sigma: float = DEFAULT_START_SIGMA
+    blend: float = 1.0
+    first_chunk: int = 1
+    last_chunk: int = LAST_CHUNK
+    degrade: float = 0.0
+    vae: comfy.sd.VAE | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}.")
+        for name in ("strength", "blend", "degrade"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} is {value}; it must be in [0, 1].")
+        if not 0 < self.start_sigma <= 1:
+            raise ValueError(f"start_sigma is {self.start_sigma}; it must be in (0, 1].")
+        if self.first_chunk < 1 or (self.last_chunk != LAST_CHUNK and self.last_chunk < self.first_chunk):
+            raise ValueError(
+                f"first_chunk is {self.first_chunk} and last_chunk {self.last_chunk}; chunks are counted from 1, the "
+                "last must not come before the first, and last_chunk 0 is to the end."
+            )
+
+
+class FlowRun:
+    """One run's motion. The sampler asks it for a schedule, a source, noise and a blend; most modes change but one.
+
+    Args:
+        conditioning: what a person set.
+        model: the run's own clone of the MODEL; mode adapter patches it.
+        shape: [B, C, T, H, W] of the latent.
+        schedule: the usual one.
+        counts: latent frames of each chunk.
+        given_frames: latent frames that the clip begins with.
+        denoise: below 1 every chunk starts from the latent, which mode reference cannot be combined with.
+
+    Attributes:
+        mode: the one that auto chose.
+        schedule: the run's.
+    """
+
+    def __init__(
+        self,
+        conditioning: FlowConditioning,
+        model: ModelPatcher,
+        shape: Sequence[int],
+        schedule: DiagonalSchedule,
+        counts: Sequence[int],
+        *,
+        given_frames: int = 0,
+        denoise: float = 1.0,
+    ) -> None:
+        self._settings, self._model = conditioning, model
+        self._shape, self._counts, self._given = tuple(shape), list(counts), given_frames
+        adapter = model.get_attachment(FLOW_ADAPTER_ATTACHMENT)
+        self.mode = _choose_mode(conditioning, adapter is not None)
+        self.schedule = schedule
+        self._first = conditioning.first_chunk - 1
+        self._last = len(counts) - 1 if conditioning.last_chunk == LAST_CHUNK else conditioning.last_chunk - 1
+        self._reference: FlowReference | None = None
+        self._embedding: FlowEmbedding | None = None
+        self._features: Tensor | None = None
+        self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
+        ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+        _, _, frames, height, width = self._shape
+        if frames < 2:
+            raise ValueError(
+                "The video has one latent frame (one pixel frame): nothing moves in it. Use a length of 5."
+            )
+        field = conditioning.optical_flow
+        _warn_about_fit(field, TIME_FACTOR * (frames - 1), height * ratio, width * ratio)
+        if self.mode == "reference":
+            if denoise < 1:
+                raise ValueError(
+                    f"denoise is {denoise}, so chunks start from the latent, and optical flow in mode reference starts "
+                    "them from the carried frames. Use denoise 1, or mode adapter or noise."
+                )
+            self._reference = FlowReference(
+                field.fit(TIME_FACTOR * (frames - 1), height * ratio, width * ratio),
+                schedule,
+                counts,
+                decode=self._decode,
+                encode=self._encode,
+                given_frames=given_frames,
+                start_sigma=conditioning.start_sigma,
+                blend=conditioning.blend * conditioning.strength,
+                first_chunk=self._first,
+                last_chunk=self._last,
+            )
+            self.schedule = self._reference.schedule
+        elif self.mode == "adapter":
+            assert adapter is not None
+            self._features = adapter_features(field, frames, height, width)
+            original = model.get_model_object(_EMBEDDING_PATH)
+            while isinstance(original, FlowEmbedding):  # of an earlier run
+                original = original.original
+            self._embedding = FlowEmbedding(original, *adapter, conditioning.strength)
+            model.add_object_patch(_EMBEDDING_PATH, self._embedding)
+
+    def noise(self, draws: NoiseSource, seed: int) -> NoiseSource:
+        """The run's noise: moved in mode noise, `draws` otherwise."""
+        if self.mode != "noise":
+            return draws
+        log.warning(
+            "Optical flow in mode noise is for models and LoRAs that were trained on warped noise; any other model "
+            "hardly follows it. Use mode reference instead."
+        )
+        batch, channels, frames, height, width = self._shape
+        small = self._settings.optical_flow.fit(TIME_FACTOR * (frames - 1), height, width).composed()
+        return FlowNoise(
+            draws,
+            small,
+            self._counts,
+            start_frame=self._given,
+            first_chunk=self._first,
+            last_chunk=self._last,
+            degrade=1 - self._settings.strength * (1 - self._settings.degrade),
+            other=SeededNoise(seed ^ _OTHER_SEED, (batch, channels, height, width)),
+        )
+
+    @property
+    def starts_chunks(self) -> bool:
+        """Whether `source` replaces the latent that chunks start from."""
+        return self._reference is not None
+
+    def source(self, start_frame: int, frames: int) -> Tensor:
+        """See FlowReference.source."""
+        assert self._reference is not None
+        return self._reference.source(start_frame, frames)
+
+    def before(self, at: Forward, device: torch.device) -> None:
+        """To be called before every forward."""
+        if self._embedding is None or at.step > 0:
+            return  # the motion of a chunk is the same at all of its steps
+        assert self._features is not None
+        active = self._first <= at.chunk <= self._last
+        rows = self._features[:, :, at.start_frame : at.start_frame + at.frames]
+        self._embedding.set(rows.to(device) if active else None)
+
+    def after(self, denoised: Tensor, at: Forward) -> Tensor:
+        """The prediction of a forward, changed where the mode says so."""
+        return denoised if self._reference is None else self._reference.blend(denoised, at)
+
+    def finished(self, latents: Tensor) -> None:
+        """To be called with the given context, and with every finished chunk, [B, C, n, H, W] in the model's space."""
+        if self._reference is not None:
+            self._reference.finished(latents)
+
+    def free(self) -> None:
+        """Drop what the run held, also when it failed."""
+        self._reference = None
+        if self._embedding is not None:
+            self._embedding.set(None)
+
+    # The VAE may push the sampling model out of memory: have it back before the next forward.
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae = self._settings.vae
+        assert vae is not None
+        self._loaded = self._model.loaded_size()
+        images = vae.decode(self._model.model.process_latent_out(latents.float()))
+        images = images.reshape(latents.shape[0], -1, *images.shape[-3:])  # [B, T, H, W, 3]
+        return images[:, -1, ..., :3].movedim(-1, 1).to(latents.device, torch.float32)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        vae = self._settings.vae
+        assert vae is not None
+        latents = torch.cat([vae.encode(clip.movedim(0, -1)) for clip in frames])
+        resident = any(loaded is self._model for loaded in comfy.model_management.loaded_models())
+        if not resident or self._model.loaded_size() < self._loaded:
+            comfy.model_management.load_models_gpu([self._model])
+        return self._model.model.process_latent_in(latents.to(frames.device))
+
+
+def _choose_mode(conditioning: FlowConditioning, has_adapter: bool) -> str:
+    mode = conditioning.mode
+    if mode == "auto":
+        mode = "adapter" if has_adapter else "reference"
+    if mode == "adapter" and not has_adapter:
+        raise ValueError(
+            "The optical flow's mode is adapter, but the model's checkpoint has no adapter (flow_embedding.weight). "
+            "Use mode reference, or a checkpoint with an adapter and a loader of this pack."
+        )
+    if mode == "reference" and conditioning.vae is None:
+        raise ValueError(
+            "The optical flow is followed in mode reference, which decodes and encodes frames: connect the model's VAE "
+            "to Diagonal Flow Conditioning."
+        )
+    return mode
+
+
+def _warn_about_fit(field: OpticalFlow, steps: int, height: int, width: int) -> None:
+    if 1 < field.steps != steps:
+        what = "the rest of it is not used" if field.steps > steps else "the end of the video is free"
+        log.warning("The optical flow has %d steps and the video %d; %s.", field.steps, steps, what)
+    if field.height * width != field.width * height:
+        log.warning(
+            "The optical flow is %dx%d and the video %dx%d, of another shape; its motion is stretched with it.",
+            field.width,
+            field.height,
+            width,
+            height,
+        )

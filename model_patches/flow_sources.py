@@ -1,0 +1,128 @@
+"""From what a person connects to a field of motion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..diagonal_sampler.flow import OpticalFlow, camera_flow, tracks_flow
+from ..diagonal_sampler.flow_pictures import painted_flow, preview
+from .flow_estimation import estimate_flow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FlowInputs:
+    """Everything that a source may need.
+
+    Attributes:
+        width, height: pixels that pan and tracks are measured in; length: pixel frames of a camera's motion.
+        pan, zoom, rotation: see camera_flow. track_radius: see tracks_flow. paint_speed: see painted_flow.
+        video, painted: IMAGE. tracks: ComfyUI's TRACKS. mask: MASK. estimator: ComfyUI's OPTICAL_FLOW.
+    """
+
+    width: int
+    height: int
+    length: int
+    pan: tuple[float, float] = (0.0, 0.0)
+    zoom: float = 0.0
+    rotation: float = 0.0
+    track_radius: float | None = None
+    paint_speed: float = 8.0
+    video: Tensor | None = None
+    estimator: ModelPatcher | None = None
+    tracks: Mapping[str, Tensor] | None = None
+    painted: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _camera(inputs: FlowInputs) -> OpticalFlow:
+    return camera_flow(
+        inputs.length - 1, inputs.height, inputs.width, pan=inputs.pan, zoom=inputs.zoom, rotation=inputs.rotation
+    )
+
+
+def _video(inputs: FlowInputs) -> OpticalFlow:
+    return estimate_flow(_connected(inputs.video, "video"), inputs.estimator)
+
+
+def _tracks(inputs: FlowInputs) -> OpticalFlow:
+    tracks = _connected(inputs.tracks, "tracks")
+    if "track_path" not in tracks:
+        raise ValueError(f"tracks has {', '.join(tracks) or 'nothing'} and lacks track_path; connect ComfyUI's TRACKS.")
+    return tracks_flow(
+        tracks["track_path"], tracks.get("track_visibility"), inputs.height, inputs.width, radius=inputs.track_radius
+    )
+
+
+def _painted(inputs: FlowInputs) -> OpticalFlow:
+    return painted_flow(_connected(inputs.painted, "painted"), inputs.paint_speed)
+
+
+SOURCES: dict[str, Callable[[FlowInputs], OpticalFlow]] = {
+    "camera": _camera,
+    "video": _video,
+    "tracks": _tracks,
+    "painted": _painted,
+}
+
+
+def _connected(value, name: str):
+    if value is None:
+        raise ValueError(f"source is {name}, but nothing is connected to {name}; connect it or choose another source.")
+    return value
+
+
+def make_flow(source: str, inputs: FlowInputs) -> OpticalFlow:
+    """The motion of a source, inside the mask if there is one.
+
+    Args:
+        source: a key of SOURCES.
+
+    Raises:
+        ValueError: an unknown source, its input missing, or what the source or the mask refuses.
+        ImportError: source video without an estimator and without OpenCV.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}; choose one of {', '.join(SOURCES)}.")
+    field = SOURCES[source](inputs)
+    return field if inputs.mask is None else field.masked(inputs.mask)
+
+
+def flow_preview(
+    field: OpticalFlow, images: Tensor | None, estimator: ModelPatcher | None, *, measure: bool, speed: float | None
+) -> tuple[Tensor, str]:
+    """The field over a video, and the video's own motion beside it.
+
+    Args:
+        images: IMAGE [T, H, W, 3] of the video that followed it, or None for the field alone.
+        measure: estimate the images' motion too.
+        speed: pixels per frame of the full colour; None finds one.
+
+    Returns:
+        IMAGE of panels (see flow_pictures.preview), and a sentence with the end-point error.
+
+    Raises:
+        ValueError, ImportError: see estimate_flow.
+    """
+    if images is None:
+        return preview(None, field, speed=speed), f"{field.steps} steps at {field.width}x{field.height}"
+    if len(images) < 2:
+        raise ValueError(f"images has {len(images)} frame; motion needs at least 2.")
+    fitted = field.fit(len(images) - 1, images.shape[1], images.shape[2])
+    if not measure:
+        return preview(images, fitted, speed=speed), f"{fitted.steps} steps at {fitted.width}x{fitted.height}"
+    measured = estimate_flow(images, estimator)
+    both = fitted.valid & measured.valid
+    if bool(both.any()):
+        error = (fitted.flow - measured.flow).norm(dim=-1)[both]
+        ranked = error.sort().values
+        text = (
+            f"end-point error over {float(both.float().mean()):.0%} of the pixels: mean {float(error.mean()):.2f}, "
+            f"median {float(ranked[len(ranked) // 2]):.2f} px per frame"
+        )
+    else:
+        text = "nowhere are both motions known"
+    return preview(images, fitted, measured, speed=speed), text

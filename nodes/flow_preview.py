@@ -1,0 +1,59 @@
+"""DiagonalFlowPreview: motion as a picture, the commanded beside the measured."""
+
+from comfy_api.latest import io, ui
+
+from ..model_patches.flow_sources import flow_preview
+from .common import CATEGORY, FlowType
+from .flow_conditioning import OpticalFlowModel
+
+
+class DiagonalFlowPreview(io.ComfyNode):
+    """Draws a DIAGONAL_OPTICAL_FLOW, over a video if there is one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiagonalFlowPreview",
+            display_name="Diagonal Flow Preview",
+            category=f"{CATEGORY}/conditioning",
+            description="Shows motion: arrows over the frames, the motion that was asked for in flow colours, and the "
+            "motion measured in the frames. One picture for each pixel frame that moves on.",
+            search_aliases=["optical flow preview", "flow colours", "motion arrows"],
+            inputs=[
+                FlowType.Input("optical_flow", tooltip="From Diagonal Flow Conditioning."),
+                io.Boolean.Input(
+                    "measure",
+                    default=True,
+                    tooltip="Measure the images' own motion and show it beside the other.",
+                ),
+                io.Float.Input(
+                    "speed",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    tooltip="Pixels per pixel frame of the full colour. 0: nearly the fastest of the motion asked for.",
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The decoded video that followed the motion. Without it the motion is drawn on gray.",
+                ),
+                OpticalFlowModel.Input(
+                    "estimator",
+                    optional=True,
+                    tooltip="RAFT, from Load Optical Flow Model. Without it OpenCV measures.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="Panels side by side, one image a pixel frame."),
+                io.String.Output(display_name="info", tooltip="End-point error of the measured motion, in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, optical_flow, measure: bool, speed: float, images=None, estimator=None) -> io.NodeOutput:
+        panels, info = flow_preview(
+            optical_flow.optical_flow, images, estimator, measure=measure, speed=speed if speed > 0 else None
+        )
+        return io.NodeOutput(panels, info, ui=ui.PreviewText(info))

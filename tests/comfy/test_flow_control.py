@@ -1,0 +1,286 @@
+"""Optical flow through the chunk sampler: each mode equals the core's, and no flow is exactly as before."""
+
+import logging
+
+import comfy.model_management
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.flow import adapter_features, camera_flow
+from diagonal_sampler.flow_noise import FlowNoise
+from diagonal_sampler.flow_reference import FlowReference
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+
+DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
+FRAMES, SIZE = 8, 8
+SHAPE = (1, 16, FRAMES, SIZE, SIZE)
+SETTINGS = {"window": 6, "sink": 3}
+PAN = camera_flow(4 * (FRAMES - 1), 8 * SIZE, 8 * SIZE, pan=(-2, 1))
+
+
+@pytest.fixture(scope="module")
+def control(pack_module):
+    return pack_module("model_patches.flow_control")
+
+
+@pytest.fixture(scope="module")
+def demo_vae(pack_module):
+    demo = pack_module("nodes.demo_loader").DEMO_DIRECTORY
+    yield pack_module("model_patches.demo").load_demo_vae(demo / "demo_autoencoder.safetensors")
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def with_adapter(pack_module, tiny_wan_path, tmp_path):
+    """`with_adapter(scale)`: the tiny Wan as a file with an adapter of random weights, loaded by this pack."""
+
+    def load(scale: float):
+        generator = torch.Generator().manual_seed(9)
+        weights = load_file(tiny_wan_path)
+        weights["flow_embedding.weight"] = scale * torch.randn(128, 4, 1, 2, 2, generator=generator)
+        weights["flow_embedding.bias"] = scale * torch.randn(128, generator=generator)
+        path = tmp_path / f"adapter_{scale:g}.safetensors"
+        save_file(weights, path, metadata={"config": '{"transformer": {"causal_ar": true, "text_dim": 64}}'})
+        return pack_module("model_patches.loading").load_wan(path)[0], weights
+
+    return load
+
+
+@pytest.fixture
+def sample(prompt, sample_latent):
+    def run(model, optical_flow=None, frames=FRAMES, **options):
+        latent = {"samples": torch.zeros(1, 16, frames, SIZE, SIZE)}
+        return sample_latent(model, prompt(), [], latent, DIAGONAL, seed=3, optical_flow=optical_flow, **options)[
+            "samples"
+        ]
+
+    return run
+
+
+def in_model_space(model, samples):
+    return model.get_model_object("latent_format").process_in(samples)
+
+
+def core(weights, text, schedule, noise, *, features=None, reference=None, strength=1.0):
+    """The same run on the core's DiT."""
+    network = WanDiT(WanConfig.from_state_dict(weights))
+    network.load_state_dict(weights)
+    if strength != 1:
+        with torch.no_grad():
+            network.flow_embedding.weight.mul_(strength)
+            network.flow_embedding.bias.mul_(strength)
+    cache = KVCache(CausalSettings(**SETTINGS), FRAMES)
+
+    def denoise(x, at):
+        rows = None if features is None else features[:, :, at.start_frame : at.start_frame + at.frames]
+        flow = network(x, torch.full((1,), 1000 * at.sigma), text, cache=cache.condition("only"), optical_flow=rows)
+        x0 = x - at.sigma * flow
+        return x0 if reference is None else reference.blend(x0, at)
+
+    chunks = []
+    with torch.no_grad():
+        source = None if reference is None else reference.source
+        for chunk in sample_chunks(denoise, noise, schedule, cache, frames=FRAMES, frames_per_chunk=3, source=source):
+            chunks.append(chunk.latents)
+            if reference is not None:
+                reference.finished(chunk.latents)
+    return torch.cat(chunks, dim=2)
+
+
+def test_strength_0_and_no_flow_are_bit_identical(tiny_wan, causal, sample, control, demo_vae):
+    model = causal(tiny_wan, **SETTINGS)
+    plain = sample(model)
+    off = control.FlowConditioning(optical_flow=PAN, strength=0.0, vae=demo_vae)
+    assert torch.equal(sample(model, off), plain)
+    on = sample(model, control.FlowConditioning(optical_flow=PAN, vae=demo_vae))
+    assert torch.equal(on[:, :, :3], plain[:, :, :3]), "nothing precedes the first chunk"
+    assert (on[:, :, 3:] - plain[:, :, 3:]).abs().max() > 0.1
+    assert torch.equal(sample(model), plain), "the MODEL is as before"
+
+
+def test_a_zero_adapter_is_bit_identical_to_none(with_adapter, causal, sample, control):
+    model, _ = with_adapter(0.0)
+    model = causal(model, **SETTINGS)
+    assert torch.equal(sample(model, control.FlowConditioning(optical_flow=PAN)), sample(model))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_adapter_equals_the_core(with_adapter, causal, sample, prompt, control, strength):
+    loaded, weights = with_adapter(0.5)
+    model = causal(loaded, **SETTINGS)
+    plain = sample(model)
+    result = sample(model, control.FlowConditioning(optical_flow=PAN, strength=strength))
+    features = adapter_features(PAN, FRAMES, SIZE, SIZE)
+    noise = SeededNoise(3, (1, 16, SIZE, SIZE))
+    expected = core(weights, prompt()[0][0], DIAGONAL, noise, features=features, strength=strength)
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+    assert (result - plain).abs().max() > 0.05
+    assert torch.equal(sample(model), plain), "the run's patch is gone"
+
+
+def test_adapter_under_guidance_and_over_some_chunks(with_adapter, causal, sample, prompt, sample_latent, control):
+    model = causal(with_adapter(0.5)[0], **SETTINGS)
+    latent = {"samples": torch.zeros(SHAPE)}
+    plain, guided = (
+        sample_latent(
+            model, prompt(0), prompt(5), latent, DIAGONAL, seed=3, cfg=3.0, optical_flow=flow
+        )["samples"]
+        for flow in (None, control.FlowConditioning(optical_flow=PAN, first_chunk=2, last_chunk=2))
+    )  # fmt: skip
+    assert torch.equal(plain[:, :, :3], guided[:, :, :3])
+    assert (plain[:, :, 3:6] - guided[:, :, 3:6]).abs().max() > 0.02
+
+
+def test_reference_equals_the_core(tiny_wan, tiny_wan_path, causal, sample, prompt, control, demo_vae):
+    model = causal(tiny_wan, **SETTINGS)
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", blend=0.8, strength=0.5, vae=demo_vae)
+    result = sample(model, conditioning)
+    scale = model.get_model_object("latent_format")
+
+    def decode(latents):
+        return demo_vae.decode(scale.process_out(latents))[:, -1].movedim(-1, 1)
+
+    def encode(frames):
+        return scale.process_in(demo_vae.encode(frames[0].movedim(0, -1)))
+
+    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), decode=decode, encode=encode, blend=0.4)
+    noise = SeededNoise(3, (1, 16, SIZE, SIZE))
+    expected = core(load_file(tiny_wan_path), prompt()[0][0], reference.schedule, noise, reference=reference)
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+
+
+def test_reference_goes_on_from_given_context_and_in_batches(
+    tiny_wan, causal, prompt, sample_latent, control, demo_vae
+):
+    model = causal(tiny_wan, **SETTINGS)
+    context = torch.randn(1, 16, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    latent = {"samples": torch.zeros(2, *SHAPE[1:])}
+    conditioning = control.FlowConditioning(optical_flow=PAN, vae=demo_vae)
+    plain, moved = (
+        sample_latent(model, prompt(), [], latent, DIAGONAL, seed=3, context=context, optical_flow=flow)["samples"]
+        for flow in (None, conditioning)
+    )
+    assert torch.equal(plain[:, :, :2], moved[:, :, :2])
+    assert (plain[:, :, 2:5] - moved[:, :, 2:5]).abs().amax((1, 2, 3, 4)).min() > 0.05, "the first chunk follows too"
+    assert (moved[0, :, 2:] - moved[1, :, 2:]).abs().max() > 0.05, "samples of a batch differ"
+
+
+def test_noise_equals_the_core_and_warns(tiny_wan, tiny_wan_path, causal, sample, prompt, control, caplog):
+    model = causal(tiny_wan, **SETTINGS)
+    with caplog.at_level(logging.WARNING):
+        result = sample(model, control.FlowConditioning(optical_flow=PAN, mode="noise"))
+    assert "trained on warped noise" in caplog.text
+    small = PAN.fit(4 * (FRAMES - 1), SIZE, SIZE).composed()
+    noise = FlowNoise(SeededNoise(3, (1, 16, SIZE, SIZE)), small, (3, 3, 2))
+    expected = core(load_file(tiny_wan_path), prompt()[0][0], DIAGONAL, noise)
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+
+
+def test_auto_takes_the_adapter_where_there_is_one(with_adapter, tiny_wan, causal, sample, control, demo_vae):
+    conditioning = control.FlowConditioning(optical_flow=PAN, vae=demo_vae)
+    model = causal(with_adapter(0.5)[0], **SETTINGS)
+    named = control.FlowConditioning(optical_flow=PAN, mode="adapter")
+    assert torch.equal(sample(model, conditioning), sample(model, named))
+    with pytest.raises(ValueError, match="connect the model's VAE"):
+        sample(causal(tiny_wan), control.FlowConditioning(optical_flow=PAN))
+    with pytest.raises(ValueError, match=r"has no adapter \(flow_embedding.weight\)"):
+        sample(causal(tiny_wan), named)
+
+
+def test_what_cannot_be_combined_is_refused(
+    tiny_wan, with_adapter, causal, sample, prompt, sample_latent, control, demo_vae
+):
+    conditioning = control.FlowConditioning(optical_flow=PAN, vae=demo_vae)
+    video = {"samples": torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))}
+    with pytest.raises(ValueError, match="denoise is 0.5.*Use denoise 1"):
+        sample_latent(causal(tiny_wan), prompt(), [], video, DIAGONAL, seed=1, denoise=0.5, optical_flow=conditioning)
+    with pytest.raises(ValueError, match="one latent frame"):
+        sample(causal(tiny_wan), conditioning, frames=1)
+    model = causal(with_adapter(0.5)[0])
+    area = prompt(0, area=(4, 4, 0, 0), strength=1.0)
+    with pytest.raises(ValueError, match="an area of the picture cannot follow it"):
+        sample_latent(model, area, [], {"samples": torch.zeros(SHAPE)}, DIAGONAL, seed=1, optical_flow=conditioning)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mode": "magic"}, "choose one of auto, adapter, reference, noise"),
+        ({"strength": 2.0}, r"strength is 2.0; it must be in \[0, 1\]"),
+        ({"blend": float("nan")}, "blend is nan"),
+        ({"start_sigma": 0.0}, "start_sigma is 0.0"),
+        ({"first_chunk": 3, "last_chunk": 2}, "must not come before"),
+    ],
+)
+def test_settings_are_checked(control, change, message):
+    with pytest.raises(ValueError, match=message):
+        control.FlowConditioning(optical_flow=PAN, **change)
+
+
+def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample, control, demo_vae, caplog):
+    field = camera_flow(10, 30, 40, pan=(-2, 1))
+    with caplog.at_level(logging.WARNING):
+        sample(causal(tiny_wan), control.FlowConditioning(optical_flow=field, vae=demo_vae))
+    assert "has 10 steps and the video 28; the end of the video is free" in caplog.text
+    assert "40x30 and the video 64x64" in caplog.text
+
+
+# --- the nodes ---
+
+
+@pytest.fixture
+def conditioning_node(pack_module):
+    """`conditioning_node(**changes)`: runs the node with its widgets' defaults."""
+    node = pack_module("nodes.flow_conditioning").DiagonalFlowConditioning
+    defaults = {
+        item.id: item.default for item in node.define_schema().inputs if not item.optional and hasattr(item, "default")
+    }
+
+    def run(**changes):
+        return node.execute(**{**defaults, **changes}).result[0]
+
+    return run
+
+
+def test_the_node_makes_each_source(conditioning_node):
+    camera = conditioning_node(width=64, height=48, length=9, pan_x=2.0)
+    assert camera.optical_flow.flow.shape == (8, 48, 64, 2) and camera.mode == "auto"
+    path = torch.stack([8 + 2 * torch.arange(9.0), torch.full((9,), 20.0)], -1)[:, None]
+    tracks = {"track_path": path, "track_visibility": torch.ones(9, 1, dtype=torch.bool)}
+    found = conditioning_node(source="tracks", tracks=tracks, width=64, height=48, track_radius=5.0)
+    assert torch.allclose(found.optical_flow.flow[0, 20, 8], torch.tensor([2.0, 0.0]))
+    painted = conditioning_node(source="painted", painted=torch.tensor([1.0, 0, 0]).expand(1, 8, 8, 3), paint_speed=3.0)
+    assert torch.allclose(painted.optical_flow.flow, torch.tensor([3.0, 0.0]), atol=1e-4)
+    masked = conditioning_node(width=64, height=48, length=9, pan_x=2.0, mask=torch.eye(4)[:1, None].expand(1, 4, 4))
+    assert 0 < masked.optical_flow.valid.float().mean() < 0.5
+
+
+def test_the_node_measures_a_video_and_the_preview_shows_it(conditioning_node, pack_module):
+    pytest.importorskip("cv2")
+    generator = torch.Generator().manual_seed(0)
+    big = torch.nn.functional.interpolate(torch.rand(1, 3, 40, 40, generator=generator), (160, 160), mode="bicubic")
+    video = torch.stack([big[0, :, 20:84, 30 - 2 * t : 94 - 2 * t] for t in range(5)]).movedim(1, -1).clamp(0, 1)
+    conditioning = conditioning_node(source="video", video=video)
+    field = conditioning.optical_flow
+    error = (field.flow - torch.tensor([2.0, 0.0])).norm(dim=-1)[field.valid]
+    assert error.median() < 0.1 and field.valid.float().mean() > 0.7
+    node = pack_module("nodes.flow_preview").DiagonalFlowPreview
+    panels, info = node.execute(conditioning, True, 0.0, images=video).result
+    assert panels.shape == (4, 256, 3 * 256, 3) and "median 0.0" in info
+    assert node.execute(conditioning, True, 0.0).result[0].shape == (4, 256, 512, 3)
+
+
+def test_a_source_without_its_input_is_refused(conditioning_node):
+    for source in ("video", "tracks", "painted"):
+        with pytest.raises(ValueError, match=f"source is {source}, but nothing is connected to {source}"):
+            conditioning_node(source=source)
+    with pytest.raises(ValueError, match="lacks track_path"):
+        conditioning_node(source="tracks", tracks={})
+    with pytest.raises(ValueError, match="motion needs at least 2"):
+        conditioning_node(source="video", video=torch.zeros(1, 64, 64, 3))

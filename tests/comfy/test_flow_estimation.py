@@ -1,0 +1,117 @@
+"""Measured motion against motion that is known."""
+
+import builtins
+import math
+
+import pytest
+import torch
+
+from diagonal_sampler.flow import camera_flow, grid, inside, sample
+
+HEIGHT, WIDTH = 192, 256
+
+
+@pytest.fixture(scope="module")
+def estimation(pack_module):
+    return pack_module("model_patches.flow_estimation")
+
+
+def texture(seed=0, size=512):
+    """[3, size, size]: smooth noise at several scales, as photographs have."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.zeros(1, 3, size, size)
+    for octave in (8, 16, 32, 64, 128):
+        coarse = torch.randn(1, 3, octave, octave, generator=generator)
+        out += torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic") / octave**0.7
+    return ((out - out.min()) / (out.max() - out.min()))[0]
+
+
+def pair(flow, seed=0):
+    """Two frames [2, H, W, 3] of which the second is the first moved by a camera's flow: exact, from one picture."""
+    picture = texture(seed)
+    points = grid(HEIGHT, WIDTH) + 128
+    # The motion is affine, so its inverse is too: fit it at three corners.
+    moved = grid(HEIGHT, WIDTH) + flow.flow[0]
+    corners = [(0, 0), (0, WIDTH - 1), (HEIGHT - 1, 0)]
+    end = torch.stack([torch.cat([moved[c], torch.ones(1)]) for c in corners])
+    start = torch.stack([grid(HEIGHT, WIDTH)[c] for c in corners])
+    inverse = torch.linalg.solve(end, start)
+    home = torch.cat([grid(HEIGHT, WIDTH), torch.ones(HEIGHT, WIDTH, 1)], dim=-1) @ inverse
+    return torch.stack([sample(picture, points), sample(picture, home + 128)]).movedim(1, -1)
+
+
+MOTIONS = [{"pan": (speed * x, speed * y)} for speed in (1, 4, 10, 16) for x, y in ((1, 0), (0, -1), (-0.6, 0.8))]
+MOTIONS += [{"zoom": 3}, {"zoom": -3}, {"rotation": 3}, {"zoom": 2, "rotation": -2, "pan": (5, 3)}]
+
+
+@pytest.mark.parametrize("motion", MOTIONS, ids=str)
+def test_dis_finds_known_motion(estimation, motion):
+    pytest.importorskip("cv2")
+    truth = camera_flow(1, HEIGHT, WIDTH, **motion)
+    found = estimation.estimate_flow(pair(truth))
+    assert found.flow.shape == truth.flow.shape
+    error = (found.flow - truth.flow)[0].norm(dim=-1)
+    print(f"\n{motion}: mean {error[found.valid[0]].mean():.3f}, median {error.median():.3f} px, "
+          f"{found.valid.float().mean():.0%} valid")  # fmt: skip
+    stays = inside(grid(HEIGHT, WIDTH) + truth.flow[0], HEIGHT, WIDTH)
+    assert error[stays].mean() <= 0.35, "dense: everything that is still in the picture"
+    assert error[found.valid[0]].mean() <= 0.35
+    assert error.median() <= 0.1
+    assert found.valid.float().mean() > 0.75
+
+
+def test_what_is_covered_is_not_trusted(estimation):
+    pytest.importorskip("cv2")
+    back, front = texture(1), texture(2)
+    first, second = back[:, :HEIGHT, :WIDTH].clone(), back[:, :HEIGHT, :WIDTH].clone()
+    first[:, 60:140, 60:140] = front[:, 60:140, 60:140]
+    second[:, 60:140, 68:148] = front[:, 60:140, 60:140]
+    found = estimation.estimate_flow(torch.stack([first, second]).movedim(1, -1))
+    assert found.valid[0, 70:130, 70:130].float().mean() > 0.9
+    assert found.valid[0, 65:135, 140:148].float().mean() < 0.5, "the strip that the square covers"
+
+
+def test_bad_videos_are_refused(estimation):
+    with pytest.raises(ValueError, match="has 1 frame; motion needs at least 2"):
+        estimation.estimate_flow(torch.zeros(1, 64, 64, 3))
+    with pytest.raises(ValueError, match="NaN"):
+        estimation.estimate_flow(torch.full((2, 64, 64, 3), math.nan))
+    with pytest.raises(ValueError, match="must be an IMAGE"):
+        estimation.estimate_flow(torch.zeros(2, 64, 64))
+
+
+def test_without_opencv_the_error_says_how_to_install(estimation, monkeypatch):
+    real = builtins.__import__
+
+    def without_cv2(name, *args, **kwargs):
+        if name == "cv2":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_cv2)
+    with pytest.raises(ImportError, match="pip install opencv-python-headless.*RAFT"):
+        estimation.estimate_flow(torch.zeros(2, 64, 64, 3))
+
+
+class _FakeRaft(torch.nn.Module):
+    """Answers as torchvision's RAFT does: a list of [1, 2, H, W], the best last; here the motion is known."""
+
+    def forward(self, first, second):
+        assert first.shape[-1] % 8 == 0 and first.shape[-2] % 8 == 0 and min(first.shape[-2:]) >= 128
+        assert first.min() >= -1 and first.max() <= 1 and first.max() > 0.5
+        sign = 1.0 if first.mean() < second.mean() else -1.0
+        self.size = first.shape[-2:]
+        flow = torch.tensor([3.0 * sign, -1.0 * sign])[None, :, None, None].expand(1, 2, *first.shape[-2:])
+        return [flow * 0, flow]
+
+
+def test_raft_gets_the_sizes_and_range_it_needs(estimation):
+    import comfy.model_patcher
+
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(_FakeRaft(), cpu, cpu)
+    frames = torch.stack([torch.linspace(0, 0.9, 100).expand(60, 100), torch.linspace(0.1, 1, 100).expand(60, 100)])
+    found = estimation.estimate_flow(frames[..., None].expand(-1, -1, -1, 3), patcher)
+    assert tuple(patcher.model.size) == (128, 128)
+    assert torch.allclose(found.flow, torch.tensor([3 * 100 / 128, -60 / 128]), atol=1e-4)
+    assert found.valid[0, 5:-5, 5:-5].all()

@@ -1,0 +1,319 @@
+"""Dense motion: its sources, its rules of size and length, following it, and moving pictures along it."""
+
+import math
+
+import pytest
+import torch
+
+from diagonal_sampler.flow import (
+    OpticalFlow,
+    adapter_features,
+    camera_flow,
+    carry,
+    fill_holes,
+    grid,
+    sample,
+    splat,
+    tracks_flow,
+    warp_backward,
+)
+from diagonal_sampler.flow_pictures import flow_colours, painted_flow, preview, usual_speed
+
+
+def uniform(x: float, y: float, steps: int = 4, height: int = 12, width: int = 16) -> OpticalFlow:
+    return OpticalFlow.everywhere(torch.tensor([float(x), float(y)]).expand(steps, height, width, 2))
+
+
+def smooth_picture(height: int, width: int, channels: int = 3) -> torch.Tensor:
+    """[C, H, W] in 0..1, smooth enough that bilinear interpolation is exact to about 0.01."""
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    return torch.stack([0.5 + 0.5 * torch.sin((k + 1) * 0.1 * x + 0.13 * (2 - k) * y) for k in range(channels)])
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "flow, valid, message",
+    [
+        (torch.zeros(0, 4, 4, 2), torch.ones(0, 4, 4, dtype=torch.bool), "A video needs two frames"),
+        (torch.zeros(2, 4, 4, 3), torch.ones(2, 4, 4, dtype=torch.bool), r"must be \[steps, height, width, 2\]"),
+        (torch.zeros(2, 4, 4, 2), torch.ones(2, 4, 5, dtype=torch.bool), r"mask has shape \(2, 4, 5\)"),
+        (torch.zeros(2, 4, 4, 2).double(), torch.ones(2, 4, 4, dtype=torch.bool), "give float32 and bool"),
+        (torch.full((2, 4, 4, 2), math.nan), torch.ones(2, 4, 4, dtype=torch.bool), "holds NaN or infinite"),
+        (torch.zeros(2, 4, 4, 2), torch.zeros(2, 4, 4, dtype=torch.bool), "mask is empty"),
+    ],
+)
+def test_a_field_that_is_none_is_refused(flow, valid, message):
+    with pytest.raises(ValueError, match=message):
+        OpticalFlow(flow, valid)
+
+
+def test_masks_are_resized_and_checked():
+    field = uniform(1, 0)
+    half = torch.zeros(1, 6, 8)
+    half[..., :4] = 1
+    masked = field.masked(half)
+    assert masked.valid[..., :8].all() and not masked.valid[..., 8:].any()
+    assert field.masked(half[0]).valid.equal(masked.valid)
+    with pytest.raises(ValueError, match="mask is empty"):
+        field.masked(torch.zeros(1, 6, 8))
+    with pytest.raises(ValueError, match="mask holds NaN"):
+        field.masked(torch.full((1, 6, 8), math.nan))
+    with pytest.raises(ValueError, match="mask has 3 frames and the optical flow 4 steps"):
+        field.masked(torch.ones(3, 6, 8))
+
+
+# --- size and length ---
+
+
+def test_another_size_stretches_the_vectors_too():
+    found = uniform(2, 1, height=12, width=16).fit(4, 24, 8)
+    assert found.flow.shape == (4, 24, 8, 2)
+    assert torch.allclose(found.flow, torch.tensor([1.0, 2.0]))
+
+
+def test_unknown_places_do_not_blur_into_known_ones():
+    field = uniform(4, 0).masked(torch.cat([torch.ones(1, 12, 8), torch.zeros(1, 12, 8)], dim=2))
+    found = field.fit(4, 6, 8)
+    assert torch.equal(found.valid[0, 0], torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]).bool())
+    assert torch.allclose(found.flow[found.valid], torch.tensor([2.0, 0.0]))
+    assert (found.flow[~found.valid] == 0).all()
+
+
+def test_the_length_keeps_its_pace():
+    flow = torch.arange(3.0)[:, None, None, None].expand(3, 4, 4, 2)
+    field = OpticalFlow.everywhere(flow)
+    assert torch.equal(field.fit(2, 4, 4).flow, flow[:2])
+    longer = field.fit(5, 4, 4)
+    assert torch.equal(longer.flow[:3], flow) and not longer.valid[3:].any() and longer.valid[:3].all()
+    held = OpticalFlow.everywhere(flow[1:2]).fit(100, 8, 8)
+    assert held.valid.all() and (held.flow == 2).all() and held.flow.stride(0) == 0, "held without copies"
+
+
+def test_nothing_left_after_cutting_is_refused():
+    valid = torch.zeros(4, 4, 4, dtype=torch.bool)
+    valid[3] = True
+    with pytest.raises(ValueError, match="lies in the first 3 steps"):
+        OpticalFlow(torch.zeros(4, 4, 4, 2), valid).fit(3, 4, 4)
+
+
+# --- sources ---
+
+
+def test_camera_pan_moves_the_picture_the_other_way():
+    field = camera_flow(3, 8, 10, pan=(1.5, -2))
+    assert torch.allclose(field.flow, torch.tensor([-1.5, 2.0])) and field.steps == 3
+
+
+def test_camera_zoom_and_rotation_are_about_the_centre():
+    zoomed = camera_flow(1, 9, 9, zoom=10).flow[0]
+    assert zoomed[4, 4].abs().max() < 1e-6
+    assert torch.allclose(zoomed[4, 8], torch.tensor([0.4, 0.0]), atol=1e-6)
+    turned = camera_flow(1, 9, 9, rotation=90).flow[0]
+    # The camera turns clockwise: what was right of the centre goes up.
+    assert torch.allclose(turned[4, 8], torch.tensor([-4.0, -4.0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "length of at least 2"),
+        ({"zoom": -100}, "above -100"),
+        ({"pan": (math.nan, 0)}, "finite"),
+        ({"width": 0}, "at least 1 pixel"),
+    ],
+)
+def test_camera_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        camera_flow(**{"steps": 1, "height": 4, "width": 4, **change})
+
+
+def test_tracks_move_what_is_around_them():
+    time = torch.arange(5.0)
+    path = torch.stack([torch.stack([5 + 2 * time, 10 + 0 * time], -1), torch.stack([30 + 0 * time, 12 - time], -1)], 1)
+    field = tracks_flow(path, None, 24, 40, radius=4)
+    assert field.steps == 4
+    assert torch.allclose(field.flow[0, 10, 5], torch.tensor([2.0, 0.0]))
+    assert torch.allclose(field.flow[3, 10, 11], torch.tensor([2.0, 0.0])), "the region goes with its track"
+    assert torch.allclose(field.flow[1, 11, 30], torch.tensor([0.0, -1.0]))
+    assert field.valid[0, 10, 9] and not field.valid[0, 10, 10] and not field.valid[0, 10, 20]
+
+
+def test_between_tracks_the_motion_is_blended():
+    path = torch.tensor([[[4.0, 8.0], [12.0, 8.0]], [[6.0, 8.0], [12.0, 8.0]]])
+    middle = tracks_flow(path, None, 16, 16, radius=8).flow[0, 8, 8]
+    assert torch.allclose(middle, torch.tensor([1.0, 0.0]))
+
+
+def test_tracks_count_only_where_they_are_visible():
+    path = torch.zeros(3, 1, 2)
+    path[:, 0, 0] = torch.tensor([4.0, 6.0, math.nan])
+    path[:, 0, 1] = 4
+    visible = torch.tensor([[True], [True], [False]])
+    field = tracks_flow(path, visible, 16, 16)
+    assert field.valid[0].any() and not field.valid[1].any()
+    with pytest.raises(ValueError, match="visible at frame 2 but its position there is NaN"):
+        tracks_flow(path, None, 16, 16)
+    with pytest.raises(ValueError, match="No track is visible inside the 16x16 picture"):
+        tracks_flow(path[:2] + 100, visible[:2], 16, 16)
+    with pytest.raises(ValueError, match="1 frame; motion needs at least 2"):
+        tracks_flow(path[:1], None, 16, 16)
+    with pytest.raises(ValueError, match=r"visibility has shape \(2, 1\)"):
+        tracks_flow(path, visible[:2], 16, 16)
+    with pytest.raises(ValueError, match="radius is 0"):
+        tracks_flow(path, visible, 16, 16, radius=0)
+
+
+# --- following it ---
+
+
+def test_composed_steps_follow_the_points():
+    field = camera_flow(8, 40, 40, zoom=2, rotation=3)
+    found = field.composed(4)
+    whole = camera_flow(1, 40, 40, zoom=(1.02**4 - 1) * 100, rotation=12)
+    middle = (slice(None), slice(10, 30), slice(10, 30))
+    assert found.steps == 2 and found.valid[middle].all()
+    assert (found.flow[middle] - whole.flow[0, 10:30, 10:30]).abs().max() < 1e-3
+
+
+def test_at_the_latents_size_a_latent_frame_is_four_steps_and_a_cell_eight_pixels():
+    found = uniform(4, -2, steps=8, height=64, width=96).fit(8, 8, 12).composed()
+    inner = found.flow[:, 2:6, 2:8]
+    assert found.flow.shape == (2, 8, 12, 2) and torch.allclose(inner, torch.tensor([2.0, -1.0]))
+    with pytest.raises(ValueError, match="has 3 steps; one latent frame needs 4"):
+        uniform(1, 0, steps=3).composed()
+
+
+def test_adapter_features():
+    field = uniform(4, -3, steps=8, height=64, width=64).fit(6, 64, 64)
+    features = adapter_features(field, 4, 8, 8)
+    assert features.shape == (1, 4, 4, 8, 8)
+    # 4 pixels a frame are 2 cells a latent frame; the third latent frame has half its steps, the fourth none.
+    assert torch.allclose(features[0, :, 0, 4, 4], torch.tensor([2.0, -1.5, 1.0, 2.5]))
+    assert torch.allclose(features[0, :, 2, 4, 4], torch.tensor([2.0, -1.5, 0.5, 2.5]))
+    assert (features[0, :, 3] == 0).all()
+    assert adapter_features(field, 1, 8, 8).shape == (1, 4, 1, 8, 8)
+
+
+# --- moving pictures ---
+
+
+def test_backward_warping_reads_at_the_moved_place():
+    picture = smooth_picture(30, 40)
+    moved = warp_backward(picture, torch.tensor([1.5, -0.5]).expand(30, 40, 2))
+    assert (moved - sample(picture, grid(30, 40) + torch.tensor([1.5, -0.5]))).abs().max() < 1e-6
+    assert torch.allclose(warp_backward(picture, torch.zeros(30, 40, 2)), picture, atol=1e-5)
+
+
+def test_splatting_conserves_and_finds_holes():
+    values = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    points = 3 + 10 * torch.rand(50, 2, generator=torch.Generator().manual_seed(1))
+    picture, share = splat(values, points, torch.ones(50), 16, 16)
+    assert torch.allclose((picture * share).sum((1, 2)), values.sum(1), atol=1e-4)
+    assert abs(float(share.sum()) - 50) < 1e-3 and (share[0] == 0).all()
+
+
+def test_holes_are_filled_from_around_them():
+    picture = (grid(33, 47).movedim(-1, 0) / 47)[None]
+    known = torch.ones(1, 33, 47, dtype=torch.bool)
+    known[0, 10:16, 20:27] = False
+    filled = fill_holes(torch.where(known[:, None], picture, 9.0), known)
+    assert torch.equal(filled[known[:, None].expand_as(filled)], picture[known[:, None].expand_as(filled)])
+    assert (filled - picture)[..., 10:16, 20:27].abs().max() < 0.05
+    assert (fill_holes(picture, known & False) == 0).all()
+
+
+@pytest.mark.parametrize("motion", [{"pan": (-1.3, 0.4)}, {"zoom": 1.5}, {"zoom": -1.5, "rotation": 1}])
+def test_carried_pictures_equal_the_moved_scene(motion):
+    height = width = 60
+    field = camera_flow(12, height, width, **motion)
+    frames = list(carry(smooth_picture(height, width), field, 0, 12))
+    # The truth, looked up through the exact inverse of the motion.
+    points = grid(height, width)
+    for _ in range(12):
+        centre = points.new_tensor([29.5, 29.5])
+        angle = math.radians(motion.get("rotation", 0))
+        turn = points.new_tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        pan = points.new_tensor(motion.get("pan", (0, 0)))
+        points = (points + pan - centre) @ turn.T / (1 + motion.get("zoom", 0) / 100) + centre
+    truth = sample(smooth_picture(height, width), points)
+    entered = ((points < 0) | (points > 59)).any(-1)
+    error = (frames[-1].picture - truth).abs().amax(0)
+    assert error[~entered].median() < 0.02 and error[~entered].quantile(0.98) < 0.05
+    assert frames[-1].commanded[~entered].mean() > 0.97
+    if entered.any():
+        assert frames[-1].commanded[entered].mean() < 0.2, "what enters from outside is not commanded"
+
+
+def test_a_carried_sprite_leaves_its_background_and_covers_what_it_meets():
+    """A square of ones moves right over a plain of zeros with a post of 0.5 in its way."""
+    picture = torch.zeros(1, 20, 60)
+    picture[:, 5:13, 4:12] = 1
+    picture[:, 8, 24:26] = 0.5
+    path = torch.stack([7.5 + 2 * torch.arange(17.0), torch.full((17,), 8.5)], -1)[:, None]
+    field = tracks_flow(path, None, 20, 60, radius=6.5)
+    frames = list(carry(picture, field, 0, 16))
+    for count, frame in ((1, frames[0]), (6, frames[5]), (16, frames[15])):
+        at = slice(4 + 2 * count, 12 + 2 * count)
+        assert frame.picture[0, 6:12, at].mean() > 0.97
+        assert frame.picture[0, 5:13, : 2 + 2 * count].abs().max() < 0.12 or count > 11, "nothing is left behind"
+        assert frame.commanded[9, 2 + 2 * count : 14 + 2 * count].min() > 0.9
+    assert frames[5].picture[0, 8, 17:23].min() > 0.9
+    assert frames[15].picture[0, 8, 24:26].min() > 0.4, "what was covered is seen again"
+    assert frames[15].commanded[:2].max() == 0 and frames[15].commanded[8, 5] > 0.9
+
+
+def test_beyond_the_last_step_nothing_is_commanded():
+    frames = list(carry(smooth_picture(12, 16), uniform(1, 0, steps=2), 0, 4))
+    assert len(frames) == 4 and frames[1].commanded.max() > 0 and frames[2].commanded.max() == 0
+    assert torch.allclose(frames[3].picture, frames[1].picture, atol=1e-5)
+    with pytest.raises(ValueError, match="picture is 16x10 and the optical flow 16x12"):
+        list(carry(smooth_picture(10, 16), uniform(1, 0), 0, 1))
+
+
+# --- colours ---
+
+
+def test_painting_reads_what_colouring_wrote():
+    angle = torch.linspace(0, 2 * math.pi, 361)[:-1]
+    rate = torch.linspace(0.02, 1, 20)[:, None]
+    flow = 5 * rate[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
+    valid = torch.ones(flow.shape[:-1], dtype=torch.bool)
+    valid[0, :5] = False
+    colours = flow_colours(flow, valid, speed=5)
+    assert colours.min() >= 0 and colours.max() <= 1
+    again = painted_flow(colours[None], speed=5)
+    assert torch.equal(again.valid[0], valid)
+    assert (again.flow[0] - flow)[valid].abs().max() < 1e-3
+
+
+def test_named_colours():
+    directions = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [3, 0]])
+    colours = flow_colours(directions, torch.ones(6, dtype=torch.bool), speed=1)
+    assert torch.allclose(colours[0], torch.tensor([1.0, 0, 0]), atol=1e-5), "right is red"
+    assert colours[1, :2].min() > 0.9 and colours[1, 2] == 0, "down is yellow"
+    assert colours[2, 1:].min() > 0.6 and colours[2, 0] < 1e-5, "left is blue-green"
+    assert colours[3, 2] == 1 and colours[3, 1] < 0.2, "up is violet"
+    assert (colours[4] == 1).all(), "rest is white"
+    assert torch.allclose(colours[5], torch.tensor([0.75, 0, 0]), atol=1e-5), "too fast is dark"
+
+
+def test_painted_refusals():
+    with pytest.raises(ValueError, match="black all over"):
+        painted_flow(torch.zeros(1, 4, 4, 3), 4)
+    with pytest.raises(ValueError, match="NaN"):
+        painted_flow(torch.full((1, 4, 4, 3), math.nan), 4)
+    with pytest.raises(ValueError, match="speed is 0"):
+        painted_flow(torch.ones(1, 4, 4, 3), 0)
+    dark = painted_flow(torch.tensor([0.3, 0, 0]).expand(1, 4, 4, 3), 4)
+    assert torch.allclose(dark.flow, torch.tensor([4.0, 0.0]), atol=1e-4), "a dark stroke means its hue"
+
+
+def test_preview_shows_three_panels():
+    field = camera_flow(3, 64, 48, pan=(2, 0))
+    frames = torch.rand(4, 64, 48, 3, generator=torch.Generator().manual_seed(0))
+    picture = preview(frames, field, camera_flow(3, 64, 48, pan=(2, 1)))
+    assert picture.shape == (3, 64 * 5, 3 * 48 * 5, 3)
+    assert usual_speed(field) == 2.0
+    assert not torch.equal(picture[0, :, : 48 * 5], picture[0, :, 48 * 5 : 96 * 5])

@@ -1,0 +1,86 @@
+"""The optical-flow adapter of the core's DiT, and checkpoints that have one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_wan import CONFIG, caption, latent, normal, tiny_dit
+from wan_files import DIMS, tiny_wan
+
+from diagonal_sampler.checkpoints import load_checkpoint
+from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS, expected_shapes
+
+WITH_ADAPTER = replace(CONFIG, flow_adapter=True)
+TIME = torch.tensor([500.0])
+
+
+def motion(frames: int, seed: int = 3) -> torch.Tensor:
+    return normal(seed, 1, 4, frames, 4, 4)
+
+
+def test_a_fresh_adapter_changes_nothing_at_all():
+    plain = tiny_dit()
+    model = WanDiT(WITH_ADAPTER)
+    missing, left = model.load_state_dict(plain.state_dict(), strict=False)
+    assert set(missing) == set(FLOW_ADAPTER_KEYS) and not left
+    x, text = latent(1, 3), caption(2)
+    with torch.no_grad():
+        expected = plain(x, TIME, text)
+        assert torch.equal(model(x, TIME, text, optical_flow=motion(3)), expected)
+        assert torch.equal(model(x, TIME, text), expected)
+
+
+def test_a_trained_adapter_moves_its_own_frames_first():
+    model = tiny_dit(config=WITH_ADAPTER)
+    x, text = latent(1, 4), caption(2)
+    features = torch.zeros(1, 4, 4, 4, 4)
+    features[:, :, 2:] = motion(2)
+    with torch.no_grad():
+        plain = model(x, TIME, text, frames_per_chunk=2, optical_flow=torch.zeros_like(features))
+        moved = model(x, TIME, text, frames_per_chunk=2, optical_flow=features)
+        both = model(x.expand(2, -1, -1, -1, -1), TIME.expand(2), text.expand(2, -1, -1), frames_per_chunk=2,
+                     optical_flow=features)  # fmt: skip
+    assert torch.allclose(moved[:, :, :2], plain[:, :, :2], atol=1e-5), "an earlier chunk does not see it"
+    assert (moved[:, :, 2:] - plain[:, :, 2:]).abs().max() > 0.05
+    assert torch.allclose(both[1:], moved, atol=1e-5), "one field for the batch"
+
+
+def test_the_adapter_learns():
+    model = WanDiT(WITH_ADAPTER)
+    with torch.no_grad():
+        model.head.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    model(latent(1, 2), TIME, caption(2), optical_flow=motion(2)).square().sum().backward()
+    assert model.flow_embedding.weight.grad.abs().max() > 0
+
+
+def test_what_does_not_fit_is_refused():
+    x, text = latent(1, 3), caption(2)
+    with pytest.raises(ValueError, match="no adapter for it"):
+        tiny_dit()(x, TIME, text, optical_flow=motion(3))
+    with pytest.raises(ValueError, match=r"optical_flow has shape \(1, 4, 2, 4, 4\)"):
+        tiny_dit(config=WITH_ADAPTER)(x, TIME, text, optical_flow=motion(2))
+
+
+def test_the_config_is_read_from_the_keys():
+    model = tiny_dit(config=WITH_ADAPTER)
+    assert WanConfig.from_state_dict(model.state_dict()).flow_adapter
+    assert not WanConfig.from_state_dict(tiny_dit().state_dict()).flow_adapter
+
+
+def test_a_checkpoint_with_an_adapter_is_recognised(tmp_path):
+    dims = replace(DIMS, flow_adapter=True)
+    weights = tiny_wan(dims=dims)
+    assert expected_shapes(dims)[FLOW_ADAPTER_KEYS[0]] == (128, 4, 1, 2, 2)
+    save_file(weights, tmp_path / "model.safetensors")
+    found = load_checkpoint(tmp_path / "model.safetensors")
+    assert found.info.dims == dims and "with an optical-flow adapter" in found.info.summary()
+    assert torch.equal(found.state_dict[FLOW_ADAPTER_KEYS[0]], weights[FLOW_ADAPTER_KEYS[0]])
+    save_file({k: v for k, v in weights.items() if k != FLOW_ADAPTER_KEYS[1]}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are missing: .*flow_embedding.bias"):
+        load_checkpoint(tmp_path / "half.safetensors")
+    weights[FLOW_ADAPTER_KEYS[0]] = weights[FLOW_ADAPTER_KEYS[0]][:, :3].contiguous()
+    save_file(weights, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"flow_embedding.weight: expected \(128, 4, 1, 2, 2\)"):
+        load_checkpoint(tmp_path / "wrong.safetensors")

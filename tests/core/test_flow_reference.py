@@ -1,0 +1,137 @@
+"""Reference mode: which chunks start from carried frames, at which levels, and what is blended where."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.flow import OpticalFlow, camera_flow
+from diagonal_sampler.flow_reference import FlowReference, start_below_noise
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
+
+SCHEDULE = DiagonalSchedule.preset("diagonal 4-3-2")
+FRAMES, SIZE = 9, 4
+COUNTS = (3, 3, 3)
+
+
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    """The last pixel frame of a toy autoencoder: a cell is 8x8 equal pixels."""
+    return latents[:, :3, -1].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def encode(frames: torch.Tensor) -> torch.Tensor:
+    """Its encoder: means over 8x8 pixels, of the first frame and of every fourth after it."""
+    pooled = F.avg_pool3d(frames[:, :, ::4], (1, 8, 8))
+    return F.pad(pooled, (0, 0, 0, 0, 0, 0, 0, 1))
+
+
+def field(**motion) -> OpticalFlow:
+    return camera_flow(4 * (FRAMES - 1), 8 * SIZE, 8 * SIZE, **motion)
+
+
+def make(flow: OpticalFlow, schedule: DiagonalSchedule = SCHEDULE, **options) -> FlowReference:
+    return FlowReference(flow, schedule, COUNTS, decode=decode, encode=encode, **options)
+
+
+def run(reference: FlowReference, predict, noise=None):
+    """Chunks of a run whose model predicts `predict(x, at)`; the inputs of every forward."""
+    cache = KVCache(CausalSettings(frames_per_chunk=3, window=-1, sink=0), FRAMES)
+    seen, chunks = [], []
+
+    def denoise(x, at):
+        seen.append((at, x))
+        return reference.blend(predict(x, at), at)
+
+    loop = sample_chunks(
+        denoise, noise or SeededNoise(0, (1, 4, SIZE, SIZE)), reference.schedule, cache,
+        frames=FRAMES, frames_per_chunk=3, source=reference.source,
+    )  # fmt: skip
+    for chunk in loop:
+        reference.finished(chunk.latents)
+        chunks.append(chunk.latents)
+    return chunks, seen
+
+
+@pytest.mark.parametrize("name", ["diagonal 4-3-2", "self forcing", "undistilled"])
+def test_levels_keep_their_number_and_their_last(name):
+    schedule = DiagonalSchedule.preset(name)
+    for chunk in range(3):
+        usual = schedule.chunk_sigmas(chunk)
+        found = start_below_noise(usual, 0.733, schedule.shift)
+        assert len(found) == len(usual) and found[0] == 0.733 and found[-1] == usual[-1]
+        assert all(a > b for a, b in zip(found, found[1:], strict=False))
+
+
+def test_levels_of_short_and_low_schedules():
+    assert start_below_noise((1.0,), 0.7, 5) == (0.7,)
+    assert start_below_noise((0.5, 0.2), 0.7, 5) == (0.5, 0.2), "already below"
+    assert start_below_noise((1.0, 0.5), 1.0, 5) == (1.0, 0.5)
+    with pytest.raises(ValueError, match="start_sigma is 0.3, but the schedule's last step is at sigma 0.357"):
+        start_below_noise((1.0, 0.357), 0.3, 5)
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        start_below_noise((1.0,), 0.0, 5)
+
+
+def test_the_first_chunk_and_chunks_without_motion_are_as_usual():
+    flow = field(pan=(1, 0))
+    valid = flow.valid.clone()
+    valid[4 * 5 :] = False  # steps that lead to latent frames 6 to 8
+    reference = make(OpticalFlow(flow.flow, valid))
+    assert reference.schedule.sigmas == (
+        SCHEDULE.chunk_sigmas(0), start_below_noise(SCHEDULE.chunk_sigmas(1), 0.733, 5), SCHEDULE.chunk_sigmas(2),
+    )  # fmt: skip
+    given = make(flow, given_frames=2)
+    assert given.schedule.chunk_sigmas(0)[0] == 0.733, "with frames before it, the first chunk can follow"
+    some = make(flow, first_chunk=2, last_chunk=2)
+    assert [row[0] for row in some.schedule.sigmas] == [1, 1, 0.733]
+
+
+def test_a_still_camera_with_full_blend_repeats_the_last_frame():
+    torch.manual_seed(0)
+    picture = torch.rand(1, 4, 3, SIZE, SIZE)
+    picture[:, 3] = 0
+    chunks, seen = run(make(field()), lambda x, at: picture if at.chunk == 0 else torch.zeros_like(x) + (at.step > 0))
+    start = next(x for at, x in seen if at.chunk == 1 and at.step == 0)
+    noise = SeededNoise(0, (1, 4, SIZE, SIZE))(1, -1, 3)
+    last = picture[:, :, -1:].expand(-1, -1, 3, -1, -1)
+    assert torch.allclose(start, (1 - 0.733) * last + 0.733 * noise, atol=1e-5)
+    second = next(x for at, x in seen if at.chunk == 1 and at.step == 1)
+    sigma = make(field()).schedule.chunk_sigmas(1)[1]
+    fresh = SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)
+    assert torch.allclose(second, (1 - sigma) * last + sigma * fresh, atol=1e-5), "blended before the re-noise"
+    assert (chunks[1] == 1).all(), "later steps are the model's alone"
+
+
+def test_pan_moves_the_reference_and_blend_weighs_it():
+    picture = torch.zeros(1, 4, 3, SIZE, SIZE)
+    picture[:, 0, :, :, 0] = 1  # the left column
+    flow = field(pan=(-2, 0))  # 8 pixels to the right a latent frame
+    for blend in (0.0, 0.5, 1.0):
+        _, seen = run(make(flow, blend=blend), lambda x, at: picture if at.chunk == 0 else torch.zeros_like(x))
+        second = next(x for at, x in seen if at.chunk == 1 and at.step == 1)
+        sigma = make(flow).schedule.chunk_sigmas(1)[1]
+        x0 = (second - sigma * SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)) / (1 - sigma)
+        for frame in range(3):
+            column = frame + 1
+            assert torch.allclose(x0[0, 0, frame, :, column], torch.tensor(blend), atol=0.02)
+            assert x0[0, 0, frame, :, :column].abs().max() < 0.4 * blend + 0.02, "what enters is the model's"
+
+
+def test_outside_the_valid_part_the_prediction_stands():
+    mask = torch.zeros(1, 8 * SIZE, 8 * SIZE)
+    mask[:, :, :16] = 1
+    reference = make(field().masked(mask))
+    _, seen = run(reference, lambda x, at: torch.full_like(x, 0.5 if at.chunk == 0 else -1.0))
+    second = next(x for at, x in seen if at.chunk == 1 and at.step == 1)
+    sigma = reference.schedule.chunk_sigmas(1)[1]
+    x0 = (second - sigma * SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)) / (1 - sigma)
+    assert torch.allclose(x0[:, :3, ..., :2], torch.tensor(0.5), atol=1e-4)
+    assert torch.allclose(x0[..., 2:], torch.tensor(-1.0), atol=1e-4)
+
+
+def test_blend_is_checked():
+    with pytest.raises(ValueError, match="blend is 2"):
+        make(field(), blend=2)

@@ -1,0 +1,121 @@
+"""The measure of commanded motion: exact sprites score 0, rest scores its speed, and a killed run goes on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagonal_sampler.captions import SHAPES, caption_of, parse_caption
+from diagonal_sampler.dit import WanConfig
+from diagonal_sampler.flow import OpticalFlow
+from distillation import flow_evaluate, sprites
+from distillation.flow_evaluate import Options, commanded_flow, commanded_path, evaluate, measure, page, scene, table
+
+FIRST = 8
+
+
+def draw(spec, path: Tensor) -> Tensor:
+    """Frames [T, 3, 64, 64] of the sprite at given centres."""
+    axis = torch.arange(64) + 0.5
+    alpha = sprites.coverage(
+        torch.full((len(path),), SHAPES.index(spec.shape)),
+        axis[None, None, :] - path[:, :1, None],
+        axis[None, :, None] - path[:, 1:, None],
+        torch.full((len(path),), 7.5),
+    )
+    colour = torch.tensor(sprites.RGB[spec.colour], dtype=torch.float32)
+    return 28 + alpha[:, None] * (colour[:, None, None] - 28)
+
+
+class Obedient:
+    """Stands in for Player: goes where the flow is valid if the mode is reference, else rests."""
+
+    digest, modes = "0" * 16, ("none", "reference")
+    trained = SimpleNamespace(schedule=SimpleNamespace(sigmas=((1.0, 0.5),)), cfg=1.0)
+    dit = SimpleNamespace(config=WanConfig(flow_adapter=True))
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def first_frame(self) -> int:
+        return FIRST
+
+    def clip(self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, mode: str = "none"):
+        self.calls += 1
+        (spec,) = parse_caption(caption)
+        path = torch.full((options.length, 2), 30.0)
+        if mode == "reference":
+            assert flow is not None and not flow.valid[:FIRST].any()
+            # The middle of the valid disc is the track, but where the frame's edge cuts it.
+            for step in range(FIRST, flow.steps):
+                motion, known = flow.at(step, path[step] - 0.5)
+                assert known
+                path[step + 1] = path[step] + motion
+        return draw(spec, path)
+
+
+def test_the_field_carries_its_own_track() -> None:
+    path = commanded_path(torch.tensor([12.0, 40.0]), 0.5, 2.25, 60)
+    assert (path >= 8).all() and (path <= 56).all()
+    field = commanded_flow(path, FIRST)
+    assert field.steps == FIRST + 59 and field.valid[FIRST:].flatten(1).any(1).all()
+    for step in (0, 20, 58):
+        motion, known = field.at(FIRST + step, path[step] - 0.5)
+        assert known and torch.allclose(motion, path[step + 1] - path[step], atol=1e-4)
+
+
+def test_an_obedient_sprite_scores_nothing_and_a_resting_one_its_speed() -> None:
+    spec, commands = scene(3, 0)
+    path = commanded_path(torch.tensor([30.0, 30.0]), *commands["any"], frames=49)
+    whole = torch.cat([path[:1].expand(FIRST, -1), path])
+    good = measure(draw(spec, whole), spec, path, FIRST, 1.0)
+    assert good.error < 0.05 and good.lost == 0 and good.colour and good.shape
+    still = measure(draw(spec, whole[:1].expand(len(whole), -1)), spec, path, FIRST, 1.0)
+    assert still.error == pytest.approx(still.commanded, abs=0.02)
+    gone = torch.full((len(whole), 3, 64, 64), 28.0)
+    assert measure(gone, spec, path, FIRST, 1.0).lost == 1
+
+
+def test_scenes_are_held_out_and_commands_are_what_they_say() -> None:
+    for index in range(8):
+        spec, commands = scene(index, 0)
+        assert sprites.is_held_out(spec) and scene(index, 0) == (spec, commands)
+        x, y = sprites.VELOCITY[spec.direction]
+        along = commanded_path(torch.tensor([32.0, 32.0]), *commands["caption"], frames=3).diff(dim=0)
+        assert (along[0] * torch.tensor([x, y])).sum() == pytest.approx(commands["caption"][1], abs=1e-4)
+        assert commands["caption"][1] != sprites.PIXELS_PER_FRAME[spec.speed]
+
+
+def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
+    options = Options(scenes=2, length=33)
+    first, second = Obedient(), Obedient()
+    found = evaluate(first, options, tmp_path, first.modes)
+    assert first.calls == 2 * (1 + 2)
+    next(tmp_path.glob("*-any-reference-1.json")).unlink()
+    again = evaluate(second, options, tmp_path, second.modes)
+    assert second.calls == 2, "the missing clip, and the one that its track begins in"
+    assert {key: [r.error for r in rows] for key, rows in again.items()} == {
+        key: [r.error for r in rows] for key, rows in found.items()
+    }
+    text = table(found, options)
+    assert text.count("| no flow |") == 2 and "adapter | not measured" in text
+    row = next(line for line in text.splitlines() if line.startswith("| reference"))
+    assert float(row.split("|")[2]) < 0.1
+    assert "--scenes 2 --length 33" in page(found, options, first)
+
+
+def test_options_are_checked(capsys) -> None:
+    with pytest.raises(ValueError, match="length is 34"):
+        Options(length=34)
+    with pytest.raises(ValueError, match="scenes is 0"):
+        Options(scenes=0)
+    assert flow_evaluate.main(["--scenes", "0"]) == 1
+    assert "stopped: scenes is 0" in capsys.readouterr().err
+
+
+def test_captions_name_one_sprite() -> None:
+    spec, _ = scene(0, 0)
+    assert parse_caption(caption_of((spec,))) == (spec,) or list(parse_caption(caption_of((spec,)))) == [spec]
