@@ -15,6 +15,7 @@ from . import OUTPUT, ROOT, host, packages, server
 from .processes import CHILDREN, STATUS, Interrupted, Problem, runtime_environment, shorten
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
+COMPARISON = ROOT / "workflows" / "api" / "compare.json"
 MAX_SEED = 2**64 - 1
 TEMPORAL_STRIDE = 4  # Wan turns 4*n + 1 pixel frames into n + 1 latent frames
 MAX_LENGTH = 16381  # the last 4*n + 1 below ComfyUI's limit of 16384 frames for an empty latent
@@ -33,6 +34,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=_prompt, help="what the video shows (default: the workflow's)")
     parser.add_argument("--seed", type=_seed, help="seed of the noise, 0 to 2^64-1 (default: the workflow's)")
     parser.add_argument("--length", type=_length, help="pixel frames, 4*n+1 (default: the workflow's)")
+    parser.add_argument(
+        "--compare", action="store_true", help="teacher, uniform and diagonal side by side with their times"
+    )
     gpu = "auto uses a GPU where torch finds one (default); on insists; off uses the CPU"
     parser.add_argument("--gpu", choices=("auto", "on", "off"), default="auto", nargs="?", const="on", help=gpu)
     parser.add_argument("--port", type=_port, help="the server's port on loopback (default: a free one)")
@@ -47,6 +51,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     job_options = (options.prompt, options.seed, options.length)
     if (options.test or options.no_job) and job_options != (None, None, None):
         parser.error("--prompt, --seed and --length are for a video; leave them out with --test and --no-job")
+    if options.compare and (options.test or options.no_job):
+        parser.error("--compare makes a video; leave it out with --test and --no-job")
     if options.test and options.serve:
         parser.error("--test and --serve do not go together")
     options.pytest_arguments = [argument for argument in rest if argument != "--"]
@@ -88,8 +94,9 @@ def _length(text: str) -> int:
 
 def require_demo() -> None:
     """Raise Problem where the demo's files are not in this clone."""
-    if not WORKFLOW.is_file():
-        raise Problem(f"this clone has no {shorten(WORKFLOW)}: it is not whole. Clone the repository again.")
+    for workflow in (WORKFLOW, COMPARISON):
+        if not workflow.is_file():
+            raise Problem(f"this clone has no {shorten(workflow)}: it is not whole. Clone the repository again.")
     if not list((ROOT / "demo").glob("*.safetensors")):
         raise Problem("this clone has no demo/*.safetensors, the demo model. Clone the repository again.")
 
@@ -97,9 +104,10 @@ def require_demo() -> None:
 def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) -> None:
     """Make the video through the running server. Where that fails, nothing half written stays in `output`."""
     packages.require_space(JOB_BYTES, "a video", OUTPUT)
-    prefix = time.strftime("demo_%Y%m%d-%H%M%S")
-    command = [packages.PYTHON, "-m", "bootstrap.job", "--url", url, "--workflow", WORKFLOW]
-    command += ["--output", OUTPUT, "--prefix", prefix]
+    prefix = time.strftime(f"{'compare' if options.compare else 'demo'}_%Y%m%d-%H%M%S")
+    workflow = COMPARISON if options.compare else WORKFLOW
+    command = [packages.PYTHON, "-m", "bootstrap.job", "--url", url, "--workflow", workflow]
+    command += ["--output", OUTPUT, "--prefix", prefix, *(["--compare"] if options.compare else [])]
     for name in ("prompt", "seed", "length"):
         value = getattr(options, name)
         command += [] if value is None else [f"--{name}={value}"]

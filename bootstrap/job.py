@@ -26,6 +26,8 @@ POLL_S = 2.0  # how often the history is asked, in case the websocket misses the
 LINE_EVERY_S = 5.0  # how often a progress line is printed where the output is no terminal
 SHEET_COLUMNS, SHEET_ROWS = 4, 3
 TILE_WIDTH = 240  # pixels; smaller frames are enlarged to about this, larger ones reduced
+LABEL_WIDTH = 256  # pixels of each picture of a comparison
+WARM_UP_LENGTH = 25  # pixel frames: three chunks
 GAP, CAPTION = 6, 16  # pixels between tiles, and for the words under a tile
 CONNECTION_LOST = 3  # exit code; quickstart.py looks at the server's log for the reason
 PAPER, INK = (250, 250, 248), (40, 40, 40)
@@ -67,11 +69,14 @@ def edit_graph(graph: dict, *, prompt: str | None, seed: int | None, length: int
     for name, value in (("seed", seed), ("length", length)):
         if value is None:
             continue
-        found = list(_find(graph, name, int))
+        found = [(inputs, name) for inputs in _find(graph, name, int)]
+        # A node that feeds several seeds is a plain number.
+        sources = {str(inputs[name][0]) for inputs in _find(graph, name, list)} & graph.keys()
+        found += [(graph[source]["inputs"], "value") for source in sources if "value" in graph[source]["inputs"]]
         if not found:
             raise JobError(f"--{name}: no node of the workflow has an input {name!r}.")
-        for inputs in found:
-            inputs[name] = value
+        for inputs, key in found:
+            inputs[key] = value
     saves = list(_find(graph, "filename_prefix", str))
     if not saves:
         raise JobError("the workflow saves no file: no node has an input 'filename_prefix'.")
@@ -99,18 +104,21 @@ class Progress:
     samplers: set[str]
     frames: int | None
     stage: str = "queued"
-    forwards: int = 0
-    total: int = 0
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each sampler: forwards done, and all
     chunk: int = 0
     chunks: int = 0
     fps: float | None = None
     started: float | None = None  # when the sampler began
+    running: tuple[str, float] | None = None  # the node at work, and since when
+    node_seconds: dict[str, float] = field(default_factory=dict)  # how long each node has taken
     seconds: float = 0.0  # that the sampler has taken
     shown: str = field(default="", repr=False)
     next_line: float = field(default=0.0, repr=False)
 
     def event(self, kind: str, data: dict) -> None:
         """Take in one message of ComfyUI's websocket."""
+        if kind == "executing":
+            self.clock(data.get("node"))
         if kind == "executing" and data.get("node") is not None:
             self.stage = "sampling" if str(data["node"]) in self.samplers else self.stage_of_others()
             if self.stage == "sampling" and self.started is None:
@@ -118,27 +126,47 @@ class Progress:
         elif kind == "progress_state":
             for node_id, state in data.get("nodes", {}).items():
                 if str(node_id) in self.samplers:
-                    self.count(state.get("value", 0), state.get("max", 0))
+                    self.count(str(node_id), state.get("value", 0), state.get("max", 0))
         elif kind == "progress" and str(data.get("node")) in self.samplers:
-            self.count(data.get("value", 0), data.get("max", 0))
+            self.count(str(data["node"]), data.get("value", 0), data.get("max", 0))
         elif kind == EVENT:
             self.chunk, self.chunks = int(data.get("chunk") or 0), int(data.get("chunks") or 0)
-            self.count(data.get("forwards", self.forwards), data.get("total", self.total))
+            self.count(str(data.get("node")), data.get("forwards", 0), data.get("total", 0))
             if data.get("fps"):
                 self.fps = float(data["fps"])
+
+    def clock(self, node: str | None) -> None:
+        """Note that a node begins, None at the end of the run, and so how long the one before it has taken."""
+        now = time.monotonic()
+        if self.running is not None:
+            self.node_seconds[self.running[0]] = now - self.running[1]
+        self.running = None if node is None else (str(node), now)
 
     def stage_of_others(self) -> str:
         """Return the name of the stage when a node other than the sampler runs."""
         return "preparing" if self.started is None else "decoding and saving"
 
-    def count(self, forwards: float, total: float) -> None:
-        """Note how many forwards are done; a count never goes back. Before the first, the total is a placeholder."""
+    def count(self, node: str, forwards: float, total: float) -> None:
+        """Note how many forwards a sampler has done; a count never goes back.
+
+        Before a sampler's first forward its total is a placeholder.
+        """
         if forwards and total:
-            self.total = int(total)
-            self.forwards = max(self.forwards, int(forwards))
+            done, _ = self.counts.get(node, (0, 0))
+            self.counts[node] = (max(done, int(forwards)), int(total))
             self.started = self.started or time.monotonic()
             if forwards < total or not self.seconds:
                 self.seconds = time.monotonic() - self.started
+
+    @property
+    def forwards(self) -> int:
+        """Forwards done, over all samplers."""
+        return sum(done for done, _ in self.counts.values())
+
+    @property
+    def total(self) -> int:
+        """Forwards of the samplers that have begun."""
+        return sum(total for _, total in self.counts.values())
 
     def line(self) -> str:
         """Return the line: stage, forwards, chunk, ETA, frames per second."""
@@ -319,6 +347,47 @@ def make_contact_sheet(video: Path, sheet: Path, title: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def lanes(graph: dict, node_seconds: dict[str, float]) -> list[str]:
+    """What each sampler of a comparison is and took, "title: 1.9 s", from left to right."""
+    return [
+        f"{node.get('_meta', {}).get('title', node_id)}: {node_seconds.get(node_id, 0.0):.2f} s"
+        for node_id, node in sorted(graph.items(), key=lambda item: int(item[0]))
+        if node.get("class_type") in SAMPLERS
+    ]
+
+
+def add_labels(video: Path, labels: list[str]) -> None:
+    """Write a line above each of a video's side-by-side pictures, enlarged so that it can be read."""
+    with av.open(str(video)) as source:
+        stream = source.streams.video[0]
+        frames, rate = [frame.to_image() for frame in source.decode(stream)], stream.average_rate
+    width, height = frames[0].size
+    scale = max(1, round(LABEL_WIDTH * len(labels) / width))
+    size = (width * scale // 2 * 2, (height * scale + CAPTION + GAP) // 2 * 2)  # H.264 wants even sizes
+    font = ImageFont.load_default()
+    partial = video.with_name(f"{video.stem}.partial.mp4")
+    try:
+        with av.open(str(partial), "w") as target:
+            out = target.add_stream("libx264", rate=rate, options={"crf": "16"})
+            out.width, out.height, out.pix_fmt = *size, "yuv420p"
+            for frame in frames:
+                canvas = Image.new("RGB", size, PAPER)
+                canvas.paste(
+                    frame.resize((width * scale, height * scale), Image.Resampling.NEAREST), (0, CAPTION + GAP)
+                )
+                draw = ImageDraw.Draw(canvas)
+                for k, label in enumerate(labels):
+                    draw.text((GAP + k * size[0] // len(labels), GAP // 2), label, fill=INK, font=font)
+                target.mux(out.encode(av.VideoFrame.from_image(canvas)))
+            target.mux(out.encode(None))
+        os.replace(partial, video)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -329,6 +398,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workflow", required=True, type=Path, help="a graph in API form")
     parser.add_argument("--output", required=True, type=Path, help="the server's output folder")
     parser.add_argument("--prefix", required=True, help="how the files' names begin")
+    parser.add_argument("--compare", action="store_true", help="time every sampler and write it into the video")
     parser.add_argument("--prompt")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--length", type=int)
@@ -337,16 +407,32 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Make the video and its contact sheet; quickstart.py says where they are once this process has ended well."""
-    graph = json.loads(options.workflow.read_text(encoding="utf-8"))
-    edit_graph(graph, prompt=options.prompt, seed=options.seed, length=options.length, prefix=options.prefix)
-    samplers = {node_id for node_id, node in graph.items() if node.get("class_type") in SAMPLERS}
-    progress = Progress(samplers, total_frames(graph))
-    try:
-        outputs = asyncio.run(run_graph(options.url, graph, progress))
-    finally:
-        progress.show(last=True)
+
+    def edited(length: int | None) -> dict:
+        graph = json.loads(options.workflow.read_text(encoding="utf-8"))
+        edit_graph(graph, prompt=options.prompt, seed=options.seed, length=length, prefix=options.prefix)
+        return graph
+
+    def follow(graph: dict) -> tuple[dict, Progress]:
+        samplers = {node_id for node_id, node in graph.items() if node.get("class_type") in SAMPLERS}
+        progress = Progress(samplers, total_frames(graph))
+        try:
+            return asyncio.run(run_graph(options.url, graph, progress)), progress
+        finally:
+            progress.show(last=True)
+
+    if options.compare:  # models load and kernels are prepared at their first use: no lane should pay for that
+        for video in find_videos(follow(edited(WARM_UP_LENGTH))[0], options.output):
+            video.unlink()
+    graph = edited(options.length)
+    outputs, progress = follow(graph)
     for video in find_videos(outputs, options.output):
-        make_contact_sheet(video, video.with_suffix(".png"), _positive_text(graph)["text"])
+        title = _positive_text(graph)["text"]
+        if options.compare:
+            labels = lanes(graph, progress.node_seconds)
+            add_labels(video, labels)
+            print("\n".join(labels), flush=True)
+        make_contact_sheet(video, video.with_suffix(".png"), title)
 
 
 def main() -> int:

@@ -242,7 +242,7 @@ def demo(**changes: Any) -> Recipe:
     """The shipped student, from the shipped demo: minutes to hours on two CPU cores."""
     defaults = dict(
         name="demo",
-        teacher=str(DEMO / "demo_dit.safetensors"),
+        teacher=str(DEMO / "demo_teacher.safetensors"),
         text_encoder=str(DEMO / "demo_text_encoder.safetensors"),
         autoencoder=str(DEMO / "demo_autoencoder.safetensors"),
         prompts="sprites",

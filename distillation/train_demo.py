@@ -634,7 +634,7 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
 # ---------------------------------------------------------------------------------------------------------------
 # Loading a run, and shipping it
 
-DIT_FILE = "demo_dit.safetensors"
+DIT_FILE = "demo_teacher.safetensors"
 AUTOENCODER_FILE = "demo_autoencoder.safetensors"
 TEXT_ENCODER_FILE = "demo_text_encoder.safetensors"
 

@@ -10,7 +10,8 @@ from .common import CATEGORY
 from .live import PREVIEW_ATTACHMENT
 
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
-FILES = ("demo_dit.safetensors", "demo_text_encoder.safetensors", "demo_autoencoder.safetensors")
+WEIGHTS = {"student": "demo_student.safetensors", "teacher": "demo_teacher.safetensors"}
+SHARED_FILES = ("demo_text_encoder.safetensors", "demo_autoencoder.safetensors")
 
 
 class DiagonalDemoLoader(io.ComfyNode):
@@ -25,7 +26,15 @@ class DiagonalDemoLoader(io.ComfyNode):
             description="The small model that ships with this pack, to try everything without a download. It draws one "
             f"or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move {', '.join(DIRECTIONS)}, slowly or "
             'fast: "a red circle moves right and a blue square moves up slowly". 64x64 pixels, 16 frames a second.',
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "weights",
+                    options=list(WEIGHTS),
+                    default="student",
+                    tooltip="student: distilled for the diagonal 4-3-2 schedule at cfg 1. teacher: the undistilled "
+                    "model it was made from, for the undistilled preset (12 steps a chunk) at cfg 5.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="A causal MODEL for the Diagonal Chunk Sampler."),
                 io.Clip.Output(display_name="CLIP", tooltip="For CLIP Text Encode; it knows the demo's words only."),
@@ -34,14 +43,15 @@ class DiagonalDemoLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        missing = [name for name in FILES if not (DEMO_DIRECTORY / name).is_file()]
+    def execute(cls, weights: str) -> io.NodeOutput:
+        files = (WEIGHTS[weights], *SHARED_FILES)
+        missing = [name for name in files if not (DEMO_DIRECTORY / name).is_file()]
         if missing:
             raise ValueError(
                 f"The demo's files are missing from the pack's demo folder: {', '.join(missing)}. Clone the repository "
-                "again, or train them with python -m distillation.train_demo."
+                "again, or train them: see demo/README.md."
             )
-        dit, text_encoder, autoencoder = (DEMO_DIRECTORY / name for name in FILES)
+        dit, text_encoder, autoencoder = (DEMO_DIRECTORY / name for name in files)
         model = load_demo_model(dit)
         model.set_attachments(PREVIEW_ATTACHMENT, demo_preview(autoencoder))
         return io.NodeOutput(model, load_demo_clip(text_encoder), load_demo_vae(autoencoder))

@@ -16,7 +16,7 @@ MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
 
 def test_there_are_workflows():
     names = {path.stem for path in CANVAS}
-    assert {"demo", "wan_1_3b_self_forcing", "krea_14b", "causal_any_wan"} <= names
+    assert {"demo", "compare", "wan_1_3b_self_forcing", "krea_14b", "causal_any_wan"} <= names
     assert names == {path.stem for path in (ROOT / "workflows" / "api").glob("*.json")}
     assert names == {path.stem for path in (ROOT / "workflows").glob("*.jpg")}
 

@@ -422,7 +422,7 @@ def test_a_word_that_the_demo_does_not_know_is_one_line_and_leaves_nothing(comfy
 
 def demo_graph() -> dict:
     return {
-        "1": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "1": {"class_type": "DiagonalDemoLoader", "inputs": {"weights": "student"}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["1", 1]}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle moves right", "clip": ["1", 1]}},
         "4": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 81}},
@@ -490,6 +490,44 @@ def test_failures_of_a_run_are_one_line():
     assert job._failure({"status": {"status_str": "success", "messages": []}}) is None
     refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "length: 5000000 > 16384"}]}}}
     assert job._refusal(400, refusal) == "ComfyUI refused the workflow (400): Y 4: length: 5000000 > 16384"
+
+
+def test_forwards_of_several_samplers_add_up_and_each_node_is_timed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    progress = job.Progress({"5", "9"}, frames=81)
+    for node, forwards in (("5", 8), ("7", 0), ("9", 4)):
+        progress.event("executing", {"node": node})
+        now[0] += 2.0
+        progress.event("progress", {"node": node, "value": forwards, "max": 8})
+    progress.event("executing", {"node": None})
+    assert "forwards 12/16" in progress.line()
+    assert progress.node_seconds == {"5": 2.0, "7": 2.0, "9": 2.0}
+    graph = {
+        "9": {"class_type": "DiagonalChunkSampler", "inputs": {}, "_meta": {"title": "B"}},
+        "5": {"class_type": "DiagonalChunkSampler", "inputs": {}, "_meta": {"title": "A"}},
+        "7": {"class_type": "VAEDecode", "inputs": {}},
+    }
+    assert job.lanes(graph, progress.node_seconds) == ["A: 2.00 s", "B: 2.00 s"]
+
+
+def test_a_seed_that_feeds_several_samplers_is_set_at_its_source():
+    graph = demo_graph()
+    graph["9"] = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    graph["5"]["inputs"]["seed"] = ["9", 0]
+    job.edit_graph(graph, prompt=None, seed=11, length=None, prefix="p")
+    assert graph["9"]["inputs"]["value"] == 11 and graph["5"]["inputs"]["seed"] == ["9", 0]
+
+
+def test_labels_stand_above_a_comparison_and_leave_its_frames(tmp_path):
+    video = write_video(tmp_path / "a.mp4", 5)
+    job.add_labels(video, ["one: 1.00 s", "two: 2.00 s"])
+    frames, count = job.read_frames(video, 5)
+    assert count == 5 and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    picture = np.asarray(frames[-1][1].convert("L"), np.float32)
+    assert picture.shape == (8 * 64 + 22, 512)
+    assert picture[:22, :256].min() < 120 and picture[:22, 256:].min() < 120, "a line above each picture"
+    assert picture[30:].mean() > 240 and np.asarray(frames[0][1].convert("L"))[30:].mean() < 15
 
 
 def write_video(path: Path, count: int) -> Path:

@@ -30,7 +30,7 @@ def demo_graph(*, length: int, prompt: str = "a red circle moves right", model=N
     """The demo's graph up to a saved latent; `model` replaces the demo's DiT by other nodes and an output."""
     extra, output = model or ({}, ["loader", 0])
     return {
-        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {"weights": "teacher"}},
         **extra,
         "positive": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["loader", 1]}},
         "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["loader", 1]}},
