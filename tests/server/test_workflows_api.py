@@ -19,7 +19,6 @@ av = pytest.importorskip("av")
 
 ROOT = Path(__file__).resolve().parents[2]
 API = sorted((ROOT / "workflows" / "api").glob("*.json"))
-NEED_MODELS = [path for path in API if path.stem not in ("demo", "compare")]
 MODEL_WIDGETS = {"ckpt_name", "unet_name", "clip_name", "vae_name"}
 LOADERS = {"DiagonalModelLoader", "UNETLoader", "CLIPLoader", "VAELoader"}
 TILE_COLUMNS = 9
@@ -46,6 +45,14 @@ def _model_files(graph: dict) -> dict[str, str]:
         for name, value in node["inputs"].items()
         if name in MODEL_WIDGETS
     }
+
+
+NEED_MODELS = [path for path in API if _model_files(_graph(path))]
+BUNDLED = {"demo", "compare", "extend_video", "image_to_video", "stream_to_disk"}
+
+
+def test_all_other_graphs_need_no_file():
+    assert BUNDLED == {path.stem for path in API} - {path.stem for path in NEED_MODELS}
 
 
 @pytest.mark.parametrize("path", NEED_MODELS, ids=lambda path: path.stem)
@@ -122,20 +129,76 @@ def _tile(frames: np.ndarray, file: Path) -> None:
     Image.fromarray(sheet.reshape(rows * (height + 2), TILE_COLUMNS * (width + 2), 3)).save(file)
 
 
-def test_the_demo_runs_and_its_video_shows_what_the_prompt_says(comfy_server):
-    graph = _graph(ROOT / "workflows" / "api" / "demo.json")
-    (prompt,) = [node["inputs"]["text"] for node in graph.values() if node["inputs"].get("text")]
+def _run(comfy_server, name: str) -> tuple[np.ndarray, Fraction, dict]:
+    """Runs a bundled graph: its frames, frames a second, and the graph. Leaves what a person would look at."""
+    graph = _graph(ROOT / "workflows" / "api" / f"{name}.json")
     outputs = comfy_server.run(graph)
     (saved,) = [item for output in outputs.values() for item in output.get("images", [])]
     video = comfy_server.output_dir / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4"
     frames, rate, codec = _frames(video)
+    assert codec == "h264"
     ARTIFACTS.mkdir(exist_ok=True)
-    _tile(frames, ARTIFACTS / "demo_frames.png")
-    # After a retraining this is the new workflows/demo.jpg.
+    _tile(frames, ARTIFACTS / f"{name}_frames.png")
+    # After a retraining this is the new workflows/NAME.jpg.
     middle = Image.fromarray(frames[len(frames) // 2])
-    middle.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.NEAREST).save(ARTIFACTS / "demo.jpg")
+    scale = THUMBNAIL_PIXELS / max(middle.size)
+    size = (round(middle.width * scale), round(middle.height * scale))
+    middle.resize(size, Image.Resampling.NEAREST).save(ARTIFACTS / f"{name}.jpg")
+    return frames, rate, graph
+
+
+def _sprites(frames: np.ndarray, prompt: str) -> list:
+    return score_clip(torch.from_numpy(frames).movedim(-1, 1), prompt).sprites
+
+
+def _prompt(graph: dict) -> str:
+    (prompt,) = [node["inputs"]["text"] for node in graph.values() if node["inputs"].get("text")]
+    return prompt
+
+
+def test_the_comparison_stands_side_by_side(comfy_server):
+    frames, rate, graph = _run(comfy_server, "compare")
+    assert frames.shape == (81, 64, 3 * 64 + 2 * 4, 3) and rate == 16
+    for left in (0, 68, 136):
+        (sprite,) = _sprites(frames[:, :, left : left + 64], _prompt(graph))
+        assert sprite.colour_right and sprite.direction_right, left
+
+
+def test_an_extended_video_goes_on_without_a_jump(comfy_server):
+    frames, _, graph = _run(comfy_server, "extend_video")
+    join, repeated = 81, 9
+    assert frames.shape == (2 * 81 - repeated, 64, 64, 3)
+    pixels = frames.astype(np.float32)
+    colour = np.abs(np.diff(pixels.mean((1, 2)), axis=0)).max(1)
+    edges = np.abs(np.diff(pixels, axis=2)).mean((1, 2, 3))
+    for name, steps in (("colour", colour), ("sharpness", np.abs(np.diff(edges)))):
+        others = np.delete(steps, join - 1)
+        assert steps[join - 1] <= others.max(), name
+    (sprite,) = _sprites(frames[join - repeated :], _prompt(graph))
+    assert sprite.colour_right and sprite.shape_right
+
+
+def test_a_picture_becomes_the_first_frame_and_moves(comfy_server):
+    frames, _, graph = _run(comfy_server, "image_to_video")
     assert frames.shape == (81, 64, 64, 3)
-    assert rate == 16 and codec == "h264"
-    (sprite,) = score_clip(torch.from_numpy(frames).movedim(-1, 1), prompt).sprites
+    picture = np.full((64, 64, 3), 64, np.float32)
+    picture[26:40, 12:26] = (235, 30, 30)
+    assert np.abs(frames[0] - picture).mean() < 6
+    (sprite,) = _sprites(frames, _prompt(graph))
+    assert sprite.colour_right and sprite.direction_right
+
+
+def test_a_stream_lies_on_the_disk(comfy_server):
+    frames, rate, graph = _run(comfy_server, "stream_to_disk")
+    assert frames.shape == (320, 64, 64, 3) and rate == 16
+    assert all(sprite.colour_right for sprite in _sprites(frames[:81], _prompt(graph)))
+
+
+def test_the_demo_runs_and_its_video_shows_what_the_prompt_says(comfy_server):
+    frames, rate, graph = _run(comfy_server, "demo")
+    prompt = _prompt(graph)
+    assert frames.shape == (81, 64, 64, 3)
+    assert rate == 16
+    (sprite,) = _sprites(frames, prompt)
     assert sprite.colour_right and sprite.direction_right and sprite.shape_right, sprite
