@@ -30,6 +30,7 @@ from distillation.evidence.rows import (
     Control,
     Row,
     find_checkpoint,
+    initial_command,
     row_named,
     training_command,
 )
@@ -70,6 +71,8 @@ def run(chosen: argparse.Namespace) -> None:
     runs, demo, out = chosen.runs, chosen.demo, chosen.out
     if chosen.commands:
         teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / train_demo.DIT_FILE
+        print("# what all of them begin with: the teacher after causal initialisation")
+        print(initial_command(runs, teacher=teacher) + "\n")
         for row in ROWS:
             if row.training is not None:
                 print(f"# {row.name}: {row.text}")

@@ -227,6 +227,21 @@ CONTEXT_SIGMAS: dict[str, float] = {NO_FORCING: 0.0} | {
 MOTION_WEIGHTS: dict[str, float] = {NO_MOTION: 0.0, "motion-0.5": 0.5, FULL: 1.0, "motion-2": 2.0}
 
 
+INITIAL = "initial.safetensors"
+"""Weights that every trained row begins with: the teacher after causal initialisation."""
+
+
+def initial_command(runs: Path, *, teacher: Path) -> str:
+    """The shell commands of the causal initialisation that all trained rows share, and of its export."""
+    run, clips, target = (shlex.quote(os.fspath(runs / name)) for name in ("initial", "initial_clips", INITIAL))
+    return (
+        f"python -m distillation.train --recipe demo --stage ode --out {run} --clips {clips} "
+        f"--teacher {shlex.quote(os.fspath(teacher))} --ode-clips 384 --ode-steps 12 --batch 16 --micro-batch 16 "
+        "--updates 250 --learning-rate 5e-4 --beta1 0.9 --ema-start 50 --save-every 50 --sample-every 0 && \\\n"
+        f"python -m distillation.export --run {run} --to {target} --dtype float32"
+    )
+
+
 def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None = None) -> str:
     """The shell commands that train a row and export its weights to where the evaluation looks for them.
 
@@ -245,7 +260,7 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     budget = "" if updates is None else f" --updates {updates}"
     return (
         f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
-        f"{row.training}{budget} && \\\n"
+        f"--student {shlex.quote(os.fspath(runs / INITIAL))} {row.training}{budget} && \\\n"
         f"python -m distillation.export --run {run} --to {shlex.quote(os.fspath(runs / row.checkpoint))}"
     )
 

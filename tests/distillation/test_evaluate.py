@@ -27,6 +27,7 @@ from distillation.evidence.rows import (
     CONTEXT_SIGMAS,
     CONTROLS,
     FULL,
+    INITIAL,
     MOTION_WEIGHTS,
     NAMES,
     NO_FORCING,
@@ -40,6 +41,7 @@ from distillation.evidence.rows import (
     UNIFORM_4,
     Row,
     check_header,
+    initial_command,
     row_named,
     training_command,
 )
@@ -226,6 +228,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         flags = dict(zip(train[3::2], train[4::2], strict=True))
         assert flags.pop("--recipe") == "demo" and flags["--updates"] == "7"
         run = flags.pop("--out")
+        assert flags["--student"] == f"runs/e/{INITIAL}"
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
@@ -552,5 +555,13 @@ def test_weights_of_another_training_are_refused(tmp_path) -> None:
 def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     assert evaluate.main(["--commands", "--runs", str(tmp_path), "--demo", str(tmp_path), "--updates", "30"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("distillation.train ") == sum(row.training is not None for row in ROWS)
-    assert printed.count("--updates 30") == printed.count("distillation.export ")
+    trained = sum(row.training is not None for row in ROWS)
+    assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
+    assert printed.count("--updates 30") == trained
+    initial = shlex.split(initial_command(tmp_path, teacher=Path("t")))
+    flags = initial[3 : initial.index("&&")]
+    changes = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    del changes["recipe"], changes["out"]
+    recipe = recipes.demo(**{name: parse_field(name, value) for name, value in changes.items()})
+    assert recipe.stage == "ode" and recipe.frames == recipes.demo().frames
+    assert initial[-3] == str(tmp_path / INITIAL)
