@@ -87,6 +87,7 @@ class Recipe:
     motion_head_learning_rate: float = option(1e-4, "of the motion head")
     fake_score_updates: int = option(5, "fake score updates for each generator update")
     warmup: int = option(0, "updates of linear warm-up")
+    cooldown: int = option(0, "updates at the end over which the learning rates fall linearly to zero")
     beta1: float = option(0.0, "first AdamW beta")
     beta2: float = option(0.999, "second AdamW beta")
     epsilon: float = option(1e-8, "of AdamW: gradients far below it move nothing")
@@ -127,8 +128,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in (
             "learning_rate", "fake_score_learning_rate", "motion_head_learning_rate", "weight_decay", "dmd_weight",
-            "motion_weight", "motion_scale", "regression_weight", "warmup", "ema_start", "lora_rank", "sample_every",
-            "sample_prompts",
+            "motion_weight", "motion_scale", "regression_weight", "warmup", "cooldown", "ema_start", "lora_rank",
+            "sample_every", "sample_prompts",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

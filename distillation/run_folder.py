@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from distillation.recipes import Recipe
 
-# A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding).
+# A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding), except
+# in a cooldown, which is decided on when a run is good enough to be ended.
 FREE_FIELDS = frozenset(
     {
         "updates",
+        "cooldown",
         "save_every",
         "keep",
         "sample_every",

@@ -130,6 +130,13 @@ class Ema:
             mine.copy_(kept)
 
 
+def rate_factor(recipe: Recipe, update: int) -> float:
+    """What the learning rates are multiplied by in an update: linear warm-up, a plateau, linear cooldown to zero."""
+    warm = min(1.0, (update + 1) / recipe.warmup) if recipe.warmup else 1.0
+    cool = min(1.0, (recipe.updates - update) / recipe.cooldown) if recipe.cooldown else 1.0
+    return warm * cool
+
+
 class Learner:
     """Parameters, their AdamW and their learning rate."""
 
@@ -153,9 +160,8 @@ class Learner:
         value = float(whole(norm))
         if not math.isfinite(value):
             raise ValueError(f"update {update}: the gradient norm of {self.name} is {value}")
-        warm = min(1.0, (update + 1) / self.recipe.warmup) if self.recipe.warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm
+            group["lr"] = self.rate * rate_factor(self.recipe, update)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
