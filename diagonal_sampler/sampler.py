@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -74,7 +75,7 @@ def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) ->
         *split_frames(context_frames, frames_per_chunk),
         *split_frames(frames - context_frames, frames_per_chunk),
     ]
-    return [(sum(counts[:at]), count) for at, count in enumerate(counts)]
+    return list(zip(accumulate(counts, initial=0), counts, strict=False))
 
 
 def count_recache(cache: KVCache, frames: int, frames_per_chunk: int, chunk: int, context_frames: int = 0) -> int:
