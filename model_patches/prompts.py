@@ -272,6 +272,7 @@ class PromptBox:
                 raise NotSteerable("The run has just ended; queue it again.")
             if len(self._waiting) >= MAX_WAITING:
                 raise NotSteerable(f"{MAX_WAITING} prompts wait already; wait until the run has read them.")
+            request.answer.set_running_or_notify_cancel()  # nobody cancels it from here on
             self._waiting.append(request)
 
     def take(self) -> list[PromptRequest]:
