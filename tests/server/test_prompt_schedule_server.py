@@ -81,7 +81,7 @@ async def run(server, body_graph, *, at: int | None = None, bodies=()):
                             async with session.post(f"{server.url}/diagonal/prompt", data=raw) as answer:
                                 answers.append((answer.status, await answer.json()))
                 if event["type"] in ENDINGS:
-                    outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+                    outputs = server.wait(prompt_id)["outputs"]
                     latent = None
                     if "save" in outputs:
                         (item,) = outputs["save"]["latents"]
