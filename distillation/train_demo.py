@@ -313,7 +313,7 @@ class DitRecipe:
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
     seed: int = 2
-    updates: int = 12600
+    updates: int = 11400
     batch: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 3e-3
