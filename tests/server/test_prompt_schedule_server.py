@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 aiohttp = pytest.importorskip("aiohttp")
 
-RED, BLUE = "a red circle moves right", "a blue square moves up"
+RED, BLUE = "a red circle moves right", "a blue circle moves right"
 CHUNKS = 8
 FRAMES = 4 * (3 * CHUNKS - 1) + 1
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 
-def graph(text: str, *, switch: str = "recache", seed: int = 1, steps: str = "6"):
+def graph(text: str, *, switch: str = "recache", seed: int = 2, steps: str = "12"):
     return {
         "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
         "prompts": {
