@@ -28,15 +28,19 @@ def page(frontend):
             const sampler = find("DiagonalChunkSampler");
             node.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "positive"));
             find("EmptyARVideoLatent").widgets.find((widget) => widget.name === "length").value = 369;
-            window.lines = [];
-            const line = document.querySelector(".diagonal-prompt .line");
-            new MutationObserver(() => lines.push(line.textContent)).observe(line, {childList: true});
             app.canvas.ds.scale = 0.9;
             app.canvas.ds.offset = [460, 60];
         }""",
         f"0: {RED}",
     )
-    frontend.page.wait_for_timeout(1000)
+    frontend.page.wait_for_selector(".diagonal-prompt .line", state="attached")
+    frontend.page.evaluate(
+        """() => {
+            window.lines = [];
+            const line = document.querySelector(".diagonal-prompt .line");
+            new MutationObserver(() => lines.push(line.textContent)).observe(line, {childList: true});
+        }"""
+    )
     return frontend.page
 
 
