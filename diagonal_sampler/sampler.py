@@ -177,10 +177,12 @@ def sample_chunks(
         # Draws of given context count down from -1, so that they never share noise with a chunk.
         write_context(x0, 0, schedule.given_context_sigma, at, -1 - at, rows)
 
+    finished: dict[int, Tensor] = {} if history is None else history
+
     def write_again(count: int) -> None:
         for run in cache.rewind(count):
             cache.skip_to(run.start)
-            for at, x0 in sorted(history.items()):
+            for at, x0 in sorted(finished.items()):
                 rows = _overlap(run, at, x0.shape[2])
                 if rows is None:
                     continue
@@ -196,13 +198,12 @@ def sample_chunks(
         """Remember finished latents, and forget those that no later chunk sees."""
         if recache is None:
             return
-        history[at] = x0.detach()
+        finished[at] = x0.detach()
         sink = cache.settings.sink
         oldest = cache.committed - (cache.capacity - sink)
-        for old in [old for old in history if old >= sink and old + history[old].shape[2] <= oldest]:
-            del history[old]
+        for old in [old for old in finished if old >= sink and old + finished[old].shape[2] <= oldest]:
+            del finished[old]
 
-    history = {} if history is None else history
     for piece in split_frames(0 if first_chunk else given, frames_per_chunk):
         assert context is not None
         cache.begin(piece)

@@ -29,7 +29,7 @@ def page(frontend):
             node.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "positive"));
             find("EmptyARVideoLatent").widgets.find((widget) => widget.name === "length").value = 369;
             app.canvas.ds.scale = 0.9;
-            app.canvas.ds.offset = [460, 60];
+            app.canvas.ds.offset = [540, 120];
         }""",
         f"0: {RED}",
     )
