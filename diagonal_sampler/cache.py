@@ -50,6 +50,7 @@ class KVCache:
         self.time_scale = time_scale
         self.committed = 0
         self.frames = 0
+        self.dropped = 0  # latent frames between sink and history that skip_to left out
         self._window_positions = settings.window_positions(total_frames)
         self._conditions: dict[Hashable, ConditionKV] = {}
         self._restored: list[ConditionKV] = []
@@ -60,9 +61,14 @@ class KVCache:
         return self.committed
 
     @property
+    def _written(self) -> int:
+        """Latent frames committed without those that were left out: slots count these."""
+        return self.committed - self.dropped
+
+    @property
     def filled(self) -> int:
         """Latent frames that attention reads: sink, history and current chunk."""
-        return min(self.committed + self.frames, self.capacity)
+        return min(self._written + self.frames, self.capacity)
 
     @property
     def evicted(self) -> int:
@@ -99,7 +105,7 @@ class KVCache:
             raise ValueError(
                 f"A chunk of {frames} latent frames after {self.committed} does not fit a clip of {self.total_frames}."
             )
-        if self.committed + frames > self.capacity and frames > self.capacity - self.settings.sink:
+        if self._written + frames > self.capacity and frames > self.capacity - self.settings.sink:
             raise ValueError(
                 f"A chunk of {frames} latent frames does not fit a window of {self.capacity} beside a sink of "
                 f"{self.settings.sink}; use a window of at least {self.settings.sink + frames}."
@@ -113,6 +119,60 @@ class KVCache:
         self.committed += self.frames
         self.frames = 0
 
+    def kept_before(self, committed: int, frames: int) -> tuple[range, range]:
+        """Sink and history, by latent frame, that a chunk of `frames` sees after `committed` latent frames."""
+        kept = min(committed, self.capacity - frames)
+        sink = min(self.settings.sink, kept)
+        return range(sink), range(committed - (kept - sink), committed)
+
+    def rewind(self, frames: int) -> tuple[range, range]:
+        """Forget all keys and values, so that those which the next chunk sees can be written again.
+
+        For each of the two runs call `skip_to` with its first frame, then begin, write and commit its frames in
+        pieces of any size. The cache is then one that never held anything else.
+
+        Args:
+            frames: latent frames of the next chunk.
+
+        Returns:
+            `kept_before` the next chunk: sink and history.
+
+        Raises:
+            RuntimeError: inside a chunk.
+        """
+        if self.frames:
+            raise RuntimeError("KVCache.rewind inside a chunk; commit() it first.")
+        kept = self.kept_before(self.committed, frames)
+        self.committed = self.dropped = 0
+        self._mark_written()
+        return kept
+
+    def skip_to(self, frame: int) -> None:
+        """Go on at a later latent frame, as if those between had been evicted. The sink must be full.
+
+        Raises:
+            ValueError: a frame before the current one, or a sink that would stay incomplete.
+            RuntimeError: inside a chunk.
+        """
+        if self.frames:
+            raise RuntimeError("KVCache.skip_to inside a chunk; commit() it first.")
+        if frame == self.committed:
+            return
+        if frame < self.committed or self._written < self.settings.sink:
+            raise ValueError(
+                f"skip_to latent frame {frame} after {self.committed} with {self._written} written; it must lie ahead, "
+                f"and the sink's {self.settings.sink} frames must be written first."
+            )
+        self.dropped += frame - self.committed
+        self.committed = frame
+        self._mark_written()
+
+    def _mark_written(self) -> None:
+        """Every layer's keys are those of the frames committed now, where they are now."""
+        for condition in (*self._conditions.values(), *self._restored):
+            for layer in condition._layers.values():
+                layer.shift, layer.written_until = self._position_shift, self.committed
+
     def segments(self) -> list[Segment]:
         """Slots of the current chunk: the sink's own, then a ring over the rest of the buffer."""
         sink = min(self.settings.sink, self.capacity)
@@ -120,7 +180,7 @@ class KVCache:
         out: list[Segment] = []
         source = 0
         while source < self.frames:
-            frame = self.committed + source
+            frame = self._written + source
             if frame < sink:
                 slot, room = frame, sink - frame
             else:
@@ -141,7 +201,7 @@ class KVCache:
     def snapshot(self) -> dict[str, Tensor]:
         """Keys and values after a committed chunk, by "condition/layer/keys" and ".../values"; copies on the CPU.
 
-        With `committed` this is all that a later run needs to go on: see `restore`.
+        With `committed` and `dropped` this is all that a later run needs to go on: see `restore`.
 
         Raises:
             RuntimeError: inside a chunk.
@@ -156,13 +216,21 @@ class KVCache:
                 out[f"{number}/{index}/values"] = layer.values_BLND[:, :tokens].to("cpu", copy=True)
         return out
 
-    def restore(self, committed: int, snapshot: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+    def restore(
+        self,
+        committed: int,
+        snapshot: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        *,
+        dropped: int = 0,
+    ) -> None:
         """Continue where a snapshot was taken, in a cache of the same settings and length that is still unused.
 
         Conditions are matched in the order of their first use, which is the same in every run of one graph.
 
         Args:
             committed: latent frames that were committed then.
+            dropped: the cache's `dropped` then.
 
         Raises:
             ValueError: a snapshot that does not fit this cache.
@@ -172,7 +240,9 @@ class KVCache:
             raise RuntimeError("KVCache.restore into a cache that is in use; make a new one.")
         if not 0 < committed < self.total_frames:
             raise ValueError(f"The snapshot ends at latent frame {committed}; the clip has {self.total_frames}.")
-        self.committed = committed
+        if not 0 <= dropped <= committed:
+            raise ValueError(f"dropped is {dropped}; it must be in [0, {committed}], the latent frames committed.")
+        self.committed, self.dropped = committed, dropped
         restored: dict[int, ConditionKV] = {}
         for name, tensor in snapshot.items():
             number, index, part = name.split("/")
@@ -308,7 +378,7 @@ class ConditionKV:
         batch, _, heads, head_dim = keys_BLND.shape
         shape = (batch, self.cache.capacity * tokens, heads, head_dim)
         if layer is None:
-            if self.cache.committed:
+            if self.cache._written:
                 raise RuntimeError(
                     f"This condition has no keys for the first {self.cache.committed} latent frames: it must take part "
                     "in every chunk from the first one on."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -68,6 +69,29 @@ def count_forwards(schedule: DiagonalSchedule, frames: int, frames_per_chunk: in
     return schedule.nfe(made) + len(split_frames(context_frames, frames_per_chunk))
 
 
+def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) -> list[tuple[int, int]]:
+    """(start_frame, frames) of every piece that is cached at once: the given context's, then the chunks."""
+    counts = [
+        *split_frames(context_frames, frames_per_chunk),
+        *split_frames(frames - context_frames, frames_per_chunk),
+    ]
+    return list(zip(accumulate(counts, initial=0), counts, strict=False))
+
+
+def count_recache(cache: KVCache, frames: int, frames_per_chunk: int, chunk: int, context_frames: int = 0) -> int:
+    """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`)."""
+    pieces = split_pieces(frames, frames_per_chunk, context_frames)
+    start, count = pieces[len(split_frames(context_frames, frames_per_chunk)) + chunk]
+    runs = cache.kept_before(start, count)
+    return sum(_overlap(run, at, size) is not None for run in runs for at, size in pieces)
+
+
+def _overlap(run: range, start: int, frames: int) -> slice | None:
+    """Which of a piece's frames lie in a run, counted inside the piece; None if none do."""
+    low, high = max(run.start, start), min(run.stop, start + frames)
+    return slice(low - start, high - start) if low < high else None
+
+
 def mix(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Rectified flow: (1 - sigma) * x0 + sigma * noise."""
     return (1.0 - sigma) * x0 + sigma * noise
@@ -85,6 +109,8 @@ def sample_chunks(
     source: Callable[[int, int], Tensor] | None = None,
     exit_step: Callable[[int], int] | None = None,
     first_chunk: int = 0,
+    recache: Callable[[int], bool] | None = None,
+    history: dict[int, Tensor] | None = None,
 ) -> Iterator[Chunk]:
     """Denoise a clip chunk by chunk, each conditioned through the cache on the ones before it.
 
@@ -102,6 +128,12 @@ def sample_chunks(
         source: (start_frame, frames) -> clean latents that a schedule starting below sigma 1 is mixed from.
         exit_step: chunk index -> the step, from 0, whose denoised keeps its gradient.
         first_chunk: go on at this chunk, in a cache that was restored to its beginning; the context is in there.
+        recache: called with a chunk's index, from 0, before it begins: the place to change what `denoise` is
+            conditioned on. True has the keys and values that the chunk will see written again first, oldest first,
+            from the finished latents at the noise level they were cached at. LongLive's KV recache (arXiv 2509.22622)
+            for every context mode. The cache is then the one that a clip of only these frames would have left.
+        history: with `recache`: finished latents [B, C, n, H, W] by start_frame, those that a window may still see.
+            It is kept here; a caller that goes on at `first_chunk` gives what it was then.
 
     Yields:
         Chunk, in order.
@@ -131,20 +163,53 @@ def sample_chunks(
                 "start the schedule at sigma 1 or give a source latent."
             )
 
-    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int) -> None:
+    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> None:
         x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
+        x = x[:, :, rows]
+        at += rows.start or 0
         with torch.no_grad():
             denoise(
                 x,
-                Forward(chunk=chunk, start_frame=at, frames=x0.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
+                Forward(chunk=chunk, start_frame=at, frames=x.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
             )
+
+    def write_given(x0: Tensor, at: int, rows: slice = slice(None)) -> None:
+        # Draws of given context count down from -1, so that they never share noise with a chunk.
+        write_context(x0, 0, schedule.given_context_sigma, at, -1 - at, rows)
+
+    finished: dict[int, Tensor] = {} if history is None else history
+
+    def write_again(count: int) -> None:
+        for run in cache.rewind(count):
+            cache.skip_to(run.start)
+            for at, x0 in sorted(finished.items()):
+                rows = _overlap(run, at, x0.shape[2])
+                if rows is None:
+                    continue
+                cache.begin(rows.stop - rows.start)
+                if at < given:
+                    write_given(x0, at, rows)
+                else:
+                    made = (at - given) // frames_per_chunk
+                    write_context(x0, made, schedule.context_sigma_of(made), at, made, rows)
+                cache.commit()
+
+    def keep(at: int, x0: Tensor) -> None:
+        """Remember finished latents, and forget those that no later chunk sees."""
+        if recache is None:
+            return
+        finished[at] = x0.detach()
+        sink = cache.settings.sink
+        oldest = cache.committed - (cache.capacity - sink)
+        for old in [old for old in finished if old >= sink and old + finished[old].shape[2] <= oldest]:
+            del finished[old]
 
     for piece in split_frames(0 if first_chunk else given, frames_per_chunk):
         assert context is not None
         cache.begin(piece)
-        # Draws of given context count down from -1, so that they never share noise with a chunk.
-        write_context(context[:, :, start : start + piece], 0, schedule.given_context_sigma, start, -1 - start)
+        write_given(context[:, :, start : start + piece], start)
         cache.commit()
+        keep(start, context[:, :, start : start + piece])
         start += piece
 
     for index, count in list(enumerate(counts))[first_chunk:]:
@@ -153,6 +218,8 @@ def sample_chunks(
         if exit_at is not None and not 0 <= exit_at < len(sigmas):
             raise ValueError(f"exit_step of chunk {index} is {exit_at}; it must be in [0, {len(sigmas) - 1}].")
         exit_latents = None
+        if recache is not None and recache(index) and start:
+            write_again(count)
         cache.begin(count)
         x = x0 = noise(index, INITIAL_STEP, count)
         if source is not None and sigmas[0] < 1:
@@ -169,5 +236,6 @@ def sample_chunks(
         if schedule.cache_pass_sigma is not None:
             write_context(x0, index, schedule.cache_pass_sigma, start, index)
         cache.commit()
+        keep(start, x0)
         yield Chunk(index=index, start_frame=start, latents=x0, exit_latents=exit_latents)
         start += count

@@ -50,6 +50,10 @@ class CausalRun:
         self._text.clear()
         self._rope.clear()
 
+    def forget_text(self) -> None:
+        """The prompt has changed: its keys and values are computed again."""
+        self._text.clear()
+
     def rope(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Rotations of one grid and position; a run uses few, and only the newest position comes again."""
         if key not in self._rope:

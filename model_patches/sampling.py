@@ -23,12 +23,13 @@ from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
-from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, sample_chunks, split_frames
+from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
 from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
+from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, check_prompts, schedule_of
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ class StreamedChunk:
         cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call only.
         forwards: forwards of the clip so far.
         patcher: the MODEL that is sampling, which must stay loaded.
+        history: with a prompt schedule, finished latents in the model's space by start_frame (see sample_chunks).
+        live: prompts that the run was given so far.
     """
 
     index: int
@@ -118,6 +121,8 @@ class StreamedChunk:
     cache: KVCache
     forwards: int
     patcher: ModelPatcher
+    history: Mapping[int, Tensor]
+    live: tuple[LivePrompt, ...]
 
 
 CONTEXT = -1
@@ -131,11 +136,17 @@ class Resume:
         chunk: the first chunk to make, counted from 0.
         committed: latent frames before it, context included.
         load: gives the KVCache's snapshot there; called once, and what it gives is not kept.
+        dropped: the KVCache's.
+        load_history: gives StreamedChunk's history there.
+        live: StreamedChunk's.
     """
 
     chunk: int
     committed: int
     load: Callable[[], Mapping[str, Tensor]]
+    dropped: int = 0
+    load_history: Callable[[], Mapping[int, Tensor]] = dict
+    live: tuple[LivePrompt, ...] = ()
 
 
 def plan_clip(
@@ -226,6 +237,7 @@ def sample_latent(
     on_chunk: Callable[[Chunk], None] | None = None,
     context: Tensor | None = None,
     optical_flow: FlowConditioning | None = None,
+    prompts: PromptBox | None = None,
 ) -> dict[str, Any]:
     """Denoise a LATENT with a causal MODEL.
 
@@ -242,6 +254,7 @@ def sample_latent(
         on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
         context: latent frames that the clip begins with (see plan_clip); they count in the latent's length.
         optical_flow: motion to follow; of strength 0 it is as none.
+        prompts: where prompts come from while the run goes on, if the positive is a prompt schedule.
 
     Returns:
         a new LATENT.
@@ -287,7 +300,7 @@ def sample_latent(
         positive,
         negative,
         plan,
-        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk, flow_run=flow_run),
+        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk, flow_run=flow_run, prompts=prompts),
         initial,
         samples,
         seed=seed,
@@ -314,6 +327,7 @@ def stream_latent(
     resume: Resume | None = None,
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    prompts: PromptBox | None = None,
 ) -> None:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
 
@@ -325,7 +339,8 @@ def stream_latent(
         plan: from plan_clip; its shape is the whole clip's.
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
-        positive, negative, seed, cfg, callback, on_progress: as in sample_latent. Progress counts on when resumed.
+        positive, negative, seed, cfg, callback, on_progress, prompts: as in sample_latent. Progress counts on when
+            resumed.
 
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
@@ -338,7 +353,14 @@ def stream_latent(
         positive,
         negative,
         plan,
-        DiagonalSampler(plan, _seeded_noise(plan, seed), on_progress=on_progress, stream=on_chunk, resume=resume),
+        DiagonalSampler(
+            plan,
+            _seeded_noise(plan, seed),
+            on_progress=on_progress,
+            stream=on_chunk,
+            resume=resume,
+            prompts=prompts,
+        ),
         chunk,
         chunk.clone(),
         seed=seed,
@@ -432,8 +454,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
         stream: Callable[[StreamedChunk], None] | None = None,
         resume: Resume | None = None,
         flow_run: FlowRun | None = None,
+        prompts: PromptBox | None = None,
     ) -> None:
         self.flow_run = flow_run
+        self.prompts = prompts
         self.plan = plan
         self.noise = noise
         self.on_progress = on_progress
@@ -469,10 +493,14 @@ class DiagonalSampler(comfy.samplers.Sampler):
             flow_run.finished(context)
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
-        done = 0
+        done, current, history = 0, 0, {}
         if resume is not None:
-            cache.restore(resume.committed, resume.load(), noise.device)
+            cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
+            history = {start: x.to(noise.device) for start, x in resume.load_history().items()}
+        prompt_run = self._prompt_run(model_wrap, run)
+        if prompt_run is not None and resume is not None:
+            done += prompt_run.forwards_before(resume.chunk)
 
         def frames_of(tensor: Tensor, at: Forward) -> Tensor:
             return tensor[:, :, at.start_frame : at.start_frame + at.frames]
@@ -480,6 +508,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
         def denoise(x: Tensor, at: Forward) -> Tensor:
             nonlocal done
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if prompt_run is not None:
+                prompt_run.listen()
             chunk_sigmas = torch.tensor([*plan.schedule.chunk_sigmas(at.chunk), 0.0], device=x.device)
             transformer_options["sample_sigmas"] = chunk_sigmas
             model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
@@ -496,14 +526,15 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at)
             done += 1
+            total = plan.forwards if prompt_run is None else plan.forwards + prompt_run.extra_forwards
             if callback is not None:
-                callback(done - 1, denoised, x, plan.forwards)
+                callback(done - 1, denoised, x, total)
             if self.on_progress is not None:
                 self.on_progress(
                     Progress(
                         forwards=done,
-                        total=plan.forwards,
-                        chunk=at.chunk,
+                        total=total,
+                        chunk=max(at.chunk, current),  # a recache visits earlier chunks again
                         chunks=plan.chunks,
                         step=at.step,
                         steps=at.steps,
@@ -521,6 +552,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
             start = 0 if streaming else start  # a stream's latent is one chunk, and empty
             return latent_image[:, :, start : start + frames]
 
+        def recache(chunk: int) -> bool:
+            nonlocal current
+            current = chunk
+            return prompt_run.begin(chunk)
+
         def give(index: int, latents: Tensor) -> None:
             latents = model_wrap.inner_model.process_latent_out(latents.to(torch.float32))
             self.stream(
@@ -530,6 +566,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
                     cache=cache,
                     forwards=done,
                     patcher=model_wrap.model_patcher,
+                    history=history,
+                    live=() if prompt_run is None else tuple(prompt_run.live),
                 )
             )
 
@@ -546,6 +584,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 context=context,
                 source=flow_run.source if starts else None if latent_image is None else source,
                 first_chunk=0 if resume is None else resume.chunk,
+                recache=None if prompt_run is None else recache,
+                history=history,
             ):
                 _require_finite(chunk, plan.chunks)
                 if flow_run is not None:
@@ -562,6 +602,47 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 flow_run.free()
             transformer_options.pop(RUN_KEY, None)
         return output
+
+    def _prompt_run(self, model_wrap, run: CausalRun) -> PromptRun | None:
+        """What changes the positive prompt over time; None where it is one prompt, and nothing is done then."""
+        plan, cache, conds = self.plan, run.cache, model_wrap.conds
+        positive = conds["positive"]
+        schedule = schedule_of([(cond.get("cross_attn"), cond) for cond in positive])
+        if schedule is None:
+            return None
+        # Prompts of other lengths change the order of forwards: a snapshot's must not depend on it.
+        for number, name in enumerate(("positive", "negative")):
+            for cond in conds.get(name, ()):
+                cache.condition((number, cond["uuid"]))
+        text = next(cond for cond in positive if SCHEDULE_KEY in cond)["model_conds"]["c_crossattn"]
+        # ComfyUI gives conditions with areas partners that share their text.
+        sharing = [c for found in conds.values() for c in found if c["model_conds"].get("c_crossattn") is text]
+
+        def set_context(context: Tensor) -> None:
+            for cond in sharing:
+                cond["model_conds"] = {**cond["model_conds"], "c_crossattn": type(text)(context)}
+            run.forget_text()
+
+        patcher = model_wrap.model_patcher
+        loaded = patcher.loaded_size()
+
+        def reload() -> None:
+            resident = any(other is patcher for other in comfy.model_management.loaded_models())
+            if not resident or patcher.loaded_size() < loaded:
+                comfy.model_management.load_models_gpu([patcher])
+
+        sizes = (plan.shape[2], plan.settings.frames_per_chunk)
+        return PromptRun(
+            schedule,
+            chunks=plan.chunks,
+            frames_per_chunk=plan.settings.frames_per_chunk,
+            context_frames=plan.context_frames,
+            set_context=set_context,
+            recache_forwards=lambda chunk: count_recache(cache, *sizes, chunk, plan.context_frames) if chunk else 0,
+            box=self.prompts,
+            after_encoding=reload,
+            live=() if self.resume is None else self.resume.live,
+        )
 
     def _context(self, model_wrap, noise: Tensor) -> Tensor | None:
         given = self.plan.given
@@ -605,6 +686,7 @@ def _check_conditionings(model: ModelPatcher, positive: list, negative: list) ->
             reason = _unsupported(extra)
             if reason is not None:
                 raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
+    check_prompts(positive, negative)
     return len(positive) + len(negative)
 
 

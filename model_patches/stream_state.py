@@ -53,6 +53,8 @@ class StreamState:
         frames: pixel frames in the video.
         size: bytes of the video, 0 for a folder of images.
         forwards: forwards made.
+        dropped: the KV cache's.
+        live: prompts that came while it was made (prompts.LivePrompt, as mappings).
         run: seed, schedule and settings, for people who open the file.
     """
 
@@ -64,6 +66,8 @@ class StreamState:
     frames: int = 0
     size: int = 0
     forwards: int = 0
+    dropped: int = 0
+    live: Sequence[Mapping[str, Any]] = ()
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .context_frames import TEMPORAL_STRIDE, encode_context
+from .prompts import LivePrompt, PromptBox, schedule_of
 from .sampling import CONTEXT, ClipPlan, Progress, Resume, StreamedChunk, plan_clip, stream_latent
 from .stream_decode import DecodeHandle, StreamDecoder, stream_decoder
 from .stream_state import (
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 MAX_SECONDS = 24 * 3600.0
 MAX_FPS = 240.0
-KEYS_VALUES, DECODER, TAIL = "keys_values/", "decoder/", "tail/"
+KEYS_VALUES, DECODER, TAIL, HISTORY = "keys_values/", "decoder/", "tail/", "history/"
 _TAIL = "frames"
 GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context")
 """The inputs whose nodes decide the result; all others are in StreamOptions."""
@@ -174,11 +175,13 @@ def stream_video(
     on_progress: Callable[[Progress], None] | None = None,
     on_frames: Callable[[StreamProgress], None] | None = None,
     announce: Callable[[str], None] | None = None,
+    prompts: PromptBox | None = None,
 ) -> StreamResult:
     """Make a video, or go on with the one that the same graph left unfinished.
 
     Args:
-        model, positive, negative, schedule, callback, on_progress: as in sampling.sample_latent.
+        model, positive, negative, schedule, callback, on_progress, prompts: as in sampling.sample_latent. Prompts
+            that came while it ran are in the state.
         vae: decodes; it also encodes the last frames for `context`.
         context: latent frames that the video begins with (see sampling.plan_clip); they count in its length.
         metadata: what the file carries, by name.
@@ -193,6 +196,7 @@ def stream_video(
     plan = _plan(model, schedule, options, context)
     if plan.given is not None and plan.given.shape[0] != 1:
         raise ValueError(f"context holds {plan.given.shape[0]} videos; one is written here. Give the frames of one.")
+    _warn_about_rate(positive, options)
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}
     )
@@ -235,6 +239,7 @@ def stream_video(
                 resume=opened.resume(),
                 callback=callback,
                 on_progress=run.watched(on_progress),
+                prompts=prompts,
             )
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
@@ -252,6 +257,19 @@ def stream_video(
         video = InputImpl.VideoFromFile(str(opened.path))
     last = encode_context(vae, run.tail, plan.settings.frames_per_chunk).latent
     return StreamResult(path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message)
+
+
+def _warn_about_rate(positive: list, options: StreamOptions) -> None:
+    """Prompts at seconds of another frame rate would begin at other moments of this video."""
+    prompts = schedule_of(positive)
+    for rate in sorted({entry.fps for entry in prompts.entries if entry.at.unit == "seconds"} if prompts else ()):
+        if rate != options.fps:
+            log.warning(
+                "The prompt schedule counts seconds at %g frames a second and the video has %g: its prompts begin at "
+                "other moments. Set the same fps in both.",
+                rate,
+                options.fps,
+            )
 
 
 def _plan(model: ModelPatcher, schedule: DiagonalSchedule, options: StreamOptions, context: Tensor | None) -> ClipPlan:
@@ -334,6 +352,9 @@ class _Opened:
             chunk=self.state.chunk,
             committed=self.state.committed,
             load=lambda: load_tensors(self.state_path, KEYS_VALUES),
+            dropped=self.state.dropped,
+            load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
+            live=tuple(LivePrompt(**prompt) for prompt in self.state.live),
         )
 
     def announcement(self, options: StreamOptions) -> str:
@@ -521,6 +542,7 @@ class _Run:
         tensors = {f"{KEYS_VALUES}{name}": tensor for name, tensor in chunk.cache.snapshot().items()}
         tensors |= {f"{DECODER}{name}": tensor for name, tensor in self._decoder.snapshot().items()}
         tensors[TAIL + _TAIL] = self._thread.tail
+        tensors |= {f"{HISTORY}{start}": latents.cpu() for start, latents in chunk.history.items()}
         before = self.opened.state
         state = StreamState(
             digest=before.digest,
@@ -528,6 +550,8 @@ class _Run:
             latent_frames=self.plan.shape[2],
             chunk=chunk.index + 1,
             committed=chunk.cache.committed,
+            dropped=chunk.cache.dropped,
+            live=[asdict(prompt) for prompt in chunk.live],
             frames=mark.frames,
             size=mark.size,
             forwards=chunk.forwards,

@@ -10,6 +10,7 @@ from .demo_loader import DiagonalDemoLoader
 from .flow_conditioning import DiagonalFlowConditioning
 from .flow_preview import DiagonalFlowPreview
 from .model_loader import DiagonalModelLoader
+from .prompt_schedule import DiagonalPromptSchedule
 from .routes import add_routes
 from .schedule import DiagonalScheduleNode
 from .stream_video import DiagonalStreamVideo
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     DiagonalCausalAttention,
     DiagonalDemoLoader,
     DiagonalScheduleNode,
+    DiagonalPromptSchedule,
     DiagonalContextFrames,
     DiagonalFlowConditioning,
     DiagonalFlowPreview,

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..model_patches.sampling import sample_latent
 from .common import CATEGORY, ContextType, FlowType, ScheduleType
 from .live import LiveReport, preview_callback
+from .steering import steerable
 
 
 class DiagonalChunkSampler(io.ComfyNode):
@@ -23,7 +24,9 @@ class DiagonalChunkSampler(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A causal MODEL, from Diagonal Model Loader or Diagonal Causal Attention."
                 ),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."
+                ),
                 io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
                 io.Latent.Input(
                     "latent_image",
@@ -89,19 +92,21 @@ class DiagonalChunkSampler(io.ComfyNode):
         optical_flow=None,
     ) -> io.NodeOutput:
         live = LiveReport(cls.hidden.unique_id, model)
-        result = sample_latent(
-            model,
-            positive,
-            negative,
-            latent_image,
-            schedule,
-            seed=seed,
-            cfg=cfg,
-            denoise=denoise,
-            callback=preview_callback(model),
-            on_progress=live.progress,
-            on_chunk=live.chunk,
-            context=context,
-            optical_flow=optical_flow,
-        )
+        with steerable(positive) as prompts:
+            result = sample_latent(
+                model,
+                positive,
+                negative,
+                latent_image,
+                schedule,
+                seed=seed,
+                cfg=cfg,
+                denoise=denoise,
+                callback=preview_callback(model),
+                on_progress=live.progress,
+                on_chunk=live.chunk,
+                context=context,
+                optical_flow=optical_flow,
+                prompts=prompts,
+            )
         return io.NodeOutput(result)

@@ -4,6 +4,7 @@ from aiohttp import web
 from server import PromptServer
 
 from .schedule import drawing
+from .steering import PROMPT_ROUTE, post_prompt
 
 SCHEDULE_ROUTE = "/diagonal/schedule"
 
@@ -13,6 +14,7 @@ def add_routes() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         server.routes.get(SCHEDULE_ROUTE)(get_schedule)
+        server.routes.post(PROMPT_ROUTE)(post_prompt)
 
 
 async def get_schedule(request: web.Request) -> web.Response:

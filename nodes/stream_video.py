@@ -8,6 +8,7 @@ from ..model_patches.streaming import MAX_FPS, MAX_SECONDS, StreamOptions, Strea
 from ..model_patches.video_writer import FORMATS, MAX_CRF, png_name
 from .common import CATEGORY, ContextType, ScheduleType
 from .live import LiveReport, preview_callback
+from .steering import steerable
 
 STREAM_EVENT = "diagonal.stream"
 DEFAULT_STATE_EVERY = 20
@@ -29,7 +30,9 @@ class DiagonalStreamVideo(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A causal MODEL, from Diagonal Model Loader or Diagonal Causal Attention."
                 ),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."
+                ),
                 io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
                 io.Vae.Input("vae", tooltip="The VAE of the model: Wan 2.1, lighttaew2_1, or the demo's."),
                 ScheduleType.Input("schedule", tooltip="From Diagonal Schedule."),
@@ -178,22 +181,24 @@ class DiagonalStreamVideo(io.ComfyNode):
             metadata |= {} if prompt is None else {"prompt": prompt}
         live = LiveReport(node_id, model)
         reporter = _StreamReporter(node_id, live)
-        result = stream_video(
-            model,
-            positive,
-            negative,
-            vae,
-            schedule,
-            options,
-            context=context,
-            metadata=metadata,
-            prompt=prompt,
-            node_id=node_id,
-            callback=preview_callback(model),
-            on_progress=live.progress,
-            on_frames=reporter.frames,
-            announce=reporter.announce,
-        )
+        with steerable(positive) as prompts:
+            result = stream_video(
+                model,
+                positive,
+                negative,
+                vae,
+                schedule,
+                options,
+                context=context,
+                metadata=metadata,
+                prompt=prompt,
+                node_id=node_id,
+                callback=preview_callback(model),
+                on_progress=live.progress,
+                on_frames=reporter.frames,
+                announce=reporter.announce,
+                prompts=prompts,
+            )
         reporter.announce(result.message)
         if format == "png":
             folder = f"{result.subfolder}/{result.path.name}".lstrip("/")

@@ -95,6 +95,7 @@ class ListKV:
     frames: int = 0
     current: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)  # frames that were never written
 
     @property
     def cache(self) -> ListKV:
@@ -129,6 +130,7 @@ class ListKV:
         unturned = turn_in_time(keys, -own, self.time_scale)
         self.current[layer] = (unturned, values)
         kept = kept_frames(self.start + self.frames, self.settings.window, self.settings.sink)
+        kept = [frame for frame in kept if frame not in self.missing]
         past = [self.history[layer][frame] for frame in kept if frame < self.start]
         at = torch.arange(len(kept)) if self.counts_in_window else torch.tensor(kept)
         all_keys = torch.cat([*(k for k, _ in past), unturned], dim=1)

@@ -1,0 +1,189 @@
+"""Prompts over time: how rows are read, which chunk a time is in, and what each chunk is conditioned on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flow import TIME_FACTOR
+
+SWITCHES = ("recache", "keep", "blend")
+UNITS = ("seconds", "chunk")
+_SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"(?P<chunk>chunk\s*)?(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+GRAMMAR = (
+    "Write a time, a colon and a prompt in each row, such as '0: a red circle moves right', '5s: ...', '1.5m: ...' or "
+    "'chunk 12: ...' (seconds, minutes; chunks count from 1)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTime:
+    """When a prompt begins: `value` in seconds from 0, or a chunk counted from 1 (of those that are made)."""
+
+    value: float
+    unit: str = "seconds"
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"unit is {self.unit!r}; choose one of {', '.join(UNITS)}.")
+        if self.unit == "chunk" and not (self.value >= 1 and float(self.value).is_integer()):
+            raise ValueError(f"chunk is {self.value:g}; chunks are whole numbers and count from 1.")
+        if not (math.isfinite(self.value) and self.value >= 0):
+            raise ValueError(f"The time is {self.value} seconds; it must be 0 or more.")
+
+    def __str__(self) -> str:
+        return f"chunk {self.value:g}" if self.unit == "chunk" else f"{self.value:g}s"
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the beginning of the clip."""
+        return self.value == (1 if self.unit == "chunk" else 0)
+
+    def chunk(self, fps: float, frames_per_chunk: int, context_frames: int = 0) -> int:
+        """The chunk, counted from 0, that begins with this prompt: of a time, the one that shows that moment.
+
+        Args:
+            fps: pixel frames a second.
+            context_frames: latent frames that are given at the start; times within them are in chunk 0.
+        """
+        if self.unit == "chunk":
+            return int(self.value) - 1
+        pixel_frame = math.floor(self.value * fps + 1e-6)
+        latent_frame = -(-pixel_frame // TIME_FACTOR)  # the first holds one pixel frame, each other four
+        return max(0, latent_frame - context_frames) // frames_per_chunk
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One row: its number in the text, from 1, its time and its prompt."""
+
+    row: int
+    at: PromptTime
+    text: str
+
+
+def parse_prompts(text: str) -> tuple[PromptRow, ...]:
+    """Read rows of times and prompts; empty rows and rows that begin with # are skipped.
+
+    Raises:
+        ValueError: a row that cannot be read, with its number, or rows out of order.
+    """
+    rows: list[PromptRow] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        head, colon, prompt = line.partition(":")
+        found = _TIME.fullmatch(head.strip())
+        if not colon or found is None:
+            raise ValueError(
+                f"Row {number} is {_short(line)!r}, which does not begin with a time and a colon. {GRAMMAR}"
+            )
+        value, unit = float(found["number"]), found["unit"].lower()
+        if found["chunk"] and unit or unit not in _SECONDS:
+            raise ValueError(f"Row {number} begins with {head.strip()!r}, whose unit {unit!r} is unknown. {GRAMMAR}")
+        try:
+            at = PromptTime(value, "chunk") if found["chunk"] else PromptTime(value * _SECONDS[unit])
+        except ValueError as error:
+            raise ValueError(f"Row {number} begins with {head.strip()!r}: {error} {GRAMMAR}") from None
+        if not prompt.strip():
+            raise ValueError(f"Row {number} ({at}) has no prompt behind its colon. {GRAMMAR}")
+        rows.append(PromptRow(number, at, prompt.strip()))
+    if not rows:
+        raise ValueError(f"text has no prompt. {GRAMMAR}")
+    return tuple(rows)
+
+
+def require_order(times: Sequence[tuple[str, PromptTime]]) -> None:
+    """Check that times of one unit rise.
+
+    Args:
+        times: what a person calls it, such as "row 3", and the time.
+
+    Raises:
+        ValueError: naming the first two that do not.
+    """
+    latest: dict[str, tuple[str, PromptTime]] = {}
+    for name, at in times:
+        before = latest.get(at.unit)
+        if before is not None and at.value <= before[1].value:
+            raise ValueError(
+                f"{name} ({at}) comes after {before[0]} ({before[1]}); times must rise from prompt to prompt. Move it, "
+                "or change its time."
+            )
+        latest[at.unit] = (name, at)
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkPrompt:
+    """A prompt from one chunk on.
+
+    Attributes:
+        chunk: counted from 0.
+        text: the prompt.
+        context: [1, tokens, text_dim] its embedding.
+        switch: "recache" has the window's keys and values written again under it, "keep" leaves them, "blend" leaves
+            them and goes over from the prompt before in steps.
+        blend_chunks: chunks with a mixture, at least 1; no effect on the other two.
+    """
+
+    chunk: int
+    text: str
+    context: Tensor
+    switch: str = "recache"
+    blend_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        require_switch(self.switch, self.blend_chunks)
+
+
+def require_switch(switch: str, blend_chunks: int) -> None:
+    """Raises ValueError for an unknown switch or less than one chunk to blend over."""
+    if switch not in SWITCHES:
+        raise ValueError(f"switch is {switch!r}; choose one of {', '.join(SWITCHES)}.")
+    if blend_chunks < 1:
+        raise ValueError(f"blend_chunks is {blend_chunks}; it must be at least 1.")
+
+
+def context_at(prompts: Sequence[ChunkPrompt], chunk: int) -> Tensor:
+    """What chunk `chunk` is conditioned on: [1, tokens, text_dim].
+
+    In a blend over n chunks the embeddings are interpolated linearly: its chunk j, from 0, is (j+1)/(n+1) the new
+    prompt, the rest what the chunk before the switch was conditioned on; from its chunk n on, the new one alone.
+
+    Args:
+        prompts: in the order of their chunks, the first of chunk 0; of those of one chunk, the last counts.
+    """
+    latest = max(at for at, prompt in enumerate(prompts) if prompt.chunk <= chunk)
+    prompt = prompts[latest]
+    since = chunk - prompt.chunk
+    if prompt.switch != "blend" or prompt.chunk == 0 or since >= prompt.blend_chunks:
+        return prompt.context
+    before = context_at(prompts, prompt.chunk - 1)
+    require_same_length(before, prompt.context, prompt.text)
+    return torch.lerp(before, prompt.context, (since + 1) / (prompt.blend_chunks + 1))
+
+
+def require_same_length(before: Tensor, context: Tensor, text: str) -> None:
+    """Raises ValueError where two embeddings cannot be blended."""
+    if before.shape != context.shape:
+        raise ValueError(
+            f"The prompt {_short(text)!r} has {context.shape[1]} tokens and the one before it {before.shape[1]}: only "
+            "prompts of equal length can be blended. Use switch recache or keep, or shorten the longer prompt."
+        )
+
+
+def recaches(prompts: Sequence[ChunkPrompt], chunk: int) -> bool:
+    """Whether the window is written again before chunk `chunk`."""
+    found = [prompt for prompt in prompts if prompt.chunk == chunk]
+    return chunk > 0 and bool(found) and found[-1].switch == "recache"

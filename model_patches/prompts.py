@@ -1,0 +1,446 @@
+"""Prompts over time on ComfyUI's values: a CONDITIONING that carries its later prompts, and what a run makes of them.
+
+The schedule lies in the dict of a CONDITIONING's first entry, which is its first prompt: nodes that know nothing of it
+take that one for the whole clip.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..diagonal_sampler.prompt_schedule import (
+    ChunkPrompt,
+    PromptTime,
+    context_at,
+    parse_prompts,
+    recaches,
+    require_order,
+    require_same_length,
+    require_switch,
+)
+
+log = logging.getLogger(__name__)
+
+SCHEDULE_KEY = "diagonal_prompt_schedule"
+MAX_WAITING = 16  # prompts that have not been read yet; more are a loop gone wrong
+
+
+class PromptSource:
+    """The CLIPs that made a schedule, by node id; the newest last. Not a dataclass: it says nothing of the result."""
+
+    def __init__(self, clips: Mapping[str, comfy.sd.CLIP]) -> None:
+        self.clips = dict(clips)
+
+    def find(self, node: str | None) -> str | None:
+        """The node that a request means: the last one if it names none; None if it names none of these."""
+        if node is None:
+            return list(self.clips)[-1]
+        # A node inside a subgraph has the ids of what it lies in before its own.
+        return next((known for known in self.clips if known == node or known.split(":")[-1] == node), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEntry:
+    """One prompt: when it begins, its text and embedding, and how the run goes over to it.
+
+    Attributes:
+        context: [1, tokens, text_dim].
+        fps: pixel frames a second, for a time in seconds.
+        switch, blend_chunks: see ChunkPrompt.
+    """
+
+    at: PromptTime
+    text: str
+    context: Tensor
+    fps: float
+    switch: str
+    blend_chunks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSchedule:
+    """The prompts of a clip, in order; the first begins it."""
+
+    entries: tuple[PromptEntry, ...]
+    source: PromptSource
+
+
+def schedule_prompts(
+    clip: comfy.sd.CLIP,
+    text: str,
+    *,
+    fps: float,
+    switch: str,
+    blend_chunks: int,
+    previous: list | None = None,
+    node_id: str | None = None,
+) -> list:
+    """Encode rows of prompts as a CONDITIONING whose first entry is the first prompt.
+
+    Args:
+        clip: encodes now, and prompts that are given while a run goes on.
+        text: see diagonal_sampler.prompt_schedule.parse_prompts.
+        fps: pixel frames a second, for times in seconds.
+        switch, blend_chunks: how each of these prompts follows the one before it.
+        previous: a CONDITIONING to go on from: another schedule, or one prompt, which then begins the clip.
+        node_id: what live prompts name.
+
+    Raises:
+        ValueError: rows that cannot be read, or prompts that cannot follow each other, with the row and the remedy.
+    """
+    if clip is None:
+        raise ValueError("clip is empty: the checkpoint has no text encoder. Load one with Load CLIP.")
+    require_switch(switch, blend_chunks)
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; it must be above 0 frames a second (Wan: 16).")
+    rows = parse_prompts(text)
+    extra: dict[str, Any] = {}
+    before: tuple[PromptEntry, ...] = ()
+    clips: dict[str, comfy.sd.CLIP] = {}
+    if previous is not None:
+        before, extra, clips = _open(previous, fps)
+    elif not rows[0].at.is_start:
+        raise ValueError(
+            f"Row {rows[0].row} begins at {rows[0].at} and nothing comes before it; begin with a row '0: ...', or "
+            "connect previous."
+        )
+    names = [(f"Prompt {number} of previous", entry.at) for number, entry in enumerate(before, start=1)]
+    require_order([*names, *((f"Row {row.row}", row.at) for row in rows)])
+    entries = list(before)
+    for row in rows:
+        try:
+            context, found = encode(clip, row.text)
+        except ValueError as error:
+            raise ValueError(f"Row {row.row} ({row.at}): {error}") from error
+        if entries and switch == "blend":
+            require_same_length(entries[-1].context, context, row.text)
+        if not entries:
+            extra = found
+        elif found.get("hooks") is not None and found["hooks"] is not extra.get("hooks"):
+            raise ValueError(
+                f"Row {row.row} ({row.at}): the CLIP carries hooks that the first prompt has not; hooks apply from the "
+                "first prompt to the last. Use the same CLIP for all, or apply the LoRA to the whole MODEL."
+            )
+        entries.append(
+            PromptEntry(at=row.at, text=row.text, context=context, fps=fps, switch=switch, blend_chunks=blend_chunks)
+        )
+    clips = {name: known for name, known in clips.items() if name != node_id} | {str(node_id): clip}
+    schedule = PromptSchedule(entries=tuple(entries), source=PromptSource(clips))
+    return [[entries[0].context, {**extra, SCHEDULE_KEY: schedule}]]
+
+
+def _open(previous: list, fps: float) -> tuple[tuple[PromptEntry, ...], dict[str, Any], dict[str, comfy.sd.CLIP]]:
+    """Prompts, first entry's dict and CLIPs of a CONDITIONING that is gone on from."""
+    if len(previous) != 1:
+        raise ValueError(
+            f"previous holds {len(previous)} prompts that apply at the same time; a schedule goes on from one. Combine "
+            "conditionings after the schedule instead."
+        )
+    found = schedule_of(previous, "previous")
+    context, extra = previous[0]
+    extra = {key: value for key, value in extra.items() if key != SCHEDULE_KEY}
+    if found is not None:
+        return found.entries, extra, found.source.clips
+    first = PromptEntry(
+        at=PromptTime(0), text="(from previous)", context=context, fps=fps, switch="keep", blend_chunks=1
+    )
+    return (first,), extra, {}
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> tuple[Tensor, dict[str, Any]]:
+    """The embedding [1, tokens, text_dim] of a prompt, and what ComfyUI keeps beside it.
+
+    Raises:
+        ValueError: a text that the CLIP cannot read, or a CLIP whose hooks change over a run.
+    """
+    found = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    if len(found) != 1:
+        raise ValueError(
+            f"The CLIP has hooks with {len(found)} keyframes; a prompt needs one embedding. Use a hook of constant "
+            "strength."
+        )
+    return found[0][0], found[0][1]
+
+
+def schedule_of(conditioning: list, name: str = "positive") -> PromptSchedule | None:
+    """The schedule that a CONDITIONING carries, None without one.
+
+    Raises:
+        ValueError: several schedules, or one whose first prompt another node has changed.
+    """
+    found = [(context, extra[SCHEDULE_KEY]) for context, extra in conditioning if extra.get(SCHEDULE_KEY) is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(
+            f"The {name} conditioning combines {len(found)} prompt schedules; one run follows one. Chain them by "
+            "previous of Diagonal Prompt Schedule."
+        )
+    ((context, schedule),) = found
+    if not _is_first(context, schedule):
+        raise ValueError(
+            f"The {name} conditioning comes from a Diagonal Prompt Schedule, but another node has changed its first "
+            "prompt (concat, average, ...), and cannot change the later ones. Put that node before previous."
+        )
+    return schedule
+
+
+def _is_first(context: Tensor, schedule: PromptSchedule) -> bool:
+    first = schedule.entries[0].context
+    return context is first or (context.shape == first.shape and bool(torch.equal(context, first)))
+
+
+def check_prompts(positive: list, negative: list) -> None:
+    """Refuse, by name, prompt schedules that a run cannot follow.
+
+    Raises:
+        ValueError: see schedule_of; a schedule in the negative.
+    """
+    schedule_of(positive)
+    # ConditioningZeroOut and the like keep the dict of what they empty: that is no schedule.
+    for context, extra in negative:
+        if extra.get(SCHEDULE_KEY) is not None and _is_first(context, extra[SCHEDULE_KEY]):
+            raise ValueError(
+                "The negative conditioning is a prompt schedule; only the positive one changes over time. Use CLIP "
+                "Text Encode for the negative."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivePrompt:
+    """A prompt that was given while the run went on, from `chunk` (from 0) on; `node` names its CLIP."""
+
+    chunk: int
+    text: str
+    node: str
+    switch: str
+    blend_chunks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptNow:
+    """What chunk `chunk` (from 0) of `chunks` is conditioned on; `nodes` are those of the schedule."""
+
+    chunk: int
+    chunks: int
+    text: str
+    nodes: tuple[str, ...]
+
+
+class NotSteerable(RuntimeError):
+    """The run takes no prompt any more: it has ended, is in its last chunk, or is too far behind."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptRequest:
+    """A prompt on its way into a run. `answer` gets the LivePrompt, or ValueError or NotSteerable."""
+
+    text: str
+    node: str
+    switch: str | None = None
+    blend_chunks: int | None = None
+    answer: Future[LivePrompt]
+
+
+class PromptBox:
+    """Where other threads leave prompts for one run, which reads them between two forwards.
+
+    Args:
+        on_chunk: called in the sampling thread when a chunk begins.
+    """
+
+    def __init__(self, on_chunk: Callable[[PromptNow], None] | None = None) -> None:
+        self.on_chunk = on_chunk
+        self._lock = threading.Lock()
+        self._waiting: list[PromptRequest] = []
+        self._closed = False
+
+    def post(self, request: PromptRequest) -> None:
+        """Leave a prompt. Raises NotSteerable."""
+        with self._lock:
+            if self._closed:
+                raise NotSteerable("The run has just ended; queue it again.")
+            if len(self._waiting) >= MAX_WAITING:
+                raise NotSteerable(f"{MAX_WAITING} prompts wait already; wait until the run has read them.")
+            request.answer.set_running_or_notify_cancel()  # nobody cancels it from here on
+            self._waiting.append(request)
+
+    def take(self) -> list[PromptRequest]:
+        """Those that wait, oldest first; they are the caller's then."""
+        if not self._waiting:  # a list's truth needs no lock, and this is asked at every forward
+            return []
+        with self._lock:
+            taken, self._waiting = self._waiting, []
+        return taken
+
+    def close(self) -> None:
+        """End it, and say so to all that wait."""
+        with self._lock:
+            self._closed = True
+            taken, self._waiting = self._waiting, []
+        for request in taken:
+            request.answer.set_exception(NotSteerable("The run ended before it could take the prompt."))
+
+
+class ConditionSetter(Protocol):
+    """Puts a text embedding into the run's conditions."""
+
+    def __call__(self, context: Tensor, /) -> None: ...
+
+
+class PromptRun:
+    """One run's prompts: which one each chunk has, and those that come while it goes on.
+
+    Args:
+        schedule: from the positive conditioning.
+        chunks, frames_per_chunk, context_frames: of the clip; the last two in latent frames.
+        set_context: puts an embedding into the run's conditions.
+        recache_forwards: chunk -> forwards that writing its window again takes.
+        box: where live prompts come from.
+        after_encoding: called when the CLIP has been used, which may have pushed the model out of memory.
+        live: prompts that an earlier part of this run was given.
+    """
+
+    def __init__(
+        self,
+        schedule: PromptSchedule,
+        *,
+        chunks: int,
+        frames_per_chunk: int,
+        context_frames: int,
+        set_context: ConditionSetter,
+        recache_forwards: Callable[[int], int],
+        box: PromptBox | None = None,
+        after_encoding: Callable[[], None] = lambda: None,
+        live: Sequence[LivePrompt] = (),
+    ) -> None:
+        self.schedule, self.box = schedule, box
+        self._chunks = chunks
+        self._set, self._recache_forwards, self._after_encoding = set_context, recache_forwards, after_encoding
+        self._prompts = _resolve(schedule, chunks, frames_per_chunk, context_frames)
+        self.live: list[LivePrompt] = []
+        self._next = 0  # the chunk that the next live prompt can begin with
+        self._costs = self._count()
+        self._current: Tensor | None = None
+        for prompt in live:
+            self._add(prompt)
+
+    @property
+    def extra_forwards(self) -> int:
+        """Forwards that all known recaches take."""
+        return sum(self._costs.values())
+
+    def forwards_before(self, chunk: int) -> int:
+        """Forwards that the recaches of the chunks before `chunk` took."""
+        return sum(forwards for at, forwards in self._costs.items() if at < chunk)
+
+    def _count(self) -> dict[int, int]:
+        chunks = {prompt.chunk for prompt in self._prompts}
+        return {chunk: self._recache_forwards(chunk) for chunk in chunks if recaches(self._prompts, chunk)}
+
+    def begin(self, chunk: int) -> bool:
+        """Condition the run on what `chunk` shows; whether its window is to be written again first."""
+        self._next = chunk
+        self.listen()
+        self._next = chunk + 1
+        context = context_at(self._prompts, chunk)
+        if context is not self._current:
+            self._set(context)
+            self._current = context
+        if self.box is not None and self.box.on_chunk is not None:
+            self.box.on_chunk(
+                PromptNow(
+                    chunk=chunk,
+                    chunks=self._chunks,
+                    text=[prompt.text for prompt in self._prompts if prompt.chunk <= chunk][-1],
+                    nodes=tuple(self.schedule.source.clips),
+                )
+            )
+        return recaches(self._prompts, chunk)
+
+    def listen(self) -> None:
+        """Take live prompts; they begin with the next chunk."""
+        for request in () if self.box is None else self.box.take():
+            last = self.schedule.entries[-1]
+            prompt = LivePrompt(
+                chunk=self._next,
+                text=request.text,
+                node=request.node,
+                switch=request.switch or last.switch,
+                blend_chunks=request.blend_chunks or last.blend_chunks,
+            )
+            try:
+                if prompt.chunk >= self._chunks:
+                    raise NotSteerable("The last chunk is being made: nothing comes after it.")
+                self._add(prompt)
+            except comfy.model_management.InterruptProcessingException:
+                request.answer.set_exception(NotSteerable("The run was cancelled."))
+                raise
+            # Whatever a tokenizer or a text encoder raises is about this text; the run goes on without it.
+            except Exception as error:
+                request.answer.set_exception(error)
+            else:
+                log.info("From chunk %d of %d: %s", prompt.chunk + 1, self._chunks, prompt.text)
+                request.answer.set_result(prompt)
+
+    def _add(self, prompt: LivePrompt) -> None:
+        clip = self.schedule.source.clips.get(prompt.node, list(self.schedule.source.clips.values())[-1])
+        try:
+            context, _ = encode(clip, prompt.text)
+        finally:
+            self._after_encoding()
+        added = ChunkPrompt(
+            chunk=prompt.chunk,
+            text=prompt.text,
+            context=context,
+            switch=prompt.switch,
+            blend_chunks=prompt.blend_chunks,
+        )
+        # Of the prompts of one chunk the last counts: this one.
+        prompts = sorted([*self._prompts, added], key=lambda known: known.chunk)
+        for chunk in {added.chunk, *(known.chunk for known in prompts if known.switch == "blend")}:
+            context_at(prompts, chunk)  # refuses a blend that cannot be, before anything has changed
+        self._prompts = prompts
+        self._costs = self._count()
+        self.live.append(prompt)
+
+
+def _resolve(schedule: PromptSchedule, chunks: int, frames_per_chunk: int, context_frames: int) -> list[ChunkPrompt]:
+    """The prompts by chunk, with warnings for those that no chunk shows."""
+    found: list[ChunkPrompt] = []
+    for number, entry in enumerate(schedule.entries):
+        chunk = 0 if number == 0 else entry.at.chunk(entry.fps, frames_per_chunk, context_frames)
+        if chunk >= chunks:
+            log.warning(
+                "The prompt at %s (%r) comes after the end: the video has %d chunks.", entry.at, entry.text, chunks
+            )
+            continue
+        found.append(
+            ChunkPrompt(
+                chunk=chunk,
+                text=entry.text,
+                context=entry.context,
+                switch=entry.switch,
+                blend_chunks=entry.blend_chunks,
+            )
+        )
+    found.sort(key=lambda prompt: prompt.chunk)  # seconds and chunks may alternate
+    for first, second in zip(found, found[1:], strict=False):
+        if first.chunk == second.chunk:
+            log.warning(
+                "%r and %r begin in the same chunk, %d; the second counts.", first.text, second.text, 1 + first.chunk
+            )
+    for prompt in found:
+        if prompt.switch == "blend":
+            context_at(found, prompt.chunk)  # refuses lengths that cannot be blended before the run begins
+    return found

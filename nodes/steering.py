@@ -1,0 +1,195 @@
+"""New prompts for the run that goes on: from the canvas, or by one HTTP call of the client that queued it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from ..diagonal_sampler.prompt_schedule import require_switch
+from ..model_patches.prompts import NotSteerable, PromptBox, PromptNow, PromptRequest, PromptSource, schedule_of
+
+PROMPT_ROUTE, PROMPT_EVENT = "/diagonal/prompt", "diagonal.prompt"
+MAX_BODY = 64 * 1024  # bytes
+MAX_TEXT = 16 * 1024  # characters
+ANSWER_SECONDS = 30.0  # a prompt is read between two forwards, and a large model's take a while
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steerable:
+    """A run that takes prompts, and the client and prompt of ComfyUI's queue that it belongs to."""
+
+    box: PromptBox
+    source: PromptSource
+    client_id: str | None
+    prompt_id: str | None
+
+
+class _Runs:
+    """The runs that go on now. ComfyUI runs one graph at a time, but nothing here depends on it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: list[_Steerable] = []
+
+    def add(self, run: _Steerable) -> None:
+        with self._lock:
+            self._runs.append(run)
+
+    def remove(self, run: _Steerable) -> None:
+        with self._lock:
+            self._runs.remove(run)
+
+    def all(self) -> list[_Steerable]:
+        with self._lock:
+            return list(self._runs)
+
+
+_RUNS = _Runs()
+
+
+@contextlib.contextmanager
+def steerable(positive: list) -> Iterator[PromptBox | None]:
+    """While it is open, the run whose positive comes from a prompt schedule takes prompts; None without a schedule."""
+    schedule = schedule_of(positive)
+    if schedule is None:
+        yield None
+        return
+    server = PromptServer.instance
+    client_id, prompt_id = server.client_id, server.last_prompt_id
+    nodes = list(schedule.source.clips)
+
+    def tell(**data: Any) -> None:
+        if client_id is not None:  # without one it would go to every page
+            server.send_sync(PROMPT_EVENT, {"prompt_id": prompt_id, "nodes": nodes, **data}, client_id)
+
+    def on_chunk(now: PromptNow) -> None:
+        tell(running=True, chunk=now.chunk + 1, chunks=now.chunks, text=now.text)
+
+    box = PromptBox(on_chunk)
+    run = _Steerable(box=box, source=schedule.source, client_id=client_id, prompt_id=prompt_id)
+    _RUNS.add(run)
+    try:
+        yield box
+    finally:
+        _RUNS.remove(run)
+        box.close()
+        tell(running=False)
+
+
+class _Refused(Exception):
+    """An answer other than success: HTTP status and message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def post_prompt(request: web.Request) -> web.Response:
+    """Hand a prompt to the run that goes on; it begins with the next chunk.
+
+    The body is JSON: client_id and text, and as one likes prompt_id, node (of the schedule), switch, blend_chunks. The
+    answer has text, chunk (counted from 1) and switch, or an error: 400 a body that is not that, 403 another client's
+    run, 404 a node or prompt_id that does not run, 409 nothing runs or it is too late, 413 too large, 422 a text that
+    cannot be used. 202: the run has not looked yet.
+    """
+    try:
+        body = await _body(request)
+        run, node = _find(body)
+        # Asked last: the answer comes from the sampling thread, which encodes the text between two forwards.
+        answer: Future = Future()
+        try:
+            run.box.post(
+                PromptRequest(
+                    text=body["text"],
+                    node=node,
+                    switch=body.get("switch"),
+                    blend_chunks=body.get("blend_chunks"),
+                    answer=answer,
+                )
+            )
+            prompt = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(answer)), ANSWER_SECONDS)
+        except NotSteerable as error:
+            raise _Refused(409, str(error)) from error
+        except asyncio.TimeoutError:
+            message = "The run has not looked yet; the prompt begins with the chunk after it does."
+            return web.json_response({"text": body["text"], "message": message}, status=202)
+        except Exception as error:  # of the tokenizer or the text encoder
+            raise _Refused(422, f"The prompt cannot be used: {error}") from error
+    except _Refused as refusal:
+        return web.json_response({"error": str(refusal)}, status=refusal.status)
+    return web.json_response({"text": prompt.text, "chunk": prompt.chunk + 1, "switch": prompt.switch})
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    """The checked body."""
+    data = bytearray()
+    async for part in request.content.iter_chunked(MAX_BODY):
+        data += part
+        if len(data) > MAX_BODY:
+            raise _Refused(413, f"The body is larger than {MAX_BODY} bytes; send a shorter prompt.")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise _Refused(400, 'The body is not JSON; send {"client_id": "...", "text": "..."}.') from None
+    if not isinstance(body, dict):
+        raise _Refused(400, 'The body is no JSON object; send {"client_id": "...", "text": "..."}.')
+    for name, kinds, needed in (
+        ("client_id", (str,), True),
+        ("text", (str,), True),
+        ("prompt_id", (str,), False),
+        ("node", (str, int), False),
+        ("switch", (str,), False),
+        ("blend_chunks", (int,), False),
+    ):
+        value = body.get(name)
+        if value is None and not needed:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join({str: "text", int: "a whole number"}[kind] for kind in kinds)
+            raise _Refused(
+                400, f"{name} is {'missing' if name not in body else repr(value)[:60]}; it must be {wanted}."
+            )
+    if not body["text"].strip():
+        raise _Refused(400, "text is empty; write a prompt.")
+    if len(body["text"]) > MAX_TEXT:
+        raise _Refused(413, f"text has {len(body['text'])} characters; the most is {MAX_TEXT}.")
+    try:
+        require_switch(body.get("switch") or "keep", 1 if body.get("blend_chunks") is None else body["blend_chunks"])
+    except ValueError as error:
+        raise _Refused(400, str(error)) from None
+    return body
+
+
+def _find(body: dict[str, Any]) -> tuple[_Steerable, str]:
+    """The run that a request means, and the node of its schedule."""
+    runs = _RUNS.all()
+    if not runs:
+        raise _Refused(
+            409,
+            "No run takes prompts now. Queue a graph in which Diagonal Prompt Schedule feeds positive of Diagonal "
+            "Chunk Sampler or Diagonal Stream Video, and send while that node runs.",
+        )
+    own = [run for run in runs if run.client_id is not None and run.client_id == body["client_id"]]
+    if not own:
+        raise _Refused(
+            403, "The run belongs to another client; only the one that queued it can steer it (its client_id)."
+        )
+    if body.get("prompt_id") is not None:
+        own = [run for run in own if run.prompt_id == body["prompt_id"]]
+        if not own:
+            raise _Refused(404, f"prompt_id {body['prompt_id']!r} does not run now; leave it out to steer what does.")
+    node = None if body.get("node") is None else str(body["node"])
+    for run in reversed(own):
+        if (found := run.source.find(node)) is not None:
+            return run, found
+    known = ", ".join(name for run in own for name in run.source.clips)
+    raise _Refused(404, f"node {node!r} is in no schedule that runs; those that do are {known}. Or leave node out.")

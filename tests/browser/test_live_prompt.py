@@ -1,0 +1,74 @@
+"""The field in the Diagonal Prompt Schedule node that steers the run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+RED, BLUE = "a red circle moves right", "a blue circle moves right"
+
+
+@pytest.fixture
+def page(frontend):
+    """The demo with a prompt schedule in the place of its positive prompt."""
+    frontend.errors.clear()
+    frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+    frontend.page.evaluate(
+        """(text) => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            const node = LiteGraph.createNode("DiagonalPromptSchedule");
+            app.graph.add(node);
+            node.pos = [-420, 40];
+            node.widgets.find((widget) => widget.name === "text").value = text;
+            find("DiagonalDemoLoader").connect(1, node, node.inputs.findIndex((input) => input.name === "clip"));
+            const sampler = find("DiagonalChunkSampler");
+            node.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "positive"));
+            find("EmptyARVideoLatent").widgets.find((widget) => widget.name === "length").value = 369;
+            app.canvas.ds.scale = 0.9;
+            app.canvas.ds.offset = [540, 120];
+        }""",
+        f"0: {RED}",
+    )
+    frontend.page.wait_for_selector(".diagonal-prompt .line", state="attached")
+    frontend.page.evaluate(
+        """() => {
+            window.lines = [];
+            const line = document.querySelector(".diagonal-prompt .line");
+            new MutationObserver(() => lines.push(line.textContent)).observe(line, {childList: true});
+        }"""
+    )
+    return frontend.page
+
+
+def wait_line(page, words: str) -> None:
+    page.wait_for_function("words => lines.some((line) => line.includes(words))", arg=words, timeout=90_000)
+
+
+def test_a_prompt_is_sent_while_the_run_goes_on(page, comfy_server, frontend):
+    field, button = page.locator(".diagonal-prompt textarea"), page.locator(".diagonal-prompt button")
+    field.fill("a purple dog")
+    assert button.is_disabled()
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    wait_line(page, "Chunk 2 of 31")
+    button.click()
+    wait_line(page, "words the demo model does not know")
+    field.fill(BLUE)
+    field.press("Control+Enter")
+    wait_line(page, "(recache): " + BLUE)
+    assert field.input_value() == ""
+    wait_line(page, f": {BLUE}")
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=ARTIFACTS / "live_prompt.png")
+    comfy_server.post("/interrupt", {})
+    wait_line(page, "The run has ended")
+    field.fill(BLUE)
+    assert button.is_disabled()
+    saved = page.evaluate("() => app.graph.serialize().nodes.find((n) => n.type === 'DiagonalPromptSchedule')")
+    assert saved["widgets_values"] == [f"0: {RED}", "recache", 4, 16]
+    # A refused prompt is an answer, not an error of the page; the browser notes its status all the same.
+    assert [line for line in frontend.errors if "/diagonal/prompt" not in line] == []

@@ -1,0 +1,349 @@
+"""Prompts over time on ComfyUI's Wan: when they switch, what the cache holds then, and what is refused."""
+
+import threading
+from concurrent.futures import Future
+
+import comfy.samplers
+import folder_paths
+import node_helpers
+import pytest
+import torch
+
+from diagonal_sampler.sampler import count_forwards
+from diagonal_sampler.schedule import DiagonalSchedule
+
+DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
+CLEAN = DiagonalSchedule.preset("self forcing", steps=(2,))
+WINDOW = {"window": 9, "sink": 3}
+FRAMES, SWITCH = 18, 4  # 6 chunks; the fifth has another prompt, when frames have been evicted
+
+
+class RandomClip:
+    """Stands in for a CLIP: a prompt is random numbers of its own; "long" has more tokens."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def tokenize(self, text):
+        if "dog" in text:
+            raise ValueError("dog is unknown; known words are cat")
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        self.encoded.append((text, threading.get_ident()))
+        generator = torch.Generator().manual_seed(sum(text.encode()))
+        return [[torch.randn(1, 24 if "long" in text else 16, 64, generator=generator), {"pooled_output": None}]]
+
+    def __call__(self, text):
+        return self.encode_from_tokens_scheduled(text)
+
+
+@pytest.fixture(scope="module")
+def prompts(pack_module):
+    return pack_module("model_patches.prompts")
+
+
+@pytest.fixture
+def clip():
+    return RandomClip()
+
+
+@pytest.fixture
+def schedule(prompts, clip):
+    def make(text, switch="recache", blend_chunks=2, previous=None, fps=16.0, node="7"):
+        return prompts.schedule_prompts(
+            clip, text, fps=fps, switch=switch, blend_chunks=blend_chunks, previous=previous, node_id=node
+        )
+
+    return make
+
+
+@pytest.fixture
+def sample(tiny_wan, causal, sample_latent):
+    def run(positive, negative=(), frames=FRAMES, noise_schedule=CLEAN, settings=WINDOW, **more):
+        model = causal(tiny_wan, **settings)
+        latent = {"samples": torch.zeros(1, 16, frames, 4, 4)}
+        return sample_latent(model, positive, list(negative), latent, noise_schedule, seed=5, **more)["samples"]
+
+    return run
+
+
+def same_until(a, b):
+    """The first latent frame in which two clips differ."""
+    differ = [(a[:, :, frame] != b[:, :, frame]).any().item() for frame in range(a.shape[2])]
+    return differ.index(True) if any(differ) else None
+
+
+def test_a_standard_sampler_takes_the_first_prompt(tiny_wan, clip, schedule):
+    def euler(conditioning):
+        noise = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(4))
+        guider = comfy.samplers.CFGGuider(tiny_wan)
+        guider.set_conds(conditioning, conditioning)
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, noise * 0, sampler, torch.tensor([1.0, 0.5, 0.0]), disable_pbar=True)
+
+    assert torch.equal(euler(schedule("0: a\n1s: b")), euler(clip("a")))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("switch", ["recache", "keep", "blend"])
+def test_a_prompt_switches_at_its_chunk(sample, clip, schedule, switch, cfg):
+    plain = sample(clip("a"), clip("not this"), cfg=cfg)
+    found = sample(schedule(f"0: a\nchunk {SWITCH + 1}: b", switch), clip("not this"), cfg=cfg)
+    assert same_until(plain, found) == 3 * SWITCH
+    assert (plain[:, :, 3 * SWITCH :] - found[:, :, 3 * SWITCH :]).abs().max() > 0.01
+
+
+def test_a_schedule_of_one_prompt_is_that_prompt_bit_by_bit(sample, clip, schedule):
+    for noise_schedule in (CLEAN, DIAGONAL):
+        plain = sample(clip("a"), clip("n"), cfg=2.0, noise_schedule=noise_schedule)
+        assert torch.equal(sample(schedule("0: a"), clip("n"), cfg=2.0, noise_schedule=noise_schedule), plain)
+    # The same words again, with the window kept: nothing changes either.
+    assert torch.equal(sample(schedule("0: a\nchunk 3: a", "keep")), sample(clip("a")))
+
+
+def test_recache_and_keep_differ_and_other_lengths_work(sample, clip, schedule):
+    text = "0: a\nchunk 5: b is long"
+    recached, kept = (sample(schedule(text, switch), clip("n"), cfg=2.0) for switch in ("recache", "keep"))
+    assert same_until(recached, kept) == 3 * SWITCH
+    plain = sample(clip("a"), clip("n"), cfg=2.0)
+    assert same_until(recached, plain) == 3 * SWITCH
+
+
+def test_a_recache_is_as_if_the_window_had_always_had_the_prompt(sample, clip, schedule, pack_module):
+    """With the whole clip in the window: the same latents, cached from the first chunk on under the new prompt."""
+    given = sample(clip("a"), frames=9, settings={})
+    found = sample(schedule("0: a\nchunk 4: b"), settings={})
+    assert torch.equal(found[:, :, :9], given)
+    # Those frames as context, under "b": their keys and values are what the recache writes.
+    draw = pack_module("diagonal_sampler.noise").SeededNoise(5, (1, 16, 4, 4))
+    later = sample(
+        clip("b"), settings={}, context=given, noise=lambda chunk, step, n: draw(max(chunk, -3) + 3, step, n)
+    )
+    assert (later - found).abs().max() < 1e-4
+
+
+def test_a_blend_goes_over_in_equal_steps(tiny_wan, sample, clip, schedule):
+    seen = []
+    embedding = tiny_wan.model.diffusion_model.text_embedding
+    embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    sample(schedule("0: a\nchunk 3: b", "blend", 2))
+    a, b = clip("a")[0][0], clip("b")[0][0]
+    forwards = len(seen) // 6
+    assert forwards * 6 == len(seen) == count_forwards(CLEAN, FRAMES, 3)
+    for chunk, text in enumerate([a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, b]):
+        for found in seen[chunk * forwards : (chunk + 1) * forwards]:
+            torch.testing.assert_close(found, text)
+
+
+def test_every_forward_is_counted(sample, clip, schedule):
+    seen = []
+    sample(schedule("0: a\nchunk 2: b\nchunk 5: c"), on_progress=seen.append)
+    plain = count_forwards(CLEAN, FRAMES, 3)
+    # Before chunk 2 one chunk is written again; before chunk 5 the sink and one chunk: a window of 9 without its own 3.
+    assert [p.forwards for p in seen] == list(range(1, plain + 1 + 2 + 1))
+    assert {p.total for p in seen} == {plain + 3}
+    assert [p.chunk for p in seen] == sorted(p.chunk for p in seen)
+
+
+def test_times_chain_and_areas(sample, clip, schedule, tiny_wan, causal, sample_latent):
+    by_time = sample(schedule("0: a\n2s: b", "keep"))  # pixel frame 32 is in latent frame 8, the third chunk
+    assert same_until(by_time, sample(clip("a"))) == 6
+    chained = schedule("chunk 3: b", "keep", previous=clip("a"), node="8")
+    assert torch.equal(sample(chained), by_time)
+    again = schedule("chunk 5: c", "recache", previous=chained, node="9")
+    assert same_until(sample(again), by_time) == 12
+    right = node_helpers.conditioning_set_values(schedule("0: d\nchunk 2: e"), {"area": (4, 4, 0, 4), "strength": 1.0})
+    latent = {"samples": torch.zeros(1, 16, 9, 4, 8)}
+    found = sample_latent(causal(tiny_wan), clip("a") + right, clip("n"), latent, CLEAN, seed=1, cfg=2.0)["samples"]
+    plain = node_helpers.conditioning_set_values(clip("d"), {"area": (4, 4, 0, 4), "strength": 1.0})
+    other = sample_latent(causal(tiny_wan), clip("a") + plain, clip("n"), latent, CLEAN, seed=1, cfg=2.0)["samples"]
+    assert same_until(found, other) == 3
+
+
+def test_a_prompt_after_the_end_or_in_the_same_chunk_is_said(sample, clip, schedule, caplog):
+    found = sample(schedule("0: a\n0.6s: b\nchunk 9: c", "keep"))
+    assert same_until(found, sample(clip("a"))) == 3
+    assert "'c'" in caplog.text and "has 6 chunks" in caplog.text
+    caplog.clear()
+    sample(schedule("0: a\n0.6s: b\nchunk 2: c", "keep"))
+    assert "'b' and 'c' begin in the same chunk, 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("5s: a", {}, "Row 1 begins at 5s and nothing comes before it"),
+        ("0: a\n3s: a dog", {}, r"Row 2 \(3s\): dog is unknown; known words are cat"),
+        ("0: a\n3: long", {"switch": "blend"}, "'long' has 24 tokens and the one before it 16"),
+        ("0: a", {"switch": "cut"}, "switch is 'cut'"),
+        ("0: a", {"fps": 0.0}, "fps is 0.0"),
+        ("0: a\n5: b\n2: c", {}, r"Row 3 \(2s\) comes after Row 2 \(5s\)"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_row(schedule, text, options, words):
+    with pytest.raises(ValueError, match=words):
+        schedule(text, **options)
+
+
+def test_conditionings_that_cannot_follow_are_refused(sample, clip, schedule):
+    positive = schedule("0: a\nchunk 2: b")
+    with pytest.raises(ValueError, match="combines 2 prompt schedules"):
+        sample(positive + schedule("0: c"))
+    with pytest.raises(ValueError, match="negative conditioning is a prompt schedule"):
+        sample(clip("a"), positive, cfg=2.0)
+    changed = [[positive[0][0] * 2, positive[0][1]]]
+    with pytest.raises(ValueError, match="another node has changed its first prompt"):
+        sample(changed)
+    assert same_until(sample(clip("a"), changed, cfg=2.0), sample(clip("a"), clip("b"), cfg=2.0)) == 0
+    with pytest.raises(ValueError, match="previous holds 2 prompts"):
+        schedule("3s: b", previous=clip("a") + clip("b"))
+    with pytest.raises(ValueError, match="must rise"):
+        schedule("chunk 2: b", previous=positive)
+
+
+# While it runs
+
+
+def post(prompts, box, text, **more):
+    answer = Future()
+    box.post(prompts.PromptRequest(text=text, node="7", answer=answer, **more))
+    return answer
+
+
+def test_a_live_prompt_begins_with_the_next_chunk(sample, clip, schedule, prompts):
+    now, answers = [], []
+    box = prompts.PromptBox(now.append)
+
+    def steer(progress):
+        if progress.chunk == 1 and progress.step == 0:
+            answers.append(post(prompts, box, "b", switch="keep"))
+            answers.append(post(prompts, box, "a dog"))
+
+    found = sample(schedule("0: a"), prompts=box, on_progress=steer)
+    assert torch.equal(found, sample(schedule("0: a\nchunk 3: b", "keep")))
+    assert answers[0].result().chunk == 2
+    with pytest.raises(ValueError, match="known words are cat"):
+        answers[1].result()
+    assert [(p.chunk, p.text) for p in now] == [(0, "a"), (1, "a"), *((k, "b") for k in range(2, 6))]
+    assert now[0].chunks == 6 and now[0].nodes == ("7",)
+
+
+def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, clip, schedule, prompts):
+    box, totals = prompts.PromptBox(), []
+
+    def steer(progress):
+        totals.append((progress.forwards, progress.total))
+        if progress.chunk == 0 and progress.step == 1:
+            post(prompts, box, "b")
+
+    found = sample(schedule("0: a\nchunk 4: c"), prompts=box, on_progress=steer)
+    assert torch.equal(found, sample(schedule("0: a\nchunk 2: b\nchunk 4: c")))
+    assert totals[-1][0] == totals[-1][1] == totals[0][1] + 1
+
+
+def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts):
+    box, answers = prompts.PromptBox(), []
+
+    def steer(progress):
+        if progress.chunk == 5 and progress.step == 0:
+            answers.append(post(prompts, box, "b"))
+
+    sample(schedule("0: a"), prompts=box, on_progress=steer)
+    with pytest.raises(prompts.NotSteerable, match="last chunk is being made"):
+        answers[0].result()
+    waiting = post(prompts, box, "b")
+    box.close()
+    with pytest.raises(prompts.NotSteerable, match="ended before"):
+        waiting.result()
+    with pytest.raises(prompts.NotSteerable, match="just ended"):
+        post(prompts, box, "b")
+
+
+# Straight to the disk
+
+
+@pytest.fixture(scope="module")
+def demo(pack_module):
+    model, clip, vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute().result
+    return model, clip, vae
+
+
+@pytest.fixture
+def stream(pack_module, demo, prompts, tmp_path, monkeypatch):
+    """`stream(text, **more)`: latents of every chunk that was made of a video of 7 chunks, states after each."""
+    streaming = pack_module("model_patches.streaming")
+    model, clip, vae = demo
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+
+    def run(text, switch="recache", **more):
+        found = []
+        submit = streaming.StreamDecoder.submit
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                streaming.StreamDecoder, "submit", lambda self, x: (found.append(x.clone()), submit(self, x))[1]
+            )
+            positive = prompts.schedule_prompts(clip, text, fps=16.0, switch=switch, blend_chunks=2, node_id="7")
+            options = streaming.StreamOptions(
+                width=64,
+                height=64,
+                seconds=5.0,
+                fps=16,
+                seed=3,
+                filename_prefix="v",
+                format="png",
+                cfg=2.0,
+                state_every=1,
+            )
+            try:
+                streaming.stream_video(model, positive, negative, vae, CLEAN, options, **more)
+            except Stop:
+                pass
+        return found
+
+    yield run
+    folder_paths.set_output_directory(before)
+
+
+class Stop(Exception):
+    """What a test stops a run with."""
+
+
+def stop_at(chunk, *, box=None, prompts=None, at=None):
+    def report(progress):
+        if at is not None and (progress.chunk, progress.step) == (at, 0):
+            post(prompts, box, "a blue square moves up")
+        if (progress.chunk, progress.step) == (chunk, 1):
+            raise Stop
+
+    return report
+
+
+TEXT = "0: a red circle moves right\nchunk 5: a blue square moves up"
+
+
+@pytest.mark.parametrize("switch", ["recache", "blend"])
+def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch):
+    whole = stream(TEXT, switch)
+    assert len(whole) == 7
+    for stopped in (3, 4, 5):
+        lines = []
+        made = stream(TEXT, switch, on_progress=stop_at(stopped))
+        made += stream(TEXT, switch, announce=lines.append)
+        assert f"after chunk {stopped}" in lines[0]
+        assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+
+
+def test_a_resumed_stream_knows_its_live_prompts(stream, prompts):
+    def steered(box):
+        return stop_at(99, box=box, prompts=prompts, at=2)
+
+    box = prompts.PromptBox()
+    whole = stream("0: a red circle moves right", prompts=box, on_progress=steered(box))
+    box = prompts.PromptBox()
+    made = stream("0: a red circle moves right", prompts=box, on_progress=stop_at(5, box=box, prompts=prompts, at=2))
+    made += stream("0: a red circle moves right")
+    assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+    assert not torch.equal(whole[-1], stream(TEXT)[-1])

@@ -1,0 +1,104 @@
+"""Prompts over time: the grammar, the chunk of a time, and the blend."""
+
+import pytest
+import torch
+from tiny_wan import caption
+
+from diagonal_sampler.prompt_schedule import ChunkPrompt, PromptTime, context_at, parse_prompts, recaches, require_order
+
+
+def test_rows_are_times_and_prompts():
+    rows = parse_prompts("0: a cat: sleeps\n\n# later\n 5s : b\n1.5m:c\nCHUNK 12: d\n.5 min: e\n2h: f")
+    assert [(row.row, str(row.at), row.text) for row in rows] == [
+        (1, "0s", "a cat: sleeps"),
+        (4, "5s", "b"),
+        (5, "90s", "c"),
+        (6, "chunk 12", "d"),
+        (7, "30s", "e"),
+        (8, "7200s", "f"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "text has no prompt"),
+        ("# only this", "text has no prompt"),
+        ("0: a\nb goes on", "Row 2 is 'b goes on'"),
+        ("0: a\nb: c", "Row 2 is 'b: c'"),
+        ("0: a\n5 days: c", "Row 2 begins with '5 days', whose unit 'days' is unknown"),
+        ("chunk 3s: c", "unit 's' is unknown"),
+        ("chunk 0: c", "chunk is 0; chunks are whole numbers and count from 1"),
+        ("chunk 1.5: c", "chunk is 1.5"),
+        ("-1: c", "Row 1 is '-1: c'"),
+        ("0: a\n3:  ", "Row 2 \\(3s\\) has no prompt"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_prompts(text)
+
+
+def test_times_must_rise():
+    times = [(f"row {row.row}", row.at) for row in parse_prompts("0: a\nchunk 2: b\n5: c\nchunk 9: d")]
+    require_order(times)
+    with pytest.raises(ValueError, match="row 3 \\(4s\\) comes after row 2 \\(5s\\)"):
+        require_order([("row 1", PromptTime(0)), ("row 2", PromptTime(5)), ("row 3", PromptTime(4))])
+    with pytest.raises(ValueError, match="must rise"):
+        require_order([("row 1", PromptTime(3, "chunk")), ("row 2", PromptTime(3, "chunk"))])
+
+
+@pytest.mark.parametrize("given", [0, 1, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_time_is_in_the_chunk_that_shows_it(given, size):
+    fps = 16.0
+    shown = {0: 0, **{frame: (frame - 1) // 4 + 1 for frame in range(1, 200)}}  # pixel frame -> latent frame
+    for frame in range(200):
+        chunk = PromptTime(frame / fps).chunk(fps, size, given)
+        start = given + chunk * size
+        assert chunk == 0 if shown[frame] < given else start <= shown[frame] < start + size
+    assert PromptTime(7, "chunk").chunk(fps, size, given) == 6
+
+
+def prompts(*parts):
+    return [
+        ChunkPrompt(chunk=chunk, text=str(at), context=caption(at), switch=switch, blend_chunks=over)
+        for at, (chunk, switch, over) in enumerate(parts)
+    ]
+
+
+def test_a_switch_is_at_once_and_a_blend_in_equal_steps():
+    found = prompts((0, "keep", 1), (2, "keep", 1), (5, "blend", 3))
+    a, b, c = (caption(at) for at in range(3))
+    expected = [a, a, b, b, b, 0.75 * b + 0.25 * c, 0.5 * b + 0.5 * c, 0.25 * b + 0.75 * c, c, c]
+    for chunk, wanted in enumerate(expected):
+        torch.testing.assert_close(context_at(found, chunk), wanted)
+
+
+def test_a_blend_that_is_interrupted_goes_on_from_where_it_was():
+    found = prompts((0, "keep", 1), (2, "blend", 3), (4, "blend", 1))
+    a, b, c = (caption(at) for at in range(3))
+    torch.testing.assert_close(context_at(found, 3), (a + b) / 2)
+    torch.testing.assert_close(context_at(found, 4), ((a + b) / 2 + c) / 2)
+    assert context_at(found, 5) is found[2].context
+
+
+def test_prompts_of_other_lengths_cannot_be_blended():
+    found = prompts((0, "keep", 1), (2, "blend", 1))
+    longer = ChunkPrompt(chunk=4, text="long", context=torch.zeros(1, 7, 8), switch="blend")
+    with pytest.raises(ValueError, match="'long' has 7 tokens and the one before it 5.*recache or keep"):
+        context_at([*found, longer], 4)
+
+
+def test_only_recache_recaches_and_the_last_of_a_chunk_counts():
+    found = prompts((0, "recache", 1), (2, "recache", 1), (3, "recache", 1), (3, "keep", 1))
+    assert [recaches(found, chunk) for chunk in range(5)] == [False, False, True, False, False]
+    assert context_at(found, 3) is found[3].context
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"switch": "cut"}, "switch is 'cut'"), ({"blend_chunks": 0}, "blend_chunks is 0")]
+)
+def test_bad_switches_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        ChunkPrompt(chunk=0, text="", context=caption(0), **change)

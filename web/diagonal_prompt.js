@@ -1,0 +1,168 @@
+// Sends a new prompt to the run that goes on, from inside the Diagonal Prompt Schedule node: it begins with the next
+// chunk. The node also shows the prompt that is being made now.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODE = "DiagonalPromptSchedule";
+const ROUTE = "/diagonal/prompt";
+const EVENT = "diagonal.prompt";
+const HEIGHT = 104; // canvas units
+const IDLE = "While a run goes on, a new prompt can be sent from here.";
+
+const STYLE = `
+.diagonal-prompt { display: flex; flex-direction: column; gap: 4px; padding: 6px; box-sizing: border-box;
+  font: 10px sans-serif; color: var(--fg-color, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px;
+  overflow: hidden; }
+.diagonal-prompt .row { display: flex; gap: 4px; flex: 1 1 auto; min-height: 0; }
+.diagonal-prompt textarea { flex: 1 1 auto; min-width: 0; resize: none; font: inherit; padding: 4px; color: inherit;
+  background: var(--bg-color, #111); border: 1px solid var(--border-color, #444); border-radius: 4px; }
+.diagonal-prompt button { flex: none; width: 56px; font: inherit; color: #fff; background: #5b8def; border: 0;
+  border-radius: 4px; cursor: pointer; }
+.diagonal-prompt button:disabled { background: rgb(128 128 128 / 0.3); color: var(--descrip-text, #999);
+  cursor: default; }
+.diagonal-prompt .line { flex: none; height: 26px; line-height: 13px; overflow: hidden; }
+.diagonal-prompt .line.error { color: #f07070; }
+`;
+
+const fields = new Set();
+
+class PromptField {
+  constructor(node) {
+    this.node = node;
+    this.running = false;
+    this.sending = false;
+    this.promptId = null;
+    this.root = document.createElement("div");
+    this.root.className = "diagonal-prompt";
+    const row = document.createElement("div");
+    row.className = "row";
+    this.text = document.createElement("textarea");
+    this.text.placeholder = "a new prompt, from the next chunk on";
+    this.text.setAttribute("aria-label", "New prompt for the run");
+    this.button = document.createElement("button");
+    this.button.type = "button";
+    this.button.textContent = "Send";
+    row.append(this.text, this.button);
+    this.line = document.createElement("div");
+    this.line.className = "line";
+    this.line.setAttribute("role", "status");
+    this.root.append(row, this.line);
+    this.text.addEventListener("input", () => this.refresh());
+    this.text.addEventListener("keydown", (event) => {
+      event.stopPropagation(); // the canvas has shortcuts of its own
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+        event.preventDefault();
+        this.send();
+      }
+    });
+    this.button.addEventListener("click", () => this.send());
+    const widget = node.addDOMWidget("live_prompt", "diagonal_prompt", this.root, {
+      serialize: false,
+      getMinHeight: () => HEIGHT,
+      getMaxHeight: () => HEIGHT,
+    });
+    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+    this.say(IDLE);
+    this.refresh();
+    this.grow();
+    const configured = node.onConfigure;
+    node.onConfigure = (...args) => {
+      const result = configured?.apply(node, args);
+      this.grow();
+      return result;
+    };
+    fields.add(this);
+    const removed = node.onRemoved;
+    node.onRemoved = (...args) => {
+      fields.delete(this);
+      return removed?.apply(node, args);
+    };
+  }
+
+  /** A node saved before it had the field is too low for it. */
+  grow() {
+    const [width, height] = this.node.computeSize();
+    const [ownWidth, ownHeight] = this.node.size;
+    if (ownWidth < width || ownHeight < height)
+      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+  }
+
+  refresh() {
+    this.button.disabled = !this.running || this.sending || !this.text.value.trim();
+  }
+
+  say(words, isError = false) {
+    this.line.textContent = words;
+    this.line.title = words;
+    this.line.classList.toggle("error", isError);
+  }
+
+  value(name) {
+    return this.node.widgets.find((widget) => widget.name === name)?.value;
+  }
+
+  onEvent(data) {
+    if (!data.nodes.some((node) => String(node).split(":").at(-1) === String(this.node.id))) return;
+    const wasRunning = this.running;
+    this.running = data.running;
+    this.promptId = data.prompt_id;
+    if (data.running) this.say(`Chunk ${data.chunk} of ${data.chunks}: ${data.text}`);
+    else if (wasRunning) this.say("The run has ended.");
+    this.refresh();
+  }
+
+  onLost() {
+    if (!this.running) return;
+    this.running = false;
+    this.say("The connection was lost.", true);
+    this.refresh();
+  }
+
+  async send() {
+    if (this.button.disabled) return;
+    const text = this.text.value.trim();
+    this.sending = true;
+    this.refresh();
+    this.say("Sending…");
+    try {
+      const reply = await api.fetchApi(ROUTE, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({
+          client_id: api.clientId,
+          prompt_id: this.promptId,
+          node: String(this.node.id),
+          text,
+          switch: this.value("switch"),
+          blend_chunks: this.value("blend_chunks"),
+        }),
+      });
+      const answer = await reply.json();
+      if (!reply.ok) this.say(answer.error ?? `The server answered ${reply.status}.`, true);
+      else {
+        if (this.text.value.trim() === text) this.text.value = "";
+        this.say(answer.message ?? `From chunk ${answer.chunk} on (${answer.switch}): ${answer.text}`);
+      }
+    } catch (error) {
+      this.say(`The server cannot be reached: ${error.message}`, true);
+    } finally {
+      this.sending = false;
+      this.refresh();
+    }
+  }
+}
+
+app.registerExtension({
+  name: "diagonal.prompt",
+  init() {
+    const style = document.createElement("style");
+    style.textContent = STYLE;
+    document.head.append(style);
+    api.addEventListener(EVENT, (event) => fields.forEach((field) => field.onEvent(event.detail)));
+    api.addEventListener("reconnecting", () => fields.forEach((field) => field.onLost()));
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) new PromptField(node);
+  },
+});
