@@ -9,7 +9,8 @@ import pytest
 from frontend import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES, START_MS, Frontend
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: playwright keeps an event loop in this thread, where other tests want to start theirs.
+@pytest.fixture(scope="module")
 def frontend(comfy_server, tmp_path_factory) -> Iterator[Frontend]:
     chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if chromium is None:

@@ -265,7 +265,7 @@ def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts)
 
 @pytest.fixture(scope="module")
 def demo(pack_module):
-    model, clip, vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute().result
+    model, clip, vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("teacher").result
     return model, clip, vae
 
 

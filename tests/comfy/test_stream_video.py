@@ -51,7 +51,7 @@ def stream_state(pack_module):
 def demo(pack_module):
     """MODEL, positive, negative, VAE of the bundled demo."""
     node = pack_module("nodes.demo_loader").DiagonalDemoLoader
-    model, clip, vae = node.execute().result
+    model, clip, vae = node.execute("teacher").result
     texts = ("a red circle moves right", "")
     yield (model, *(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts), vae)
     comfy.model_management.unload_all_models()
@@ -554,7 +554,7 @@ comfy_host.put_on_path(comfy_host.find_comfyui())
 import folder_paths, torch
 torch.set_num_threads({threads})
 folder_paths.set_output_directory({output!r})
-model, clip, vae = comfy_host.pack_module("nodes.demo_loader").DiagonalDemoLoader.execute().result
+model, clip, vae = comfy_host.pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("teacher").result
 streaming = comfy_host.pack_module("model_patches.streaming")
 from diagonal_sampler.schedule import DiagonalSchedule
 encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))

@@ -20,7 +20,7 @@ ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 def graph(text: str, *, switch: str = "recache", seed: int = 2, steps: str = "12"):
     return {
-        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {"weights": "teacher"}},
         "prompts": {
             "class_type": "DiagonalPromptSchedule",
             "inputs": {"clip": ["loader", 1], "text": text, "switch": switch, "blend_chunks": 2, "fps": 16.0},
@@ -93,7 +93,7 @@ async def run(server, body_graph, *, at: int | None = None, bodies=()):
 @pytest.fixture(scope="module")
 def frames_of(pack_module):
     """Latents [1, 16, T, 8, 8] to frames [T', 64, 64, 3] in [0, 1]."""
-    vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute().result[2]
+    vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("teacher").result[2]
     return lambda latents: vae.decode(latents)[0]
 
 

@@ -36,7 +36,7 @@ def stream_graph(prefix: str, **widgets):
     }
     links = {"model": 0, "vae": 2}
     return {
-        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {}},
+        "loader": {"class_type": "DiagonalDemoLoader", "inputs": {"weights": "teacher"}},
         "positive": {
             "class_type": "CLIPTextEncode",
             "inputs": {"text": "a red circle moves right", "clip": ["loader", 1]},
