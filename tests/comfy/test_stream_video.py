@@ -116,7 +116,7 @@ def files(folder: Path) -> list[str]:
 
 
 def children(parent: int | None = None) -> list[int]:
-    """Processes of a parent (this one), zombies too. Empty where there is no /proc."""
+    """ffmpeg's processes below a parent (this one), zombies too. Empty where there is no /proc."""
 
     def status(pid: str) -> str:
         try:
@@ -125,7 +125,8 @@ def children(parent: int | None = None) -> list[int]:
             return ""
 
     line = f"PPid:\t{parent or os.getpid()}\n"
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and line in status(pid)] if PROC else []
+    found = [(pid, status(pid)) for pid in os.listdir("/proc") if pid.isdecimal()] if PROC else []
+    return [int(pid) for pid, text in found if line in text and text.startswith("Name:\tffmpeg")]
 
 
 def recorded(streaming, monkeypatch) -> list[torch.Tensor]:
