@@ -252,7 +252,8 @@ def test_the_video_plays_while_it_grows(stream, options, format):
     stream(options(format=format), on_frames=watch)
     # A muxer holds its last frame until the next one; a state brings it out.
     assert [announced for announced, _ in seen][-1] == 32 and len(seen) >= 3
-    assert all(announced == there for announced, there in seen)
+    # Frames are announced when they are there; more may have come while the file was read.
+    assert all(announced <= there <= 32 for announced, there in seen)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
