@@ -88,7 +88,7 @@ def run(chosen: argparse.Namespace) -> None:
             long_captions=min(32, chosen.captions) if chosen.long_captions is None else chosen.long_captions,
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        evaluation = Evaluation(options, runs, demo, out, device)
+        evaluation = Evaluation(options, runs, demo, out, device, retime=chosen.retime)
         for subject in chosen_rows(chosen.rows):
             if evaluation.score(subject) is None:
                 log.info("%s: not trained", subject.name)
@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--long", type=int, default=10, help="clips in a drift rollout; 0: none")
     parser.add_argument("--long-captions", type=int, help="captions of the drift rollouts; default: 32")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--retime", action="store_true", help="measure the times of scored rows again, and no more")
     parser.add_argument("--tables-only", action="store_true", help="rebuild from OUT/rows, without sampling")
     parser.add_argument("--commands", action="store_true", help="print how to train the rows, then stop")
     parser.add_argument("--updates", type=int, help="with --commands: the budget; default: the recipe's")

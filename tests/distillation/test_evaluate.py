@@ -445,6 +445,10 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
     assert len(first.timing.clip) == 3 and min(first.timing.clip) >= min(first.timing.first_chunk) > 0
     assert 0 <= claims.spread(first, "everything").estimate <= 1
 
+    timed = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU, retime=True).score(row)
+    assert timed.timing != first.timing and replace(timed, timing=first.timing) == first
+    first = timed
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
 
