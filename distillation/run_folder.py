@@ -48,10 +48,10 @@ _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes under a temporary name, then renames."""
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Writes under a temporary name, then renames; `indent` None is one line."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
+    partial.write_text(json.dumps(value, indent=indent))
     os.replace(partial, path)
 
 

@@ -405,7 +405,7 @@ class Measured:
     def save(self, path: Path) -> None:
         """Writes JSON under a temporary name, then renames."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"version": MEASURES_VERSION, **asdict(self)})
+        write_json(path, {"version": MEASURES_VERSION, **asdict(self)}, indent=None)
 
     @classmethod
     def load(cls, path: Path) -> Measured | None:

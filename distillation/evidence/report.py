@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distillation.evidence.claims import Claim, answer_claims, spread, written
+from distillation.evidence.claims import Claim, Goal, answer_claims, shipped_goals, spread, written
 from distillation.evidence.measures import (
     DRIFTING,
     DRIFTS,
@@ -172,6 +172,19 @@ def _group_table(group: Group, results: Mapping[str, Measured], absent: Mapping[
     return f"### {group.title}\n\nThe paper: {group.paper}.\n\n{_markdown(head, lines)}"
 
 
+def _claim_text(claim: Claim) -> str:
+    lines = [f"**{claim.number}. {claim.text}** {claim.answer}.", "", f"* Rule: {claim.rule}"]
+    lines += [f"* {finding}" for finding in claim.findings]
+    for remedy in claim.remedies:
+        lines += [f"* Tried: {remedy.text}: {remedy.answer}.", *(f"  * {finding}" for finding in remedy.findings)]
+    return "\n".join(lines)
+
+
+def _goals_table(goals: Sequence[Goal]) -> str:
+    lines = [[goal.text, goal.found, "yes" if goal.reached else "**no**"] for goal in goals]
+    return _markdown(["goal", "found", "reached"], lines)
+
+
 METHOD = f"""\
 * Captions are held out: each has a combination of shape, colour and direction that no training clip shows. Noise
   depends on seed and caption only, so all rows start from the same noise.
@@ -211,18 +224,15 @@ def make_readme(
     rollout = f"; rollouts of {options.long_length} frames on {options.long_captions} captions" if options.long else ""
     places = sorted({f"{m.timing.device}, {m.timing.threads} threads" for m in results.values() if m.timing})
     busy = [m.name for m in results.values() if m.timing and m.timing.load > 1 + 0.5 * m.timing.threads]
+    goals = shipped_goals(results)
     parts = [
         "# Evidence",
         "Made by `python -m distillation.evaluate`; do not edit. "
         f"{options.captions} held-out captions, seeds {seeds}, {options.length} frames{rollout}.",
         "## Claims",
         _markdown(["", "claim", "answer", "paper"], [[str(c.number), c.text, c.answer, c.paper] for c in claims]),
-        *(
-            "\n".join(
-                [f"**{c.number}. {c.text}** {c.answer}.", "", f"* Rule: {c.rule}", *(f"* {f}" for f in c.findings)]
-            )
-            for c in claims
-        ),
+        *(_claim_text(claim) for claim in claims),
+        *(["## The shipped student", _goals_table(goals)] if goals else []),
         "## All rows",
         _main_table(results, absent, options.length),
         f"Timed on: {'; '.join(places) or 'nothing yet'}."
@@ -272,6 +282,7 @@ def make_results(
         "rows": rows,
         "absent": dict(absent),
         "claims": [asdict(claim) for claim in claims],
+        "shipped": [asdict(goal) for goal in shipped_goals(results)],
     }
 
 

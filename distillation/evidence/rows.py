@@ -34,6 +34,7 @@ class Row:
         attention: "causal", or "bidirectional": the whole clip is one chunk.
         reference: the row it is compared with, or empty.
         training: flags of distillation.train that make it; None for the shared initialisation.
+        budget: flags of its own budget of updates; empty: the one that all rows share.
         paper: what the paper says about it.
 
     Raises:
@@ -49,6 +50,7 @@ class Row:
     attention: str = "causal"
     reference: str = ""
     training: str | None = None
+    budget: str = ""
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -102,7 +104,13 @@ class Control:
 TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diagonal-4-3-2"
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
+SHIPPED, LONG_SELF_FORCING, FIVE_FAKE = "shipped", "self-forcing-380", "fake-updates-5"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
+
+
+STUDENT_FILE = "demo_student.safetensors"
+LONG_BUDGET = "--updates 380 --cooldown 80"
+FAKE_UPDATES = ("--fake-score-updates", "5")  # the paper's; the demo's recipe has 2
 
 
 def _trained(
@@ -114,18 +122,21 @@ def _trained(
     context_mode: str = "noisy",
     context_sigma: float = DEFAULT_CONTEXT_SIGMA,
     motion_weight: float = 1.0,
+    others: tuple[str, ...] = (),
+    checkpoint: str = "",
     reference: str = FULL,
+    budget: str = "",
     paper: str = "",
 ) -> Row:
-    """A trained row: its flags and its schedule are written from the same values."""
+    """A trained row: its flags and its schedule are written from the same values; `others` are flags as they are."""
     flags = ["--preset", preset, "--steps", steps, "--context-mode", context_mode]
     if context_mode == "renoise":
         flags += ["--context-sigma", repr(context_sigma)]
-    flags += ["--motion-weight", f"{motion_weight:g}"]
+    flags += ["--motion-weight", f"{motion_weight:g}", *others]
     return Row(
         name=name,
         text=text,
-        checkpoint=f"{name}.safetensors",
+        checkpoint=checkpoint or f"{name}.safetensors",
         schedule=DiagonalSchedule.from_steps(
             parse_steps(steps),
             times=PRESETS[preset].times,
@@ -134,6 +145,7 @@ def _trained(
         ),
         reference=reference,
         training=shlex.join(flags),
+        budget=budget,
         paper=paper,
     )
 
@@ -210,6 +222,25 @@ ROWS: tuple[Row, ...] = (
         _trained(f"motion-{weight:g}", f"4-3-2, motion weight {weight:g}", motion_weight=weight)
         for weight in (0.5, 2.0)
     ),
+    # Beyond the shared budget: what is shipped, and what was tried where a claim did not hold.
+    _trained(
+        SHIPPED,
+        "the shipped student: 4-3-2, 380 updates",
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
+        budget=LONG_BUDGET,
+    ),
+    _trained(
+        LONG_SELF_FORCING,
+        "Self Forcing, 380 updates",
+        "4",
+        preset="self forcing",
+        context_mode="clean",
+        motion_weight=0,
+        reference=SHIPPED,
+        budget=LONG_BUDGET,
+    ),
+    _trained(FIVE_FAKE, "4-3-2, five updates of the fake score for each of the student's", others=FAKE_UPDATES),
 )
 CONTROLS: tuple[Control, ...] = (
     Control(name="true-clips", text="true clips: what the measures can reach", decoded=False),
@@ -249,7 +280,7 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
         row: a trained one.
         runs: folder of the runs.
         teacher: weights of the shared initialisation.
-        updates: the budget, equal for all rows; None is the recipe's.
+        updates: the budget that all rows share which have none of their own; None is the recipe's.
 
     Raises:
         ValueError: a row that is not trained.
@@ -257,7 +288,8 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     if row.training is None:
         raise ValueError(f"row is {row.name!r}, the shared initialisation; it is made by distillation.train_demo.")
     run = shlex.quote(os.fspath(runs / row.name))
-    budget = "" if updates is None else f" --updates {updates}"
+    shared = "" if updates is None else f" --updates {updates}"
+    budget = f" {row.budget}" if row.budget else shared
     return (
         f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
         f"--student {shlex.quote(os.fspath(runs / INITIAL))} {row.training}{budget} && \\\n"

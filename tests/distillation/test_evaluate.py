@@ -28,12 +28,14 @@ from distillation.evidence.rows import (
     CONTROLS,
     FULL,
     INITIAL,
+    LONG_SELF_FORCING,
     MOTION_WEIGHTS,
     NAMES,
     NO_FORCING,
     NO_MOTION,
     ROWS,
     SELF_FORCING,
+    SHIPPED,
     STEPS_4_2,
     SUBJECTS,
     TEACHER,
@@ -226,15 +228,17 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
         train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
         flags = dict(zip(train[3::2], train[4::2], strict=True))
-        assert flags.pop("--recipe") == "demo" and flags["--updates"] == "7"
+        own = shlex.split(row.budget)
+        assert flags.pop("--recipe") == "demo" and flags["--updates"] == (own[1] if own else "7")
         run = flags.pop("--out")
         assert flags["--student"] == f"runs/e/{INITIAL}"
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        assert recipe.motion_weight == ({SELF_FORCING: 0} | MOTION_WEIGHTS).get(row.name, 1)
+        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0} | MOTION_WEIGHTS
+        assert recipe.motion_weight == weights.get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
-    trainings = [row.training for row in ROWS if row.training is not None]
+    trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
     assert len(set(trainings)) == len(trainings)  # nothing is trained twice
 
 
@@ -338,6 +342,27 @@ def test_a_claim_without_its_rows_is_not_tested() -> None:
     elsewhere = results(teacher={"seconds": 400})
     elsewhere[TEACHER] = replace(elsewhere[TEACHER], timing=replace(elsewhere[TEACHER].timing, threads=1))
     assert answers(elsewhere)[6] == "unclear"
+
+
+def test_a_claim_that_fails_says_what_was_tried() -> None:
+    rows = results(diagonal_4_3_2={"shape": 0.3}, fake_updates_5={"shape": 0.3})
+    claim = claims.answer_claims(rows, 81)[0]
+    assert claim.answer == "no" and [remedy.answer for remedy in claim.remedies] == ["yes", "no"]
+    assert "17 against 35" in claim.remedies[0].findings[-1]
+    del rows[LONG_SELF_FORCING]
+    remedy = claims.answer_claims(rows, 81)[0].remedies[0]
+    assert remedy.answer == "not tested" and LONG_SELF_FORCING in remedy.findings[0]
+    assert claims.answer_claims(results(), 81)[0].remedies == ()
+
+
+def test_the_shipped_student_is_held_to_its_goals() -> None:
+    goals = claims.shipped_goals(results())
+    assert len(goals) == 7 + 1 + 3 and all(goal.reached for goal in goals)
+    worse = results(shipped={"shape": 0.75, "endpoint": 1.2, "amplitude": 0.8, "saturation": 0.06})
+    missed = [goal.text.split(":")[0] for goal in claims.shipped_goals(worse) if not goal.reached]
+    assert [text.split(",")[0] for text in missed] == ["shape", "end-point error", "motion within 10% of the commanded",
+                                                       "saturation"]  # fmt: skip
+    assert claims.shipped_goals({SHIPPED: made_up(SHIPPED)}) == []
 
 
 # --- tables
@@ -561,7 +586,8 @@ def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     trained = sum(row.training is not None for row in ROWS)
     assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
-    assert printed.count("--updates 30") == trained
+    assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in ROWS)
+    assert printed.count("--updates 380 --cooldown 80") == 2
     initial = shlex.split(initial_command(tmp_path, teacher=Path("t")))
     flags = initial[3 : initial.index("&&")]
     changes = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
