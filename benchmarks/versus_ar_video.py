@@ -13,21 +13,15 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
+from models import open_host, random_prompt, random_wan  # first: it makes the repository importable
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests" / "helpers"), str(ROOT)]
-
-import comfy_host  # noqa: E402
-
-from diagonal_sampler.dit import WanConfig, WanDiT  # noqa: E402
-from diagonal_sampler.noise import INITIAL_STEP  # noqa: E402
-from diagonal_sampler.schedule import DiagonalSchedule  # noqa: E402
-from diagonal_sampler.settings import CausalSettings  # noqa: E402
+from diagonal_sampler.dit import WanConfig
+from diagonal_sampler.noise import INITIAL_STEP
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
 
 SEED = 1
 FRAMES_PER_BLOCK = 3
@@ -60,35 +54,19 @@ class ArVideoNoise:
         return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
 
 
-def random_model(dim: int, blocks: int):
-    """A causal ComfyUI MODEL with random float32 weights."""
-    import comfy.sd
-
-    torch.manual_seed(0)
-    config = WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=blocks, text_dim=TEXT_DIM)
-    network = WanDiT(config)
-    torch.nn.init.normal_(network.head.head.weight, std=0.02)
-    metadata = {"config": f'{{"transformer": {{"causal_ar": true, "text_dim": {TEXT_DIM}}}}}'}
-    return comfy.sd.load_diffusion_model_state_dict(
-        network.state_dict(), model_options={"dtype": torch.float32}, metadata=metadata
-    )
-
-
 def main() -> None:
     arguments = parse_arguments()
-    host = comfy_host.find_comfyui()
-    if host is None:
-        raise SystemExit(comfy_host.NO_COMFYUI)
-    comfy_host.put_on_path(host)
+    host = open_host()
     import comfy.samplers
 
-    make_causal = comfy_host.pack_module("model_patches.causal").make_causal
-    sample_latent = comfy_host.pack_module("model_patches.sampling").sample_latent
+    make_causal = host.pack_module("model_patches.causal").make_causal
+    sample_latent = host.pack_module("model_patches.sampling").sample_latent
 
-    model = random_model(arguments.dim, arguments.blocks)
+    dim, blocks = arguments.dim, arguments.blocks
+    model = random_wan(WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=blocks, text_dim=TEXT_DIM))
     shape = (1, 16, arguments.frames, arguments.height, arguments.width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    prompt = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(2)), {}]]
+    prompt = random_prompt(TEXT_TOKENS, TEXT_DIM)
     uniform, diagonal = DiagonalSchedule.preset("self forcing"), DiagonalSchedule.preset("diagonal 4-3-2")
     chunks = -(-arguments.frames // FRAMES_PER_BLOCK)
 
