@@ -71,14 +71,18 @@ class PromptRow:
 def parse_prompts(text: str) -> tuple[PromptRow, ...]:
     """Read rows of times and prompts; empty rows and rows that begin with # are skipped.
 
+    A single row without a colon is a prompt from the start on, so that a list of ordinary prompts (queue_batch.py's)
+    can be put here.
+
     Raises:
-        ValueError: a row that cannot be read, with its number, or rows out of order.
+        ValueError: a row that cannot be read, with its number.
     """
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if len(lines) == 1 and ":" not in lines[0][1]:
+        return (PromptRow(lines[0][0], PromptTime(0), lines[0][1]),)
     rows: list[PromptRow] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    for number, line in lines:
         head, colon, prompt = line.partition(":")
         found = _TIME.fullmatch(head.strip())
         if not colon or found is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
-from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.ar_model import CausalWanModel
 from comfy.ldm.wan.model import WanModel
@@ -228,8 +228,9 @@ class _CausalSelfAttention(_Patch):
         module, cache = self.module, forward.run.cache
         heads = module.num_heads
         split = (*x_BLC.shape[:2], heads, module.head_dim)
-        q = apply_rope1(module.norm_q(module.q(x_BLC)).view(split), forward.freqs)
-        k = apply_rope1(module.norm_k(module.k(x_BLC)).view(split), forward.freqs)
+        q = module.norm_q(module.q(x_BLC)).view(split)
+        k = module.norm_k(module.k(x_BLC)).view(split)
+        q, k = apply_rope(q, k, forward.freqs)
         v = module.v(x_BLC).view(split)
 
         samples = x_BLC.shape[0] // len(forward.conditions)

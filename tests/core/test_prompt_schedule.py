@@ -19,12 +19,19 @@ def test_rows_are_times_and_prompts():
     ]
 
 
+def test_a_single_prompt_needs_no_time():
+    (row,) = parse_prompts("# of a batch\n a red circle moves right ")
+    assert (row.row, str(row.at), row.text) == (2, "0s", "a red circle moves right")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "text has no prompt"),
         ("# only this", "text has no prompt"),
         ("0: a\nb goes on", "Row 2 is 'b goes on'"),
+        ("a\nb", "Row 1 is 'a'"),
+        ("a scene: a cat", "Row 1 is 'a scene: a cat'"),
         ("0: a\nb: c", "Row 2 is 'b: c'"),
         ("0: a\n5 days: c", "Row 2 begins with '5 days', whose unit 'days' is unknown"),
         ("chunk 3s: c", "unit 's' is unknown"),

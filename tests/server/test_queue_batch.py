@@ -31,6 +31,7 @@ COMMAND_SECONDS = 120
 pytest.importorskip("aiohttp")
 import batch_jobs  # noqa: E402
 import queue_batch  # noqa: E402
+from diagonal_sampler.prompt_schedule import parse_prompts  # noqa: E402
 
 PICTURE = {  # the seed is the colour of the picture
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "x"}, "_meta": {"title": "Prompt"}},
@@ -475,6 +476,16 @@ def test_the_prompt_goes_to_the_text_behind_positive():
     graph = {"1": _encoder(["5", 0]), "2": _encoder(), "3": _sampler("4", "4"), "4": control}
     graph["5"] = {"class_type": "PrimitiveString", "inputs": {"value": "x"}}
     assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("5", "value")]
+
+
+def test_a_prompt_schedule_takes_a_batch_prompt_as_its_only_row():
+    graph = batch_jobs.load_graph(ROOT / "workflows" / "api" / "endless_prompts.json")
+    (target,) = batch_jobs.find_prompt_targets(graph, [])
+    assert graph[target.node_id]["class_type"] == "DiagonalPromptSchedule" and target.name == "text"
+    (job,) = batch_jobs.make_jobs(["a red circle moves right"], [1], "digest")
+    text = batch_jobs.graph_for(graph, job, [target], [])[target.node_id]["inputs"]["text"]
+    (row,) = parse_prompts(text)
+    assert row.at.is_start and row.text == job.prompt
 
 
 def test_an_ambiguous_graph_is_refused_with_the_candidates_and_an_override_decides():
