@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..model_patches.previews import preview_callback
 from ..model_patches.sampling import sample_latent
-from .common import CATEGORY, ContextType, FlowType, ScheduleType
-from .live import LiveReport, preview_callback
+from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
+from .live import LiveReport
 from .steering import steerable
 
 
@@ -34,24 +35,8 @@ class DiagonalChunkSampler(io.ComfyNode):
                     "changed (video to video), inside its noise mask if it has one.",
                 ),
                 ScheduleType.Input("schedule", tooltip="From Diagonal Schedule."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise (no unit). The same seed gives the same noise on any device.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale (no unit). Distilled models use 1, which is also twice as fast: the "
-                    "negative is then ignored.",
-                ),
+                seed_input(),
+                cfg_input(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,

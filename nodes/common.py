@@ -41,3 +41,29 @@ def window_inputs() -> list[io.Input]:
             "inside the window, for any length. auto: absolute up to 21 latent frames (81 pixel frames), else window.",
         ),
     ]
+
+
+def seed_input(more: str = "The same seed gives the same noise on any device.") -> io.Input:
+    """Widget of the noise's seed. more: what its tooltip says beside that."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip=f"Seed of the noise (no unit). {more}",
+    )
+
+
+def cfg_input() -> io.Input:
+    """Widget of the guidance scale."""
+    return io.Float.Input(
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip="Guidance scale (no unit). Distilled models use 1, which is also twice as fast: the negative is then "
+        "ignored.",
+    )

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..diagonal_sampler.captions import COLOURS, DIRECTIONS, SHAPES
 from ..model_patches.demo import demo_preview, load_demo_clip, load_demo_model, load_demo_vae
+from ..model_patches.previews import PREVIEW_ATTACHMENT
 from .common import CATEGORY
-from .live import PREVIEW_ATTACHMENT
 
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
 WEIGHTS = {"student": "demo_student.safetensors", "teacher": "demo_teacher.safetensors"}

@@ -4,10 +4,11 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from server import PromptServer
 
+from ..model_patches.previews import preview_callback
 from ..model_patches.streaming import MAX_FPS, MAX_SECONDS, StreamOptions, StreamProgress, stream_video
 from ..model_patches.video_writer import FORMATS, MAX_CRF, png_name
-from .common import CATEGORY, ContextType, ScheduleType
-from .live import LiveReport, preview_callback
+from .common import CATEGORY, ContextType, ScheduleType, cfg_input, seed_input
+from .live import LiveReport
 from .steering import steerable
 
 STREAM_EVENT = "diagonal.stream"
@@ -57,23 +58,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                     round=0.001,
                     tooltip="Frames a second. Wan 2.1 makes 16.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise (no unit). To resume, keep it: set control after generate to fixed.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale (no unit). Distilled models use 1, which is also twice as fast.",
-                ),
+                seed_input("To resume, keep it: set control after generate to fixed."),
+                cfg_input(),
                 io.String.Input(
                     "filename_prefix",
                     default="video/diagonal",

@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 196; // canvas units
@@ -11,9 +12,7 @@ const MOST_FRAMES = 512; // of a long stream the newest are kept
 const MOST_BARS = 32;
 
 const STYLE = `
-.diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; box-sizing: border-box;
-  font: 10px sans-serif; color: var(--fg-color, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px;
-  overflow: hidden; user-select: none; }
+.diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; user-select: none; }
 .diagonal-preview img { height: ${PICTURE}px; width: 100%; flex: none; object-fit: contain; }
 .diagonal-preview img.small { image-rendering: pixelated; }
 .diagonal-preview img:not([src]) { visibility: hidden; }
@@ -43,36 +42,15 @@ class Preview {
     this.line = document.createElement("div");
     this.line.className = "line";
     this.root.append(this.image, this.bars, this.line);
-    const widget = node.addDOMWidget("live", "diagonal_preview", this.root, {
-      serialize: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT,
-    });
-    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+    addDrawing(node, "live", this.root, { height: HEIGHT, onRemoved: () => this.remove() });
     this.reset(null);
     this.line.textContent = "Chunks play here as they are made.";
-    this.grow();
-    const configured = node.onConfigure;
-    node.onConfigure = (...args) => {
-      const result = configured?.apply(node, args);
-      this.grow();
-      return result;
-    };
     previews.add(this);
-    const removed = node.onRemoved;
-    node.onRemoved = (...args) => {
-      previews.delete(this);
-      clearTimeout(this.timer);
-      return removed?.apply(node, args);
-    };
   }
 
-  /** A node saved before it had a preview is too low for it. */
-  grow() {
-    const [width, height] = this.node.computeSize();
-    const [ownWidth, ownHeight] = this.node.size;
-    if (ownWidth < width || ownHeight < height)
-      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+  remove() {
+    previews.delete(this);
+    clearTimeout(this.timer);
   }
 
   reset(promptId) {
@@ -89,7 +67,7 @@ class Preview {
   }
 
   belongs(data) {
-    if (String(data.node).split(":").at(-1) !== String(this.node.id)) return false;
+    if (!isNode(data.node, this.node)) return false;
     if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
     return true;
   }
@@ -164,9 +142,7 @@ class Preview {
 app.registerExtension({
   name: "diagonal.preview",
   init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
+    addStyle(STYLE);
     const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));

@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
 
 const NODE = "DiagonalPromptSchedule";
 const ROUTE = "/diagonal/prompt";
@@ -11,9 +12,7 @@ const HEIGHT = 104; // canvas units
 const IDLE = "While a run goes on, a new prompt can be sent from here.";
 
 const STYLE = `
-.diagonal-prompt { display: flex; flex-direction: column; gap: 4px; padding: 6px; box-sizing: border-box;
-  font: 10px sans-serif; color: var(--fg-color, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px;
-  overflow: hidden; }
+.diagonal-prompt { display: flex; flex-direction: column; gap: 4px; padding: 6px; }
 .diagonal-prompt .row { display: flex; gap: 4px; flex: 1 1 auto; min-height: 0; }
 .diagonal-prompt textarea { flex: 1 1 auto; min-width: 0; resize: none; font: inherit; padding: 4px; color: inherit;
   background: var(--bg-color, #111); border: 1px solid var(--border-color, #444); border-radius: 4px; }
@@ -22,7 +21,6 @@ const STYLE = `
 .diagonal-prompt button:disabled { background: rgb(128 128 128 / 0.3); color: var(--descrip-text, #999);
   cursor: default; }
 .diagonal-prompt .line { flex: none; height: 26px; line-height: 13px; overflow: hidden; }
-.diagonal-prompt .line.error { color: #f07070; }
 `;
 
 const fields = new Set();
@@ -57,35 +55,10 @@ class PromptField {
       }
     });
     this.button.addEventListener("click", () => this.send());
-    const widget = node.addDOMWidget("live_prompt", "diagonal_prompt", this.root, {
-      serialize: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT,
-    });
-    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+    addDrawing(node, "live_prompt", this.root, { height: HEIGHT, onRemoved: () => fields.delete(this) });
     this.say(IDLE);
     this.refresh();
-    this.grow();
-    const configured = node.onConfigure;
-    node.onConfigure = (...args) => {
-      const result = configured?.apply(node, args);
-      this.grow();
-      return result;
-    };
     fields.add(this);
-    const removed = node.onRemoved;
-    node.onRemoved = (...args) => {
-      fields.delete(this);
-      return removed?.apply(node, args);
-    };
-  }
-
-  /** A node saved before it had the field is too low for it. */
-  grow() {
-    const [width, height] = this.node.computeSize();
-    const [ownWidth, ownHeight] = this.node.size;
-    if (ownWidth < width || ownHeight < height)
-      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
   }
 
   refresh() {
@@ -103,7 +76,7 @@ class PromptField {
   }
 
   onEvent(data) {
-    if (!data.nodes.some((node) => String(node).split(":").at(-1) === String(this.node.id))) return;
+    if (!data.nodes.some((id) => isNode(id, this.node))) return;
     const wasRunning = this.running;
     this.running = data.running;
     this.promptId = data.prompt_id;
@@ -156,9 +129,7 @@ class PromptField {
 app.registerExtension({
   name: "diagonal.prompt",
   init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
+    addStyle(STYLE);
     api.addEventListener(EVENT, (event) => fields.forEach((field) => field.onEvent(event.detail)));
     api.addEventListener("reconnecting", () => fields.forEach((field) => field.onLost()));
   },

@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addDrawing, addStyle } from "./diagonal_widget.js";
 
 const NODE = "DiagonalSchedule";
 const WIDGETS = ["preset", "steps", "context_mode", "context_sigma", "shift", "frames_per_chunk", "sigmas"];
@@ -13,8 +14,7 @@ const PIXELS_PER_STEP = 12; // of a drag
 const POLL_MS = 300; // undo and other extensions change values without saying so
 
 const STYLE = `
-.diagonal-schedule { display: flex; flex-direction: column; font: 10px sans-serif; color: var(--fg-color, #ddd);
-  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden; user-select: none; }
+.diagonal-schedule { display: flex; flex-direction: column; user-select: none; }
 .diagonal-schedule svg { width: 100%; height: ${PLOT.height}px; flex: none; touch-action: none; }
 .diagonal-schedule text { fill: var(--descrip-text, #999); }
 .diagonal-schedule .grid { stroke: var(--border-color, #444); stroke-width: 0.5; }
@@ -27,8 +27,6 @@ const STYLE = `
 .diagonal-schedule .pass { fill: none; stroke: #e0a458; stroke-width: 1.4; }
 .diagonal-schedule .count { fill: var(--fg-color, #ddd); font-weight: 600; }
 .diagonal-schedule .words { padding: 2px 8px 4px; line-height: 1.35; overflow: auto; }
-.diagonal-schedule .warning { color: #e0a458; }
-.diagonal-schedule .error { color: #f07070; }
 `;
 
 function element(name, attributes, parent, text) {
@@ -58,37 +56,16 @@ class ScheduleDrawing {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.words);
-    const widget = node.addDOMWidget("drawing", "diagonal_schedule", this.root, {
-      serialize: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT + 30,
-    });
-    widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
-    this.grow();
-    const configured = node.onConfigure;
-    node.onConfigure = (...args) => {
-      const result = configured?.apply(node, args);
-      this.grow();
-      return result;
-    };
+    addDrawing(node, "drawing", this.root, { height: HEIGHT, maxHeight: HEIGHT + 30, onRemoved: () => this.end() });
     this.watch();
     this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes = new ResizeObserver(() => this.draw());
     this.resizes.observe(this.root);
-    const removed = node.onRemoved;
-    node.onRemoved = (...args) => {
-      clearInterval(this.timer);
-      this.resizes.disconnect();
-      return removed?.apply(node, args);
-    };
   }
 
-  /** A node saved before it had a drawing is too low for it. */
-  grow() {
-    const [width, height] = this.node.computeSize();
-    const [ownWidth, ownHeight] = this.node.size;
-    if (ownWidth < width || ownHeight < height)
-      this.node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+  end() {
+    clearInterval(this.timer);
+    this.resizes.disconnect();
   }
 
   widget(name) {
@@ -248,9 +225,7 @@ class ScheduleDrawing {
 app.registerExtension({
   name: "diagonal.schedule",
   init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
+    addStyle(STYLE);
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) new ScheduleDrawing(node);

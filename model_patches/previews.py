@@ -1,0 +1,77 @@
+"""Pictures of a run that goes on: latents and frames as small images, quickly made."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable
+
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+from torch import Tensor
+
+PREVIEW_ATTACHMENT = "diagonal_preview"
+"""ModelPatcher attachment: a function from latents [T, 16, h, w] in the model's space to frames [T, 3, H, W] in
+[-1, 1], for models whose latents ComfyUI's own preview does not know."""
+LARGEST_SIDE = 320  # pixels of a preview frame
+PIXEL_FRAMES_A_PICTURE = 4  # as many as a latent frame stands for
+
+
+def preview_callback(model: ModelPatcher) -> Callable[[int, Tensor, Tensor, int], None]:
+    """ComfyUI's callback for its progress bar and its own previews."""
+    callback = None
+
+    def preview(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        # The previewer is made at the first forward: only then is the number of forwards settled.
+        nonlocal callback
+        if callback is None:
+            callback = latent_preview.prepare_callback(model, total)
+        callback(step, denoised, x, total)
+
+    return preview
+
+
+def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]] | None:
+    """How a chunk's latents [B, 16, T, h, w] in the model's space become pictures of the first sample; None where
+    nothing is known of them.
+
+    The method that the user chose in ComfyUI where there is one, else the cheap one: a linear map to colours.
+    """
+    decode = model.attachments.get(PREVIEW_ATTACHMENT)
+    if decode is not None:
+
+        def decoded(latents: Tensor) -> Iterable[Image.Image]:
+            pixels = decode(latents[0].movedim(1, 0).float().cpu()).add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+            return (Image.fromarray(frame.movedim(0, -1).numpy()) for frame in pixels)
+
+        return decoded
+    latent_format = model.model.latent_format
+    previewer = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None:
+        if latent_format.latent_rgb_factors is None:
+            return None
+        previewer = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors,
+            latent_format.latent_rgb_factors_bias,
+            latent_format.latent_rgb_factors_reshape,
+        )
+    return lambda latents: (
+        previewer.decode_latent_to_preview_image("JPEG", latents[:1, :, frame : frame + 1])[1]
+        for frame in range(latents.shape[2])
+    )
+
+
+def frame_pictures(images: Tensor) -> Iterable[Image.Image]:
+    """Decoded frames [n, H, W, 3] in [0, 1] as pictures, one in four of them."""
+    pixels = images[::PIXEL_FRAMES_A_PICTURE].mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return (Image.fromarray(frame) for frame in pixels)
+
+
+def as_address(image: Image.Image) -> str:
+    """An image as the address of its own JPEG."""
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,0 +1,62 @@
+// What the pack's drawings inside nodes share. ComfyUI loads every file of this folder as an extension: this one
+// registers nothing.
+
+const STYLE = `
+.diagonal-widget { box-sizing: border-box; font: 10px sans-serif; color: var(--fg-color, #ddd);
+  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden; }
+.diagonal-widget .warning { color: #e0a458; }
+.diagonal-widget .error { color: #f07070; }
+`;
+const styled = new Set();
+
+/** Adds rules to the page, once. */
+export function addStyle(text) {
+  if (styled.has(text)) return;
+  styled.add(text);
+  const style = document.createElement("style");
+  style.textContent = text;
+  document.head.append(style);
+}
+
+/** Runs `act` after the node's own `method`. */
+function after(node, method, act) {
+  const own = node[method];
+  node[method] = (...args) => {
+    const result = own?.apply(node, args);
+    act();
+    return result;
+  };
+}
+
+/** A node saved before it had its drawing is too low for it. */
+function grow(node) {
+  const [width, height] = node.computeSize();
+  const [ownWidth, ownHeight] = node.size;
+  if (ownWidth < width || ownHeight < height) node.setSize([Math.max(width, ownWidth), Math.max(height, ownHeight)]);
+}
+
+/**
+ * Puts `root` into the node, below its widgets. Nothing of it is saved, and nothing reaches the API's graph.
+ *
+ * @param height in canvas units; `maxHeight` where it may become higher than that.
+ * @param onRemoved called when the node goes.
+ */
+export function addDrawing(node, name, root, { height, maxHeight = height, onRemoved }) {
+  addStyle(STYLE);
+  root.classList.add("diagonal-widget");
+  const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
+    serialize: false,
+    getMinHeight: () => height,
+    getMaxHeight: () => maxHeight,
+  });
+  widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+  grow(node);
+  after(node, "onConfigure", () => grow(node));
+  after(node, "onRemoved", onRemoved);
+  return widget;
+}
+
+/** Whether an event that names a node, perhaps one inside a subgraph ("5:3"), means this one. */
+export function isNode(id, node) {
+  return String(id).split(":").at(-1) === String(node.id);
+}
