@@ -38,7 +38,16 @@ from .wan_layout import (
     expected_shapes,
     strip_wrappers,
 )
-from .weight_files import WeightFile, flat_tensors, is_finite, json_object, listed, read_weight_file, short
+from .weight_files import (
+    WeightFile,
+    flat_tensors,
+    is_finite,
+    json_object,
+    listed,
+    read_weight_file,
+    read_weight_shapes,
+    short,
+)
 
 WEIGHTS = ("auto", "ema", "generator")
 """Which weights to take from a training checkpoint: `auto` prefers the averaged ones (ema)."""
@@ -177,11 +186,23 @@ def load_checkpoint(
     return recognise(file, weights=weights, quant_formats=quant_formats)
 
 
-def recognise(file: WeightFile, *, weights: str = "auto", quant_formats: Iterable[str] = ()) -> Checkpoint:
+def inspect_checkpoint(path: str | Path, *, weights: str = "auto", quant_formats: Iterable[str] = ()) -> Checkpoint:
+    """Recognise a file whose weights stay on the disk: the tensors have shapes and number formats, and no values.
+
+    See `read_weight_shapes` and `recognise` for arguments and errors.
+    """
+    file = read_weight_shapes(path, wanted_metadata=WANTED_METADATA)
+    return recognise(file, weights=weights, quant_formats=quant_formats, check_values=False)
+
+
+def recognise(
+    file: WeightFile, *, weights: str = "auto", quant_formats: Iterable[str] = (), check_values: bool = True
+) -> Checkpoint:
     """Turn what a file holds into a bare Wan state dict in which every tensor is accounted for.
 
     weights: `auto` takes `generator_ema`, else `generator`, `model`, `state_dict`, else the flat file; `ema`
     and `generator` insist. quant_formats: quantisation formats that the host can run; empty accepts any.
+    check_values: look for NaN and Inf.
 
     Raises ValueError naming the file, and the keys where there are any: not Wan text-to-video, a LoRA,
     missing or left-over tensors, a wrong shape, rank or dtype, NaN or Inf.
@@ -206,7 +227,7 @@ def recognise(file: WeightFile, *, weights: str = "auto", quant_formats: Iterabl
     _check_names(bare, foreign, depth, quantization, name)
     dims = _derive_dims(bare, depth, quantization, name)
     _check_config(config, dims, name)
-    _check_tensors(bare, dims, quantization, name)
+    _check_tensors(bare, dims, quantization, name, check_values)
 
     provenance = Provenance.from_metadata(file.metadata, name)
     marker = "header" if config.get("causal_ar") else None
@@ -566,7 +587,9 @@ def _has_flow_adapter(bare: Mapping[str, torch.Tensor]) -> bool:
     return any(key in bare for key in FLOW_ADAPTER_KEYS)
 
 
-def _check_tensors(bare: Mapping[str, torch.Tensor], dims: WanDims, quantization: Quantization, name: str) -> None:
+def _check_tensors(
+    bare: Mapping[str, torch.Tensor], dims: WanDims, quantization: Quantization, name: str, values: bool
+) -> None:
     """Raise ValueError for wrong shapes, for integers where nothing says quantised, and for NaN and Inf."""
     wrong = []
     for key, expected in expected_shapes(dims).items():
@@ -586,7 +609,7 @@ def _check_tensors(bare: Mapping[str, torch.Tensor], dims: WanDims, quantization
             f"weight file {name!r}: {len(wrong)} tensors do not fit a Wan network of dim {dims.dim}: "
             f"{listed(wrong)}; download it again, or convert it without changing shapes"
         )
-    bad = [key for key, tensor in bare.items() if not is_finite(tensor)]
+    bad = [key for key, tensor in bare.items() if values and not is_finite(tensor)]
     if bad:
         raise ValueError(
             f"weight file {name!r}: NaN or Inf in {len(bad)} tensors: {listed(bad)}; such a model only gives "

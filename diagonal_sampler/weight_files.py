@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_LISTED = 10
 """Names an error spells out before it only counts."""
+
+MARK_ELEMENTS = 1 << 12
+"""The most bytes of a tensor that says how a layer is stored."""
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _GGUF_MAGIC = b"GGUF"
@@ -151,6 +169,63 @@ def _read_safetensors(
         tensors = dict(reader(path))
     metadata = {key: value for key, value in header.items() if key in wanted}
     return WeightFile(name=path.name, tree=tensors or {}, metadata=metadata)
+
+
+def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ()) -> WeightFile:
+    """As `read_weight_file`, but the weights stay on the disk: each tensor is one element, expanded to its shape.
+
+    Only what says how a layer is stored (bytes, MARK_ELEMENTS at most) has its values.
+
+    Raises ValueError as `read_weight_file` does, and for a torch file of before 1.6, which must be read whole.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weight file {path.name!r} does not exist or is not a file; choose one that ComfyUI lists")
+    with path.open("rb") as handle:
+        head = handle.read(_SNIFF_BYTES)
+    _refuse_foreign(path.name, head)
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+        if not head.startswith(_ZIP_MAGIC):
+            raise ValueError(
+                f"weight file {path.name!r} is in torch's old format, which says nothing before it is read whole"
+            )
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and seldom needed
+
+        with FakeTensorMode():
+            tree = _read_pickle(path, zipped=False)
+        return WeightFile(name=path.name, tree=_without_values(tree))
+    wanted = frozenset(wanted_metadata)
+    try:
+        # Not the torch framework: its mapping asks the system for as much memory as the file is long.
+        with safetensors.safe_open(str(path), framework="np") as opened:
+            header = opened.metadata() or {}
+            tensors = {}
+            for key in opened.keys():
+                part = opened.get_slice(key)
+                shape, kind = part.get_shape(), part.get_dtype()
+                if kind not in _SAFETENSORS_DTYPES:
+                    raise ValueError(f"weight file {path.name!r}, key {key!r}: number format {kind} is not known")
+                if kind == "U8" and prod(shape) <= MARK_ELEMENTS:
+                    tensors[key] = torch.from_numpy(opened.get_tensor(key))
+                else:
+                    tensors[key] = torch.empty((), dtype=_SAFETENSORS_DTYPES[kind]).expand(shape)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"weight file {path.name!r} is not a sound safetensors file: "
+            f"{_diagnose_safetensors(path) or error}; download or copy it again"
+        ) from error
+    if not tensors:
+        raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
+    metadata = {key: value for key, value in header.items() if key in wanted}
+    return WeightFile(name=path.name, tree=tensors, metadata=metadata)
+
+
+def _without_values(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_values(value) for key, value in tree.items()}
+    if isinstance(tree, torch.Tensor):
+        return torch.empty((), dtype=tree.dtype).expand(tuple(tree.shape))
+    return tree
 
 
 def _get_tensor(opened: Any, key: str, name: str) -> torch.Tensor:

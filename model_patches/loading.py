@@ -55,7 +55,7 @@ def load_wan(
         quant_formats=comfy.quant_ops.QUANT_ALGOS,
         read_safetensors=_read_safetensors,
     )
-    return _host_model(checkpoint, WEIGHT_DTYPES[weight_dtype]), checkpoint.info
+    return host_model(checkpoint, WEIGHT_DTYPES[weight_dtype]), checkpoint.info
 
 
 def apply_lora(
@@ -90,7 +90,8 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
     return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
-def _host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
+def host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
+    """ComfyUI's model of a recognised file. model_options: of its own loader. Raises ValueError as `load_wan` does."""
     info = checkpoint.info
     # ComfyUI empties the dict that it is given: keep ours whole.
     state_dict = dict(checkpoint.state_dict)

@@ -8,7 +8,7 @@ only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sampl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
@@ -29,6 +30,7 @@ from ..diagonal_sampler.settings import CausalSettings
 from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
 from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
+from .memory import network_facts
 from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, check_prompts, schedule_of
 
 log = logging.getLogger(__name__)
@@ -85,21 +87,13 @@ class ClipPlan:
         """Forwards of the run, cache passes included."""
         return count_forwards(self.schedule, self.shape[2], self.settings.frames_per_chunk, self.context_frames)
 
-    def cache_bytes(self, model: ModelPatcher, conditions: int) -> int:
-        """Bytes of keys and values."""
-        network = model.get_model_object("diffusion_model")
-        _, height, width = network.patch_size
+    def cache_bytes(self, model: ModelPatcher, text_tokens: Sequence[int]) -> int:
+        """Bytes of keys and values, of the window and of the text. text_tokens: of each condition's prompt."""
+        network = network_facts(model)
         batch, _, frames, rows, columns = self.shape
-        return KVCache.bytes_needed(
-            self.settings,
-            frames,
-            layers=len(network.blocks),
-            tokens_per_frame=-(-rows // height) * -(-columns // width),
-            width=network.dim,
-            element_bytes=comfy.model_management.dtype_size(model.model.get_dtype_inference()),
-            batch=batch,
-            conditions=conditions,
-        )
+        clip = ClipSize(settings=self.settings, frames=frames, rows=rows, columns=columns, batch=batch)
+        window = keys_values_bytes(network, replace(clip, conditions=len(text_tokens)))
+        return window + sum(text_bytes(network, replace(clip, text_tokens=tokens)) for tokens in text_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,11 +392,13 @@ def _run_guider(
     Args:
         run_model: the run's own clone of the MODEL.
     """
-    conditions = _check_conditionings(run_model, positive, negative if cfg != 1.0 else [])
+    negative_used = negative if cfg != 1.0 else []
+    _check_conditionings(run_model, positive, negative_used)
+    text_tokens = [context.shape[1] for context, _ in (*positive, *negative_used)]
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
         "diagonal_memory",
-        _memory_request(plan, plan.cache_bytes(run_model, conditions)),
+        _memory_request(plan, plan.cache_bytes(run_model, text_tokens)),
     )
     guider = comfy.samplers.CFGGuider(run_model)
     guider.set_conds(positive, negative)
@@ -671,8 +667,8 @@ def _require_finite(chunk: Chunk, chunks: int) -> None:
         )
 
 
-def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> int:
-    """Refuse, by name, what cannot follow a clip chunk by chunk. Returns how many conditions keep a cache."""
+def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:
+    """Refuse, by name, what cannot follow a clip chunk by chunk."""
     if not positive:
         raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
     if model.model_options.get("multigpu_clones"):
@@ -687,7 +683,6 @@ def _check_conditionings(model: ModelPatcher, positive: list, negative: list) ->
             if reason is not None:
                 raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
     check_prompts(positive, negative)
-    return len(positive) + len(negative)
 
 
 def _unsupported(extra: dict[str, Any]) -> str | None:

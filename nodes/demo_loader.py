@@ -11,7 +11,8 @@ from .common import CATEGORY
 
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
 WEIGHTS = {"student": "demo_student.safetensors", "teacher": "demo_teacher.safetensors"}
-SHARED_FILES = ("demo_text_encoder.safetensors", "demo_autoencoder.safetensors")
+DEMO_VAE = "demo_autoencoder.safetensors"
+SHARED_FILES = ("demo_text_encoder.safetensors", DEMO_VAE)
 
 
 class DiagonalDemoLoader(io.ComfyNode):

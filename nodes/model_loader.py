@@ -138,7 +138,7 @@ class DiagonalModelLoader(io.ComfyNode):
         names = [(CHECKPOINT_FOLDERS, ckpt_name)]
         if lora_name != NO_LORA:
             names.append((LORA_FOLDERS, lora_name))
-        stats = [os.stat(_full_path(folders, name, "file name")) for folders, name in names]
+        stats = [os.stat(full_path(folders, name, "file name")) for folders, name in names]
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
 
     @classmethod
@@ -154,8 +154,8 @@ class DiagonalModelLoader(io.ComfyNode):
         lora_name: str = NO_LORA,
         lora_strength: float = 1.0,
     ) -> io.NodeOutput:
-        path = _full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
-        lora_path = None if lora_name == NO_LORA else _full_path(LORA_FOLDERS, lora_name, "lora_name")
+        path = full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
+        lora_path = None if lora_name == NO_LORA else full_path(LORA_FOLDERS, lora_name, "lora_name")
         model, info = load_wan(path, weights=weights, weight_dtype=weight_dtype)
         settings, contradictions = causal_settings(
             info.provenance,
@@ -189,7 +189,7 @@ def _file_names(folders: tuple[str, ...]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.lower().endswith(READABLE_SUFFIXES)]
 
 
-def _full_path(folders: tuple[str, ...], name: str, widget: str) -> str:
+def full_path(folders: tuple[str, ...], name: str, widget: str) -> str:
     """The path of a name that ComfyUI lists. A name from a workflow is never used as a path of its own."""
     for folder in folders:
         if name in folder_paths.get_filename_list(folder):

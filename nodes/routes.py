@@ -3,6 +3,7 @@
 from aiohttp import web
 from server import PromptServer
 
+from .memory import MEMORY_ROUTE, get_memory
 from .schedule import drawing
 from .steering import PROMPT_ROUTE, post_prompt
 
@@ -14,6 +15,7 @@ def add_routes() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         server.routes.get(SCHEDULE_ROUTE)(get_schedule)
+        server.routes.get(MEMORY_ROUTE)(get_memory)
         server.routes.post(PROMPT_ROUTE)(post_prompt)
 
 

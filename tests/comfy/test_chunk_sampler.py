@@ -397,8 +397,9 @@ def test_memory_request_is_one_chunk_and_the_window(tiny_wan, causal, prompt, sa
     cache = KVCache.bytes_needed(
         CausalSettings(window=6, sink=3), 90, layers=2, tokens_per_frame=4, width=128, element_bytes=4, conditions=2
     )
-    assert short[1] == pytest.approx(chunk + cache)
-    assert short[0] == pytest.approx(2 * chunk + cache)
+    text = 2 * 2 * (2 * 16) * 128 * 4  # keys and values, layers, two prompts of 16 tokens, width, bytes
+    assert short[1] == pytest.approx(chunk + cache + text)
+    assert short[0] == pytest.approx(2 * chunk + cache + text)
 
 
 def test_video_to_video_keeps_what_the_mask_protects(tiny_wan, causal, prompt, sample_latent):

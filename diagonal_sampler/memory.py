@@ -1,0 +1,198 @@
+"""How much memory a run takes, from sizes alone: nothing is loaded and nothing allocated.
+
+The sampler asks its host for the same figures before it runs, so that what is predicted is what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+from .cache import KVCache
+from .settings import GLOBAL_WINDOW, CausalSettings
+
+TEXT_TOKENS = 512
+"""Tokens of a prompt for Wan: its text encoder pads to that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """What a network's size says about memory.
+
+    Attributes:
+        weight_bytes: of its weights as they are computed with.
+        parameters: their number.
+        layers: transformer blocks.
+        width: channels of a key.
+        patch: (rows, columns) of latent cells that are one token.
+        element_bytes: of a channel of a key, 2 for bf16.
+        forward_bytes: of activations for each latent cell of a forward, by the host's reckoning.
+    """
+
+    weight_bytes: int
+    parameters: int
+    layers: int
+    width: int
+    patch: tuple[int, int]
+    element_bytes: int
+    forward_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderFacts:
+    """A VAE that decodes while the network stays loaded: bytes of its weights, and for each of a chunk's rows times
+    columns of latent cells."""
+
+    weight_bytes: int
+    cell_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipSize:
+    """What is to be made.
+
+    Attributes:
+        settings: window, sink and frames per chunk.
+        frames: latent frames of the clip.
+        rows, columns: latent cells of a frame.
+        batch: clips made at once.
+        conditions: prompts that keep a cache: 1 without guidance, 2 with.
+        text_tokens: of one prompt.
+    """
+
+    settings: CausalSettings
+    frames: int
+    rows: int
+    columns: int
+    batch: int = 1
+    conditions: int = 1
+    text_tokens: int = TEXT_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Bytes at the peak of a run: the weights, the keys and values of the window and of the text, one forward, and
+    decoding one chunk where that happens meanwhile."""
+
+    weights: int
+    keys_values: int
+    text: int
+    forward: int
+    decoder: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.working
+
+    @property
+    def working(self) -> int:
+        """What cannot wait outside of the device's memory, as weights can."""
+        return self.keys_values + self.text + self.forward + self.decoder
+
+
+def keys_values_bytes(network: NetworkFacts, clip: ClipSize) -> int:
+    """Bytes of the KV cache."""
+    rows, columns = network.patch
+    return KVCache.bytes_needed(
+        clip.settings,
+        clip.frames,
+        layers=network.layers,
+        tokens_per_frame=ceil(clip.rows / rows) * ceil(clip.columns / columns),
+        width=network.width,
+        element_bytes=network.element_bytes,
+        batch=clip.batch,
+        conditions=clip.conditions,
+    )
+
+
+def text_bytes(network: NetworkFacts, clip: ClipSize) -> int:
+    """Bytes of the text's keys and values, which are kept for the whole run."""
+    tokens = clip.batch * clip.conditions * clip.text_tokens
+    return 2 * network.layers * tokens * network.width * network.element_bytes
+
+
+def forecast(network: NetworkFacts, clip: ClipSize, decoder: DecoderFacts | None = None) -> Forecast:
+    """What a run takes at its peak."""
+    cells = clip.rows * clip.columns
+    chunk = clip.batch * clip.conditions * min(clip.settings.frames_per_chunk, clip.frames) * cells
+    return Forecast(
+        weights=network.weight_bytes,
+        keys_values=keys_values_bytes(network, clip),
+        text=text_bytes(network, clip),
+        forward=round(chunk * network.forward_bytes),
+        decoder=0 if decoder is None else round(decoder.weight_bytes + cells * decoder.cell_bytes),
+    )
+
+
+FP8_BYTES, GGUF_Q4_BYTES = 1.0, 4.5 / 8
+"""Bytes of a weight in these formats (Q4: blocks of 32 with a scale of 16 bits)."""
+SIZE_STEPS = 16  # sizes between the wanted one and none that are tried
+
+
+def changes_that_fit(
+    network: NetworkFacts, clip: ClipSize, available: int, decoder: DecoderFacts | None = None, *, step: int = 1
+) -> list[str]:
+    """Single changes, each of which would make the run fit into `available` bytes, in words; the mildest first.
+
+    Where no single one does, the smallest window together with 4-bit weights and a smaller size.
+
+    Args:
+        step: rows and columns must be multiples of it, in pixels that is `step * 8`.
+    """
+
+    def fits(network: NetworkFacts, clip: ClipSize) -> bool:
+        return forecast(network, clip, decoder).total <= available
+
+    found = []
+    formats = list(_lighter(network))
+    for name, lighter in formats:
+        if fits(lighter, clip):
+            found.append(name)
+            break
+    windows = list(_smaller_windows(clip))
+    for smaller in windows:
+        if fits(network, smaller):
+            found.append(f"window {smaller.settings.window}")
+            break
+    for smaller in _smaller_sizes(clip, step):
+        if fits(network, smaller):
+            found.append(f"{smaller.columns * 8}x{smaller.rows * 8}")
+            break
+    if found:
+        return found
+    lightest, least = (formats or [("", network)])[-1], (windows or [clip])[-1]
+    for smaller in (least, *_smaller_sizes(least, step)):
+        if fits(lightest[1], smaller):
+            parts = [lightest[0]] if lightest[0] else []
+            if windows:
+                parts.append(f"window {least.settings.window}")
+            if smaller is not least:
+                parts.append(f"{smaller.columns * 8}x{smaller.rows * 8}")
+            return [" with ".join((parts[0], " and ".join(parts[1:]))) if len(parts) > 1 else parts[0]] if parts else []
+    return []
+
+
+def _lighter(network: NetworkFacts) -> Iterator[tuple[str, NetworkFacts]]:
+    for name, size in (("an fp8 file", FP8_BYTES), ("a 4-bit GGUF file", GGUF_Q4_BYTES)):
+        weight_bytes = round(network.parameters * size)
+        if weight_bytes < network.weight_bytes:
+            yield name, replace(network, weight_bytes=weight_bytes)
+
+
+def _smaller_windows(clip: ClipSize) -> Iterator[ClipSize]:
+    """Windows below the one in use, largest first, a chunk less at a time; each lets a chunk see one before it."""
+    settings = clip.settings
+    capacity = settings.capacity(clip.frames)
+    smallest = settings.frames_per_chunk + max(settings.sink, settings.frames_per_chunk)
+    if settings.window == GLOBAL_WINDOW:
+        settings = replace(settings, window=max(capacity, smallest))
+    for window in range(capacity - settings.frames_per_chunk, smallest - 1, -settings.frames_per_chunk):
+        yield replace(clip, settings=replace(settings, window=window))
+
+
+def _smaller_sizes(clip: ClipSize, step: int) -> Iterator[ClipSize]:
+    """Sizes below the wanted one, of about its shape, largest first."""
+    for part in range(SIZE_STEPS - 1, 0, -1):
+        rows, columns = (max(step, size * part // SIZE_STEPS // step * step) for size in (clip.rows, clip.columns))
+        yield replace(clip, rows=rows, columns=columns)

@@ -1,0 +1,151 @@
+"""The memory that a run will take, by ComfyUI's own reckoning, from a weight file that is not loaded.
+
+A file becomes ComfyUI's model on torch's meta device: its sizes and number formats are those of the model that a loader
+would give, but it has no values, and the file's stay on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import comfy.model_management
+import comfy.quant_ops
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..diagonal_sampler.checkpoints import CONFIG_KEY, inspect_checkpoint
+from ..diagonal_sampler.gguf_header import read_gguf_header
+from ..diagonal_sampler.memory import DecoderFacts, NetworkFacts
+from ..diagonal_sampler.provenance import Provenance
+from ..diagonal_sampler.weight_files import MARK_ELEMENTS, read_weight_shapes
+from .demo import load_demo_vae
+from .loading import WEIGHT_DTYPES, host_model
+from .stream_decode import stream_decoder
+
+GGUF_SUFFIX = ".gguf"
+GGUF_NEEDS = {"head.modulation", "text_embedding.0.weight", "time_embedding.0.weight"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFacts:
+    """What a file says before it is loaded: its network's size, and how it was trained where it says so."""
+
+    network: NetworkFacts
+    provenance: Provenance
+
+
+def network_facts(model: ModelPatcher) -> NetworkFacts:
+    """Sizes of a Wan MODEL, loaded or on the meta device."""
+    network = model.get_model_object("diffusion_model")
+    network = getattr(network, "_orig_mod", network)
+    return NetworkFacts(
+        weight_bytes=model.model_size(),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        layers=len(network.blocks),
+        width=network.dim,
+        patch=tuple(network.patch_size[1:]),
+        element_bytes=comfy.model_management.dtype_size(model.model.get_dtype_inference()),
+        forward_bytes=model.model.memory_required([1, 1, 1, 1, 1]),  # it is proportional to the latent's cells
+    )
+
+
+def file_facts(path: str | Path, *, weights: str = "auto", weight_dtype: str = "default") -> FileFacts:
+    """What a weight file says; see `load_wan` for the arguments.
+
+    Raises:
+        ValueError: a file that is refused, or that would have to be read whole.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype={weight_dtype!r} is not known; choose one of {', '.join(WEIGHT_DTYPES)}.")
+    return _file_facts(str(path), *_version(path), weights, weight_dtype)
+
+
+def decoder_facts(path: str | Path, frames: int, *, demo: bool = False) -> DecoderFacts:
+    """What a VAE's file says of decoding a chunk of `frames` latent frames. demo: the file is the demo's autoencoder.
+
+    Raises:
+        ValueError: a file that is no video VAE, or that would have to be read whole.
+    """
+    return _decoder_facts(str(path), *_version(path), frames, demo)
+
+
+def available_memory() -> tuple[int, int, bool]:
+    """Bytes that a run could have, bytes that the device has, and whether it is a GPU.
+
+    What ComfyUI holds loaded counts as available, since it makes room; what it keeps in reserve does not.
+    """
+    device = comfy.model_management.get_torch_device()
+    loaded = sum(
+        model.model_loaded_memory() for model in comfy.model_management.current_loaded_models if model.device == device
+    )
+    free = comfy.model_management.get_free_memory(device) + loaded - comfy.model_management.extra_reserved_memory()
+    total = comfy.model_management.get_total_memory(device)
+    return max(0, min(int(free), int(total))), int(total), device.type not in ("cpu", "mps")
+
+
+def _version(path: str | Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=32)
+def _file_facts(path: str, changed: int, size: int, weights: str, weight_dtype: str) -> FileFacts:
+    options = {**WEIGHT_DTYPES[weight_dtype], "offload_device": torch.device("cpu")}
+    if path.lower().endswith(GGUF_SUFFIX):
+        return _gguf_facts(Path(path), options)
+    checkpoint = inspect_checkpoint(path, weights=weights, quant_formats=comfy.quant_ops.QUANT_ALGOS)
+    checkpoint = replace(checkpoint, state_dict=_on_meta(checkpoint.state_dict))
+    with torch.device("meta"):
+        model = host_model(checkpoint, options)
+    return FileFacts(network=network_facts(model), provenance=checkpoint.info.provenance)
+
+
+def _gguf_facts(path: Path, options: dict) -> FileFacts:
+    """Its weights stay packed in memory; what is computed is in ComfyUI's choice of format, as of any file."""
+    header = read_gguf_header(path)
+    named = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
+    model = None
+    if GGUF_NEEDS <= named.keys():
+        sizes = {"text_dim": named["text_embedding.0.weight"][-1], "freq_dim": named["time_embedding.0.weight"][-1]}
+        with torch.device("meta"):
+            model = comfy.sd.load_diffusion_model_state_dict(
+                {name: torch.empty(shape, dtype=torch.float16) for name, shape in named.items()},
+                model_options=options,
+                metadata={CONFIG_KEY: json.dumps({"transformer": sizes})},
+            )
+    if model is None:
+        raise ValueError(f"weight file {path.name!r} is not a Wan diffusion model; choose a Wan 2.1 file.")
+    parameters = sum(prod(shape) for shape in named.values())
+    network = replace(network_facts(model), weight_bytes=header.data_bytes, parameters=parameters)
+    return FileFacts(network=network, provenance=Provenance())
+
+
+@lru_cache(maxsize=32)
+def _decoder_facts(path: str, changed: int, size: int, frames: int, demo: bool) -> DecoderFacts:
+    vae = load_demo_vae(Path(path)) if demo else _empty_vae(path)
+    with stream_decoder(vae) as decoder:
+        cell_bytes = decoder.memory_required((1, vae.latent_channels, frames, 1, 1))
+    return DecoderFacts(weight_bytes=vae.patcher.model_size(), cell_bytes=cell_bytes)
+
+
+def _empty_vae(path: str) -> comfy.sd.VAE:
+    file = read_weight_shapes(path)
+    with torch.device("meta"):
+        return comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))
+
+
+def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without storage, but for marks of quantised layers, whose values decide how a layer is made."""
+    return {
+        name: tensor
+        if tensor.dtype == torch.uint8 and tensor.numel() <= MARK_ELEMENTS
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }

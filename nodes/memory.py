@@ -1,0 +1,166 @@
+"""What the canvas says of memory before a run: the graph's widgets -> what it will take, and whether it fits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import folder_paths
+from aiohttp import web
+
+from ..diagonal_sampler.memory import ClipSize, DecoderFacts, Forecast, changes_that_fit, forecast
+from ..diagonal_sampler.provenance import causal_settings
+from ..diagonal_sampler.settings import CausalSettings
+from ..model_patches.context_frames import TEMPORAL_STRIDE
+from ..model_patches.memory import available_memory, decoder_facts, file_facts
+from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
+from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
+
+MEMORY_ROUTE = "/diagonal/memory"
+MODEL_FOLDERS = {
+    "DiagonalModelLoader": CHECKPOINT_FOLDERS,
+    "UNETLoader": ("diffusion_models",),
+    "CheckpointLoaderSimple": ("checkpoints",),
+    "UnetLoaderGGUF": ("unet_gguf",),
+    "UnetLoaderGGUFAdvanced": ("unet_gguf",),
+}
+"""Loader node -> the ComfyUI model folders that it offers files of."""
+DEMO_NODE = "DiagonalDemoLoader"
+LATENT_CELL = 8  # pixels of its side
+TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
+MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 10_000_000, 4096
+GB, MB = 1e9, 1e6
+
+
+async def get_memory(request: web.Request) -> web.Response:
+    """What the graph in the query will take; what cannot be known is an answer, not a failure."""
+    # Beside the event loop: a file's header is read from the disk.
+    return web.json_response(await asyncio.to_thread(prediction, dict(request.query)))
+
+
+def prediction(query: Mapping[str, str]) -> dict[str, Any]:
+    """The memory that a graph will take.
+
+    Args:
+        query: as text, `node` (the loader's type), `file`, `weights`, `weight_dtype`; `frames_per_chunk`, `window`,
+            `sink` of the node that makes the model causal; `width`, `height` in pixels, `length` in pixel frames,
+            `batch`, `cfg`; for a node that decodes too, `vae_node` and `vae`.
+
+    Returns:
+        `text`, `detail` and `suggestion` for people, `level` ("fits", "too much" or "unknown"), and in bytes
+        `parts`, `total`, `available` and `device`; or `error`.
+    """
+    try:
+        path, options = _model_path(query), {}
+        if query.get("node") != DEMO_NODE:
+            options = {name: query[name] for name in ("weights", "weight_dtype") if query.get(name)}
+        facts = file_facts(path, **options)
+        settings, _ = causal_settings(
+            facts.provenance,
+            frames_per_chunk=_setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
+            window=_setting(query, "window", WINDOW_FROM_FILE),
+            sink=_setting(query, "sink", SINK_FROM_FILE),
+        )
+        clip = _clip(query, settings)
+        decoder = _decoder(query, min(settings.frames_per_chunk, clip.frames))
+    except (ValueError, OSError) as error:
+        return {"error": f"{error}"}
+    available, device, on_gpu = available_memory()
+    needed = forecast(facts.network, clip, decoder)
+    fits = needed.total <= available
+    reply = {
+        "level": "fits" if fits else "too much",
+        "text": _headline(needed, available, on_gpu),
+        "detail": _detail(needed, clip),
+        "suggestion": "",
+        "parts": {name: getattr(needed, name) for name in ("weights", "keys_values", "text", "forward", "decoder")},
+        "total": needed.total,
+        "available": available,
+        "device": device,
+    }
+    if not fits:
+        changes = changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS)
+        reply["suggestion"] = _advice(needed, available, on_gpu, changes)
+    return reply
+
+
+def _model_path(query: Mapping[str, str]) -> str:
+    node, name = query.get("node", ""), query.get("file", "")
+    if node == DEMO_NODE:
+        if name not in WEIGHTS:
+            raise ValueError(f"weights is {name!r}; choose one of {', '.join(WEIGHTS)}.")
+        return str(DEMO_DIRECTORY / WEIGHTS[name])
+    folders = [f for f in MODEL_FOLDERS.get(node, ()) if f in folder_paths.folder_names_and_paths]
+    if not folders:
+        raise ValueError(f"The model comes from {node or 'no node'}, whose file is not known here.")
+    return full_path(tuple(folders), name, "file")
+
+
+def _decoder(query: Mapping[str, str], frames: int) -> DecoderFacts | None:
+    if query.get("vae_node") == DEMO_NODE:
+        return decoder_facts(DEMO_DIRECTORY / DEMO_VAE, frames, demo=True)
+    if query.get("vae"):
+        return decoder_facts(full_path(("vae", "vae_approx"), query["vae"], "vae"), frames)
+    return None
+
+
+def _setting(query: Mapping[str, str], name: str, from_file: int) -> int | None:
+    value = _whole(query, name, -1, MAX_LENGTH, str(from_file))
+    return None if value == from_file else value
+
+
+def _whole(query: Mapping[str, str], name: str, low: int, high: int, default: str) -> int:
+    text = query.get(name) or default
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise ValueError(f"{name} is {text[:40]!r}; it must be a whole number from {low} to {high}.")
+    return value
+
+
+def _clip(query: Mapping[str, str], settings: CausalSettings) -> ClipSize:
+    width, height = (_whole(query, name, LATENT_CELL, MAX_PIXELS, "") for name in ("width", "height"))
+    length = _whole(query, "length", 1, MAX_LENGTH, "")
+    try:
+        guided = float(query.get("cfg") or 1) != 1
+    except ValueError:
+        raise ValueError(f"cfg is {query['cfg'][:40]!r}; it must be a number.") from None
+    return ClipSize(
+        settings=settings,
+        frames=(length - 1) // TEMPORAL_STRIDE + 1,
+        rows=height // LATENT_CELL,
+        columns=width // LATENT_CELL,
+        batch=_whole(query, "batch", 1, MAX_BATCH, "1"),
+        conditions=2 if guided else 1,
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.0f} MB"
+
+
+def _headline(needed: Forecast, available: int, on_gpu: bool) -> str:
+    kind = "VRAM" if on_gpu else "RAM (no GPU)"
+    return f"Needs {_size(needed.total)} of {_size(available)} {kind}."
+
+
+def _detail(needed: Forecast, clip: ClipSize) -> str:
+    window = clip.settings.capacity(clip.frames)
+    parts = [
+        f"weights {_size(needed.weights)}",
+        f"KV cache ({window} latent frames) {_size(needed.keys_values)}",
+        f"text {_size(needed.text)}",
+        f"a forward {_size(needed.forward)}",
+    ]
+    if needed.decoder:
+        parts.append(f"decoding {_size(needed.decoder)}")
+    return f"{clip.columns * LATENT_CELL}x{clip.rows * LATENT_CELL}: {', '.join(parts)}."
+
+
+def _advice(needed: Forecast, available: int, on_gpu: bool, changes: list[str]) -> str:
+    slow = f"Slow: {_size(needed.total - available)} of the weights wait in RAM. "
+    advice = f"Fits with {', or '.join(changes)}." if changes else "Nothing smaller fits either; use a smaller model."
+    return (slow if on_gpu and needed.working <= available else "") + advice

@@ -1,0 +1,208 @@
+"""The memory that is predicted from files, against what ComfyUI makes of them and a run allocates."""
+
+import struct
+from types import SimpleNamespace
+
+import comfy.latent_formats
+import comfy.ldm.wan.vae
+import comfy.model_management
+import comfy.sd
+import comfy.taesd.taehv
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import save_file
+from wan_files import DIMS, LAYOUTS, tiny_wan
+
+from diagonal_sampler.memory import ClipSize, forecast
+from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.wan_layout import expected_shapes
+
+LEGACY = "old torch format"
+
+
+@pytest.fixture(scope="module")
+def memory(pack_module):
+    return pack_module("model_patches.memory")
+
+
+@pytest.fixture(scope="module")
+def load_wan(pack_module):
+    return pack_module("model_patches.loading").load_wan
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != LEGACY])
+def test_a_files_facts_are_those_of_the_model_that_it_becomes(memory, load_wan, tmp_path, layout):
+    path = LAYOUTS[layout](tmp_path, tiny_wan(), tiny_wan(1))
+    model, info = load_wan(path)
+    facts = memory.file_facts(path)
+    assert facts.network == memory.network_facts(model)
+    assert facts.provenance == info.provenance
+    assert (facts.network.layers, facts.network.width, facts.network.patch) == (DIMS.depth, DIMS.dim, (2, 2))
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_the_number_format_counts(memory, load_wan, tmp_path, weight_dtype):
+    path = LAYOUTS["krea, flat model."](tmp_path, tiny_wan(), {})
+    facts = memory.file_facts(path, weight_dtype=weight_dtype)
+    assert facts.network == memory.network_facts(load_wan(path, weight_dtype=weight_dtype)[0])
+    assert facts.network.weight_bytes < memory.file_facts(path).network.weight_bytes / 3
+
+
+def test_weights_are_not_read(memory, load_wan, tmp_path):
+    weights = tiny_wan()
+    weights["blocks.0.ffn.0.weight"][0, 0] = float("nan")
+    path = LAYOUTS["comfyui, bare"](tmp_path, weights, {})
+    with pytest.raises(ValueError, match="NaN"):
+        load_wan(path)
+    assert memory.file_facts(path).network.layers == DIMS.depth
+
+
+def test_a_file_that_would_be_read_whole_is_said_to_be_unknown(memory, tmp_path):
+    with pytest.raises(ValueError, match="old format"):
+        memory.file_facts(LAYOUTS[LEGACY](tmp_path, tiny_wan(), {}))
+
+
+def test_a_replaced_file_is_looked_at_again(memory, tmp_path):
+    path = LAYOUTS["comfyui, bare"](tmp_path, tiny_wan(), {})
+    assert memory.file_facts(path).provenance.window is None
+    save_file(tiny_wan(), path, metadata={"window": "9"})
+    assert memory.file_facts(path).provenance.window == 9
+
+
+def test_a_gguf_file_keeps_its_weights_packed(memory, load_wan, tmp_path):
+    def text(words):
+        return struct.pack("<Q", len(words)) + words.encode()
+
+    shapes = expected_shapes(DIMS)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), 0)
+    for name, shape in shapes.items():
+        header += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), 2, 0)
+    path = tmp_path / "wan-Q4_0.gguf"
+    path.write_bytes(header + bytes(-len(header) % 32) + bytes(12345))
+    network = memory.file_facts(path).network
+    whole = memory.network_facts(load_wan(LAYOUTS["comfyui, bare"](tmp_path, tiny_wan(), {}))[0])
+    assert network.weight_bytes == 12345
+    assert (network.layers, network.width, network.parameters) == (whole.layers, whole.width, whole.parameters)
+    assert (network.element_bytes, network.forward_bytes) == (whole.element_bytes, whole.forward_bytes)
+
+
+@pytest.mark.parametrize("window", [6, -1])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_keys_and_values_are_those_of_a_run(
+    memory, pack_module, tiny_wan_path, tiny_wan, causal, prompt, monkeypatch, window, cfg
+):
+    sampling = pack_module("model_patches.sampling")
+    model = causal(tiny_wan, window=window, sink=3 if window > 0 else 0)
+    plan = sampling.plan_clip(model, (1, 16, 9, 4, 6), DiagonalSchedule.preset("diagonal 4-3-2"))
+    runs, caches = [], []
+    real = sampling.CausalRun
+    monkeypatch.setattr(sampling, "CausalRun", lambda *a, **k: runs.append(real(*a, **k)) or runs[-1])
+
+    def take(chunk):
+        text = sum(x.nbytes for pair in runs[-1]._text.values() for x in pair)
+        caches.append((chunk.cache.nbytes, text))
+
+    sampling.stream_latent(model, prompt(), prompt(1), plan, take, seed=0, cfg=cfg)
+    clip = ClipSize(
+        settings=plan.settings, frames=9, rows=4, columns=6, conditions=1 if cfg == 1 else 2, text_tokens=16
+    )
+    expected = forecast(memory.file_facts(tiny_wan_path).network, clip)
+    assert caches[-1] == (expected.keys_values, expected.text)
+
+
+@pytest.mark.parametrize("kind", ["wan", "taehv"])
+def test_a_vaes_facts_are_those_of_the_vae_that_it_becomes(memory, pack_module, tmp_path, kind):
+    if kind == "wan":
+        network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    else:
+        network = comfy.taesd.taehv.TAEHV(latent_channels=16)
+    state = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+    save_file(state, tmp_path / "vae.safetensors")
+    facts = memory.decoder_facts(tmp_path / "vae.safetensors", 3)
+    vae = comfy.sd.VAE(sd=state)
+    with pack_module("model_patches.stream_decode").stream_decoder(vae) as decoder:
+        assert facts.weight_bytes == vae.patcher.model_size() > 0
+        assert facts.cell_bytes * 60 * 104 == pytest.approx(decoder.memory_required((1, 16, 3, 60, 104)), rel=1e-4)
+
+
+# --- the answer to the canvas ---
+
+
+@pytest.fixture
+def predict(pack_module, tmp_path, monkeypatch):
+    """`predict(**query)`: for a tiny file in ComfyUI's folder, on a GPU of 1 GB with all of it to be had."""
+    nodes = pack_module("nodes.memory")
+    folder = tmp_path / "diffusion_models"
+    folder.mkdir()
+    LAYOUTS["comfyui, bare"](folder, tiny_wan(), {})
+    (tmp_path / "secret.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    monkeypatch.setattr(nodes, "available_memory", lambda: (10**9, 10**9, True))
+    query = {"node": "UNETLoader", "file": "model.safetensors", "width": "832", "height": "480", "length": "81"}
+    yield lambda **more: nodes.prediction({**query, **more})
+    folder_paths.filename_list_cache.clear()
+
+
+def test_a_run_that_fits(predict):
+    reply = predict(width="256", height="256", window="12", sink="3", frames_per_chunk="3")
+    assert reply["level"] == "fits" and reply["suggestion"] == ""
+    assert reply["text"].startswith("Needs ") and reply["text"].endswith(" of 1.0 GB VRAM.")
+    assert sum(reply["parts"].values()) == reply["total"] < reply["available"]
+    assert "KV cache (12 latent frames)" in reply["detail"] and reply["detail"].startswith("256x256: ")
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(predict):
+    wide = predict(width="4096", height="4096", window="12", sink="3")
+    assert wide["level"] == "too much"
+    assert wide["suggestion"].startswith("Fits with ")
+    assert predict(window="24", sink="3")["parts"]["keys_values"] > predict(window="12")["parts"]["keys_values"]
+
+
+def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
+    nodes = pack_module("nodes.memory")
+    needed = predict(width="64", height="64")
+    monkeypatch.setattr(nodes, "available_memory", lambda: (needed["total"] - 1, 10**9, True))
+    assert predict(width="64", height="64")["suggestion"].startswith("Slow: ")
+    monkeypatch.setattr(nodes, "available_memory", lambda: (needed["total"] - 1, 10**9, False))
+    without_gpu = predict(width="64", height="64")
+    assert not without_gpu["suggestion"].startswith("Slow") and "RAM (no GPU)" in without_gpu["text"]
+
+
+def test_the_demo_and_its_decoder(predict):
+    reply = predict(node="DiagonalDemoLoader", file="student", vae_node="DiagonalDemoLoader", width="64", height="64")
+    assert reply["level"] == "fits" and reply["parts"]["decoder"] > 0
+    assert "KV cache (12 latent frames)" in reply["detail"], "the demo's header says window 12"
+
+
+@pytest.mark.parametrize(
+    "query, words",
+    [
+        ({"file": "../secret.safetensors"}, "is not in models/diffusion_models"),
+        ({"file": "/etc/passwd"}, "is not in models/diffusion_models"),
+        ({"node": "SomeLoader"}, "comes from SomeLoader"),
+        ({"node": "DiagonalDemoLoader", "file": "../x"}, "choose one of student, teacher"),
+        ({"vae": "../../vae.safetensors"}, "is not in models/vae"),
+        ({"width": "wide"}, "width is 'wide'"),
+        ({"height": "0"}, "height is '0'"),
+        ({"length": ""}, "length is ''"),
+        ({"cfg": "much"}, "cfg is 'much'"),
+        ({"window": "4", "sink": "3", "frames_per_chunk": "3"}, "window is 4"),
+        ({"weight_dtype": "int3"}, "weight_dtype='int3'"),
+    ],
+)
+def test_what_cannot_be_known_is_an_answer(predict, query, words):
+    assert words in predict(**query)["error"]
+
+
+def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):
+    device = comfy.model_management.get_torch_device()
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a: 10**9)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *a: 10**10)
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
+    alone, total, on_gpu = memory.available_memory()
+    loaded = SimpleNamespace(device=device, model_loaded_memory=lambda: 5 * 10**8)
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded])
+    assert memory.available_memory()[0] == alone + 5 * 10**8
+    assert (total, on_gpu) == (10**10, False)

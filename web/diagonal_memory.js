@@ -1,0 +1,212 @@
+// Says inside a node what a run will take of the GPU's memory, before it runs. The graph is followed from the node to
+// the files and sizes; the server reckons, as the sampler will ask ComfyUI for it.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { addDrawing, addStyle } from "./diagonal_widget.js";
+
+const SAMPLERS = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
+const LOADERS = ["DiagonalModelLoader", "DiagonalDemoLoader"];
+const STREAM = "DiagonalStreamVideo";
+const CAUSAL = "DiagonalCausalAttention";
+// Loader -> its widget that names the file.
+const FILES = {
+  DiagonalModelLoader: "ckpt_name",
+  DiagonalDemoLoader: "weights",
+  UNETLoader: "unet_name",
+  CheckpointLoaderSimple: "ckpt_name",
+  UnetLoaderGGUF: "unet_name",
+  UnetLoaderGGUFAdvanced: "unet_name",
+};
+const USUAL_SIZE = { width: 832, height: 480, length: 81 }; // of a loader that feeds no sampler yet
+const HEIGHT = 60; // canvas units
+const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
+const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
+const PARTS = { weights: "weights", keys_values: "KV cache", text: "text", forward: "a forward", decoder: "decoding" };
+
+const STYLE = `
+.diagonal-memory { display: flex; flex-direction: column; gap: 2px; padding: 4px 8px; line-height: 1.3; }
+.diagonal-memory .bar { display: flex; height: 5px; flex: none; border-radius: 2px; overflow: hidden;
+  background: rgb(128 128 128 / 0.3); }
+.diagonal-memory .weights { background: #5b8def; }
+.diagonal-memory .keys_values { background: #e0a458; }
+.diagonal-memory .text { background: #c9c25a; }
+.diagonal-memory .forward { background: #59b08a; }
+.diagonal-memory .decoder { background: #a37bd6; }
+.diagonal-memory .words { overflow: auto; }
+.diagonal-memory .detail { color: var(--descrip-text, #999); }
+.diagonal-memory.red .text-line { color: #f07070; font-weight: 600; }
+`;
+
+/** What cannot be known before the run, in words. */
+class Unknown extends Error {}
+
+function widget(node, name) {
+  return node.widgets?.find((found) => found.name === name);
+}
+
+/** The node that an input comes from; null without a link. */
+function source(node, name) {
+  const id = node.inputs?.find((input) => input.name === name)?.link;
+  if (id == null) return null;
+  const found = node.graph.getNodeById(node.graph.getLink(id)?.origin_id);
+  if (!found) throw new Unknown(`${name} comes from outside of the subgraph: known when it runs.`);
+  return found;
+}
+
+/** A widget's value, also where another node's value is linked to it. */
+function value(node, name) {
+  let [at, key] = [node, name];
+  for (let step = 0; step < MOST_STEPS; step++) {
+    const linked = at.inputs?.find((input) => (input.widget?.name ?? input.name) === key)?.link != null;
+    if (!linked) {
+      const found = widget(at, key);
+      if (!found) throw new Unknown(`${node.title} has no ${name}.`);
+      return found.value;
+    }
+    const before = source(at, key);
+    if (!before) break;
+    [at, key] = [before, widget(before, "value") ? "value" : (before.widgets?.[0]?.name ?? "")];
+    if (!/primitive|constant|reroute/i.test(at.type)) break;
+  }
+  throw new Unknown(`${name} of ${node.title} comes from another node: known when it runs.`);
+}
+
+/** Walks up from an input until `found` says so; a node between passes on its input of that type. */
+function walk(node, name, type, found) {
+  let at = source(node, name);
+  for (let step = 0; at && step < MOST_STEPS; step++) {
+    if (found(at)) return at;
+    const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
+    if (!input) throw new Unknown(`${at.title} makes the ${type}: its memory is known when it runs.`);
+    at = source(at, input.name);
+  }
+  throw new Unknown(`Connect ${name} to know the memory.`);
+}
+
+/** The loader of a sampler's model, and the node that sets its window. */
+function modelOf(sampler) {
+  let causal = null;
+  const loader = walk(sampler, "model", "MODEL", (node) => {
+    if (node.type === CAUSAL && node.mode === 0) causal ??= node;
+    return node.type in FILES;
+  });
+  return [loader, causal ?? (loader.type === "DiagonalModelLoader" ? loader : null)];
+}
+
+function modelQuery(loader, causal) {
+  const query = { node: loader.type, file: value(loader, FILES[loader.type]) };
+  for (const name of ["weights", "weight_dtype"])
+    if (widget(loader, name) && name !== FILES[loader.type]) query[name] = value(loader, name);
+  if (causal) for (const name of ["frames_per_chunk", "window", "sink"]) query[name] = value(causal, name);
+  return query;
+}
+
+function sizeQuery(sampler) {
+  const [width, height] = ["width", "height"];
+  if (sampler.type === STREAM) {
+    const length = Math.max(1, Math.floor(value(sampler, "length") * value(sampler, "fps") + 0.5));
+    const query = { width: value(sampler, width), height: value(sampler, height), length, cfg: value(sampler, "cfg") };
+    const vae = walk(sampler, "vae", "VAE", (node) => widget(node, "vae_name") || node.type === "DiagonalDemoLoader");
+    query.vae_node = vae.type;
+    if (widget(vae, "vae_name")) query.vae = value(vae, "vae_name");
+    return query;
+  }
+  const latent = walk(sampler, "latent_image", "LATENT", (node) => widget(node, width) && widget(node, "length"));
+  const query = { cfg: value(sampler, "cfg") };
+  for (const name of [width, height, "length"]) query[name] = value(latent, name);
+  if (widget(latent, "batch_size")) query.batch = value(latent, "batch_size");
+  return query;
+}
+
+/** What to ask the server for a node, and what to say of the assumptions. */
+function question(node) {
+  if (SAMPLERS.includes(node.type)) return { ...modelQuery(...modelOf(node)), ...sizeQuery(node) };
+  for (const sampler of node.graph.nodes.filter((other) => SAMPLERS.includes(other.type))) {
+    try {
+      const [loader, causal] = modelOf(sampler);
+      if (loader === node) return { ...modelQuery(loader, causal), ...sizeQuery(sampler) };
+    } catch (error) {
+      if (!(error instanceof Unknown)) throw error;
+    }
+  }
+  return { ...modelQuery(node, node.type === "DiagonalModelLoader" ? node : null), ...USUAL_SIZE, assumed: 1 };
+}
+
+class MemoryLine {
+  constructor(node) {
+    this.node = node;
+    this.asked = null; // what the server was asked last
+    this.root = document.createElement("div");
+    this.root.className = "diagonal-memory";
+    this.root.setAttribute("role", "status");
+    this.bar = document.createElement("div");
+    this.bar.className = "bar";
+    this.words = document.createElement("div");
+    this.words.className = "words";
+    this.root.append(this.bar, this.words);
+    addDrawing(node, "memory", this.root, { height: HEIGHT, onRemoved: () => clearInterval(this.timer) });
+    this.timer = setInterval(() => this.refresh(), POLL_MS);
+  }
+
+  async refresh() {
+    if (!this.node.graph) return;
+    let query, reply;
+    try {
+      query = new URLSearchParams(question(this.node)).toString();
+    } catch (error) {
+      if (!(error instanceof Unknown)) throw error;
+      query = `unknown:${error.message}`;
+      reply = { error: error.message };
+    }
+    if (query === this.asked) return;
+    this.asked = query;
+    if (!reply) {
+      try {
+        const response = await api.fetchApi(`/diagonal/memory?${query}`);
+        if (!response.ok) throw new Error(`the server answered ${response.status}`);
+        reply = await response.json();
+      } catch (error) {
+        reply = { error: `Memory unknown: ${error.message}.` };
+      }
+    }
+    if (this.asked === query) this.draw(reply, query.endsWith("assumed=1"));
+  }
+
+  draw(reply, assumed) {
+    this.root.classList.toggle("red", reply.level === "too much");
+    this.root.title = [reply.text, reply.suggestion, reply.detail, reply.error].filter(Boolean).join("\n");
+    this.bar.replaceChildren();
+    this.words.replaceChildren();
+    const say = (text, kind) => {
+      if (!text) return;
+      const line = document.createElement("div");
+      line.className = kind;
+      line.textContent = text;
+      this.words.append(line);
+    };
+    this.bar.hidden = Boolean(reply.error);
+    if (reply.error) return say(reply.error, "detail");
+    const whole = Math.max(reply.total, reply.available);
+    for (const [name, words] of Object.entries(PARTS)) {
+      const part = document.createElement("div");
+      part.className = name;
+      part.style.width = `${(100 * reply.parts[name]) / whole}%`;
+      part.title = words;
+      this.bar.append(part);
+    }
+    say(reply.text, "text-line");
+    if (reply.suggestion) say(reply.suggestion, "text-line");
+    else say(assumed ? `No sampler is connected; for ${reply.detail}` : reply.detail, "detail");
+  }
+}
+
+app.registerExtension({
+  name: "diagonal.memory",
+  init() {
+    addStyle(STYLE);
+  },
+  nodeCreated(node) {
+    if (SAMPLERS.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) new MemoryLine(node);
+  },
+});
