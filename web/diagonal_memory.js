@@ -19,7 +19,7 @@ const FILES = {
   UnetLoaderGGUFAdvanced: "unet_name",
 };
 const USUAL_SIZE = { width: 832, height: 480, length: 81 }; // of a loader that feeds no sampler yet
-const HEIGHT = 60; // canvas units
+const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
 const PARTS = { weights: "weights", keys_values: "KV cache", text: "text", forward: "a forward", decoder: "decoding" };
@@ -145,7 +145,8 @@ class MemoryLine {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.bar, this.words);
-    addDrawing(node, "memory", this.root, { height: HEIGHT, onRemoved: () => clearInterval(this.timer) });
+    const onRemoved = () => clearInterval(this.timer);
+    addDrawing(node, "memory", this.root, { height: HEIGHT, before: "live", onRemoved });
     this.timer = setInterval(() => this.refresh(), POLL_MS);
   }
 

@@ -6,7 +6,7 @@ import { api } from "../../scripts/api.js";
 import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
-const HEIGHT = 196; // canvas units
+const HEIGHT = 204; // canvas units, the margin of 10 around it included
 const PICTURE = 128;
 const MOST_FRAMES = 512; // of a long stream the newest are kept
 const MOST_BARS = 32;
@@ -19,6 +19,8 @@ const STYLE = `
 .diagonal-preview .bars { display: flex; align-items: flex-end; gap: 2px; height: 22px; flex: none; }
 .diagonal-preview .bar { flex: 1 1 0; max-width: 24px; background: rgb(128 128 128 / 0.3); position: relative; }
 .diagonal-preview .bar > div { position: absolute; inset: auto 0 0 0; background: #5b8def; }
+.diagonal-preview.idle { justify-content: center; align-items: center; color: var(--descrip-text, #999); }
+.diagonal-preview.idle :is(img, .bars) { display: none; }
 .diagonal-preview .line { line-height: 1.35; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 `;
 
@@ -34,7 +36,7 @@ class Preview {
   constructor(node) {
     this.node = node;
     this.root = document.createElement("div");
-    this.root.className = "diagonal-preview";
+    this.root.className = "diagonal-preview idle";
     this.image = document.createElement("img");
     this.image.alt = "";
     this.bars = document.createElement("div");
@@ -69,6 +71,7 @@ class Preview {
   belongs(data) {
     if (!isNode(data.node, this.node)) return false;
     if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
+    this.root.classList.remove("idle");
     return true;
   }
 

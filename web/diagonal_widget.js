@@ -39,9 +39,10 @@ function grow(node) {
  * Puts `root` into the node, below its widgets. Nothing of it is saved, and nothing reaches the API's graph.
  *
  * @param height in canvas units; `maxHeight` where it may become higher than that.
+ * @param before the drawing that this one is to stand above, whichever is made first.
  * @param onRemoved called when the node goes.
  */
-export function addDrawing(node, name, root, { height, maxHeight = height, onRemoved }) {
+export function addDrawing(node, name, root, { height, maxHeight = height, before, onRemoved }) {
   addStyle(STYLE);
   root.classList.add("diagonal-widget");
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
@@ -50,6 +51,8 @@ export function addDrawing(node, name, root, { height, maxHeight = height, onRem
     getMaxHeight: () => maxHeight,
   });
   widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
+  const place = node.widgets.findIndex((other) => other.name === before);
+  if (place >= 0) node.widgets.splice(place, 0, ...node.widgets.splice(node.widgets.indexOf(widget), 1));
   grow(node);
   after(node, "onConfigure", () => grow(node));
   after(node, "onRemoved", onRemoved);

@@ -39,15 +39,25 @@ class Frontend:
         self.errors: list[str] = []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
-        page.goto(url, wait_until="domcontentloaded", timeout=START_MS)
-        page.wait_for_function(
+        self.open()
+
+    def open(self) -> None:
+        """Load the page, anew if it is open."""
+        self.started = False
+        self.page.goto(self.url, wait_until="domcontentloaded", timeout=START_MS)
+        self.page.wait_for_function(
             "() => window.app?.extensionManager && window.app.graph && "
             "'DiagonalChunkSampler' in window.LiteGraph.registered_node_types && "
             "!document.querySelector('#splash-loader')",
             timeout=START_MS,
         )
-        page.wait_for_timeout(SETTLE_MS)
+        self.page.wait_for_timeout(SETTLE_MS)
         self.started = True
+
+    def use_vue_nodes(self, wanted: bool) -> None:
+        """Draw nodes with Vue, or on the classic canvas."""
+        self.page.evaluate("on => app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', on)", wanted)
+        self.open()
 
     def _on_console(self, message) -> None:
         if message.type != "error":

@@ -1,0 +1,56 @@
+"""The help page of every node, with its picture, in the frontend's own panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+MAX_PICTURE = 40_000  # bytes
+
+
+def test_every_node_has_a_page_and_a_small_picture(comfy_server):
+    known = {name for name in comfy_server.get("/object_info") if name.startswith("Diagonal")}
+    assert known == set(NODES)
+    pictures = {path.stem: path.stat().st_size for path in (ROOT / "web" / "docs" / "images").iterdir()}
+    assert pictures.keys() == known
+    assert max(pictures.values()) < MAX_PICTURE
+
+
+@pytest.fixture(scope="module")
+def page(frontend):
+    frontend.page.evaluate("() => app.graph.clear()")
+    return frontend.page
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_help_panel_shows_the_page_and_its_picture(page, frontend, node):
+    frontend.errors.clear()
+    page.evaluate(
+        """(type) => {
+            app.graph.clear();
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            node.pos = [0, 0];
+            app.canvas.ds.scale = 0.6;
+            app.canvas.ds.offset = [300, 250];
+            app.canvas.selectNode(node);
+            app.canvas.setDirty(true, true);
+        }""",
+        node,
+    )
+    page.get_by_label("Node Info").first.click(timeout=20_000)
+    picture = page.locator(f"img[src$='/docs/images/{node}.webp']").first
+    picture.wait_for(state="attached", timeout=20_000)
+    page.wait_for_function(
+        "source => [...document.images].some((image) => image.src.endsWith(source) && image.naturalWidth > 100)",
+        arg=f"/docs/images/{node}.webp",
+        timeout=20_000,
+    )
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"help_{node}.png")
+    # The frontend looks for a page in the user's language first.
+    assert [line for line in frontend.errors if f"/docs/{node}/en.md" not in line] == []
