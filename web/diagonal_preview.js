@@ -7,13 +7,14 @@ import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 204; // canvas units, the margin of 10 around it included
+const MOST_HEIGHT = 2000; // a person may pull the node larger, to see more
 const PICTURE = 128;
 const MOST_FRAMES = 512; // of a long stream the newest are kept
 const MOST_BARS = 32;
 
 const STYLE = `
 .diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; user-select: none; }
-.diagonal-preview img { height: ${PICTURE}px; width: 100%; flex: none; object-fit: contain; }
+.diagonal-preview img { flex: 1 1 ${PICTURE}px; min-height: 0; width: 100%; object-fit: contain; }
 .diagonal-preview img.small { image-rendering: pixelated; }
 .diagonal-preview img:not([src]) { visibility: hidden; }
 .diagonal-preview .bars { display: flex; align-items: flex-end; gap: 2px; height: 22px; flex: none; }
@@ -44,7 +45,7 @@ class Preview {
     this.line = document.createElement("div");
     this.line.className = "line";
     this.root.append(this.image, this.bars, this.line);
-    addDrawing(node, "live", this.root, { height: HEIGHT, onRemoved: () => this.remove() });
+    addDrawing(node, "live", this.root, { height: HEIGHT, maxHeight: MOST_HEIGHT, onRemoved: () => this.remove() });
     this.reset(null);
     this.line.textContent = "Chunks play here as they are made.";
     previews.add(this);

@@ -45,6 +45,7 @@ function grow(node) {
 export function addDrawing(node, name, root, { height, maxHeight = height, before, onRemoved }) {
   addStyle(STYLE);
   root.classList.add("diagonal-widget");
+  root.style.maxHeight = `${maxHeight}px`; // Vue nodes share out free height evenly
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
     serialize: false,
     getMinHeight: () => height,

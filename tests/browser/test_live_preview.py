@@ -61,6 +61,14 @@ def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
     assert any("chunk 1 of 7" in line and " left" in line for line in lines)
     assert page.locator(".diagonal-preview .bar").count() == 7
     assert page.locator(".diagonal-preview img").evaluate("image => image.naturalWidth") == 64
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalChunkSampler");
+            node.setSize([node.size[0], node.size[1] + 150]);
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.wait_for_function("() => document.querySelector('.diagonal-preview img').clientHeight > 250", timeout=20_000)
     ARTIFACTS.mkdir(exist_ok=True)
     page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
     page.wait_for_timeout(1000)
