@@ -11,6 +11,7 @@ import logging
 import pickle
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_LISTED = 10
 """Names an error spells out before it only counts."""
+
+MAX_INFLATION = 2
+"""Tensors may share memory (tied weights), but not so that they unfold to more than this many times what is stored."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _GGUF_MAGIC = b"GGUF"
@@ -266,7 +270,8 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
     sub-dicts).
 
     name: the file, where: the dict inside it, both for errors. Raises ValueError for a key that is no string
-    and for a tensor that is not dense and on the CPU.
+    and for a tensor that is not dense and on the CPU, or tensors that would unfold to far more than the file
+    stores.
     """
     tensors: dict[str, torch.Tensor] = {}
     others: list[str] = []
@@ -285,7 +290,27 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
                 f"{value.device}; save plain tensors"
             )
         tensors[key] = value.detach()
+    _refuse_inflated(tensors, name)
     return tensors, others
+
+
+def _refuse_inflated(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise ValueError where tensors share their elements (stride 0, one storage under many names) so that copying
+    them takes far more memory than the file has bytes."""
+    stored: dict[int, int] = {}
+    needed: Counter[int] = Counter()
+    for value in tensors.values():
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        needed[storage.data_ptr()] += value.numel() * value.itemsize
+    if needed.total() <= MAX_INFLATION * sum(stored.values()) + FULL_CHECK_ELEMENTS:
+        return
+    worst = max(stored, key=lambda storage: needed[storage] - stored[storage])
+    sharing = [key for key, value in tensors.items() if value.untyped_storage().data_ptr() == worst]
+    raise ValueError(
+        f"weight file {name!r}, key {sharing[0]!r}: {len(sharing)} tensors unfold {stored[worst]} stored bytes to "
+        f"{needed[worst]}; save plain tensors, each with memory of its own (.contiguous().clone())"
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

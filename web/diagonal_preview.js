@@ -36,6 +36,9 @@ class Preview {
     this.node = node;
     this.root = document.createElement("div");
     this.root.className = "diagonal-preview";
+    const style = document.createElement("style");
+    style.textContent = STYLE; // here and not in the page's head, which other packs share
+    this.root.append(style);
     this.image = document.createElement("img");
     this.image.alt = "";
     this.bars = document.createElement("div");
@@ -162,11 +165,8 @@ class Preview {
 }
 
 app.registerExtension({
-  name: "diagonal.preview",
+  name: "diagonaldistillation.preview",
   init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
     const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));

@@ -35,6 +35,9 @@ class PromptField {
     this.promptId = null;
     this.root = document.createElement("div");
     this.root.className = "diagonal-prompt";
+    const style = document.createElement("style");
+    style.textContent = STYLE; // here and not in the page's head, which other packs share
+    this.root.append(style);
     const row = document.createElement("div");
     row.className = "row";
     this.text = document.createElement("textarea");
@@ -154,11 +157,8 @@ class PromptField {
 }
 
 app.registerExtension({
-  name: "diagonal.prompt",
+  name: "diagonaldistillation.prompt",
   init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
     api.addEventListener(EVENT, (event) => fields.forEach((field) => field.onEvent(event.detail)));
     api.addEventListener("reconnecting", () => fields.forEach((field) => field.onLost()));
   },

@@ -54,6 +54,9 @@ class ScheduleDrawing {
     this.reply = null;
     this.root = document.createElement("div");
     this.root.className = "diagonal-schedule";
+    const style = document.createElement("style");
+    style.textContent = STYLE; // here and not in the page's head, which other packs share
+    this.root.append(style);
     this.svg = element("svg", { role: "group", "aria-label": "Noise levels of each chunk" }, this.root);
     this.words = document.createElement("div");
     this.words.className = "words";
@@ -246,12 +249,7 @@ class ScheduleDrawing {
 }
 
 app.registerExtension({
-  name: "diagonal.schedule",
-  init() {
-    const style = document.createElement("style");
-    style.textContent = STYLE;
-    document.head.append(style);
-  },
+  name: "diagonaldistillation.schedule",
   nodeCreated(node) {
     if (node.comfyClass === NODE) new ScheduleDrawing(node);
   },
