@@ -321,10 +321,8 @@ class _Place:
     def find(cls, options: StreamOptions) -> _Place:
         prefix = options.filename_prefix
         output = folder_paths.get_output_directory()
-        # ComfyUI refuses this too, at more length.
-        if not folder_paths.is_within_directory(
-            output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))
-        ):
+        # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
+        if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
             raise ValueError(
                 f"filename_prefix is {prefix!r}, which leaves ComfyUI's output folder; use a name such as "
                 "video/ComfyUI, relative to it and without '..'."
@@ -338,6 +336,15 @@ class _Place:
                 f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
             ) from error
         return cls(Path(folder), filename, counter, subfolder)
+
+
+def _lies_in(folder: str, path: str) -> bool:
+    """Whether a path, its links followed, is a folder or below it."""
+    try:
+        folder, path = os.path.realpath(folder), os.path.realpath(path)
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # a zero byte, or another drive
+        return False
 
 
 @dataclass(slots=True)
