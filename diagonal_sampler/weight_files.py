@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import re
 import struct
@@ -186,13 +187,14 @@ def _diagnose_safetensors(path: Path) -> str | None:
         return f"its header is not JSON ({error})"
     if not isinstance(header, dict):
         return f"its header is a JSON {type(header).__name__}, not an object"
+    places: list[tuple[int, int, str]] = []
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        try:
-            start, end = (int(offset) for offset in entry["data_offsets"])
-        except (TypeError, KeyError, ValueError):
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
             return f"key {key!r} has no valid data_offsets in the header"
+        start, end = offsets
         if not 0 <= start <= end:
             return f"key {key!r} has data_offsets [{start}, {end}]"
         if 8 + header_bytes + end > size:
@@ -200,6 +202,30 @@ def _diagnose_safetensors(path: Path) -> str | None:
                 f"it is cut short: key {key!r} ends at byte {8 + header_bytes + end}, the file has {size} "
                 f"({len(header)} header entries)"
             )
+        if (reason := _diagnose_tensor(entry, end - start)) is not None:
+            return f"key {key!r} {reason}"
+        places.append((start, end, key))
+    covered = 0
+    for start, end, key in sorted(places):
+        if start != covered:
+            what = "overlaps the tensor before it" if start < covered else "leaves a gap behind the tensor before it"
+            return f"key {key!r} {what} (it begins at {start} of the data, where {covered} is due)"
+        covered = end
+    if 8 + header_bytes + covered != size:
+        return f"it has {size - 8 - header_bytes - covered} bytes behind its last tensor"
+    return None
+
+
+def _diagnose_tensor(entry: dict[str, Any], nbytes: int) -> str | None:
+    """What is wrong with one tensor's dtype and shape in a safetensors header, for `nbytes` bytes of data."""
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or (bits := re.fullmatch(r"(?:BOOL|[A-Z]+?(\d+)(?:_\w+)?)", dtype)) is None:
+        return f"has dtype {short(dtype)}"
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+        return f"has shape {short(shape)}"
+    needed = -(-math.prod(shape) * int(bits.group(1) or 8) // 8)
+    if needed != nbytes:
+        return f"has shape {short(shape)} in {dtype}, which takes {needed} bytes, and {nbytes} bytes of data"
     return None
 
 
@@ -286,7 +312,7 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
             continue
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise ValueError(
-                f"weight file {name!r}, key {key!r}: expected a dense CPU tensor, got {value.layout} on "
+                f"weight file {name!r}, key {key!r}: expected a dense CPU tensor, got {value.dtype}, {value.layout} on "
                 f"{value.device}; save plain tensors"
             )
         tensors[key] = value.detach()

@@ -98,7 +98,16 @@ def table() -> str:
     notes = [f"Measured on: {'; '.join(sorted(devices))}."] if devices else []
     if missing:
         notes.append(f"Still to be run in full: `python tests/faults/run.py --full {' '.join(missing)}`.")
-    return "\n".join(lines) + "\n\n" + "\n".join(notes)
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + versions()
+
+
+def versions() -> str:
+    """What tests/faults/versions.py found, in Markdown."""
+    path = RESULTS / "versions.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    lines = ["| ComfyUI | graphs | when |", "|---|---|---|"]
+    lines += [f"| {version} | {entry['result']} | {entry['date']} |" for version, entry in kept.items()]
+    return "\n".join(lines) + "\n\nBy `python tests/faults/versions.py`."
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def offsets(m: Maker) -> Made:
         ([end, start], [-4, end], [start, end + 4], [start + 4, end], other, [start, 2**63], [0, 0], [2**62, 2**62])
         + (["0", "4"], None, [start], [start, end, end], {"a": 1}, [float(start), end + 0.5], [True, False])
     )
-    return Made(m.raw(header, data))
+    return Made(m.raw(header, data), ("key '",))
 
 
 def shape_or_dtype(m: Maker) -> Made:
@@ -135,7 +135,7 @@ def shape_or_dtype(m: Maker) -> Made:
         + [{"dtype": "F64"}, {"dtype": "BF16"}]
     )
     header[m.key] |= change
-    return Made(m.raw(header, data))
+    return Made(m.raw(header, data), (m.key,))
 
 
 def hole_or_tail(m: Maker) -> Made:
@@ -143,7 +143,7 @@ def hole_or_tail(m: Maker) -> Made:
     if m.rng.random() < 0.5:
         return Made(m.raw(header, data + bytes(m.rng.randrange(1, 999))))
     del header[m.key]
-    return Made(m.raw(header, data))
+    return Made(m.raw(header, data), ("key '",) if m.key != list(WEIGHTS)[-1] else ("behind its last",))
 
 
 def same_name_twice(m: Maker) -> Made:

@@ -1,4 +1,4 @@
-"""Run the demo graph, and the one that streams to the disk, in given versions of ComfyUI; note it for docs/reliability.md.
+"""Run two of the demo graphs in given versions of ComfyUI and note the results for docs/reliability.md.
 
     python tests/faults/versions.py                  every version of the list
     python tests/faults/versions.py 0.27.0           one
