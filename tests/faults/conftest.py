@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfy_host
+import fault_rows
 import pytest
 
 FPS = 16
 FRAMES = 69
 """Pixel frames of six chunks of three latent frames."""
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.ComfyServer]:
+    """A running server with this pack and the node that puts in faults."""
+    base = tmp_path_factory.mktemp("faults-server") / "base"
+    (base / "custom_nodes").mkdir(parents=True)
+    shutil.copy(fault_rows.ROOT / "tests" / "helpers" / "fault_node.py", base / "custom_nodes")
+    server = comfy_host.ComfyServer(comfyui_dir, base)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -5,85 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import comfy_host
 import fault_rows
 import pytest
 
 POINTS = {"forward": 15, "decode": 6, "save": 6}
 KEPT_BYTES = 1 << 20
 """What two runs may differ by: ComfyUI caches outputs of nodes."""
-
-NODE = '''
-"""A test's own node: raises torch.OutOfMemoryError at one point of the run that the MODEL is used in."""
-import gc, json, sys
-import comfy.patcher_extension
-import torch
-
-STATE = {"point": None, "seen": {}}
-
-
-def reached(kind):
-    number = STATE["seen"].get(kind, 0)
-    STATE["seen"][kind] = number + 1
-    if STATE["point"] == (kind, number):
-        STATE["point"] = None
-        raise torch.OutOfMemoryError("Allocation on device (put in by a test)")
-
-
-def wrap(owner, name, kind):
-    real = getattr(owner, name)
-
-    def replaced(*args, **kwargs):
-        reached(kind)
-        return real(*args, **kwargs)
-
-    if not hasattr(real, "of_test"):
-        replaced.of_test = True
-        setattr(owner, name, replaced)
-
-
-def forward(executor, *args, **kwargs):
-    reached("forward")
-    return executor(*args, **kwargs)
-
-
-class FaultPoint:
-    INPUT_TYPES = classmethod(lambda cls: {"required": {
-        "model": ("MODEL",), "plan": ("STRING", {}), "report": ("STRING", {})}})
-    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
-    IS_CHANGED = classmethod(lambda cls, **inputs: float("nan"))
-
-    def run(self, model, plan, report):
-        (streaming,) = [m for name, m in sys.modules.items() if name.endswith(".model_patches.streaming")]
-        (writer,) = [m for name, m in sys.modules.items() if name.endswith(".model_patches.video_writer")]
-        wrap(streaming.StreamDecoder, "submit", "decode")
-        wrap(writer.EncodedWriter, "write", "save")
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        with open(report, "w") as out:
-            json.dump({"seen": STATE["seen"], "held": sum(held.values())}, out)
-        STATE["seen"], STATE["point"] = {}, tuple(json.load(open(plan)))
-        model = model.clone()
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "fault_point", forward)
-        return (model,)
-
-
-NODE_CLASS_MAPPINGS = {"FaultPoint": FaultPoint}
-'''
-
-
-@pytest.fixture
-def server(comfyui_dir: Path, tmp_path: Path):
-    base = tmp_path / "base"
-    (base / "custom_nodes").mkdir(parents=True)
-    (base / "custom_nodes" / "fault_point.py").write_text(NODE)
-    server = comfy_host.ComfyServer(comfyui_dir, base)
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.stop()
 
 
 def graph(report: Path, prefix: str, kind: str, number: int) -> dict:
@@ -122,7 +49,8 @@ def graph(report: Path, prefix: str, kind: str, number: int) -> dict:
     }
 
 
-def test_row_out_of_memory(server, tmp_path):
+def test_row_out_of_memory(comfy_server, tmp_path):
+    server = comfy_server
     report = tmp_path / "report.json"
     av = pytest.importorskip("av")
 

@@ -70,7 +70,7 @@ ROWS: dict[str, Row] = {
         "test_hostile_strings.py",
         "hostile strings (.., absolute, NUL, symlink, UNC, CRLF) in every text input, 200 each",
         1400,
-        42,
+        28,
         "no file outside ComfyUI's folders; the server lives",
     ),
     "hostile_batches": _row(
@@ -84,7 +84,7 @@ ROWS: dict[str, Row] = {
         "test_points.py",
         "cancel at every forward, decode and save of 6 chunks in three formats, and at 200 random moments",
         POINTS * 3 + 200,
-        8,
+        5,
         "stops within one forward + 250 ms; the file plays; the next run leaves the file of a run never cancelled",
         "s beyond one forward",
     ),
@@ -92,14 +92,14 @@ ROWS: dict[str, Row] = {
         "test_out_of_memory.py",
         "out of memory at each of those points, in a server",
         POINTS,
-        4,
+        3,
         "ComfyUI's own message; models unloaded; the next run is bit-identical",
     ),
     "nan": _row(
         "test_points.py",
         "NaN or Inf at each of those points",
         POINTS,
-        6,
+        4,
         "an error that names chunk and step; no black frame written; the next run goes on",
     ),
     "kill_saving": _row(
@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
         "test_soak.py",
         "one stream of 1,000 chunks",
         1000,
-        60,
+        30,
         "memory within 50 MB, threads and handles flat, the last tenth of chunks no slower than the first",
         "MB of growth",
     ),
@@ -152,7 +152,7 @@ ROWS: dict[str, Row] = {
         "test_swaps.py",
         "load, unload, LoRA and dtype swaps",
         50,
-        6,
+        4,
         "outputs identical, memory returns",
         "MB of growth",
     ),
@@ -160,9 +160,9 @@ ROWS: dict[str, Row] = {
         "test_training.py", "training: kill -9", 20, 1, "resumes; equals a run never killed; no checkpoint lost"
     ),
     "train_disk": _row(
-        "test_training.py", "training: full disk", 20, 2, "one line; the last checkpoint whole; resumes"
+        "test_training.py", "training: full disk", 20, 1, "one line; the last checkpoint whole; resumes"
     ),
-    "train_nan": _row("test_training.py", "training: NaN", 20, 2, "one line; the last checkpoint whole; resumes"),
+    "train_nan": _row("test_training.py", "training: NaN", 20, 1, "one line; the last checkpoint whole; resumes"),
     "train_rank": _row(
         "test_training.py", "training: a lost rank of two", 20, 1, "ends; the last checkpoint whole; one rank resumes"
     ),
