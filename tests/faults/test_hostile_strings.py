@@ -32,7 +32,8 @@ def hostile(rng: random.Random) -> str:
 
 @pytest.fixture
 def watched(tmp_path_factory):
-    """`watched(inside)` raises if anything but the folders `inside` has changed since the fixture was made.
+    """`watched(inside)` raises if anything but the folders `inside` has changed since the call before; the first call,
+    and one with `begin`, only look.
 
     Looked at: the pack, this test run's temporary folders, the working folder, the root of the disk and /tmp's and
     the home folder's own entries.
@@ -51,9 +52,10 @@ def watched(tmp_path_factory):
 
     before: dict = {}
 
-    def check(inside: tuple[Path, ...]) -> None:
+    def check(inside: tuple[Path, ...], *, begin: bool = False) -> None:
         found = look(inside)
-        if not before:
+        if begin or not before:
+            before.clear()
             before.update(found)
         changed = {path for path in before.keys() | found.keys() if before.get(path) != found.get(path)}
         before.clear()
@@ -152,7 +154,7 @@ def test_row_hostile_batches(comfy_server, watched, tmp_path):
         out = tmp_path / "out" / f"run{first}"
         out.mkdir(parents=True)
         (out / "batch.jsonl").write_text(rng.choice(("", '{"prompt": "../x", "seed": "/etc"}\n', '{"half": ')))
-        watched(own)
+        watched(own, begin=True)
 
         def run(_number: int, folder=folder, out=out) -> float:
             command = [sys.executable, str(ROOT / "queue_batch.py"), "graph.json", "--prompts", "prompts.txt"]
