@@ -18,7 +18,7 @@ ODD_VALUES = (
     + [float("inf"), -float("inf"), [], [[]], {}, {"a": 1}, ["loader", 0], ["loader", 1], ["loader", 2], ["loader", 9]]
     + [["loader", -1], ["loader", "0"], ["loader", 0.5], ["nobody", 0], ["tested", 0], ["out", 0], [0, 0], ["", 0]]
     + [["positive", 0], ["size", 0], ["image", 0], ["schedule", 0], ["schedule", 1], ["context", 0], ["flow", 0]]
-    + ["x" * 100_000, "\0", "../../x", "/etc/passwd", "\ud800", "🎈", "9" * 5000, {"__value__": []}]
+    + ["x" * 100_000, "\0", "../../x", "/etc/passwd", "\ud800", "\U0001f388", "9" * 5000, {"__value__": []}]
 )
 
 
