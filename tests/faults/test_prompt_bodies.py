@@ -40,7 +40,9 @@ def malformed(info: dict, rng: random.Random) -> tuple[str, dict]:
             graph["tested"]["class_type"] = rng.choice(("", name + "X", None, 7, "KSampler", "__class__"))
             told.append(f"class {graph['tested']['class_type']!r}")
         else:
-            value = rng.choice(ODD_VALUES)
+            # ComfyUI checks no link in an input that its node does not have: a slot of 0.5 there ends the thread that
+            # runs prompts, whatever the node. That is not ours to mend.
+            value = rng.choice([odd for odd in ODD_VALUES if key in specs or not isinstance(odd, list)])
             if how == "edge" and {"min", "max"} & options.keys():
                 value = rng.choice([options[end] + by for end in ("min", "max") if end in options for by in (-1, 1)])
             inputs[key] = value
