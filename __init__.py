@@ -5,7 +5,7 @@ a test runner looking for packages, gets an empty module.
 """
 
 WEB_DIRECTORY = "./web"
-MINIMUM_COMFYUI = (0, 30, 0)
+MINIMUM_COMFYUI = (0, 24, 1)
 
 
 def _require_comfyui() -> None:

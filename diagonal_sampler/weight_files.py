@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -51,6 +53,9 @@ _SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+MAX_INFLATION = 2
+"""Tensors may share memory (tied weights), but not so that they unfold to more than this many times what is stored."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _GGUF_MAGIC = b"GGUF"
@@ -257,13 +262,14 @@ def _diagnose_safetensors(path: Path) -> str | None:
         return f"its header is not JSON ({error})"
     if not isinstance(header, dict):
         return f"its header is a JSON {type(header).__name__}, not an object"
+    places: list[tuple[int, int, str]] = []
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        try:
-            start, end = (int(offset) for offset in entry["data_offsets"])
-        except (TypeError, KeyError, ValueError):
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
             return f"key {key!r} has no valid data_offsets in the header"
+        start, end = offsets
         if not 0 <= start <= end:
             return f"key {key!r} has data_offsets [{start}, {end}]"
         if 8 + header_bytes + end > size:
@@ -271,6 +277,30 @@ def _diagnose_safetensors(path: Path) -> str | None:
                 f"it is cut short: key {key!r} ends at byte {8 + header_bytes + end}, the file has {size} "
                 f"({len(header)} header entries)"
             )
+        if (reason := _diagnose_tensor(entry, end - start)) is not None:
+            return f"key {key!r} {reason}"
+        places.append((start, end, key))
+    covered = 0
+    for start, end, key in sorted(places):
+        if start != covered:
+            what = "overlaps the tensor before it" if start < covered else "leaves a gap behind the tensor before it"
+            return f"key {key!r} {what} (it begins at {start} of the data, where {covered} is due)"
+        covered = end
+    if 8 + header_bytes + covered != size:
+        return f"it has {size - 8 - header_bytes - covered} bytes behind its last tensor"
+    return None
+
+
+def _diagnose_tensor(entry: dict[str, Any], nbytes: int) -> str | None:
+    """What is wrong with one tensor's dtype and shape in a safetensors header, for `nbytes` bytes of data."""
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or (bits := re.fullmatch(r"(?:BOOL|[A-Z]+?(\d+)(?:_\w+)?)", dtype)) is None:
+        return f"has dtype {short(dtype)}"
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+        return f"has shape {short(shape)}"
+    needed = -(-math.prod(shape) * int(bits.group(1) or 8) // 8)
+    if needed != nbytes:
+        return f"has shape {short(shape)} in {dtype}, which takes {needed} bytes, and {nbytes} bytes of data"
     return None
 
 
@@ -341,7 +371,8 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
     sub-dicts).
 
     name: the file, where: the dict inside it, both for errors. Raises ValueError for a key that is no string
-    and for a tensor that is not dense and on the CPU.
+    and for a tensor that is not dense and on the CPU, or tensors that would unfold to far more than the file
+    stores.
     """
     tensors: dict[str, torch.Tensor] = {}
     others: list[str] = []
@@ -356,11 +387,31 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
             continue
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise ValueError(
-                f"weight file {name!r}, key {key!r}: expected a dense CPU tensor, got {value.layout} on "
+                f"weight file {name!r}, key {key!r}: expected a dense CPU tensor, got {value.dtype}, {value.layout} on "
                 f"{value.device}; save plain tensors"
             )
         tensors[key] = value.detach()
+    _refuse_inflated(tensors, name)
     return tensors, others
+
+
+def _refuse_inflated(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise ValueError where tensors share their elements (stride 0, one storage under many names) so that copying
+    them takes far more memory than the file has bytes."""
+    stored: dict[int, int] = {}
+    needed: Counter[int] = Counter()
+    for value in tensors.values():
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        needed[storage.data_ptr()] += value.numel() * value.itemsize
+    if needed.total() <= MAX_INFLATION * sum(stored.values()) + FULL_CHECK_ELEMENTS:
+        return
+    worst = max(stored, key=lambda storage: needed[storage] - stored[storage])
+    sharing = [key for key, value in tensors.items() if value.untyped_storage().data_ptr() == worst]
+    raise ValueError(
+        f"weight file {name!r}, key {sharing[0]!r}: {len(sharing)} tensors unfold {stored[worst]} stored bytes to "
+        f"{needed[worst]}; save plain tensors, each with memory of its own (.contiguous().clone())"
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -102,7 +102,7 @@ def host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
     if model is None:
         raise ValueError(
             f"weight file {info.file!r}: this ComfyUI does not recognise a causal Wan 2.1 model in it; "
-            "update ComfyUI to 0.30.0 or newer"
+            "update ComfyUI to 0.24.1 or newer"
         )
     # ComfyUI only logs what its network has and the file lacks: make that an error.
     network = {name for name, _ in model.model.diffusion_model.named_parameters()}

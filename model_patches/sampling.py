@@ -152,7 +152,8 @@ def plan_clip(
         context: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale; b is 1 or the batch.
 
     Raises:
-        ValueError: a MODEL that is not causal, a latent size that does not fit, or a context that does not.
+        ValueError: a MODEL that is not causal, a latent size that does not fit, a context that does not, or a KV cache
+            larger than all memory of the device.
     """
     settings = causal_settings(model)
     if settings is None:
@@ -175,7 +176,9 @@ def plan_clip(
     given = context if given is None else given
     if given is not None:
         _require_context(model, shape, given)
-    return ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
+    plan = ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
+    _require_memory(model, plan)
+    return plan
 
 
 def _require_context(model: ModelPatcher, shape: tuple[int, ...], given: Tensor) -> None:
@@ -208,6 +211,32 @@ def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
                 f"The {name} is {size * scale} pixels ({size} in the latent); it must be a multiple of "
                 f"{patch * scale}. The nearest that fit are {down * scale} and {up * scale}."
             )
+
+
+def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:
+    """Refuse at once what could never be held: the KV cache stays on the device for the whole run."""
+    has = comfy.model_management.get_total_memory(model.load_device)
+    needs = plan.cache_bytes(model, conditions=1)
+    if needs <= has:
+        return
+    latent_format = model.get_model_object("latent_format")
+    network = model.get_model_object("diffusion_model")
+    frames = plan.settings.capacity(plan.shape[2])
+    fitting = int(frames * has / needs)
+    ratio, shrink = latent_format.spacial_downscale_ratio, (has / needs) ** 0.5
+    height, width = (size * ratio for size in plan.shape[3:])
+    smaller = (
+        max(step, int(size * shrink) // step * step)
+        for size, step in ((width, network.patch_size[2] * ratio), (height, network.patch_size[1] * ratio))
+    )
+    window = f"a window of {fitting} latent frames at {width}x{height}, or "
+    raise ValueError(
+        f"The KV cache of {frames} latent frames at {width}x{height} needs {needs / 1e9:,.1f} GB and the device has "
+        f"{has / 1e9:,.1f} GB in all. What would fit: "
+        f"{window if fitting >= plan.settings.sink + plan.settings.frames_per_chunk else ''}"
+        f"{'x'.join(map(str, smaller))} pixels with {frames} latent frames. Set window on the causal model, or the "
+        "video's size."
+    )
 
 
 def _initial_latent(model: ModelPatcher) -> Tensor | None:
@@ -490,6 +519,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done, current, history = 0, 0, {}
+        steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
         if resume is not None:
             cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
@@ -521,6 +551,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at)
+            if at.step == 0:
+                steps.clear()
+            if at.step >= 0:
+                steps.append((at, denoised))
             done += 1
             total = plan.forwards if prompt_run is None else plan.forwards + prompt_run.extra_forwards
             if callback is not None:
@@ -583,7 +617,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 recache=None if prompt_run is None else recache,
                 history=history,
             ):
-                _require_finite(chunk, plan.chunks)
+                _require_finite(chunk, plan.chunks, steps)
                 if flow_run is not None:
                     flow_run.finished(chunk.latents)
                 if streaming:
@@ -658,13 +692,17 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
         )
 
 
-def _require_finite(chunk: Chunk, chunks: int) -> None:
-    if not torch.isfinite(chunk.latents).all():
-        raise ValueError(
-            f"Chunk {chunk.index + 1} of {chunks} (latent frames {chunk.start_frame} to "
-            f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values. Try another "
-            "weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
-        )
+def _require_finite(chunk: Chunk, chunks: int, steps: list[tuple[Forward, Tensor]]) -> None:
+    """One look at a finished chunk, so that a device is waited for once; which step it was is only asked then."""
+    if torch.isfinite(chunk.latents).all():
+        return
+    bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
+    where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"
+    raise ValueError(
+        f"Chunk {chunk.index + 1} of {chunks} (latent frames {chunk.start_frame} to "
+        f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try another "
+        "weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
+    )
 
 
 def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:

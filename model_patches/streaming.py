@@ -44,7 +44,17 @@ from .stream_state import (
     load_tensors,
     save_state,
 )
-from .video_writer import FORMATS, MAX_CRF, Mark, VideoSpec, VideoWriteError, VideoWriter, open_writer, png_name
+from .video_writer import (
+    FORMATS,
+    MAX_CRF,
+    FrameValueError,
+    Mark,
+    VideoSpec,
+    VideoWriteError,
+    VideoWriter,
+    open_writer,
+    png_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -311,10 +321,8 @@ class _Place:
     def find(cls, options: StreamOptions) -> _Place:
         prefix = options.filename_prefix
         output = folder_paths.get_output_directory()
-        # ComfyUI refuses this too, at more length.
-        if not folder_paths.is_within_directory(
-            output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))
-        ):
+        # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
+        if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
             raise ValueError(
                 f"filename_prefix is {prefix!r}, which leaves ComfyUI's output folder; use a name such as "
                 "video/ComfyUI, relative to it and without '..'."
@@ -328,6 +336,15 @@ class _Place:
                 f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
             ) from error
         return cls(Path(folder), filename, counter, subfolder)
+
+
+def _lies_in(folder: str, path: str) -> bool:
+    """Whether a path, its links followed, is a folder or below it."""
+    try:
+        folder, path = os.path.realpath(folder), os.path.realpath(path)
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # a zero byte, or another drive
+        return False
 
 
 @dataclass(slots=True)
@@ -524,7 +541,8 @@ class _Run:
     def take(self, chunk: StreamedChunk) -> None:
         """Decode a chunk, have it written, and save the state if it is time."""
         self._decoder.keep_loaded([chunk.patcher])
-        self._thread.put(self._decoder.submit(chunk.latents))
+        name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
+        self._thread.put(self._decoder.submit(chunk.latents), name)
         if chunk.index != CONTEXT and self._due(chunk.index + 1):
             self._save(chunk)
 
@@ -605,14 +623,14 @@ class _WritingThread:
         self._newest = self.tail[:0]
         self._reported = opened.state.frames
         self._error: Exception | None = None
-        self._chunks: queue.Queue[DecodeHandle | None] = queue.Queue(maxsize=1)
+        self._chunks: queue.Queue[tuple[DecodeHandle, str] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="diagonal-stream", daemon=True)
         self._thread.start()
 
-    def put(self, chunk: DecodeHandle) -> None:
-        """Hand over a chunk; waits while the one before the last is still being written."""
+    def put(self, chunk: DecodeHandle, name: str) -> None:
+        """Hand over a chunk, with its name for an error; waits while the one before the last is still being written."""
         self.check()
-        self._chunks.put(chunk)
+        self._chunks.put((chunk, name))
 
     def check(self) -> None:
         """Raise what went wrong, if something did."""
@@ -654,17 +672,23 @@ class _WritingThread:
         while (chunk := self._chunks.get()) is not None:
             if self._error is None:
                 try:
-                    self._write(chunk)
+                    self._write(*chunk)
                 except Exception as error:  # raised again in the caller's thread
                     self._error = error
             self._chunks.task_done()
         self._chunks.task_done()
 
-    def _write(self, chunk: DecodeHandle) -> None:
+    def _write(self, chunk: DecodeHandle, name: str) -> None:
         writer = self.opened.writer
         images = chunk.result()[0]
         images = images[: self.options.frames - writer.submitted]
-        writer.write(images)
+        try:
+            writer.write(images)
+        except FrameValueError as error:
+            raise ValueError(
+                f"{name}: its decoded {error} at the step of decoding (frames from {writer.submitted} on), though its "
+                "latents were sound. None of them was written. Try the VAE in fp32 or bf16, or check its file."
+            ) from error
         self._newest = torch.cat([self._newest, images[..., :3].float()])
         self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
         self.report()

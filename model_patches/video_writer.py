@@ -94,7 +94,7 @@ class VideoWriter(ABC):
 
     @abstractmethod
     def write(self, images: Tensor) -> None:
-        """Append frames [T, H, W, 3] in 0..1. Raises VideoWriteError."""
+        """Append frames [T, H, W, 3] in 0..1. Raises VideoWriteError; FrameValueError before any is written."""
 
     @abstractmethod
     def settle(self) -> Mark:
@@ -137,9 +137,19 @@ def find_ffmpeg() -> str:
     return found
 
 
+class FrameValueError(ValueError):
+    """Frames that are no pictures: NaN or infinite values, which would be written as black or white."""
+
+
 def as_bytes(images: Tensor) -> np.ndarray:
-    """Images [T, H, W, 3] in 0..1 -> bytes of the same shape, rounded down as ComfyUI's own nodes do."""
-    return (images[..., :3].float() * 255.0).clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy()
+    """Images [T, H, W, 3] in 0..1 -> bytes of the same shape, rounded down as ComfyUI's own nodes do.
+
+    Raises FrameValueError for NaN and infinite values.
+    """
+    images = images[..., :3].float()
+    if not torch.isfinite(images).all():
+        raise FrameValueError("frames hold NaN or infinite values")
+    return (images * 255.0).clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy()
 
 
 class _Container(ABC):

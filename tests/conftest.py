@@ -32,6 +32,7 @@ import comfy_host  # noqa: E402
 NEEDS_COMFYUI = (
     "comfy",
     "browser",
+    "faults",
 )  # folders whose files import ComfyUI at the top, or make no sense without it
 
 

@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addDrawing, addStyle } from "./diagonal_widget.js";
+import { addDrawing } from "./diagonal_widget.js";
 
 const SAMPLERS = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const LOADERS = ["DiagonalModelLoader", "DiagonalDemoLoader"];
@@ -146,7 +146,7 @@ class MemoryLine {
     this.words.className = "words";
     this.root.append(this.bar, this.words);
     const onRemoved = () => clearInterval(this.timer);
-    addDrawing(node, "memory", this.root, { height: HEIGHT, before: "live", onRemoved });
+    addDrawing(node, "memory", this.root, { style: STYLE, height: HEIGHT, before: "live", onRemoved });
     this.timer = setInterval(() => this.refresh(), POLL_MS);
   }
 
@@ -203,10 +203,7 @@ class MemoryLine {
 }
 
 app.registerExtension({
-  name: "diagonal.memory",
-  init() {
-    addStyle(STYLE);
-  },
+  name: "diagonaldistillation.memory",
   nodeCreated(node) {
     if (SAMPLERS.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) new MemoryLine(node);
   },

@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
+import { addDrawing, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 204; // canvas units, the margin of 10 around it included
@@ -21,7 +21,7 @@ const STYLE = `
 .diagonal-preview .bar { flex: 1 1 0; max-width: 24px; background: rgb(128 128 128 / 0.3); position: relative; }
 .diagonal-preview .bar > div { position: absolute; inset: auto 0 0 0; background: #5b8def; }
 .diagonal-preview.idle { justify-content: center; align-items: center; color: var(--descrip-text, #999); }
-.diagonal-preview.idle :is(img, .bars) { display: none; }
+.diagonal-preview.idle img, .diagonal-preview.idle .bars { display: none; }
 .diagonal-preview .line { line-height: 1.35; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 `;
 
@@ -45,7 +45,8 @@ class Preview {
     this.line = document.createElement("div");
     this.line.className = "line";
     this.root.append(this.image, this.bars, this.line);
-    addDrawing(node, "live", this.root, { height: HEIGHT, maxHeight: MOST_HEIGHT, onRemoved: () => this.remove() });
+    const onRemoved = () => this.remove();
+    addDrawing(node, "live", this.root, { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT, onRemoved });
     this.reset(null);
     this.line.textContent = "Chunks play here as they are made.";
     previews.add(this);
@@ -144,9 +145,8 @@ class Preview {
 }
 
 app.registerExtension({
-  name: "diagonal.preview",
+  name: "diagonaldistillation.preview",
   init() {
-    addStyle(STYLE);
     const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));

@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addDrawing, addStyle, isNode } from "./diagonal_widget.js";
+import { addDrawing, isNode } from "./diagonal_widget.js";
 
 const NODE = "DiagonalPromptSchedule";
 const ROUTE = "/diagonal/prompt";
@@ -55,7 +55,7 @@ class PromptField {
       }
     });
     this.button.addEventListener("click", () => this.send());
-    addDrawing(node, "live_prompt", this.root, { height: HEIGHT, onRemoved: () => fields.delete(this) });
+    addDrawing(node, "live_prompt", this.root, { style: STYLE, height: HEIGHT, onRemoved: () => fields.delete(this) });
     this.say(IDLE);
     this.refresh();
     fields.add(this);
@@ -127,9 +127,8 @@ class PromptField {
 }
 
 app.registerExtension({
-  name: "diagonal.prompt",
+  name: "diagonaldistillation.prompt",
   init() {
-    addStyle(STYLE);
     api.addEventListener(EVENT, (event) => fields.forEach((field) => field.onEvent(event.detail)));
     api.addEventListener("reconnecting", () => fields.forEach((field) => field.onLost()));
   },

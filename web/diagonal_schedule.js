@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addDrawing, addStyle } from "./diagonal_widget.js";
+import { addDrawing } from "./diagonal_widget.js";
 
 const NODE = "DiagonalSchedule";
 const WIDGETS = ["preset", "steps", "context_mode", "context_sigma", "shift", "frames_per_chunk", "sigmas"];
@@ -56,7 +56,8 @@ class ScheduleDrawing {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.words);
-    addDrawing(node, "drawing", this.root, { height: HEIGHT, maxHeight: HEIGHT + 30, onRemoved: () => this.end() });
+    const onRemoved = () => this.end();
+    addDrawing(node, "drawing", this.root, { style: STYLE, height: HEIGHT, maxHeight: HEIGHT + 30, onRemoved });
     this.watch();
     this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes = new ResizeObserver(() => this.draw());
@@ -223,10 +224,7 @@ class ScheduleDrawing {
 }
 
 app.registerExtension({
-  name: "diagonal.schedule",
-  init() {
-    addStyle(STYLE);
-  },
+  name: "diagonaldistillation.schedule",
   nodeCreated(node) {
     if (node.comfyClass === NODE) new ScheduleDrawing(node);
   },

@@ -7,16 +7,6 @@ const STYLE = `
 .diagonal-widget .warning { color: #e0a458; }
 .diagonal-widget .error { color: #f07070; }
 `;
-const styled = new Set();
-
-/** Adds rules to the page, once. */
-export function addStyle(text) {
-  if (styled.has(text)) return;
-  styled.add(text);
-  const style = document.createElement("style");
-  style.textContent = text;
-  document.head.append(style);
-}
 
 /** Runs `act` after the node's own `method`. */
 function after(node, method, act) {
@@ -38,12 +28,15 @@ function grow(node) {
 /**
  * Puts `root` into the node, below its widgets. Nothing of it is saved, and nothing reaches the API's graph.
  *
+ * @param style rules, all under a class of our own.
  * @param height in canvas units; `maxHeight` where it may become higher than that.
  * @param before the drawing that this one is to stand above, whichever is made first.
  * @param onRemoved called when the node goes.
  */
-export function addDrawing(node, name, root, { height, maxHeight = height, before, onRemoved }) {
-  addStyle(STYLE);
+export function addDrawing(node, name, root, { style, height, maxHeight = height, before, onRemoved }) {
+  const sheet = document.createElement("style");
+  sheet.textContent = STYLE + style; // here and not in the page's head, which other packs share
+  root.append(sheet);
   root.classList.add("diagonal-widget");
   root.style.maxHeight = `${maxHeight}px`; // Vue nodes share out free height evenly
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {

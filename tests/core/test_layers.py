@@ -332,6 +332,7 @@ def test_nothing_runs_code_from_data_or_swallows_everything(path):
 
 # Routes of ComfyUI's own server are aiohttp's; a video is encoded by imageio-ffmpeg's program.
 ALLOWED = {
+    "nodes/memory.py": "imports aiohttp",
     "nodes/routes.py": "imports aiohttp",
     "nodes/steering.py": "imports aiohttp",
     "model_patches/video_writer.py": "imports subprocess",

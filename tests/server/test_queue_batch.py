@@ -252,7 +252,14 @@ def _fresh_ledger(request: pytest.FixtureRequest) -> None:
 
 
 def test_two_servers_share_the_jobs_and_no_name_becomes_a_path(comfy_server, probe, tmp_path):
-    hostile = ["../../outside", "/etc/passwd", "C:\\con", "%date:yyyy% \x1b[31m $(touch x)", "ein Kätzchen 小猫", "."]
+    hostile = [
+        "../../outside",
+        "/etc/passwd",
+        "C:\\con",
+        "%date:yyyy% \x1b[31m $(touch x)",
+        "ein Kätzchen \u5c0f\u732b",
+        ".",
+    ]
     run = Run(tmp_path / "a", PICTURE, "# comment\n\n" + "\n".join(hostile), "0-1,255", [comfy_server.url, probe.url])
     status, printed = run.end()
     assert status == 0, printed
