@@ -13,6 +13,8 @@ CONTEXT_MODES = ("noisy", "clean", "renoise")
 DEFAULT_SHIFT = 5.0
 # The paper's best context noise (Figure 5a): "timestep 100" before the shift.
 DEFAULT_CONTEXT_SIGMA = 0.357142857
+GIVEN_CONTEXT_SIGMA = 0.1
+"""The most noise that frames from outside enter the cache with."""
 MAX_STEPS = 1000
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
 UNINFORMATIVE_SIGMA = 0.9
@@ -263,8 +265,12 @@ class DiagonalSchedule:
 
     @property
     def given_context_sigma(self) -> float:
-        """Noise level at which frames from outside (a start image) enter the cache: the one of generated history."""
-        return self.context_sigma_of(0)
+        """Noise level at which frames from outside (a start image, the end of a video) enter the cache.
+
+        That of generated history, but at most GIVEN_CONTEXT_SIGMA: they are finished, and what is to go on from them
+        without a jump has to see them well.
+        """
+        return min(self.context_sigma_of(0), GIVEN_CONTEXT_SIGMA)
 
     def nfe(self, chunks: int) -> int:
         """Forwards of a clip of `chunks` chunks, cache passes included."""

@@ -216,7 +216,7 @@ def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
 def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:
     """Refuse at once what could never be held: the KV cache stays on the device for the whole run."""
     has = comfy.model_management.get_total_memory(model.load_device)
-    needs = plan.cache_bytes(model, conditions=1)
+    needs = plan.cache_bytes(model, text_tokens=(0,))
     if needs <= has:
         return
     latent_format = model.get_model_object("latent_format")

@@ -89,7 +89,7 @@ def test_what_would_fit_is_what_fits(asks, pack_module, demo, monkeypatch):
         model = make_causal(demo[0], CausalSettings(frames_per_chunk=CHUNK, window=window, sink=0))
         return sampling.plan_clip(model, (1, 16, 300, side // 8, side // 8), schedule)
 
-    bytes_of_twelve = plan(12).cache_bytes(demo[0], 1)
+    bytes_of_twelve = plan(12).cache_bytes(demo[0], text_tokens=(0,))
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: bytes_of_twelve)
     plan(12)
     with pytest.raises(
