@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import ConditionKV
-from .flow import ADAPTER_CHANNELS
+from .flow import ADAPTER_CHANNELS, adapter_tokens
 from .rope import rotate, rotation_table
 from .sampler import split_frames
 from .settings import GLOBAL_WINDOW, CausalSettings
@@ -393,4 +393,4 @@ class WanDiT(nn.Module):
                 f"optical_flow has shape {tuple(optical_flow.shape)}; it must be [{x.shape[0]} or 1, "
                 f"{', '.join(map(str, wanted))}], the latent's own frames and size."
             )
-        return self.flow_embedding(optical_flow.to(x.dtype))
+        return adapter_tokens(optical_flow.to(x.dtype), self.flow_embedding.weight, self.flow_embedding.bias)

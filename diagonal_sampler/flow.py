@@ -26,7 +26,12 @@ TRACK_RADIUS_SHARE = 1 / 8
 
 _HIDDEN_MARGIN = 0.5  # pixels: of two particles in one cell, the one that has moved this much less lies behind
 _HIDDEN_WEIGHT = 1e-4  # what a hidden particle still counts for
+_RESIZED_AT_ONCE = 1 << 20  # numbers of a field that are resized together
 _KNOWN_WEIGHT = 0.2  # a target pixel that receives less than this share of a pixel is a hole
+
+
+class NothingValid(ValueError):
+    """A field that says nothing of the clip that it is fitted to."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +126,7 @@ class OpticalFlow:
         the size: the picture is stretched to the new one, and the vectors with it.
 
         Raises:
-            ValueError: nothing valid is left.
+            NothingValid: nothing valid is left.
         """
         flow, valid = self.flow, self.valid
         if self.steps == 1:
@@ -134,7 +139,7 @@ class OpticalFlow:
             flow = torch.cat([flow, flow.new_zeros(missing, height, width, 2)])
             valid = torch.cat([valid, valid.new_zeros(missing, height, width)])
         if not _stored(valid).any():
-            raise ValueError(
+            raise NothingValid(
                 f"Nothing of the optical flow's valid part lies in the first {steps} steps at {width}x{height}; make "
                 "the clip longer, or draw the motion or the mask earlier or larger."
             )
@@ -170,6 +175,10 @@ class OpticalFlow:
             ValueError: fewer steps than one group, or nothing valid throughout a group.
         """
         count = self.steps // group
+        held = count > 1 and self.flow.stride(0) == 0 and self.valid.stride(0) == 0
+        if held:  # of motion that is the same at all steps one group stands for all
+            one = OpticalFlow(self.flow[:group], self.valid[:group]).composed(group)
+            return OpticalFlow(one.flow.expand(count, -1, -1, -1), one.valid.expand(count, -1, -1))
         start = grid(self.height, self.width, self.flow.device)
         flows, valids = [], []
         for index in range(count):
@@ -197,14 +206,15 @@ def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tenso
         flow, valid = flow[:1], valid[:1]
     scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1]])
     flows, valids = [], []
-    for step in range(len(flow)):  # step by step, so that a long clip needs no second copy of itself
-        weight = valid[step].float()
-        picture = torch.cat([flow[step].movedim(-1, 0) * weight, weight[None]])[None]
-        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)[0]
-        known = picture[2] >= 0.5
-        flows.append((picture[:2] / picture[2].clamp(min=0.5) * known).movedim(0, -1) * scale)
-        valids.append(known)
-    flow, valid = torch.stack(flows), torch.stack(valids)
+    at_once = max(1, _RESIZED_AT_ONCE // flow[0].numel())
+    for first in range(0, len(flow), at_once):  # in parts, so that a long clip needs no second copy of itself
+        weight = valid[first : first + at_once, None].float()
+        pictures = torch.cat([flow[first : first + at_once].movedim(-1, 1) * weight, weight], dim=1)
+        pictures = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
+        known = pictures[:, 2:] >= 0.5
+        flows.append((pictures[:, :2] / pictures[:, 2:].clamp(min=0.5) * known).movedim(1, -1) * scale)
+        valids.append(known[:, 0])
+    flow, valid = torch.cat(flows), torch.cat(valids)
     return (flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)) if held else (flow, valid)
 
 
@@ -479,7 +489,7 @@ def tracks_flow(
 
 
 def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int, width: int) -> Tensor:
-    """The field as the adapter's convolution takes it.
+    """The field as the adapter's convolution takes it, for a whole clip: see AdapterField.
 
     Args:
         optical_flow: any size; it is fitted to the clip by the rules of `OpticalFlow.fit`.
@@ -487,20 +497,69 @@ def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int,
         height, width: of the latent.
 
     Returns:
-        [1, 4, T, H, W] float32: dx and dy in latent pixels per latent frame, averaged over the four pixel steps that
-        lead to the latent frame (of the first, the one that leaves it); the share of them that is valid; the speed
-        |(dx, dy)|. 0 where nothing is valid.
+        [1, 4, T, H, W] float32.
+
+    Raises:
+        NothingValid: the clip would have no flow.
     """
     steps = max(1, TIME_FACTOR * (latent_frames - 1))
-    small = optical_flow.fit(steps, height, width)
-    out = torch.zeros(ADAPTER_CHANNELS, latent_frames, height, width)
-    for frame in range(latent_frames):
-        first = max(0, TIME_FACTOR * (frame - 1))
-        rows = slice(first, first + (TIME_FACTOR if frame else 1))
-        weight = small.valid[rows].float().cpu()
-        total = weight.sum(0)
-        motion = (small.flow[rows].cpu() * weight[..., None]).sum(0) / total.clamp(min=1)[..., None]
-        out[:2, frame] = TIME_FACTOR * motion.movedim(-1, 0)
-        out[2, frame] = total / len(weight)
-    out[3] = out[:2].norm(dim=0)
-    return out[None]
+    return AdapterField(optical_flow.fit(steps, height, width), height, width).features(0, latent_frames)
+
+
+class AdapterField:
+    """What the adapter's convolution takes, for any part of a clip however long; memory is that of the field itself.
+
+    Args:
+        optical_flow: any size; it is fitted by the rules of `OpticalFlow.fit`, except that what is too short stays so.
+        height, width: of the latent.
+
+    Raises:
+        NothingValid: at the latent's size nothing is left.
+    """
+
+    def __init__(self, optical_flow: OpticalFlow, height: int, width: int) -> None:
+        self.small = optical_flow.fit(optical_flow.steps, height, width)
+        self.height, self.width = height, width
+
+    def features(self, start: int, frames: int) -> Tensor:
+        """The features of some latent frames.
+
+        Args:
+            start: the first of them, counted in the clip.
+            frames: how many.
+
+        Returns:
+            [1, 4, frames, H, W] float32: dx and dy in latent pixels per latent frame, averaged over the four pixel
+            steps that lead to the latent frame (of the clip's first, the one that leaves it); the share of them that is
+            valid; the speed |(dx, dy)|. 0 where nothing is valid.
+        """
+        small = self.small
+        out = torch.zeros(ADAPTER_CHANNELS, frames, self.height, self.width)
+        for frame in range(frames):
+            latent_frame = start + frame
+            first = max(0, TIME_FACTOR * (latent_frame - 1))
+            count = TIME_FACTOR if latent_frame else 1
+            rows = slice(0, 1) if small.steps == 1 else slice(first, first + count)  # a single step is held
+            weight = small.valid[rows].float().cpu()
+            total = weight.sum(0)
+            motion = (small.flow[rows].cpu() * weight[..., None]).sum(0) / total.clamp(min=1)[..., None]
+            out[:2, frame] = TIME_FACTOR * motion.movedim(-1, 0)
+            out[2, frame] = total / (1 if small.steps == 1 else count)
+        out[3] = out[:2].norm(dim=0)
+        return out[None]
+
+
+def adapter_tokens(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What the adapter adds to the patch embedding's output; one function for training and for ComfyUI.
+
+    A latent frame in which nothing is commanded gets exactly nothing: it is a frame without flow.
+
+    Args:
+        features: [B, 4, T, H, W] from `adapter_features`.
+        weight, bias: [dim, 4, 1, h, w] and [dim], of `flow_embedding`.
+
+    Returns:
+        [B, dim, T, H / h, W / w].
+    """
+    commanded = features[:, 2:3].amax(dim=(-2, -1), keepdim=True) > 0
+    return F.conv3d(features, weight, bias, stride=tuple(weight.shape[2:])) * commanded

@@ -22,6 +22,8 @@ from .noise import CONTEXT_STEP, NoiseSource
 
 FRESH = -1
 """In a map: this cell's value is new."""
+MAPS_KEPT = 64
+"""Latent frames whose maps are kept; one asked for before them is made again from the start."""
 # Free cells that a particle without one may take, as offsets; the nearest to its place comes first.
 _NEIGHBOURS = tuple((dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if (dx, dy) != (0, 0))
 
@@ -141,8 +143,10 @@ class FlowNoise:
         self.optical_flow, self.counts, self.start_frame = optical_flow, list(counts), start_frame
         self.first_chunk = first_chunk
         self.last_chunk = len(self.counts) - 1 if last_chunk is None else last_chunk
-        self._grid = ParticleGrid(optical_flow.height, optical_flow.width)
-        self._maps: list[Tensor] = []
+        self._grid: ParticleGrid
+        self._maps: dict[int, Tensor] = {}
+        self._next = 0
+        self._restart()
         self._states: dict[int, _State] = {}
 
     def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
@@ -179,10 +183,18 @@ class FlowNoise:
 
     def map(self, latent_frame: int) -> Tensor:
         """[H * W] where each cell's value was one latent frame earlier, or FRESH; the same for every step index."""
-        first = self.start_frame + sum(self.counts[: self.first_chunk]) + 1
-        while len(self._maps) <= latent_frame - first:
-            self._maps.append(self._next_map(first + len(self._maps)))
-        return self._maps[latent_frame - first]
+        if latent_frame < self._next and latent_frame not in self._maps:
+            self._restart()
+        while self._next <= latent_frame:
+            self._maps[self._next] = self._next_map(self._next)
+            self._maps.pop(self._next - MAPS_KEPT, None)
+            self._next += 1
+        return self._maps[latent_frame]
+
+    def _restart(self) -> None:
+        self._grid = ParticleGrid(self.optical_flow.height, self.optical_flow.width)
+        self._maps.clear()
+        self._next = self.start_frame + sum(self.counts[: self.first_chunk]) + 1
 
     def _next_map(self, latent_frame: int) -> Tensor:
         step = latent_frame - 1

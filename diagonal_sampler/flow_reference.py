@@ -117,6 +117,11 @@ class FlowReference:
         tail = latents if self._tail is None else torch.cat([self._tail, latents], dim=2)
         self._tail = tail[:, :, -TAIL_FRAMES:].detach()
 
+    @property
+    def tail(self) -> Tensor | None:
+        """The latents that the next chunk's start is carried from; `finished` takes them as it takes a chunk."""
+        return self._tail
+
     def source(self, start_frame: int, frames: int) -> Tensor:
         """The carried frames of a chunk that follows the flow, [B, C, frames, h, w] in the model's space."""
         return self._carried(start_frame, frames)[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,20 +15,28 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from diagonal_sampler.checkpoints import load_checkpoint
 from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
 from diagonal_sampler.weight_files import listed
 from distillation.lora import adapter_parameters, add_adapters, using_adapter
 from distillation.recipes import Recipe
 
+log = logging.getLogger("networks")
 
-def read_wan(path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float32) -> WanDiT:
+
+def read_wan(
+    path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float32, needs_flow_adapter: bool = False
+) -> WanDiT:
     """A trainable DiT from any layout that DiagonalModelLoader reads.
 
     Args:
-        expected: the recipe's sizes.
+        expected: the recipe's sizes. A file without an optical-flow adapter gets one of zeros, if one is expected; a
+            file's adapter that is not expected is left out.
         dtype: of the weights; float32 to train them, bf16 for a frozen base.
+        needs_flow_adapter: refuse a file without an adapter that is expected.
 
     Raises:
-        ValueError: no such file, another size than the recipe's, quantised weights, or a layout that is refused.
+        ValueError: no such file, another size than the recipe's, quantised weights, a layout that is refused, or no
+            adapter.
     """
     checkpoint = load_checkpoint(Path(path))
     if checkpoint.info.quantization is not None:
@@ -38,7 +48,7 @@ def read_wan(path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float
     differences = [
         f"{item.name} {getattr(found, item.name)} (recipe: {getattr(expected, item.name)})"
         for item in fields(WanConfig)
-        if getattr(found, item.name) != getattr(expected, item.name)
+        if item.name != "flow_adapter" and getattr(found, item.name) != getattr(expected, item.name)
     ]
     if differences:
         raise ValueError(
@@ -47,6 +57,17 @@ def read_wan(path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float
     with torch.device("meta"):
         network = WanDiT(expected)
     weights = {name: value.to(dtype, copy=True) for name, value in checkpoint.state_dict.items()}
+    if found.flow_adapter and not expected.flow_adapter:
+        log.warning("%s: its optical-flow adapter is left out; set flow_adapter to train it.", Path(path).name)
+        weights = {name: value for name, value in weights.items() if name not in FLOW_ADAPTER_KEYS}
+    elif expected.flow_adapter and not found.flow_adapter:
+        if needs_flow_adapter:
+            raise ValueError(
+                f"{Path(path).name} has no optical-flow adapter, and what it says would not depend on the flow. Train "
+                "one first (distillation/README.md, optical flow), or leave flow_adapter empty."
+            )
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        weights |= {name: torch.zeros(shapes[name], dtype=dtype) for name in FLOW_ADAPTER_KEYS}
     missing, left = network.load_state_dict(weights, strict=False, assign=True)
     if missing or left:
         raise ValueError(f"{Path(path).name}: missing {listed(missing) or '-'}; left over {listed(left) or '-'}.")
@@ -94,24 +115,29 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     """
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     needs_teacher, needs_fake_score = recipe.stage != "forcing", recipe.distils
+    # Scores that know nothing of the flow would teach the student to ignore it. LoRA leaves the adapter as it is.
+    teacher = partial(read_wan, recipe.teacher, recipe.model, needs_flow_adapter=True)
+    student = partial(
+        read_wan, recipe.student_weights, recipe.model, dtype=frozen, needs_flow_adapter=bool(recipe.lora_rank)
+    )
     if not recipe.lora_rank:
         roles = Networks(
-            Role(read_wan(recipe.student_weights, recipe.model)),
-            Role(read_wan(recipe.teacher, recipe.model, dtype=frozen).requires_grad_(False)) if needs_teacher else None,
-            Role(read_wan(recipe.teacher, recipe.model)) if needs_fake_score else None,
+            Role(student(dtype=torch.float32)),
+            Role(teacher(dtype=frozen).requires_grad_(False)) if needs_teacher else None,
+            Role(teacher()) if needs_fake_score else None,
         )
     else:
         adapters = ("fake_score",) if needs_fake_score else ()
         if recipe.student_weights == recipe.teacher:
-            student = base = read_wan(recipe.teacher, recipe.model, dtype=frozen)
+            own = base = teacher(dtype=frozen)
             add_adapters(base, recipe.lora_rank, ("student", *adapters), recipe.seed)
         else:
-            student = read_wan(recipe.student_weights, recipe.model, dtype=frozen)
-            add_adapters(student, recipe.lora_rank, ("student",), recipe.seed)
-            base = read_wan(recipe.teacher, recipe.model, dtype=frozen)
+            own = student()
+            add_adapters(own, recipe.lora_rank, ("student",), recipe.seed)
+            base = teacher(dtype=frozen)
             add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
         roles = Networks(
-            Role(student, "student", shared=True),
+            Role(own, "student", shared=True),
             Role(base, None, shared=True) if needs_teacher else None,
             Role(base, "fake_score", shared=True) if needs_fake_score else None,
         )

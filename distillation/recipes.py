@@ -65,6 +65,11 @@ class Recipe:
     context_sigma: float = option(0.357142857, "noise level of renoise")
     exit: str = option("random", "random or last: the step whose prediction the losses see")
 
+    # Optical flow
+    flow_adapter: str = option("", "optical flow that all networks see: sprites, synthetic or a folder; empty: none")
+    flow_dropout: float = option(0.3, "share of clips without flow, so that no flow stays as good as it was")
+    flow_learning_rate: float = option(1e-3, "of the adapter's own weights, in student and fake score")
+
     # Losses
     cfg: float = option(4.0, "guidance of the teacher, in ComfyUI's convention")
     score_attention: str = option("bidirectional", "bidirectional or causal: how teacher and fake score see a clip")
@@ -129,11 +134,11 @@ class Recipe:
         for name in (
             "learning_rate", "fake_score_learning_rate", "motion_head_learning_rate", "weight_decay", "dmd_weight",
             "motion_weight", "motion_scale", "regression_weight", "warmup", "cooldown", "ema_start", "lora_rank",
-            "sample_every", "sample_prompts",
+            "sample_every", "sample_prompts", "flow_learning_rate",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "ema_decay", "flow_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
         for name in ("gradient_clip", "epsilon", "score_shift"):
@@ -166,7 +171,13 @@ class Recipe:
     @property
     def model(self) -> WanConfig:
         """Sizes of teacher, student and fake score."""
-        return WanConfig(dim=self.dim, ffn_dim=self.ffn_dim, num_layers=self.num_layers, text_dim=self.text_dim)
+        return WanConfig(
+            dim=self.dim,
+            ffn_dim=self.ffn_dim,
+            num_layers=self.num_layers,
+            text_dim=self.text_dim,
+            flow_adapter=bool(self.flow_adapter),
+        )
 
     @property
     def settings(self) -> CausalSettings:

@@ -70,6 +70,7 @@ class Rollout:
         exits: the exit step of each chunk.
         first_frame, last_frame: the window, in latent frames, that losses see and gradients reach; whole chunks.
         precision: bf16 autocast or float32.
+        optical_flow: [B, 4, frames, H, W] what the adapter is given, or None.
     """
 
     schedule: DiagonalSchedule
@@ -81,6 +82,12 @@ class Rollout:
     first_frame: int
     last_frame: int
     precision: torch.dtype
+    optical_flow: Tensor | None = None
+
+    @property
+    def seen_flow(self) -> Tensor | None:
+        """The flow of the latent frames that losses see."""
+        return None if self.optical_flow is None else self.optical_flow[:, :, self.first_frame : self.last_frame]
 
     @torch.no_grad()
     def clip(self, network: WanDiT) -> Tensor:
@@ -100,7 +107,15 @@ class Rollout:
         def denoise(x: Tensor, at: Forward) -> Tensor:
             inside = self.first_frame <= at.start_frame < self.last_frame
             with torch.set_grad_enabled(torch.is_grad_enabled() and inside):
-                x0 = predict_x0(network, x, at.sigma, self.context, self.precision, cache=cache.condition("positive"))
+                x0 = predict_x0(
+                    network,
+                    x,
+                    at.sigma,
+                    self.context,
+                    self.precision,
+                    cache=cache.condition("positive"),
+                    optical_flow=flow_of(self.optical_flow, at),
+                )
             if gradient is not None and x0.requires_grad:
                 start = at.start_frame - self.first_frame
                 x0.backward(gradient[:, :, start : start + at.frames].to(x0.dtype))
@@ -126,6 +141,11 @@ class Rollout:
             return torch.cat(clips, dim=2)
         finally:
             cache.free()
+
+
+def flow_of(optical_flow: Tensor | None, at: Forward) -> Tensor | None:
+    """The part of a clip's flow [B, 4, T, H, W] that a forward's chunk sees."""
+    return None if optical_flow is None else optical_flow[:, :, at.start_frame : at.start_frame + at.frames]
 
 
 def predict_x0(
@@ -174,12 +194,14 @@ def stream(
     precision: torch.dtype,
     cfg: float = 1.0,
     negative: Tensor | None = None,
+    optical_flow: Tensor | None = None,
     watch: Callable[[Tensor, Forward], None] | None = None,
 ) -> Iterator[Tensor]:
     """Samples a clip as at inference and yields its chunks, [B, C, frames_per_chunk, H, W] each.
 
     Args:
         context: [B, tokens, text_dim]; negative: [1, tokens, text_dim], needed where cfg is not 1.
+        optical_flow: [B, 4, frames, H, W] what the adapter is given, with both; or None.
         watch: sees the input of every forward.
     """
     cache = KVCache(settings, frames)
@@ -187,12 +209,16 @@ def stream(
     def denoise(x: Tensor, at: Forward) -> Tensor:
         if watch is not None:
             watch(x, at)
-        x0 = predict_x0(network, x, at.sigma, context, precision, cache=cache.condition("positive"))
+        flow = flow_of(optical_flow, at)
+
+        def predict(text: Tensor, name: str) -> Tensor:
+            return predict_x0(network, x, at.sigma, text, precision, cache=cache.condition(name), optical_flow=flow)
+
+        x0 = predict(context, "positive")
         if cfg == 1:
             return x0
         assert negative is not None
-        other = negative.expand(len(context), -1, -1)
-        return guided(x0, predict_x0(network, x, at.sigma, other, precision, cache=cache.condition("negative")), cfg)
+        return guided(x0, predict(negative.expand(len(context), -1, -1), "negative"), cfg)
 
     try:
         for chunk in sample_chunks(

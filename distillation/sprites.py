@@ -140,8 +140,19 @@ def render(scenes: Scenes, frames: Tensor) -> Tensor:
     Returns:
         uint8 [N, T, 3, FRAME_SIZE, FRAME_SIZE]; the first sprite is in front where two cross.
     """
-    centres = positions(scenes, frames)
-    count, length = len(scenes), frames.shape[-1]
+    return draw(scenes, positions(scenes, frames))
+
+
+def draw(scenes: Scenes, centres: Tensor) -> Tensor:
+    """Draws the sprites at given places.
+
+    Args:
+        centres: [N, 2, T, 2] as (x, y) in pixels, within the frame.
+
+    Returns:
+        as `render`.
+    """
+    count, length = len(scenes), centres.shape[2]
     margin = _PATCH // 2
     side = FRAME_SIZE + 2 * margin
     # A pixel is four bytes (the last unused) seen as one int32: indexing then moves one element, not three.

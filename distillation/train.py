@@ -31,6 +31,7 @@ from diagonal_sampler.captions import caption_of, load_caption_encoder
 from diagonal_sampler.sampler import split_frames
 from distillation import losses, run_folder, sprites
 from distillation.common import generator_at, keep_freed_memory
+from distillation.flow_fields import FlowFields
 from distillation.networks import Role, build_networks, local, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
 from distillation.recipes import RECIPES, Recipe, parse_field
@@ -44,6 +45,7 @@ SPRITE_CAPTIONS = "sprites"
 CAPTION_COUNT = 4096
 # Steps of a clip's noise source beside the sampler's own: the noise under which a score is asked, and its level.
 SCORE_STEP = -3
+FLOW_ADAPTER_PREFIX = "flow_embedding."
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -142,8 +144,12 @@ class Learner:
 
     def __init__(self, name: str, parameters: dict[str, nn.Parameter], rate: float, recipe: Recipe) -> None:
         self.name, self.parameters, self.rate, self.recipe = name, parameters, rate, recipe
+        usual = [value for path, value in parameters.items() if not path.startswith(FLOW_ADAPTER_PREFIX)]
+        flow = [value for path, value in parameters.items() if path.startswith(FLOW_ADAPTER_PREFIX)]
+        # The adapter starts from zero in a network that is trained already: its rate is its own.
+        rates = [(usual, rate), (flow, recipe.flow_learning_rate)]
         self.optimizer = torch.optim.AdamW(
-            list(parameters.values()),
+            [{"params": values, "peak": peak} for values, peak in rates if values],
             lr=rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
@@ -161,7 +167,7 @@ class Learner:
         if not math.isfinite(value):
             raise ValueError(f"update {update}: the gradient norm of {self.name} is {value}")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rate_factor(self.recipe, update)
+            group["lr"] = group["peak"] * rate_factor(self.recipe, update)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
@@ -187,6 +193,11 @@ class Trainer:
             )
         self.networks = build_networks(recipe, ranks.device, ranks.mesh)
         # Guidance is against the negative prompt; without guidance there need not be one.
+        self.flows = None
+        if recipe.flow_adapter:
+            self.flows = FlowFields(
+                recipe.flow_adapter, prompts.prompts, recipe.height, recipe.width, recipe.flow_dropout
+            )
         guides = recipe.cfg != 1 and recipe.stage != "forcing"
         self.negative = prompts.negative.to(ranks.device) if guides else None
         self.student = Learner("student", self.networks.student.parameters(), recipe.learning_rate, recipe)
@@ -233,6 +244,7 @@ class Trainer:
                     self.negative,
                     self.ranks.device,
                     self.precision,
+                    flows=self.flows,
                     rank=self.ranks.rank,
                     ranks=self.ranks.count,
                     report=lambda done, total: log.info("trajectories: %d of %d files", done, total),
@@ -266,11 +278,11 @@ class Trainer:
         shape = (recipe.model.in_channels, recipe.height, recipe.width)
         return BatchNoise(seeds, shape, self.ranks.device)
 
-    def context(self, update: int, turn: int, part: int) -> Tensor:
-        """Text embeddings of a micro-batch. `turn` counts the rollouts of an update, so that prompts differ."""
+    def prompt_rows(self, update: int, turn: int, part: int) -> list[int]:
+        """Prompts of a micro-batch. `turn` counts the rollouts of an update, so that prompts differ."""
         turns = update * (self.recipe.fake_score_updates + 1) + turn
         rows = batch_rows(self.recipe.seed, turns, self.recipe.batch, len(self.prompts))
-        return self.prompts.embeddings([rows[place] for place in self.places(part)]).to(self.ranks.device)
+        return [rows[place] for place in self.places(part)]
 
     def rollout(self, update: int, turn: int, role: str, part: int) -> tuple[Rollout, list[int]]:
         recipe = self.recipe
@@ -282,19 +294,21 @@ class Trainer:
             )  # one length for all ranks: they step through the chunks together
             frames += int(drawn) * recipe.frames_per_chunk
         chunks = len(split_frames(frames, recipe.frames_per_chunk))
-        seeds = self.seeds(update, role, part)
+        seeds, rows = self.seeds(update, role, part), self.prompt_rows(update, turn, part)
+        flow = None if self.flows is None else self.flows.features(rows, seeds, frames).to(self.ranks.device)
         rollout = Rollout(
             schedule=recipe.schedule,
             settings=recipe.settings,
             frames=frames,
             noise=self.noise(seeds),
-            context=self.context(update, turn, part),
+            context=self.prompts.embeddings(rows).to(self.ranks.device),
             exits=exit_steps(
                 recipe.schedule, chunks, sample_seed(recipe.seed, update, role, "exit"), last=recipe.exit == "last"
             ),
             first_frame=frames - recipe.frames,
             last_frame=frames,
             precision=self.precision,
+            optical_flow=flow,
         )
         return rollout, seeds
 
@@ -308,12 +322,14 @@ class Trainer:
         noise = self.noise(seeds)(0, SCORE_STEP, clip.shape[2])
         return torch.lerp(clip, noise, spread_sigma(sigma)), sigma, noise
 
-    def score(self, role: Role | None, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """x0 as teacher or fake score sees it."""
+    def score(
+        self, role: Role | None, x: Tensor, sigma: Tensor, context: Tensor, optical_flow: Tensor | None = None
+    ) -> Tensor:
+        """x0 as teacher or fake score sees it, told of the same motion as the student was."""
         assert role is not None
         settings = self.recipe.settings if self.recipe.score_attention == "causal" else None
         with role.active() as network:
-            return predict_x0(network, x, sigma, context, self.precision, settings=settings)
+            return predict_x0(network, x, sigma, context, self.precision, settings=settings, optical_flow=optical_flow)
 
     # -----------------------------------------------------------------------------------------------------------
     # Updates
@@ -366,7 +382,7 @@ class Trainer:
         role = self.networks.fake_score
         assert role is not None
         with role.active():
-            x0 = self.score(role, x, sigma, rollout.context)
+            x0 = self.score(role, x, sigma, rollout.context, rollout.seen_flow)
             loss = losses.fake_score_loss((x - x0) / spread_sigma(sigma), noise, clip) / self.accumulation
             loss.backward()
         return loss.detach()
@@ -377,12 +393,13 @@ class Trainer:
         with self.networks.student.active() as student:
             clip = rollout.clip(student)
         x, sigma, _ = self.under_noise(clip, seeds)
+        flow = rollout.seen_flow
         with torch.no_grad():
-            fake = self.score(self.networks.fake_score, x, sigma, rollout.context)
-            real = self.score(self.networks.teacher, x, sigma, rollout.context)
+            fake = self.score(self.networks.fake_score, x, sigma, rollout.context, flow)
+            real = self.score(self.networks.teacher, x, sigma, rollout.context, flow)
             if self.negative is not None:
                 negative = self.negative.expand(len(seeds), -1, -1)
-                real = losses.guided(real, self.score(self.networks.teacher, x, sigma, negative), recipe.cfg)
+                real = losses.guided(real, self.score(self.networks.teacher, x, sigma, negative, flow), recipe.cfg)
         clip.requires_grad_()
         terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(clip, real, fake)}
         if recipe.regression_weight:
@@ -405,7 +422,7 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         for part in range(self.accumulation):
             rows = batch_rows(recipe.seed, update, recipe.batch, len(self.clips))
-            clean, paths, prompt_rows = self.clips.take([rows[place] for place in self.places(part)])
+            clean, paths, prompt_rows, flow = self.clips.take([rows[place] for place in self.places(part)])
             seeds = self.seeds(update, "clip", part)
             draws = torch.stack(
                 [torch.rand(len(self._chunks) + 1, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
@@ -421,7 +438,15 @@ class Trainer:
                 sigma, x = self._on_trajectory(paths, draws)
             role = self.networks.student
             with role.active() as student:
-                x0 = predict_x0(student, x, sigma, context, self.precision, settings=recipe.settings)
+                x0 = predict_x0(
+                    student,
+                    x,
+                    sigma,
+                    context,
+                    self.precision,
+                    settings=recipe.settings,
+                    optical_flow=None if flow is None else flow.to(self.ranks.device),
+                )
                 if paths is None:
                     # Flow matching: both flows lead away from the same x, so they differ as the x0 do, over sigma.
                     loss = ((x0 - clean) / spread_sigma(sigma)).square().mean()

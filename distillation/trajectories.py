@@ -6,6 +6,10 @@ A folder of `clips-*.safetensors`, each with
     prompt_rows  int64 [N], rows of the prompts file
     trajectory   [N, K, C, T, H, W] (stage ode) the same clips on their way, at the noise levels of
     sigmas       [K] descending
+
+and, where a recipe has an optical-flow adapter,
+
+    optical_flow [N, 4, T, H, W] what the adapter is given (diagonal_sampler.flow.adapter_features); 0 is no flow
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.sampler import Forward
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from distillation.flow_fields import FlowFields
 from distillation.prompts import PromptSet
 from distillation.recipes import Recipe
 from distillation.rollout import BatchNoise, sample_seed, stream
@@ -52,6 +57,9 @@ def made_for(recipe: Recipe) -> str:
     """What trajectories depend on, beside sizes and noise levels."""
     values = {name: getattr(recipe, name) for name in ("seed", "cfg", "ode_steps", "score_attention", "micro_batch")}
     names = {name: Path(getattr(recipe, name)).name for name in ("teacher", "prompts")}
+    if recipe.flow_adapter:
+        names["flow_adapter"] = Path(recipe.flow_adapter).name
+        values["flow_dropout"] = recipe.flow_dropout
     return json.dumps({**values, **names}, sort_keys=True)
 
 
@@ -64,12 +72,19 @@ def teacher_settings(recipe: Recipe) -> CausalSettings:
 
 @torch.no_grad()
 def trajectories(
-    recipe: Recipe, teacher: WanDiT, context: Tensor, negative: Tensor | None, noise: BatchNoise, precision: torch.dtype
+    recipe: Recipe,
+    teacher: WanDiT,
+    context: Tensor,
+    negative: Tensor | None,
+    noise: BatchNoise,
+    precision: torch.dtype,
+    optical_flow: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solves the teacher's ODE with guidance by the sampler's own loop.
 
     Args:
         context: [B, tokens, text_dim]; negative: [1, tokens, text_dim].
+        optical_flow: [B, 4, T, H, W] what the adapter is given, or None.
 
     Returns:
         The trajectory [B, K, C, T, H, W] at `schedule_sigmas`, and its end [B, C, T, H, W].
@@ -92,6 +107,7 @@ def trajectories(
         precision=precision,
         cfg=recipe.cfg,
         negative=negative,
+        optical_flow=optical_flow,
         watch=watch,
     )
     clip = torch.cat(list(chunks), dim=2)
@@ -111,6 +127,7 @@ def make_trajectories(
     *,
     rank: int,
     ranks: int,
+    flows: FlowFields | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fills `folder` with `ode_clips` trajectories, a file a micro-batch; files that are there are kept."""
@@ -127,12 +144,16 @@ def make_trajectories(
         number = min(first + rank, files - 1)
         indices = range(number * size, min((number + 1) * size, recipe.ode_clips))
         rows = [index % len(prompts) for index in indices]
+        seeds = [sample_seed(recipe.seed, "ode", index) for index in indices]
+        flow = None if flows is None else flows.features(rows, seeds, recipe.frames)
         noise = BatchNoise(
-            [sample_seed(recipe.seed, "ode", index) for index in indices],
+            seeds,
             (recipe.model.in_channels, recipe.height, recipe.width),
             device,
         )
-        path, clip = trajectories(recipe, teacher, prompts.embeddings(rows).to(device), negative, noise, precision)
+        on_device = None if flow is None else flow.to(device)
+        context = prompts.embeddings(rows).to(device)
+        path, clip = trajectories(recipe, teacher, context, negative, noise, precision, on_device)
         if first + rank < files:
             target = folder / f"clips-{number:05d}.safetensors"
             partial = target.with_suffix(".partial")
@@ -142,6 +163,8 @@ def make_trajectories(
                 "prompt_rows": torch.tensor(rows),
                 "sigmas": torch.tensor(schedule_sigmas(recipe)),
             }
+            if flow is not None:
+                tensors["optical_flow"] = flow.half().contiguous()
             save_file(tensors, partial, metadata={MADE_FOR: made_for(recipe)})
             os.replace(partial, target)
         report(min(first + ranks, files), files)
@@ -153,16 +176,19 @@ class ClipFolder:
 
     Raises:
         ValueError: no clips, a file without the tensors that the stage needs, or of another size than the recipe's.
+
+    A recipe with an optical-flow adapter needs `optical_flow`; another does not look at it.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, with_trajectory: bool) -> None:
-        self.with_trajectory = with_trajectory
+        self.with_trajectory, self.with_flow = with_trajectory, bool(recipe.flow_adapter)
         self.rows: list[tuple[Path, int]] = []
         wanted = [recipe.model.in_channels, recipe.frames, recipe.height, recipe.width]
         for path in sorted(folder.glob("clips-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 needed = {"latents", "prompt_rows"} | ({"trajectory", "sigmas"} if with_trajectory else set())
+                needed |= {"optical_flow"} if self.with_flow else set()
                 if needed - keys:
                     raise ValueError(f"{path} has no {', '.join(sorted(needed - keys))}; see distillation/README.md.")
                 shape = file.get_slice("latents").get_shape()
@@ -184,9 +210,10 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, list[int]]:
-        """Latents [B, C, T, H, W], trajectories [B, K, C, T, H, W] or None, and prompt rows."""
-        latents, paths, rows = [], [], []
+    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, list[int], Tensor | None]:
+        """Latents [B, C, T, H, W], trajectories [B, K, C, T, H, W] or None, prompt rows, and flow [B, 4, T, H, W] or
+        None."""
+        latents, paths, rows, flows = [], [], [], []
         for index in indices:
             path, row = self.rows[index]
             with safe_open(path, framework="pt") as file:
@@ -194,4 +221,6 @@ class ClipFolder:
                 rows.append(int(file.get_tensor("prompt_rows")[row]))
                 if self.with_trajectory:
                     paths.append(file.get_slice("trajectory")[row : row + 1].float())
-        return torch.cat(latents), torch.cat(paths) if paths else None, rows
+                if self.with_flow:
+                    flows.append(file.get_slice("optical_flow")[row : row + 1].float())
+        return torch.cat(latents), torch.cat(paths) if paths else None, rows, torch.cat(flows) if flows else None

@@ -22,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.flow import adapter_tokens
 from ..diagonal_sampler.settings import CausalSettings
 
 WRAPPER_KEY = "diagonal_causal"
@@ -202,9 +203,8 @@ class FlowEmbedding:
         if features is None:
             self._tokens = None
             return
-        patch = tuple(self.weight.shape[2:])
         weight, bias = (tensor.to(device=features.device, dtype=torch.float32) for tensor in (self.weight, self.bias))
-        self._tokens = self.strength * torch.nn.functional.conv3d(features, weight, bias, stride=patch)
+        self._tokens = self.strength * adapter_tokens(features, weight, bias)
 
     # Always eager, as the attention is: a compiled graph would keep the first chunk's motion.
     @torch.compiler.disable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import TIME_FACTOR, OpticalFlow, adapter_features
+from ..diagonal_sampler.flow import TIME_FACTOR, AdapterField, OpticalFlow
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
 from ..diagonal_sampler.noise import NoiseSource, SeededNoise
@@ -28,8 +28,13 @@ MODES = ("auto", "adapter", "reference", "noise")
 LAST_CHUNK = 0
 """Value of `last_chunk` that stands for the last one of the clip; chunks are counted from 1 for people."""
 _EMBEDDING_PATH = "diffusion_model.patch_embedding.forward"
+_TAIL = "tail"
 # Any number will do: the noise that `degrade` mixes in must not be the noise that fills holes.
 _OTHER_SEED = 0x9E37_79B9_7F4A_7C15
+
+
+SETTINGS = ("mode", "strength", "start_sigma", "blend", "first_chunk", "last_chunk", "degrade")
+"""What a FlowConditioning holds beside the field and the VAE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,7 +119,7 @@ class FlowRun:
         self._last = len(counts) - 1 if conditioning.last_chunk == LAST_CHUNK else conditioning.last_chunk - 1
         self._reference: FlowReference | None = None
         self._embedding: FlowEmbedding | None = None
-        self._features: Tensor | None = None
+        self._adapter_field: AdapterField | None = None
         self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
         ratio = model.get_model_object("latent_format").spacial_downscale_ratio
         _, _, frames, height, width = self._shape
@@ -122,8 +127,10 @@ class FlowRun:
             raise ValueError(
                 "The video has one latent frame (one pixel frame): nothing moves in it. Use a length of 5."
             )
-        field = conditioning.optical_flow
-        _warn_about_fit(field, TIME_FACTOR * (frames - 1), height * ratio, width * ratio)
+        field, steps = conditioning.optical_flow, TIME_FACTOR * (frames - 1)
+        _warn_about_fit(field, steps, height * ratio, width * ratio)
+        # By the rule of OpticalFlow.fit, but without writing out what is free: a stream may last for hours.
+        self._steps = steps if field.steps == 1 else min(steps, field.steps)
         if self.mode == "reference":
             if denoise < 1:
                 raise ValueError(
@@ -131,7 +138,7 @@ class FlowRun:
                     "them from the carried frames. Use denoise 1, or mode adapter or noise."
                 )
             self._reference = FlowReference(
-                field.fit(TIME_FACTOR * (frames - 1), height * ratio, width * ratio),
+                field.fit(self._steps, height * ratio, width * ratio),
                 schedule,
                 counts,
                 decode=self._decode,
@@ -145,7 +152,7 @@ class FlowRun:
             self.schedule = self._reference.schedule
         elif self.mode == "adapter":
             assert adapter is not None
-            self._features = adapter_features(field, frames, height, width)
+            self._adapter_field = AdapterField(field.fit(self._steps, height, width), height, width)
             original = model.get_model_object(_EMBEDDING_PATH)
             while isinstance(original, FlowEmbedding):  # of an earlier run
                 original = original.original
@@ -161,7 +168,8 @@ class FlowRun:
             "hardly follows it. Use mode reference instead."
         )
         batch, channels, frames, height, width = self._shape
-        small = self._settings.optical_flow.fit(TIME_FACTOR * (frames - 1), height, width).composed()
+        whole = max(TIME_FACTOR, self._steps)  # at least one latent frame's motion
+        small = self._settings.optical_flow.fit(whole, height, width).composed()
         return FlowNoise(
             draws,
             small,
@@ -187,10 +195,11 @@ class FlowRun:
         """To be called before every forward."""
         if self._embedding is None or at.step > 0:
             return  # the motion of a chunk is the same at all of its steps
-        assert self._features is not None
-        active = self._first <= at.chunk <= self._last
-        rows = self._features[:, :, at.start_frame : at.start_frame + at.frames]
-        self._embedding.set(rows.to(device) if active else None)
+        assert self._adapter_field is not None
+        if self._first <= at.chunk <= self._last:
+            self._embedding.set(self._adapter_field.features(at.start_frame, at.frames).to(device))
+        else:
+            self._embedding.set(None)
 
     def after(self, denoised: Tensor, at: Forward) -> Tensor:
         """The prediction of a forward, changed where the mode says so."""
@@ -200,6 +209,16 @@ class FlowRun:
         """To be called with the given context, and with every finished chunk, [B, C, n, H, W] in the model's space."""
         if self._reference is not None:
             self._reference.finished(latents)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What a later run needs beside the settings to go on after the last finished chunk."""
+        tail = None if self._reference is None else self._reference.tail
+        return {} if tail is None else {_TAIL: tail}
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Goes on after a `snapshot`. Noise needs none: it is made again from the seed."""
+        if self._reference is not None and _TAIL in tensors:
+            self._reference.finished(tensors[_TAIL].to(device))
 
     def free(self) -> None:
         """Drop what the run held, also when it failed."""

@@ -108,6 +108,7 @@ class StreamedChunk:
         patcher: the MODEL that is sampling, which must stay loaded.
         history: with a prompt schedule, finished latents in the model's space by start_frame (see sample_chunks).
         live: prompts that the run was given so far.
+        flow: FlowRun's snapshot, empty without optical flow.
     """
 
     index: int
@@ -117,6 +118,7 @@ class StreamedChunk:
     patcher: ModelPatcher
     history: Mapping[int, Tensor]
     live: tuple[LivePrompt, ...]
+    flow: Mapping[str, Tensor]
 
 
 CONTEXT = -1
@@ -133,6 +135,7 @@ class Resume:
         dropped: the KVCache's.
         load_history: gives StreamedChunk's history there.
         live: StreamedChunk's.
+        load_flow: gives StreamedChunk's flow there.
     """
 
     chunk: int
@@ -141,6 +144,7 @@ class Resume:
     dropped: int = 0
     load_history: Callable[[], Mapping[int, Tensor]] = dict
     live: tuple[LivePrompt, ...] = ()
+    load_flow: Callable[[], Mapping[str, Tensor]] = dict
 
 
 def plan_clip(
@@ -303,18 +307,7 @@ def sample_latent(
     _warn(model, schedule)
     draws = noise if noise is not None else _seeded_noise(plan, seed)
     run_model = model.clone()
-    flow_run = None
-    if optical_flow is not None and optical_flow.strength > 0:
-        flow_run = FlowRun(
-            optical_flow,
-            run_model,
-            plan.shape,
-            plan.schedule,
-            _made_frames(plan),
-            given_frames=plan.context_frames,
-            denoise=denoise,
-        )
-        plan, draws = replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed)
+    flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, draws, seed, denoise)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
@@ -338,6 +331,29 @@ def sample_latent(
     return out
 
 
+def _flow_run(
+    optical_flow: FlowConditioning | None,
+    run_model: ModelPatcher,
+    plan: ClipPlan,
+    draws: NoiseSource,
+    seed: int,
+    denoise: float = 1.0,
+) -> tuple[FlowRun | None, ClipPlan, NoiseSource]:
+    """What optical flow makes of a run: its plan and noise; nothing where there is none, or one of strength 0."""
+    if optical_flow is None or optical_flow.strength == 0:
+        return None, plan, draws
+    flow_run = FlowRun(
+        optical_flow,
+        run_model,
+        plan.shape,
+        plan.schedule,
+        _made_frames(plan),
+        given_frames=plan.context_frames,
+        denoise=denoise,
+    )
+    return flow_run, replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed)
+
+
 def stream_latent(
     model: ModelPatcher,
     positive: list,
@@ -350,6 +366,7 @@ def stream_latent(
     resume: Resume | None = None,
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
 ) -> None:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
@@ -362,8 +379,8 @@ def stream_latent(
         plan: from plan_clip; its shape is the whole clip's.
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
-        positive, negative, seed, cfg, callback, on_progress, prompts: as in sample_latent. Progress counts on when
-            resumed.
+        positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts: as in sample_latent. Progress
+            counts on when resumed.
 
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
@@ -371,17 +388,20 @@ def stream_latent(
     _warn(model, plan.schedule)
     batch, channels, frames, height, width = plan.shape
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
+    run_model = model.clone()
+    flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, _seeded_noise(plan, seed), seed)
     _run_guider(
-        model.clone(),
+        run_model,
         positive,
         negative,
         plan,
         DiagonalSampler(
             plan,
-            _seeded_noise(plan, seed),
+            draws,
             on_progress=on_progress,
             stream=on_chunk,
             resume=resume,
+            flow_run=flow_run,
             prompts=prompts,
         ),
         chunk,
@@ -514,7 +534,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
         output = torch.zeros_like(noise)
         flow_run = self.flow_run
         starts = flow_run is not None and flow_run.starts_chunks
-        if context is not None and flow_run is not None:
+        if flow_run is not None and resume is not None:
+            flow_run.restore(resume.load_flow(), noise.device)
+        elif flow_run is not None and context is not None:
             flow_run.finished(context)
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
@@ -598,6 +620,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                     patcher=model_wrap.model_patcher,
                     history=history,
                     live=() if prompt_run is None else tuple(prompt_run.live),
+                    flow={} if flow_run is None else flow_run.snapshot(),
                 )
             )
 

@@ -179,6 +179,14 @@ def digest_of(**parts: Any) -> str:
     return hasher.hexdigest()
 
 
+def digest_of_whole(tensor: Tensor) -> str:
+    """Of every value of a tensor of any size, a slice at a time."""
+    hasher = hashlib.sha256()
+    for part in tensor.detach().flatten(1).split(1):
+        _feed_tensor(hasher, part, sample=False)
+    return hasher.hexdigest()
+
+
 def _feed(hasher: Any, value: Any) -> None:
     def put(*words: object) -> None:
         hasher.update("\0".join(map(str, words)).encode("utf-8", "surrogatepass") + b"\1")

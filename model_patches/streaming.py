@@ -29,6 +29,9 @@ from torch import Tensor
 
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .context_frames import TEMPORAL_STRIDE, encode_context
+from .flow_control import SETTINGS as FLOW_SETTINGS
+from .flow_control import FlowConditioning
+from .loading import FLOW_ADAPTER_ATTACHMENT
 from .prompts import LivePrompt, PromptBox, schedule_of
 from .sampling import CONTEXT, ClipPlan, Progress, Resume, StreamedChunk, plan_clip, stream_latent
 from .stream_decode import DecodeHandle, StreamDecoder, stream_decoder
@@ -39,6 +42,7 @@ from .stream_state import (
     StreamLock,
     StreamState,
     digest_of,
+    digest_of_whole,
     find_states,
     graph_digest,
     load_tensors,
@@ -60,9 +64,9 @@ log = logging.getLogger(__name__)
 
 MAX_SECONDS = 24 * 3600.0
 MAX_FPS = 240.0
-KEYS_VALUES, DECODER, TAIL, HISTORY = "keys_values/", "decoder/", "tail/", "history/"
+KEYS_VALUES, DECODER, TAIL, HISTORY, FLOW = "keys_values/", "decoder/", "tail/", "history/", "flow/"
 _TAIL = "frames"
-GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context")
+GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context", "optical_flow")
 """The inputs whose nodes decide the result; all others are in StreamOptions."""
 
 
@@ -178,6 +182,7 @@ def stream_video(
     options: StreamOptions,
     *,
     context: Tensor | None = None,
+    optical_flow: FlowConditioning | None = None,
     metadata: Mapping[str, Any] | None = None,
     prompt: Mapping[str, Any] | None = None,
     node_id: str | None = None,
@@ -194,6 +199,8 @@ def stream_video(
             that came while it ran are in the state.
         vae: decodes; it also encodes the last frames for `context`.
         context: latent frames that the video begins with (see sampling.plan_clip); they count in its length.
+        optical_flow: motion to follow, counted from the video's first frame; what is shorter than the video leaves its
+            rest free, except a single step, which is held.
         metadata: what the file carries, by name.
         prompt, node_id: ComfyUI's API graph and our place in it; they are part of what a state belongs to.
         on_frames: called, in another thread, when frames have become watchable.
@@ -218,6 +225,7 @@ def stream_video(
         schedule=schedule,
         settings=plan.settings,
         context=plan.given,
+        **_flow_parts(optical_flow, model),
         size=plan.shape[3:],
         seed=options.seed,
         cfg=options.cfg,
@@ -249,6 +257,7 @@ def stream_video(
                 resume=opened.resume(),
                 callback=callback,
                 on_progress=run.watched(on_progress),
+                optical_flow=optical_flow,
                 prompts=prompts,
             )
         except BaseException:
@@ -267,6 +276,19 @@ def stream_video(
         video = InputImpl.VideoFromFile(str(opened.path))
     last = encode_context(vae, run.tail, plan.settings.frames_per_chunk).latent
     return StreamResult(path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message)
+
+
+def _flow_parts(optical_flow: FlowConditioning | None, model: ModelPatcher) -> dict[str, Any]:
+    """What optical flow adds to a video's digest: all of it, and nothing where there is none (or none that counts)."""
+    if optical_flow is None or optical_flow.strength == 0:
+        return {}
+    field = optical_flow.optical_flow
+    # A motion that is held has one step in memory, however many it stands for.
+    stored = [tensor[:1] if tensor.stride(0) == 0 else tensor for tensor in (field.flow, field.valid)]
+    values = {name: getattr(optical_flow, name) for name in FLOW_SETTINGS}
+    vae = None if optical_flow.vae is None else optical_flow.vae.patcher
+    adapter = model.get_attachment(FLOW_ADAPTER_ATTACHMENT)
+    return {"optical_flow": [field.steps, *(digest_of_whole(tensor) for tensor in stored), values, vae, adapter]}
 
 
 def _warn_about_rate(positive: list, options: StreamOptions) -> None:
@@ -372,6 +394,7 @@ class _Opened:
             dropped=self.state.dropped,
             load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
             live=tuple(LivePrompt(**prompt) for prompt in self.state.live),
+            load_flow=lambda: load_tensors(self.state_path, FLOW),
         )
 
     def announcement(self, options: StreamOptions) -> str:
@@ -561,6 +584,7 @@ class _Run:
         tensors |= {f"{DECODER}{name}": tensor for name, tensor in self._decoder.snapshot().items()}
         tensors[TAIL + _TAIL] = self._thread.tail
         tensors |= {f"{HISTORY}{start}": latents.cpu() for start, latents in chunk.history.items()}
+        tensors |= {f"{FLOW}{name}": tensor.cpu() for name, tensor in chunk.flow.items()}
         before = self.opened.state
         state = StreamState(
             digest=before.digest,

@@ -7,7 +7,7 @@ from server import PromptServer
 from ..model_patches.previews import preview_callback
 from ..model_patches.streaming import MAX_FPS, MAX_SECONDS, StreamOptions, StreamProgress, stream_video
 from ..model_patches.video_writer import FORMATS, MAX_CRF, png_name
-from .common import CATEGORY, ContextType, ScheduleType, cfg_input, seed_input
+from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
 from .live import LiveReport
 from .steering import steerable
 
@@ -108,6 +108,12 @@ class DiagonalStreamVideo(io.ComfyNode):
                     tooltip="Frames that the video begins with, from Diagonal Context Frames: a start image, or the "
                     "end of a video to go on from. They count in the length.",
                 ),
+                FlowType.Input(
+                    "optical_flow",
+                    optional=True,
+                    tooltip="Motion that the video is to follow, from Diagonal Flow Conditioning, in pixels per pixel "
+                    "frame. Where it is shorter than the video, the rest is free.",
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The saved video."),
@@ -145,6 +151,7 @@ class DiagonalStreamVideo(io.ComfyNode):
         restart: bool,
         keep_state: bool,
         context=None,
+        optical_flow=None,
     ) -> io.NodeOutput:
         options = StreamOptions(
             width=width,
@@ -176,6 +183,7 @@ class DiagonalStreamVideo(io.ComfyNode):
                 schedule,
                 options,
                 context=context,
+                optical_flow=optical_flow,
                 metadata=metadata,
                 prompt=prompt,
                 node_id=node_id,

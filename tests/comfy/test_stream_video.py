@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diagonal_sampler.flow import OpticalFlow, camera_flow
+from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import DiagonalSchedule
 
 av = pytest.importorskip("av")
@@ -211,6 +213,110 @@ def test_resumed_latents_are_equal_bit_by_bit(streaming, stream, options, monkey
     assert "after chunk 3" in lines[0]
     assert len(whole) == 6 and len(found) == 8
     assert all(torch.equal(a, b) for a, b in zip(found, whole[:5] + whole[3:], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Motion to follow
+
+PAN = camera_flow(60, SIZE, SIZE, pan=(-1.0, 0.5))
+
+
+@pytest.fixture
+def motion(pack_module, demo):
+    """`motion(mode, **changes)` -> (the demo's model, what it is to follow); in mode adapter with random weights."""
+    control = pack_module("model_patches.flow_control")
+    attachment = pack_module("model_patches.loading").FLOW_ADAPTER_ATTACHMENT
+
+    def make(mode, field=PAN, scale=0.3, **changes):
+        model = demo[0].clone()
+        generator = torch.Generator().manual_seed(1)
+        adapter = [scale * torch.randn(shape, generator=generator) for shape in ((256, 4, 1, 2, 2), (256,))]
+        model.set_attachments(attachment, tuple(adapter))
+        # The two steps of SCHEDULE end at 0.833.
+        changes = {"start_sigma": 0.9, **changes}
+        return model, control.FlowConditioning(optical_flow=field, mode=mode, vae=demo[3], **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ("adapter", "reference", "noise"))
+def test_a_stream_that_follows_motion_is_the_samplers_and_resumes(
+    streaming, demo, options, motion, sample_latent, monkeypatch, output, mode
+):
+    """The field ends in the middle of the video, which is stopped after that."""
+    model, flow = motion(mode, field=OpticalFlow(PAN.flow[:30], PAN.valid[:30]))
+    wanted = options(format="png", seconds=4.0, state_every=1)
+    found = recorded(streaming, monkeypatch)
+
+    def run(**more):
+        return streaming.stream_video(model, *demo[1:], SCHEDULE, wanted, optical_flow=flow, **more)
+
+    run()
+    whole = torch.cat(found, dim=2)
+    latent = {"samples": torch.zeros(1, 16, 17, 8, 8)}
+    usual, other = (
+        sample_latent(model, demo[1], demo[2], latent, SCHEDULE, seed=3, optical_flow=given)["samples"]
+        for given in (flow, None)
+    )
+    torch.testing.assert_close(whole, usual, atol=1e-5, rtol=0)
+    assert (usual - other)[:, :, :9].abs().max() > 0.05
+    for stop in (1, 4):
+        found.clear()
+        with pytest.raises(Stop):
+            run(on_progress=stop_at(stop))
+        lines = []
+        run(announce=lines.append)
+        assert f"after chunk {stop}" in lines[0]
+        assert torch.equal(torch.cat(found, dim=2), whole)
+
+
+def test_only_the_same_motion_resumes(streaming, demo, options, motion, output):
+    model, flow = motion("adapter")
+    lines = []
+
+    def run(model, flow, seconds=0.5, **more):
+        return streaming.stream_video(
+            model, *demo[1:], SCHEDULE, options(seconds=seconds), optical_flow=flow, announce=lines.append, **more
+        )
+
+    with pytest.raises(Stop):
+        run(model, flow, seconds=2.0, on_progress=stop_at(1))
+    changed = PAN.flow.clone()
+    changed[57, 3, 3] += 1e-3
+    others = [
+        (model, None),
+        motion("adapter", strength=0.5),
+        motion("adapter", first_chunk=2),
+        motion("reference"),
+        motion("adapter", field=OpticalFlow(changed, PAN.valid)),
+        motion("adapter", scale=0.2),
+    ]
+    for other in others:
+        run(*other)
+        assert "Resumed" not in lines[-1]
+    run(*motion("adapter"), seconds=2.0)
+    assert "Resumed" in lines[-1] and "after chunk 1" in lines[-1]
+    with pytest.raises(Stop):
+        run(model, None, seconds=3.0, on_progress=stop_at(1))
+    run(*motion("adapter", strength=0.0), seconds=3.0)
+    assert "Resumed" in lines[-1], "motion of strength 0 is none"
+
+
+@pytest.mark.parametrize("mode", ("adapter", "reference", "noise"))
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+def test_motion_is_not_written_out_for_the_whole_video(pack_module, motion, mode):
+    """Ten hours: one held step, or 60 and then none. Each would be 9 GB if every step were in memory."""
+    import resource
+
+    frames = 10 * 3600 * FPS // 4
+    plan = pack_module("model_patches.flow_control").FlowRun
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for field in (camera_flow(1, SIZE, SIZE, pan=(1, 0)), PAN):
+        model, flow = motion(mode, field=field)
+        run = plan(flow, model, (1, 16, frames, 8, 8), SCHEDULE, [CHUNK] * (frames // CHUNK))
+        run.noise(SeededNoise(0, (1, 16, 8, 8)), 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < 200 << 20, f"{grown} bytes"
 
 
 def test_comfyuis_cancel_keeps_the_video_and_the_state(stream, options, output):

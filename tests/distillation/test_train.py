@@ -206,7 +206,8 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path)
         clip = rollout_of(trainer, exits=[0]).clip(trainer.networks.student.network)
         x, sigma, _ = trainer.under_noise(clip, list(range(8)))
         with torch.no_grad():
-            real = trainer.score(trainer.networks.teacher, x, sigma, trainer.context(0, 0, 0))
+            context = trainer.prompts.embeddings(trainer.prompt_rows(0, 0, 0))
+            real = trainer.score(trainer.networks.teacher, x, sigma, context)
         return float((clip - real).square().mean())
 
     before = distance()
@@ -238,7 +239,8 @@ def test_trajectories_begin_with_noise_and_pass_through_the_students_levels(inpu
     recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=1, micro_batch=2)
     trainer = trainer_of(recipe, tmp_path / "run")
     assert len(trainer.clips) == recipe.ode_clips
-    latents, paths, rows = trainer.clips.take([3])
+    latents, paths, rows, flow = trainer.clips.take([3])
+    assert flow is None
     noise = trainer.noise([sample_seed(recipe.seed, "ode", 3)])(0, -1, recipe.frames)
     torch.testing.assert_close(paths[:, 0], noise, atol=2e-3, rtol=2e-3)  # fp16 on disk
     assert rows == [3 % len(trainer.prompts)]

@@ -1,0 +1,142 @@
+"""The teacher's fine-tune on optical flow: exact resume, honest batches, and a file that says what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
+from distillation import train_demo, train_flow
+from distillation.flow_evaluate import Player
+from distillation.recipes import DEMO
+from distillation.train_flow import FlowRecipe, encode_flow_clips, export_flow, flow_batch
+
+CPU = torch.device("cpu")
+TINY = FlowRecipe(updates=4, clips=6, length=37, batch=3, kept_batch=2, warmup=1, save_every=100)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train_flow.train_flow(TINY, DEMO, folder, CPU)
+    return folder
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_two_updates_resumed_for_two_more_equal_four(run, tmp_path):
+    train_flow.train_flow(TINY, DEMO, tmp_path, CPU, stop=2)
+    path = train_flow.train_flow(TINY, DEMO, tmp_path, CPU)
+    assert same(train_demo.load_checkpoint(path), train_demo.load_checkpoint(run / train_flow.CHECKPOINT))
+
+
+def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
+    file = export_flow(run, DEMO, tmp_path, "note")
+    weights, before = load_file(file), load_file(DEMO / train_demo.DIT_FILE)
+    assert weights.keys() - before.keys() <= set(FLOW_ADAPTER_KEYS) <= weights.keys()
+    assert all(weights[key].abs().max() > 0 for key in FLOW_ADAPTER_KEYS)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    with safe_open(DEMO / train_demo.DIT_FILE, framework="pt") as opened:
+        shipped = opened.metadata()
+    assert header["recipe"].startswith(shipped["recipe"])
+    assert "--stage flow --network teacher, seed 4, 4 updates" in header["recipe"] and header["recipe"].endswith(
+        ". note"
+    )
+    assert Provenance.from_metadata(header, file.name).sigmas == Provenance.from_metadata(shipped, file.name).sigmas
+    assert Player(DEMO, file).modes == ("none", "reference", "noise", "adapter")
+
+
+def test_a_fresh_adapter_leaves_the_teacher_as_it_is():
+    before, encoder, _ = train_demo.load_models(DEMO)
+    with_adapter = train_flow.with_adapter(before).eval()
+    x, text = (
+        torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        encoder.encode(["a red circle moves left"]),
+    )
+    flow = torch.ones(1, 4, 3, 8, 8)
+    with torch.no_grad():
+        expected = before(x, torch.tensor([900.0]), text)
+        assert torch.equal(with_adapter(x, torch.tensor([900.0]), text, optical_flow=flow), expected)
+
+
+def test_batches_depend_on_seed_and_update_and_are_of_three_kinds(run):
+    _, _, autoencoder = train_demo.load_models(DEMO)
+    data = encode_flow_clips(TINY, autoencoder, run / train_flow.CLIPS)
+    trained = train_demo.trained_for(DEMO / train_demo.DIT_FILE)
+    assert data.clips.shape == (6, 16, 10, 8, 8) and data.flow.shape == (6, 4, 10, 8, 8)
+    seen = set()
+    for update in range(60):
+        batch = flow_batch(TINY, data, trained, update)
+        assert torch.equal(batch.noisy, flow_batch(TINY, data, trained, update).noisy)
+        assert not torch.equal(batch.ids, flow_batch(TINY, data, trained, update, kept=True).ids)
+        frames = batch.noisy.shape[2]
+        seen.add(frames)
+        assert batch.optical_flow.shape[2] == frames and batch.weight.any()
+        if frames == 6:  # a continuation: the first chunk is given
+            assert not batch.weight[:, :3].any() and (batch.sigma[:, :3] <= 0.4).all()
+        # noisy = clean + sigma * (noise - clean), so the target leads to the clip.
+        clean = batch.noisy - batch.sigma[:, None, :, None, None] * batch.target
+        places = clean[:, 14:].amax((0, 2)) - clean[:, 14:].amin((0, 2))
+        assert places.max() < 1e-2, "the two channels of the place do not depend on the clip"
+    assert seen == {3, 6, 9}
+
+
+def test_a_students_batches_are_at_its_own_noise_levels(run):
+    _, _, autoencoder = train_demo.load_models(DEMO)
+    data = encode_flow_clips(TINY, autoencoder, run / train_flow.CLIPS)
+    trained = train_demo.trained_for(DEMO / train_flow.FILES["student"])
+    recipe = train_flow.student_recipe(clips=6, batch=8)
+    known = {round(sigma, 4) for row in trained.schedule.sigmas for sigma in row}
+    for update in range(12):
+        batch = flow_batch(recipe, data, trained, update)
+        assert {round(sigma, 4) for sigma in batch.sigma.flatten().tolist()} <= known
+        if batch.sigma.shape[1] == 6:
+            assert (batch.sigma[:, 0] == min(trained.schedule.chunk_sigmas(1))).all(), (
+                "context as the sampler leaves it"
+            )
+
+
+def test_what_the_teacher_learned_is_added_to_the_student(run, tmp_path):
+    export_flow(run, DEMO, tmp_path)
+    old, new = (train_demo.load_dit(folder / train_demo.DIT_FILE) for folder in (DEMO, tmp_path))
+    student = train_demo.load_dit(DEMO / train_flow.FILES["student"])
+    changed = train_flow.with_adapter(student)
+    train_flow.add_change(changed, old, new)
+    for name, value in changed.state_dict().items():
+        before = student.state_dict().get(name, torch.zeros_like(value))
+        learned = new.state_dict()[name] - old.state_dict().get(name, torch.zeros_like(value))
+        torch.testing.assert_close(value - before, learned, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="has no adapter"):
+        train_flow.add_change(changed, old, old)
+
+
+def test_the_student_is_trained_and_written_as_the_student(tmp_path, run):
+    recipe = train_flow.student_recipe(updates=2, clips=6, length=37, batch=3, kept_batch=2, warmup=1)
+    export_flow(run, DEMO, tmp_path / "learned")
+    train_flow.train_flow(recipe, DEMO, tmp_path, CPU, network="student", learned=tmp_path / "learned")
+    file = export_flow(tmp_path, DEMO, tmp_path / "to", network="student")
+    player = Player(DEMO, file)
+    assert [len(row) for row in player.trained.schedule.sigmas] == [4, 3, 2] and player.trained.cfg == 1
+    assert "adapter" in player.modes
+
+
+def test_a_run_that_is_not_there_and_a_start_that_is_missing_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"holds no flow\.pt"):
+        export_flow(tmp_path, DEMO, tmp_path / "to")
+    with pytest.raises(SystemExit):
+        train_demo.main(["--stage", "flow", "--out", str(tmp_path)])
+    assert "give their folder as --start" in capsys.readouterr().err
