@@ -2,8 +2,6 @@
 
     python -m distillation.train_demo --stage all --out runs/demo     # resumes if runs/demo has a checkpoint
     python -m distillation.train_demo --export demo --out runs/demo   # writes the shipped weights
-    python -m distillation.train_demo --stage flow --start demo --out runs/flow             # then optical flow,
-    python -m distillation.train_demo --stage flow --start demo --out runs/flow --export F  # which writes the teacher
 
 Every random number of update i comes from (seed, i), so a run that was stopped and resumed is the run that was
 not. Checkpoints are written to a temporary name and renamed.
@@ -750,13 +748,7 @@ def export(run: Path, folder: Path, note: str = "") -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("autoencoder", "dit", "all", "flow"), default="all")
-    parser.add_argument("--start", type=Path, help="stage flow: folder of the finished models to go on from")
-    parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="stage flow: which learns")
-    parser.add_argument(
-        "--learned", type=Path, help="stage flow, student: folder of the teacher that learned before it"
-    )
-    parser.add_argument("--updates", type=int, help="stage flow: updates, if not the recipe's")
+    parser.add_argument("--stage", choices=("autoencoder", "dit", "all"), default="all")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
@@ -765,9 +757,6 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    if options.stage == "flow":
-        _follow_flow(parser, options)
-        return
     if options.export:
         export(options.out, options.export, options.note)
         return
@@ -783,21 +772,6 @@ def main(arguments: list[str] | None = None) -> None:
     dit = DitRecipe()
     data = encode_latent_set(dit, autoencoder, options.out / "latents.pt", device)
     train_dit(dit, data, options.out, device)
-
-
-def _follow_flow(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Stage flow, which begins where the others end."""
-    from distillation import train_flow
-
-    if options.start is None:
-        parser.error("--stage flow goes on from finished models: give their folder as --start")
-    if options.export:
-        train_flow.export_flow(options.out, options.start, options.export, options.note, network=options.network)
-        return
-    changes = {} if options.updates is None else {"updates": options.updates}
-    recipe = train_flow.RECIPES[options.network](**changes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_flow.train_flow(recipe, options.start, options.out, device, network=options.network, learned=options.learned)
 
 
 if __name__ == "__main__":

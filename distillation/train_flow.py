@@ -1,6 +1,10 @@
 """The demo learns to follow optical flow: a fine-tune of finished weights with a new adapter.
 
-Run by `python -m distillation.train_demo --stage flow`. Clips of the sprite world whose sprites turn against their
+    python -m distillation.train_flow --start demo --out runs/flow              # resumes; the teacher
+    python -m distillation.train_flow --start demo --out runs/flow --export F   # writes it to folder F
+    python -m distillation.train_flow --start demo --out runs/flow_student --network student --learned F
+
+Clips of the sprite world whose sprites turn against their
 captions (distillation.sprite_motion) are denoised with their flow; beside each such batch there is one without flow, on
 which the network is to say what it said before, so that no flow stays as good as it was.
 
@@ -11,6 +15,7 @@ schedule, mends what that cost.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import os
@@ -29,7 +34,7 @@ from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from distillation import sprite_motion, sprites, train_demo
-from distillation.common import autocast, generator_at, git_commit
+from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
 
 log = logging.getLogger("train_flow")
 
@@ -323,12 +328,12 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     """
     saved = train_demo.load_checkpoint(run / CHECKPOINT)
     if saved is None:
-        raise ValueError(f"out={os.fspath(run)!r} holds no {CHECKPOINT}; train it with --stage flow first")
+        raise ValueError(f"out={os.fspath(run)!r} holds no {CHECKPOINT}; train it first")
     recipe, file = FlowRecipe(**saved["recipe"]), folder / FILES[network]
     with safe_open(start / FILES[network], framework="pt") as before:
         header = dict(before.metadata() or {})
     done = (
-        f"distillation.train_demo --stage flow --network {network}, seed {recipe.seed}, {saved['update']} updates of "
+        f"distillation.train_flow --network {network}, seed {recipe.seed}, {saved['update']} updates of "
         f"{recipe.batch} clips, "
         f"EMA {recipe.ema_decay}"
     )
@@ -340,3 +345,29 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     os.replace(partial, file)
     log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
     return file
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
+    parser.add_argument("--network", choices=tuple(RECIPES), default="teacher", help="which learns")
+    parser.add_argument("--learned", type=Path, help="student: folder of the teacher that learned before it")
+    parser.add_argument("--updates", type=int, help="if not the recipe's")
+    parser.add_argument("--out", type=Path, default=Path("runs/flow"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
+    parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    if options.export:
+        export_flow(options.out, options.start, options.export, options.note, network=options.network)
+        return
+    recipe = RECIPES[options.network](**({} if options.updates is None else {"updates": options.updates}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train_flow(recipe, options.start, options.out, device, network=options.network, learned=options.learned)
+
+
+if __name__ == "__main__":
+    main()

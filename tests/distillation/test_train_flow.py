@@ -53,9 +53,7 @@ def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
     with safe_open(DEMO / train_demo.DIT_FILE, framework="pt") as opened:
         shipped = opened.metadata()
     assert header["recipe"].startswith(shipped["recipe"])
-    assert "--stage flow --network teacher, seed 4, 4 updates" in header["recipe"] and header["recipe"].endswith(
-        ". note"
-    )
+    assert "train_flow --network teacher, seed 4, 4 updates" in header["recipe"] and header["recipe"].endswith(". note")
     assert Provenance.from_metadata(header, file.name).sigmas == Provenance.from_metadata(shipped, file.name).sigmas
     assert Player(DEMO, file).modes == ("none", "reference", "noise", "adapter")
 
@@ -138,5 +136,5 @@ def test_a_run_that_is_not_there_and_a_start_that_is_missing_are_refused(tmp_pat
     with pytest.raises(ValueError, match=r"holds no flow\.pt"):
         export_flow(tmp_path, DEMO, tmp_path / "to")
     with pytest.raises(SystemExit):
-        train_demo.main(["--stage", "flow", "--out", str(tmp_path)])
-    assert "give their folder as --start" in capsys.readouterr().err
+        train_flow.main(["--out", str(tmp_path)])
+    assert "required: --start" in capsys.readouterr().err
