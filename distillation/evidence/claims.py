@@ -202,13 +202,16 @@ def _early_steps(e: _Evidence) -> Answer:
 def _context_is_best(e: _Evidence) -> Answer:
     best = next(name for name, sigma in CONTEXT_SIGMAS.items() if sigma == DEFAULT_CONTEXT_SIGMA)
     findings, answers = [f"{best}: everything right {written(e.of(best, 'everything'), SHARE)}"], {}
+    ends = (min(CONTEXT_SIGMAS.values()), max(CONTEXT_SIGMAS.values()))
     for name, sigma in CONTEXT_SIGMAS.items():
-        if name != best:
+        if name not in e.results and name != best and sigma not in ends:
+            findings.append(f"sigma {sigma:.2g} ({name}): not scored")
+        elif name != best:
             lead = e.of(best, "everything") - e.of(name, "everything")
             answers[sigma] = above(lead)
             findings.append(f"above sigma {sigma:.2g} ({name}): {written(lead, POINTS)} points")
-    ends = (answers[min(answers)], answers[max(answers)])
-    return NO if NO in answers.values() else YES if set(ends) == {YES} else UNCLEAR, findings
+    at_ends = {answers[end] for end in ends}
+    return NO if NO in answers.values() else YES if at_ends == {YES} else UNCLEAR, findings
 
 
 def _speed_up(e: _Evidence) -> Answer:
@@ -262,8 +265,8 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[_Evidence], Answer]], ...] = (
     ),
     (
         "A context sigma near 0.36 is best.",
-        "yes if sigma 0.36 has more clips right than both ends of the sweep and no sigma has more than it; no if one "
-        "has; unclear if the ends cannot be told from it.",
+        "yes if sigma 0.36 has more clips right than both ends of the sweep and no scored sigma has more than it; no "
+        "if one has; unclear if the ends cannot be told from it.",
         "noise near timestep 100 is best; much more loses structure, much less oversaturates (Figure 5a)",
         _context_is_best,
     ),

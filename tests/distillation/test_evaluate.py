@@ -336,6 +336,12 @@ def test_a_claim_without_its_rows_is_not_tested() -> None:
             del rows[name]
             assert answers(rows)[number] == "not tested"
             assert name in claims.answer_claims(rows, 81)[number - 1].findings[0]
+    swept = results(without_diagonal_forcing={"everything": 0.4}, context_0_8={"everything": 0.1})
+    del swept["context-0.2"]
+    answered = claims.answer_claims(swept, 81)[4]
+    assert answered.answer == "yes" and "sigma 0.2 (context-0.2): not scored" in answered.findings
+    del swept["context-0.8"]
+    assert answers(swept)[5] == "not tested"
     untimed = results()
     untimed[FULL] = replace(untimed[FULL], timing=None)
     assert answers(untimed)[6] == "not tested"
