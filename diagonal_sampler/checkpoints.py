@@ -46,6 +46,7 @@ from .weight_files import (
     listed,
     read_weight_file,
     read_weight_shapes,
+    refuse_inflated,
     short,
 )
 
@@ -202,7 +203,7 @@ def recognise(
 
     weights: `auto` takes `generator_ema`, else `generator`, `model`, `state_dict`, else the flat file; `ema`
     and `generator` insist. quant_formats: quantisation formats that the host can run; empty accepts any.
-    check_values: look for NaN and Inf.
+    check_values: look for NaN, Inf, and tensors that unfold to far more than the file stores.
 
     Raises ValueError naming the file, and the keys where there are any: not Wan text-to-video, a LoRA,
     missing or left-over tensors, a wrong shape, rank or dtype, NaN or Inf.
@@ -211,6 +212,8 @@ def recognise(
         raise ValueError(f"weights={weights!r} is not known; choose one of {', '.join(WEIGHTS)}")
     name = file.name
     source, tensors, unused = _choose_section(file, weights)
+    if check_values:
+        refuse_inflated(tensors, name)
     renamed, wrapped = _strip_wrappers(tensors, name)
     _refuse_longlive2(renamed, name)
     prefix = _find_prefix(renamed)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .wan_layout import strip_wrappers
-from .weight_files import WeightFile, flat_tensors, is_finite, listed, short
+from .weight_files import WeightFile, flat_tensors, is_finite, listed, refuse_inflated, short
 
 LORA_SECTIONS = ("generator_lora", "lora", "state_dict")
 """Dicts that may hold the adapter, best first; a critic's adapter is never one of them."""
@@ -170,6 +170,7 @@ def _choose_section(file: WeightFile) -> tuple[str, dict[str, torch.Tensor], lis
             tree, section = tree[candidate], candidate
             break
     tensors, others = flat_tensors(_with_number_alphas(tree), file.name, f"dict {section or 'flat'!r}")
+    refuse_inflated(tensors, file.name)
     beside = [str(key) for key in file.tree if section and key != section]
     return section, tensors, [key for key in others if key != ALPHA_KEY] + beside
 

@@ -371,8 +371,7 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
     sub-dicts).
 
     name: the file, where: the dict inside it, both for errors. Raises ValueError for a key that is no string
-    and for a tensor that is not dense and on the CPU, or tensors that would unfold to far more than the file
-    stores.
+    and for a tensor that is not dense and on the CPU.
     """
     tensors: dict[str, torch.Tensor] = {}
     others: list[str] = []
@@ -391,11 +390,10 @@ def flat_tensors(tree: Mapping[str, Any], name: str, where: str) -> tuple[dict[s
                 f"{value.device}; save plain tensors"
             )
         tensors[key] = value.detach()
-    _refuse_inflated(tensors, name)
     return tensors, others
 
 
-def _refuse_inflated(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+def refuse_inflated(tensors: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise ValueError where tensors share their elements (stride 0, one storage under many names) so that copying
     them takes far more memory than the file has bytes."""
     stored: dict[int, int] = {}

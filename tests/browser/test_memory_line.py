@@ -91,13 +91,13 @@ def test_what_cannot_be_known_is_said(page, frontend):
         }"""
     )
     page.wait_for_function(
-        """() => [...document.querySelectorAll(".diagonal-memory")].some((line) =>
+        """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
             line.textContent === "Connect latent_image to know the memory.")""",
         timeout=20_000,
     )
     # The loader feeds no sampler whose size is known, and says what it reckons with.
     page.wait_for_function(
-        """() => [...document.querySelectorAll(".diagonal-memory")].some((line) =>
+        """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
             line.textContent.includes("No sampler is connected; for 832x480"))""",
         timeout=20_000,
     )
