@@ -125,12 +125,12 @@ def test_the_clean_pass_sees_the_finished_chunk():
 
 
 @pytest.mark.parametrize("mode", CONTEXT_MODES)
-def test_given_context_is_cached_at_the_level_of_the_history(mode):
+def test_given_context_is_cached_with_little_noise_of_its_own(mode):
     schedule = replace(DIAGONAL, context_mode=mode)
     context, model = latent(3, 4), Recorder()
     cache = KVCache(GLOBAL, 10)
     chunks = run(model, schedule, 10, context=context, cache=cache)
-    sigma = {"noisy": 0.4, "clean": 0.0, "renoise": 0.2}[mode]
+    sigma = {"noisy": 0.1, "clean": 0.0, "renoise": 0.1}[mode]
     assert model.seen(0) == [(sigma, CONTEXT_STEP)]
     assert model.seen(3) == [(sigma, CONTEXT_STEP)]
     assert model.seen(4)[:4] == [(1.0, 0), (0.9, 1), (0.7, 2), (0.4, 3)]
