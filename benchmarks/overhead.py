@@ -121,14 +121,14 @@ def main() -> None:
 
         small = causal.make_causal(network(2), CausalSettings())
         print(f"\n2 blocks, {torch.get_num_threads()} threads, positions as the length asks for:\n")
-        print("| latent frames | ms a chunk, median of the last ten | first ten after the window is full |")
+        print("| latent frames | ms a chunk, median of the last 50 | of the first 50 after the window is full |")
         print("|---|---|---|")
         for length in lengths:
             times: list[float] = []
             stream(small, length, lambda _, times=times: times.append(time.perf_counter()))
             steps = [1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)]
-            full = steps[3:13] or steps
-            print(f"| {length} | {statistics.median(steps[-10:]):.1f} | {statistics.median(full):.1f} |")
+            full = steps[3:53] or steps
+            print(f"| {length} | {statistics.median(steps[3:][-50:] or steps):.1f} | {statistics.median(full):.1f} |")
 
         memory: list[int] = []
         stream(small, arguments.memory_frames, lambda _: memory.append(resident_bytes()))
