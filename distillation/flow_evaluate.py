@@ -1,7 +1,8 @@
 """Does the video move as it is told? Commands motion to the demo's sprites and measures what they do.
 
-    python -m distillation.flow_evaluate                               # scores what is missing, prints the table
-    python -m distillation.flow_evaluate --write docs/evidence/flow.md # and writes it
+    S=demo/demo_student.safetensors                      # without --dit: the teacher
+    python -m distillation.flow_evaluate --dit $S                               # scores what is missing, prints it
+    python -m distillation.flow_evaluate --dit $S --write docs/evidence/flow.md # and writes the page
 
 Each scene has one sprite and a held-out caption. Its first chunk is made as usual; the sprite is then found in the
 decoded frames and told to go from there, straight and bouncing at the edge: a track, as a person would draw it. Two
@@ -326,10 +327,11 @@ def table(found: Results, options: Options) -> str:
     return "\n\n".join([*blocks, f"{options.scenes} scenes of {options.length} pixel frames, seed {options.seed}."])
 
 
-def page(found: Results, options: Options, player: Player) -> str:
-    """docs/evidence/flow.md."""
+def page(found: Results, options: Options, player: Player, dit: Path | None = None) -> str:
+    """docs/evidence/flow.md. dit: the flag's value."""
+    chosen = "" if dit is None else f"--dit {dit.as_posix()} "
     command = (
-        f"python -m distillation.flow_evaluate --scenes {options.scenes} --length {options.length} --seed "
+        f"python -m distillation.flow_evaluate {chosen}--scenes {options.scenes} --length {options.length} --seed "
         f"{options.seed} --start-sigma {options.start_sigma:g} --blend {options.blend:g}"
     )
     steps = ",".join(str(len(row)) for row in player.trained.schedule.sigmas)
@@ -384,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(found, options))
         if chosen.write:
             chosen.write.parent.mkdir(parents=True, exist_ok=True)
-            chosen.write.write_text(page(found, options, player))
+            chosen.write.write_text(page(found, options, player, chosen.dit))
     except (ValueError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -199,7 +199,11 @@ class DiagonalFlowConditioning(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for mode reference."),
             ],
-            outputs=[FlowType.Output(display_name="optical_flow", tooltip="For the Diagonal Chunk Sampler.")],
+            outputs=[
+                FlowType.Output(
+                    display_name="optical_flow", tooltip="For Diagonal Chunk Sampler or Diagonal Stream Video."
+                )
+            ],
         )
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diagonal_sampler import captions
-from distillation.score import score_clip
+from distillation.score import find_blobs, score_clip
 
 av = pytest.importorskip("av")
 
@@ -48,7 +48,10 @@ def _model_files(graph: dict) -> dict[str, str]:
 
 
 NEED_MODELS = [path for path in API if _model_files(_graph(path))]
-BUNDLED = {"demo", "compare", "endless_prompts", "extend_video", "image_to_video", "stream_to_disk"}
+BUNDLED = {
+    "demo", "compare", "endless_prompts", "extend_video", "image_to_video", "stream_to_disk", "drive_by_track",
+    "transfer_motion", "camera_motion",
+}  # fmt: skip
 
 
 def test_all_other_graphs_need_no_file():
@@ -133,7 +136,9 @@ def _run(comfy_server, name: str) -> tuple[np.ndarray, Fraction, dict]:
     """Runs a bundled graph: its frames, frames a second, and the graph. Leaves what a person would look at."""
     graph = _graph(ROOT / "workflows" / "api" / f"{name}.json")
     outputs = comfy_server.run(graph)
-    (saved,) = [item for output in outputs.values() for item in output.get("images", [])]
+    saved = [item for output in outputs.values() for item in output.get("images", [])]
+    # A graph with motion also saves how the motion looks, under the same name with _flow behind it.
+    (saved,) = [item for item in saved if not item["filename"].startswith(f"diagonal_{name}_flow_")]
     video = comfy_server.output_dir / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4"
     frames, rate, codec = _frames(video)
@@ -203,6 +208,72 @@ def test_a_stream_follows_three_prompts(comfy_server):
         part = frames[160 * number + 60 : 160 * number + 141]
         (sprite,) = _sprites(part, row.partition(": ")[2])
         assert sprite.colour_right, row
+
+
+def _path(frames: np.ndarray, colour: str) -> np.ndarray:
+    """[T, 2] centres of a colour."""
+    blobs = find_blobs(torch.from_numpy(frames).movedim(-1, 1).float())
+    return blobs.centroid(colour).numpy()
+
+
+def _other(comfy_server, graph: dict, change: Callable[[dict], None]) -> np.ndarray:
+    """The frames of a changed graph, without the picture of its motion."""
+    graph = json.loads(json.dumps(graph))
+    change(graph)
+    graph = {
+        key: node for key, node in graph.items() if not node["inputs"].get("filename_prefix", "").endswith("_flow")
+    }
+    (saved,) = [item for output in comfy_server.run(graph).values() for item in output.get("images", [])]
+    return _frames(comfy_server.output_dir / saved["subfolder"] / saved["filename"])[0]
+
+
+def _motion_off(graph: dict) -> None:
+    (flow,) = [node for node in graph.values() if node["class_type"] == "DiagonalFlowConditioning"]
+    flow["inputs"]["strength"] = 0
+
+
+def _show_driver(graph: dict) -> None:
+    """Saves the driving video in the place of the result."""
+    (flow,) = [node for node in graph.values() if node["class_type"] == "DiagonalFlowConditioning"]
+    (save,) = [node for node in graph.values() if node["inputs"].get("filename_prefix", "").endswith("transfer_motion")]
+    graph[save["inputs"]["video"][0]]["inputs"]["images"] = flow["inputs"]["video"]
+
+
+def test_a_square_goes_along_a_track(comfy_server):
+    frames, _, graph = _run(comfy_server, "drive_by_track")
+    assert frames.shape == (81, 64, 64, 3)
+    (track,) = [node["inputs"] for node in graph.values() if node["class_type"] == "GenerateTracks"]
+    start, middle, end = (np.array([track[f"{name}_x"], track[f"{name}_y"]]) * 64 for name in ("start", "mid", "end"))
+    t = np.linspace(0, 1, 81)[:, None]
+    wanted = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
+    away, free = (
+        np.linalg.norm(_path(video, "red") - wanted, axis=1)
+        for video in (frames, _other(comfy_server, graph, _motion_off))
+    )
+    assert away.mean() < 6 and away[-1] < 8
+    assert free.mean() > 2 * away.mean(), "without the track it bounces and comes back"
+
+
+def test_a_square_moves_as_another_video_does(comfy_server):
+    pytest.importorskip("cv2", reason="motion is measured by OpenCV")
+    frames, _, graph = _run(comfy_server, "transfer_motion")
+    driver = _other(comfy_server, graph, _show_driver)
+    red, cyan, free = (
+        _path(video, colour)[::4]
+        for video, colour in ((driver, "red"), (frames, "cyan"), (_other(comfy_server, graph, _motion_off), "cyan"))
+    )
+    moved, other, usual = (np.diff(path, axis=0) for path in (red, cyan, free))
+    assert np.linalg.norm(other - moved, axis=1).mean() < 0.6 * np.linalg.norm(usual - moved, axis=1).mean()
+
+
+def test_a_camera_slows_the_picture_down(comfy_server):
+    frames, _, graph = _run(comfy_server, "camera_motion")
+    speed, free = (
+        np.abs(np.diff(_path(video, "green")[:, 0])).mean()
+        for video in (frames, _other(comfy_server, graph, _motion_off))
+    )
+    print(speed, free)
+    assert speed < 0.6 * free
 
 
 def test_the_demo_runs_and_its_video_shows_what_the_prompt_says(comfy_server):
