@@ -393,4 +393,6 @@ class WanDiT(nn.Module):
                 f"optical_flow has shape {tuple(optical_flow.shape)}; it must be [{x.shape[0]} or 1, "
                 f"{', '.join(map(str, wanted))}], the latent's own frames and size."
             )
-        return adapter_tokens(optical_flow.to(x.dtype), self.flow_embedding.weight, self.flow_embedding.bias)
+        adapter = self.flow_embedding
+        assert adapter.bias is not None
+        return adapter_tokens(optical_flow.to(x.dtype), adapter.weight, adapter.bias)

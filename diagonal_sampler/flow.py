@@ -252,7 +252,7 @@ def warp_backward(picture: Tensor, motion: Tensor) -> Tensor:
         picture: [C, H, W].
         motion: [H, W, 2] pixels, from the result's pixels to the picture's.
     """
-    return sample(picture, grid(*motion.shape[:2], motion.device) + motion)
+    return sample(picture, grid(motion.shape[0], motion.shape[1], motion.device) + motion)
 
 
 def splat(values: Tensor, points: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

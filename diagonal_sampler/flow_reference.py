@@ -147,6 +147,6 @@ class FlowReference:
                 clips.append(torch.stack([picture, *(frame.picture for frame in carried)], dim=1))
                 masks.append(torch.stack([frame.commanded for frame in carried]))
             latents = self.encode(torch.stack(clips))[:, :, 1:].to(tail)
-            mask = F.adaptive_avg_pool3d(torch.stack(masks)[:, None], (frames, *tail.shape[-2:])).to(tail)
+            mask = F.adaptive_avg_pool3d(torch.stack(masks)[:, None], (frames, tail.shape[-2], tail.shape[-1])).to(tail)
             self._reference = (start_frame, latents, mask)
         return self._reference[1:]
