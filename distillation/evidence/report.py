@@ -297,7 +297,8 @@ def draw_plots(results: Mapping[str, Measured], out: Path, length: int) -> list[
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    colour = dict(zip(NAMES, colormaps["tab20"].colors, strict=False))
+    colours = (*colormaps["tab20"].colors, *colormaps["tab20b"].colors)
+    colour = {name: colours[index % len(colours)] for index, name in enumerate(NAMES)}
     made: list[str] = []
 
     def save(figure: Any, name: str) -> None:

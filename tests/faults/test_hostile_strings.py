@@ -42,7 +42,7 @@ def watched(tmp_path_factory):
 
     def look(inside: tuple[Path, ...]) -> dict:
         git, cache = ROOT / ".git", ROOT / ".pytest_cache"
-        bytecode = tuple(ROOT.rglob("__pycache__"))
+        bytecode = (*ROOT.rglob("__pycache__"), *([Path(sys.pycache_prefix)] if sys.pycache_prefix else []))
         found = snapshot(ROOT, (git, cache, ROOT / "docs" / "reliability", *bytecode)) | snapshot(base, inside)
         for folder in (Path("/"), Path("/etc"), Path.home()):
             if folder.is_dir():

@@ -27,9 +27,10 @@ def resident_mb() -> float:
 
 
 def held_bytes() -> int:
-    """Of all tensors of this process."""
+    """Of all tensors of this process that have memory: not torch's stand-ins, nor those on the meta device."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    plain = (torch.Tensor, torch.nn.Parameter)
+    tensors = [thing for thing in gc.get_objects() if type(thing) in plain and thing.device.type != "meta"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
