@@ -30,7 +30,8 @@ def held_bytes() -> int:
     """Of all tensors of this process that have memory: not torch's stand-ins, nor those on the meta device."""
     gc.collect()
     plain = (torch.Tensor, torch.nn.Parameter)
-    tensors = [thing for thing in gc.get_objects() if type(thing) in plain and thing.device.type != "meta"]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in plain]
+    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and tensor.device.type != "meta"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
