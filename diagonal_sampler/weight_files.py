@@ -116,11 +116,7 @@ def read_weight_file(
     old to open pickles safely.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weight file {path.name!r} does not exist or is not a file; choose one that ComfyUI lists")
-    with path.open("rb") as handle:
-        head = handle.read(_SNIFF_BYTES)
-    _refuse_foreign(path.name, head)
+    head = _sniff(path)
     suffix = path.suffix.lower()
     if suffix in SAFETENSORS_SUFFIXES:
         return _read_safetensors(path, frozenset(wanted_metadata), read_safetensors)
@@ -176,6 +172,16 @@ def _read_safetensors(
     return WeightFile(name=path.name, tree=tensors or {}, metadata=metadata)
 
 
+def _sniff(path: Path) -> bytes:
+    """The file's first bytes. Raises ValueError for no file, and for one that is known to be something else."""
+    if not path.is_file():
+        raise ValueError(f"weight file {path.name!r} does not exist or is not a file; choose one that ComfyUI lists")
+    with path.open("rb") as handle:
+        head = handle.read(_SNIFF_BYTES)
+    _refuse_foreign(path.name, head)
+    return head
+
+
 def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ()) -> WeightFile:
     """As `read_weight_file`, but the weights stay on the disk: each tensor is one element, expanded to its shape.
 
@@ -184,11 +190,7 @@ def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ())
     Raises ValueError as `read_weight_file` does, and for a torch file of before 1.6, which must be read whole.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weight file {path.name!r} does not exist or is not a file; choose one that ComfyUI lists")
-    with path.open("rb") as handle:
-        head = handle.read(_SNIFF_BYTES)
-    _refuse_foreign(path.name, head)
+    head = _sniff(path)
     if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
         if not head.startswith(_ZIP_MAGIC):
             raise ValueError(
