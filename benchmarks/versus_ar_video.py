@@ -1,10 +1,11 @@
 """Diagonal Chunk Sampler against ComfyUI's own SamplerARVideo: same weights, same machine, one run.
 
-    python benchmarks/versus_ar_video.py                # the size that arithmetic bounds, as in docs/benchmarks.md
-    python benchmarks/versus_ar_video.py --dim 128 --blocks 2 --height 8 --width 8 --repeats 1
+    python benchmarks/versus_ar_video.py                # both sizes of docs/benchmarks.md
+    python benchmarks/versus_ar_video.py --sizes 128x2x8x8 --repeats 1
 
-Two tables. Equality: uniform steps, clean context, global window, the same noise and re-noise. Time: the diagonal
-schedule 4-3-2 with its window against SamplerARVideo at 4 steps and 3 frames per block, interleaved, medians.
+Two model sizes: one that arithmetic bounds, and the demo's, where the cost of each call counts. For each, equality
+(uniform steps, clean context, global window, the same noise and re-noise) and time: the diagonal schedule 4-3-2 with
+its window against SamplerARVideo at 4 steps and 3 frames per block, interleaved, medians.
 Needs COMFYUI_DIR, or the host that quickstart.py fetched.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import platform
 import statistics
 import time
+from typing import Any, NamedTuple
 
 import torch
 from models import open_host, random_prompt, random_wan  # first: it makes the repository importable
@@ -29,12 +31,32 @@ TEXT_TOKENS = 64
 TEXT_DIM = 64
 
 
+class Size(NamedTuple):
+    """Channels (a multiple of 128), transformer blocks, latent height and width."""
+
+    dim: int
+    blocks: int
+    height: int
+    width: int
+
+
+def parse_size(text: str) -> Size:
+    """A size written as DIMxBLOCKSxHEIGHTxWIDTH."""
+    try:
+        return Size(*map(int, text.split("x")))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no DIMxBLOCKSxHEIGHTxWIDTH, such as 512x8x28x32") from None
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=512, help="channels, a multiple of 128")
-    parser.add_argument("--blocks", type=int, default=8, help="transformer blocks")
-    parser.add_argument("--height", type=int, default=40, help="latent height; 40x48 makes 480 tokens a latent frame")
-    parser.add_argument("--width", type=int, default=48, help="latent width")
+    parser.add_argument(
+        "--sizes",
+        type=parse_size,
+        nargs="+",
+        default=[Size(512, 8, 28, 32), Size(256, 4, 8, 8)],
+        help="channels (a multiple of 128), blocks, latent height and width: 512x8x28x32",
+    )
     parser.add_argument("--frames", type=int, default=21, help="latent frames of the clip")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each sampler")
     return parser.parse_args()
@@ -54,21 +76,19 @@ class ArVideoNoise:
         return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    host = open_host()
+def compare(host: Any, size: Size, frames: int, repeats: int) -> None:
+    """Prints both tables of one size; `frames` are latent frames."""
     import comfy.samplers
 
     make_causal = host.pack_module("model_patches.causal").make_causal
     sample_latent = host.pack_module("model_patches.sampling").sample_latent
 
-    dim, blocks = arguments.dim, arguments.blocks
-    model = random_wan(WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=blocks, text_dim=TEXT_DIM))
-    shape = (1, 16, arguments.frames, arguments.height, arguments.width)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    dim = size.dim
+    model = random_wan(WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=size.blocks, text_dim=TEXT_DIM))
+    noise = torch.randn((1, 16, frames, size.height, size.width), generator=torch.Generator().manual_seed(SEED))
     prompt = random_prompt(TEXT_TOKENS, TEXT_DIM)
     uniform, diagonal = DiagonalSchedule.preset("self forcing"), DiagonalSchedule.preset("diagonal 4-3-2")
-    chunks = -(-arguments.frames // FRAMES_PER_BLOCK)
+    chunks = -(-frames // FRAMES_PER_BLOCK)
 
     def ar_video(noise: torch.Tensor = noise) -> torch.Tensor:
         guider = comfy.samplers.CFGGuider(model)
@@ -93,7 +113,7 @@ def main() -> None:
     ar_video(noise[:, :, :FRAMES_PER_BLOCK])  # kernels are prepared at first use; no row should pay for that
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     results: dict[str, torch.Tensor] = {}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for name, (run, _forwards) in rows.items():
             start = time.perf_counter()
             results[name] = run()
@@ -101,19 +121,28 @@ def main() -> None:
 
     names = list(rows)
     difference = (results[names[0]] - results[names[1]]).abs().max().item()
-    tokens = -(-arguments.height // 2) * -(-arguments.width // 2)
-    size = f"{tokens} tokens a latent frame, {arguments.frames} latent frames"
-    print(f"dim {arguments.dim}, {arguments.blocks} blocks, {size},")
-    print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
+    tokens = -(-size.height // 2) * -(-size.width // 2)
+    print(f"\ndim {dim}, {size.blocks} blocks, {tokens} tokens a latent frame, {frames} latent frames\n")
     print(f"Equality, uniform steps, clean context, global window: max abs difference {difference:.1e}\n")
-    print("| sampler | forwards | s a clip (median) | spread | s a forward | of SamplerARVideo |")
-    print("|---|---|---|---|---|---|")
+    print("| sampler | forwards | s a clip (median) | spread | s a forward | clip, of AR's | forward, of AR's |")
+    print("|---|---|---|---|---|---|---|")
     base = statistics.median(seconds[names[0]])
     for name, (_, forwards) in rows.items():
         taken = seconds[name]
         median = statistics.median(taken)
-        spread = f"{min(taken):.1f} to {max(taken):.1f}"
-        print(f"| {name} | {forwards} | {median:.1f} | {spread} | {median / forwards:.2f} | {median / base:.2f}x |")
+        each = median / forwards
+        print(
+            f"| {name} | {forwards} | {median:.2f} | {min(taken):.2f} to {max(taken):.2f} | {each:.4f} "
+            f"| {median / base:.2f}x | {each / (base / rows[names[0]][1]):.2f}x |"
+        )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    host = open_host()
+    print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
+    for size in arguments.sizes:
+        compare(host, size, arguments.frames, arguments.repeats)
 
 
 if __name__ == "__main__":

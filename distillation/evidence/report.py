@@ -175,6 +175,7 @@ def _group_table(group: Group, results: Mapping[str, Measured], absent: Mapping[
 def _claim_text(claim: Claim) -> str:
     lines = [f"**{claim.number}. {claim.text}** {claim.answer}.", "", f"* Rule: {claim.rule}"]
     lines += [f"* {finding}" for finding in claim.findings]
+    lines += [f"* Why, as we read it: {claim.why}"] if claim.why else []
     for remedy in claim.remedies:
         lines += [f"* Tried: {remedy.text}: {remedy.answer}.", *(f"  * {finding}" for finding in remedy.findings)]
     return "\n".join(lines)

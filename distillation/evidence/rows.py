@@ -19,6 +19,9 @@ from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from distillation import train_demo
 from distillation.recipes import ATTENTIONS
 
+INITIAL = "initial.safetensors"
+"""Weights that the training of rows begins with: the teacher after causal initialisation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -35,6 +38,7 @@ class Row:
         reference: the row it is compared with, or empty.
         training: flags of distillation.train that make it; None for the shared initialisation.
         budget: flags of its own budget of updates; empty: the one that all rows share.
+        start: weights in the folder of runs that its training begins with.
         paper: what the paper says about it.
 
     Raises:
@@ -51,6 +55,7 @@ class Row:
     reference: str = ""
     training: str | None = None
     budget: str = ""
+    start: str = INITIAL
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -104,12 +109,15 @@ class Control:
 TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diagonal-4-3-2"
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
-SHIPPED, LONG_SELF_FORCING, FIVE_FAKE = "shipped", "self-forcing-380", "fake-updates-5"
+LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
+SHIPPED = "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
 STUDENT_FILE = "demo_student.safetensors"
 LONG_BUDGET = "--updates 380 --cooldown 80"
+LONG_STAGE = ("--stage", "long", "--rollout-frames", "63", "--cfg", "4")
+LONG_STAGE_BUDGET = "--updates 200 --warmup 20 --cooldown 60"
 FAKE_UPDATES = ("--fake-score-updates", "5")  # the paper's; the demo's recipe has 2
 
 
@@ -126,6 +134,7 @@ def _trained(
     checkpoint: str = "",
     reference: str = FULL,
     budget: str = "",
+    start: str = INITIAL,
     paper: str = "",
 ) -> Row:
     """A trained row: its flags and its schedule are written from the same values; `others` are flags as they are."""
@@ -146,6 +155,7 @@ def _trained(
         reference=reference,
         training=shlex.join(flags),
         budget=budget,
+        start=start,
         paper=paper,
     )
 
@@ -222,14 +232,8 @@ ROWS: tuple[Row, ...] = (
         _trained(f"motion-{weight:g}", f"4-3-2, motion weight {weight:g}", motion_weight=weight)
         for weight in (0.5, 2.0)
     ),
-    # Beyond the shared budget: what is shipped, and what was tried where a claim did not hold.
-    _trained(
-        SHIPPED,
-        "the shipped student: 4-3-2, 380 updates",
-        checkpoint=STUDENT_FILE,
-        reference=CAUSAL,
-        budget=LONG_BUDGET,
-    ),
+    # Beyond the shared budget: what was tried where a claim did not hold, and what is shipped.
+    _trained(LONG_DIAGONAL, "4-3-2, 380 updates", reference=LONG_SELF_FORCING, budget=LONG_BUDGET),
     _trained(
         LONG_SELF_FORCING,
         "Self Forcing, 380 updates",
@@ -237,10 +241,19 @@ ROWS: tuple[Row, ...] = (
         preset="self forcing",
         context_mode="clean",
         motion_weight=0,
-        reference=SHIPPED,
+        reference=CAUSAL,
         budget=LONG_BUDGET,
     ),
     _trained(FIVE_FAKE, "4-3-2, five updates of the fake score for each of the student's", others=FAKE_UPDATES),
+    _trained(
+        SHIPPED,
+        f"the shipped student: {LONG_DIAGONAL}, then on rollouts of up to 63 latent frames",
+        others=LONG_STAGE,
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
+        budget=LONG_STAGE_BUDGET,
+        start=f"{LONG_DIAGONAL}.safetensors",
+    ),
 )
 CONTROLS: tuple[Control, ...] = (
     Control(name="true-clips", text="true clips: what the measures can reach", decoded=False),
@@ -256,10 +269,6 @@ CONTEXT_SIGMAS: dict[str, float] = {NO_FORCING: 0.0} | {
 }
 """Rows of the context sweep; a clean context is sigma 0."""
 MOTION_WEIGHTS: dict[str, float] = {NO_MOTION: 0.0, "motion-0.5": 0.5, FULL: 1.0, "motion-2": 2.0}
-
-
-INITIAL = "initial.safetensors"
-"""Weights that every trained row begins with: the teacher after causal initialisation."""
 
 
 def initial_command(runs: Path, *, teacher: Path) -> str:
@@ -292,7 +301,7 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     budget = f" {row.budget}" if row.budget else shared
     return (
         f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
-        f"--student {shlex.quote(os.fspath(runs / INITIAL))} {row.training}{budget} && \\\n"
+        f"--student {shlex.quote(os.fspath(runs / row.start))} {row.training}{budget} && \\\n"
         f"python -m distillation.export --run {run} --to {shlex.quote(os.fspath(runs / row.checkpoint))}"
     )
 

@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diagonal_sampler.captions import CaptionEncoder, CaptionEncoderConfig, parse_caption, save_caption_encoder
 from diagonal_sampler.demo_autoencoder import DemoAutoencoder, DemoAutoencoderConfig, save_demo_autoencoder
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
 from distillation import evaluate, recipes, sprites, train_demo
-from distillation.evidence import claims, measures, report, statistics
+from distillation.evidence import arithmetic, claims, measures, report, statistics
 from distillation.evidence.measures import Evaluation, Measured, Options, Timing
 from distillation.evidence.rows import (
     CAUSAL,
@@ -49,6 +52,7 @@ from distillation.evidence.rows import (
 )
 from distillation.evidence.statistics import ClipFeatures, bootstrap
 from distillation.recipes import parse_field
+from distillation.rollout import BatchNoise, stream
 
 CPU = torch.device("cpu")
 SMALL = Options(captions=3, seeds=(0,), length=33, long=0)
@@ -231,7 +235,8 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         own = shlex.split(row.budget)
         assert flags.pop("--recipe") == "demo" and flags["--updates"] == (own[1] if own else "7")
         run = flags.pop("--out")
-        assert flags["--student"] == f"runs/e/{INITIAL}"
+        assert flags["--student"] == f"runs/e/{row.start}"
+        assert row.start in (INITIAL, *(other.checkpoint for other in ROWS if other is not row))
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
@@ -250,6 +255,21 @@ def test_forwards_are_those_of_the_paper() -> None:
     grouped = {name for group in report.GROUPS for name in group.rows}
     assert grouped <= set(NAMES) and len(set(NAMES)) == len(NAMES)
     assert all(not row.reference or row.reference in NAMES for row in ROWS)
+
+
+def test_arithmetic_is_what_torch_counts_and_what_the_method_states() -> None:
+    config = WanConfig(dim=256, ffn_dim=512, num_layers=2, text_dim=16)
+    size = arithmetic.Size(config=config, frames=9, tokens=8 * 8, text_tokens=8)
+    row = replace(row_named(FULL), settings=CausalSettings(window=6, sink=3))
+    dit, shape = WanDiT(config).eval(), (16, 16, 16)
+    # The counter does not know the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        noise, context = BatchNoise([0], shape, CPU), torch.zeros(1, 8, 16)
+        list(stream(dit, context, noise, row.schedule, row.settings, 9, precision=torch.float32))
+    assert arithmetic.clip_flops(row, size) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    # METHOD.md: 17 forwards and the decode at 790 TFLOP/s take 0.52 s.
+    wan = arithmetic.clip_flops(row_named(FULL), arithmetic.WAN_1_3B_480P)
+    assert 0.9 * 0.52 < wan / 790e12 < 0.52
 
 
 # --- claims
@@ -355,6 +375,10 @@ def test_a_claim_that_fails_says_what_was_tried() -> None:
     claim = claims.answer_claims(rows, 81)[0]
     assert claim.answer == "no" and [remedy.answer for remedy in claim.remedies] == ["yes", "no"]
     assert "17 against 35" in claim.remedies[0].findings[-1]
+    teacher = claims.answer_claims(results(teacher={"seconds": 40}), 81)[5]
+    assert teacher.why and any(
+        "paper's size: 28,298.00 against 402.719 TFLOP a clip (70.3x)" in x for x in teacher.findings
+    )
     del rows[LONG_SELF_FORCING]
     remedy = claims.answer_claims(rows, 81)[0].remedies[0]
     assert remedy.answer == "not tested" and LONG_SELF_FORCING in remedy.findings[0]
