@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .weight_files import write_weights
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta")
@@ -205,10 +206,8 @@ class CaptionEncoder(nn.Module):
 def save_caption_encoder(model: CaptionEncoder, path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     """Writes the weights, with the configuration under the header key `caption_encoder`, atomically."""
     header = {**metadata, "caption_encoder": json.dumps(asdict(model.config))}
-    state = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = Path(path).with_suffix(".partial")
-    save_file(state, partial, metadata=header)
-    os.replace(partial, path)
+    state = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
+    write_weights(path, state, header)
 
 
 def load_caption_encoder(path: str | os.PathLike[str]) -> CaptionEncoder:

@@ -25,14 +25,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .weight_files import write_weights
 
 LATENT_CHANNELS = 16
 SPACE_FACTOR = 8
@@ -213,12 +214,10 @@ def save_demo_autoencoder(model: DemoAutoencoder, path: str | os.PathLike[str], 
     """Writes the weights, with the configuration under the header key `demo_autoencoder`, atomically."""
     header = {**metadata, "demo_autoencoder": json.dumps(asdict(model.config))}
     state = {
-        name: value.detach().half().cpu().contiguous() if value.is_floating_point() else value.cpu()
+        name: value.detach().half().cpu() if value.is_floating_point() else value.cpu()
         for name, value in model.state_dict().items()
     }
-    partial = Path(path).with_suffix(".partial")
-    save_file(state, partial, metadata=header)
-    os.replace(partial, path)
+    write_weights(path, state, header)
 
 
 def load_demo_autoencoder(path: str | os.PathLike[str]) -> DemoAutoencoder:

@@ -1,7 +1,7 @@
 """Read a weight file from disk without running anything in it: safetensors headers first, pickles tensors
-only.
+only. And write one whole.
 
-Nothing here knows Wan. The result is a tree: str -> tensor, str -> tree, or bookkeeping (numbers, strings).
+Nothing here knows Wan. What is read is a tree: str -> tensor, str -> tree, or bookkeeping (numbers, strings).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import pickle
 import re
 import struct
@@ -21,6 +22,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors.torch import save_file
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,28 @@ MAX_INFLATION = 2
 """Tensors may share memory (tied weights), but not so that they unfold to more than this many times what is stored."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
+
+
+def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file under a temporary name beside it, then renames: it is never half there.
+
+    Its permissions are those of any new file (safetensors alone would keep others from reading it).
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be written; a file of that name stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.touch()
+        permissions = partial.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(permissions)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 _GGUF_MAGIC = b"GGUF"
 _LFS_MAGIC = b"version https://git-lfs"
 _SNIFF_BYTES = 64

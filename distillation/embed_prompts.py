@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from diagonal_sampler.weight_files import listed, short
+from diagonal_sampler.weight_files import listed, short, write_weights
 from distillation.prompts import TOKENS_ENTRY, WAN_TEXT_TOKENS, read_prompt_lines
 
 log = logging.getLogger("embed_prompts")
@@ -252,10 +251,8 @@ def write_shard(shard: Shard, options: EmbedOptions, model: Any, tokenizer: Any,
         log.warning(
             "%s: %d of %d prompts fill all %d tokens and were probably cut", shard.name, full, len(rows), options.tokens
         )
-    partial = (options.out / shard.name).with_suffix(".partial")
     metadata = {DIGEST_ENTRY: shard.digest, TOKENS_ENTRY: str(options.tokens)}
-    save_file(dict(zip(shard.keys, rows, strict=True)), partial, metadata=metadata)
-    os.replace(partial, options.out / shard.name)
+    write_weights(options.out / shard.name, dict(zip(shard.keys, rows, strict=True)), metadata)
 
 
 def write_prompts_file(path: Path, shards: Sequence[Shard], prompts: Sequence[str]) -> None:

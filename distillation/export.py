@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.weight_files import write_weights
 from distillation import run_folder
 from distillation.common import git_commit
 from distillation.lora import host_lora
@@ -84,16 +84,9 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
         tensors = merged(recipe, averaged)
     elif recipe.lora_rank:
         tensors = host_lora(averaged, ADAPTER)
-    kept = {
-        name: (value if name.endswith(".alpha") else value.to(dtype)).contiguous() for name, value in tensors.items()
-    }
+    kept = {name: value if name.endswith(".alpha") else value.to(dtype) for name, value in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    try:
-        save_file(kept, partial, metadata=header_of(recipe, updates, whole=merge or not recipe.lora_rank))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_weights(target, kept, header_of(recipe, updates, whole=merge or not recipe.lora_rank))
     log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
 
 

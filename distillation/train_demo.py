@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import (
@@ -46,6 +46,7 @@ from diagonal_sampler.provenance import Provenance, causal_settings
 from diagonal_sampler.rope import axis_dims
 from diagonal_sampler.schedule import DEFAULT_SHIFT, DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from diagonal_sampler.weight_files import write_weights
 from distillation import sprites
 from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
 
@@ -739,9 +740,7 @@ def export(run: Path, folder: Path, note: str = "") -> None:
     shared = {key: header[key] for key in ("recipe", "data", "git_commit")}
     save_caption_encoder(encoder, folder / TEXT_ENCODER_FILE, shared)
     save_demo_autoencoder(autoencoder, folder / AUTOENCODER_FILE, shared)
-    partial = (folder / DIT_FILE).with_suffix(".partial")
-    save_file({name: value.half().contiguous() for name, value in dit.state_dict().items()}, partial, metadata=header)
-    os.replace(partial, folder / DIT_FILE)
+    write_weights(folder / DIT_FILE, {name: value.half() for name, value in dit.state_dict().items()}, header)
     for name in (DIT_FILE, TEXT_ENCODER_FILE, AUTOENCODER_FILE):
         log.info("%s: %.1f MB", folder / name, (folder / name).stat().st_size / 1e6)
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import CaptionEncoder, tokenize_captions
@@ -33,6 +32,7 @@ from diagonal_sampler.demo_autoencoder import DemoAutoencoder, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
+from diagonal_sampler.weight_files import write_weights
 from distillation import sprite_motion, sprites, train_demo
 from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
 
@@ -344,9 +344,7 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
     header["git_commit"] = git_commit()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({name: value.half().contiguous() for name, value in saved["ema"].items()}, partial, metadata=header)
-    os.replace(partial, file)
+    write_weights(file, {name: value.half() for name, value in saved["ema"].items()}, header)
     log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
     return file
 

@@ -15,19 +15,18 @@ and, where a recipe has an optical-flow adapter,
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.sampler import Forward
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from diagonal_sampler.weight_files import write_weights
 from distillation.flow_fields import FlowFields
 from distillation.prompts import PromptSet
 from distillation.recipes import Recipe
@@ -156,17 +155,15 @@ def make_trajectories(
         path, clip = trajectories(recipe, teacher, context, negative, noise, precision, on_device)
         if first + rank < files:
             target = folder / f"clips-{number:05d}.safetensors"
-            partial = target.with_suffix(".partial")
             tensors = {
-                "latents": clip.half().cpu().contiguous(),
-                "trajectory": path.half().cpu().contiguous(),
+                "latents": clip.half().cpu(),
+                "trajectory": path.half().cpu(),
                 "prompt_rows": torch.tensor(rows),
                 "sigmas": torch.tensor(schedule_sigmas(recipe)),
             }
             if flow is not None:
-                tensors["optical_flow"] = flow.half().contiguous()
-            save_file(tensors, partial, metadata={MADE_FOR: made_for(recipe)})
-            os.replace(partial, target)
+                tensors["optical_flow"] = flow.half()
+            write_weights(target, tensors, {MADE_FOR: made_for(recipe)})
         report(min(first + ranks, files), files)
     barrier()
 

@@ -18,7 +18,7 @@ from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
 from diagonal_sampler.wan_layout import expected_shapes
-from diagonal_sampler.weight_files import is_finite, listed, read_weight_file
+from diagonal_sampler.weight_files import is_finite, listed, read_weight_file, write_weights
 
 
 def save(folder: Path, tensors: dict, metadata: dict | None = None, name: str = "model.safetensors") -> Path:
@@ -545,3 +545,19 @@ def test_two_adapters_in_one_file(tmp_path: Path) -> None:
     path = save(tmp_path, peft(first, adapter=".one") | peft(second, adapter=".two"))
     with pytest.raises(ValueError, match="several adapters.*one, two"):
         load_lora(path)
+
+
+# --- writing ---
+
+
+def test_weights_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, plain = tmp_path / "model.safetensors", tmp_path / "plain"
+    plain.touch()
+    turned = torch.arange(6.0).view(2, 3).T
+    write_weights(path, {"a": turned}, {"recipe": "r"})
+    assert torch.equal(read_weight_file(path).tree["a"], turned)
+    assert path.stat().st_mode == plain.stat().st_mode  # not its owner's alone
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_weights(path, {"a": turned}, {"recipe": 1})  # type: ignore[dict-item]
+    assert path.read_bytes() == before and {each.name for each in tmp_path.iterdir()} == {path.name, plain.name}
