@@ -73,6 +73,7 @@ class Recipe:
     # Losses
     cfg: float = option(4.0, "guidance of the teacher, in ComfyUI's convention")
     score_attention: str = option("bidirectional", "bidirectional or causal: how teacher and fake score see a clip")
+    score_sink: bool = option(False, "stage long: the scores see a window together with the rollout's sink")
     score_shift: float = option(5.0, "shift of the noise levels at which the scores are compared")
     score_low: float = option(0.02, "smallest noise level of a score")
     score_high: float = option(0.98, "largest noise level of a score")
@@ -164,6 +165,12 @@ class Recipe:
             raise ValueError(
                 f"frames is {self.frames}, no multiple of frames_per_chunk ({self.frames_per_chunk}): stage long "
                 "trains on windows of whole chunks."
+            )
+        whole = self.sink % self.frames_per_chunk == 0
+        if self.stage == "long" and self.score_sink and not (self.score_attention == "causal" and whole):
+            raise ValueError(
+                f"score_sink needs score_attention causal (it is {self.score_attention}) and a sink of whole chunks ("
+                f"{self.sink} latent frames, {self.frames_per_chunk} a chunk)."
             )
         # Their own checks, at once rather than after the weights have loaded.
         _ = self.model, self.settings, self.schedule
@@ -267,6 +274,8 @@ def demo(**changes: Any) -> Recipe:
         cfg=5.0,
         # The demo network was trained mostly with a noise level per chunk and causal attention: its scores are best so.
         score_attention="causal",
+        # It was also trained on windows whose first chunk lies far back, as the student's sink does.
+        score_sink=True,
         # Four chunks show all that a window does but its rolling, at little more than half the cost of a whole clip.
         frames=12,
         batch=8,

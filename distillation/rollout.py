@@ -70,6 +70,7 @@ class Rollout:
         exits: the exit step of each chunk.
         first_frame, last_frame: the window, in latent frames, that losses see and gradients reach; whole chunks.
         precision: bf16 autocast or float32.
+        sink_frames: latent frames at the rollout's start, all before the window, that the scores see with it.
         optical_flow: [B, 4, frames, H, W] what the adapter is given, or None.
     """
 
@@ -82,23 +83,30 @@ class Rollout:
     first_frame: int
     last_frame: int
     precision: torch.dtype
+    sink_frames: int = 0
     optical_flow: Tensor | None = None
 
     @property
     def seen_flow(self) -> Tensor | None:
-        """The flow of the latent frames that losses see."""
-        return None if self.optical_flow is None else self.optical_flow[:, :, self.first_frame : self.last_frame]
+        """The flow of the latent frames that scores see."""
+        if self.optical_flow is None:
+            return None
+        window = self.optical_flow[:, :, self.first_frame : self.last_frame]
+        return torch.cat([self.optical_flow[:, :, : self.sink_frames], window], dim=2)
 
     @torch.no_grad()
-    def clip(self, network: WanDiT) -> Tensor:
-        """The denoised of the exit steps inside the window, [B, C, last_frame - first_frame, H, W] float32."""
-        return self._run(network, None)
+    def clip(self, network: WanDiT) -> tuple[Tensor, Tensor]:
+        """The finished sink [B, C, sink_frames, H, W], and the denoised of the exit steps inside the window, [B, C,
+        last_frame - first_frame, H, W]; float32."""
+        frames = (self.sink_frames, self.last_frame - self.first_frame)
+        sink, window = self._run(network, None).split(frames, dim=2)
+        return sink, window
 
     def backward(self, network: WanDiT, gradient: Tensor) -> None:
         """Replays the rollout and adds to the parameters' gradients what `gradient` on `clip` asks for.
 
         Args:
-            gradient: [B, C, last_frame - first_frame, H, W], of a loss with respect to `clip`.
+            gradient: [B, C, last_frame - first_frame, H, W], of a loss with respect to the window of `clip`.
         """
         with torch.enable_grad():
             self._run(network, gradient)
@@ -134,7 +142,9 @@ class Rollout:
             )
             clips = []
             for chunk in chunks:
-                if self.first_frame <= chunk.start_frame < self.last_frame:
+                if chunk.start_frame < self.sink_frames:
+                    clips.append(chunk.latents)
+                elif self.first_frame <= chunk.start_frame < self.last_frame:
                     clips.append(chunk.exit_latents)
                 if chunk.start_frame + chunk.latents.shape[2] >= self.last_frame:
                     break  # nothing after the window is seen by a loss

@@ -308,6 +308,7 @@ class Trainer:
             first_frame=frames - recipe.frames,
             last_frame=frames,
             precision=self.precision,
+            sink_frames=recipe.sink if recipe.score_sink and frames - recipe.frames >= recipe.sink else 0,
             optical_flow=flow,
         )
         return rollout, seeds
@@ -323,13 +324,28 @@ class Trainer:
         return torch.lerp(clip, noise, spread_sigma(sigma)), sigma, noise
 
     def score(
-        self, role: Role | None, x: Tensor, sigma: Tensor, context: Tensor, optical_flow: Tensor | None = None
+        self,
+        role: Role | None,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        optical_flow: Tensor | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        """x0 as teacher or fake score sees it, told of the same motion as the student was."""
+        """x0 of the clip `x` at `sigma` [B] as teacher or fake score sees it, told of the same motion as the student.
+
+        Args:
+            sink: [B, C, sink, H, W] clean latents that lie before `x`, if it is no clip's beginning.
+        """
         assert role is not None
         settings = self.recipe.settings if self.recipe.score_attention == "causal" else None
+        given = 0 if sink is None else sink.shape[2]
+        if sink is not None and given:
+            sigma = torch.cat([torch.zeros_like(sink[:, 0, :, 0, 0]), sigma[:, None].expand(-1, x.shape[2])], dim=1)
+            x = torch.cat([sink, x], dim=2)
         with role.active() as network:
-            return predict_x0(network, x, sigma, context, self.precision, settings=settings, optical_flow=optical_flow)
+            x0 = predict_x0(network, x, sigma, context, self.precision, settings=settings, optical_flow=optical_flow)
+        return x0[:, :, given:]
 
     # -----------------------------------------------------------------------------------------------------------
     # Updates
@@ -377,12 +393,12 @@ class Trainer:
     def _fake_score_backward(self, update: int, turn: int, part: int) -> Tensor:
         rollout, seeds = self.rollout(update, turn, f"fake{turn}", part)
         with self.networks.student.active() as student:
-            clip = rollout.clip(student)
+            sink, clip = rollout.clip(student)
         x, sigma, noise = self.under_noise(clip, seeds)
         role = self.networks.fake_score
         assert role is not None
         with role.active():
-            x0 = self.score(role, x, sigma, rollout.context, rollout.seen_flow)
+            x0 = self.score(role, x, sigma, rollout.context, rollout.seen_flow, sink)
             loss = losses.fake_score_loss((x - x0) / spread_sigma(sigma), noise, clip) / self.accumulation
             loss.backward()
         return loss.detach()
@@ -391,25 +407,29 @@ class Trainer:
         recipe = self.recipe
         rollout, seeds = self.rollout(update, recipe.fake_score_updates, "student", part)
         with self.networks.student.active() as student:
-            clip = rollout.clip(student)
+            sink, clip = rollout.clip(student)
         x, sigma, _ = self.under_noise(clip, seeds)
         flow = rollout.seen_flow
         with torch.no_grad():
-            fake = self.score(self.networks.fake_score, x, sigma, rollout.context, flow)
-            real = self.score(self.networks.teacher, x, sigma, rollout.context, flow)
+            fake = self.score(self.networks.fake_score, x, sigma, rollout.context, flow, sink)
+            real = self.score(self.networks.teacher, x, sigma, rollout.context, flow, sink)
             if self.negative is not None:
                 negative = self.negative.expand(len(seeds), -1, -1)
-                real = losses.guided(real, self.score(self.networks.teacher, x, sigma, negative, flow), recipe.cfg)
+                unguided = self.score(self.networks.teacher, x, sigma, negative, flow, sink)
+                real = losses.guided(real, unguided, recipe.cfg)
         clip.requires_grad_()
-        terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(clip, real, fake)}
+        # The chunk after a gap cannot be known from the sink, and a teacher takes it for the next one.
+        known = slice(recipe.frames_per_chunk if rollout.sink_frames else 0, None)
+        seen, real, fake = clip[:, :, known], real[:, :, known], fake[:, :, known]
+        terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(seen, real, fake)}
         if recipe.regression_weight:
-            terms["regression"] = recipe.regression_weight * (clip - real).square().mean()
+            terms["regression"] = recipe.regression_weight * (seen - real).square().mean()
         if recipe.motion_weight and self.heads is not None:
-            motion = losses.motion_head_losses(clip, real, fake, *self.heads)
+            motion = losses.motion_head_losses(seen, real, fake, *self.heads)
             terms["motion"] = recipe.motion_weight * recipe.motion_scale * motion.dmd
             terms["motion_regression"] = recipe.motion_weight * recipe.regression_weight * motion.regression
         elif recipe.motion_weight:
-            terms["motion"] = recipe.motion_weight * recipe.motion_scale * losses.motion_loss(clip, real, fake)
+            terms["motion"] = recipe.motion_weight * recipe.motion_scale * losses.motion_loss(seen, real, fake)
         (sum(terms.values(), torch.zeros((), device=clip.device)) / self.accumulation).backward()
         assert clip.grad is not None
         with self.networks.student.active() as student:

@@ -58,7 +58,7 @@ def test_rollout_latents_equal_the_samplers_for_the_same_seed(inputs, tmp_path, 
     trainer = trainer_of(tiny_recipe(inputs, context_mode=context_mode, exit="last"), tmp_path)
     recipe, rollout = trainer.recipe, trainer.rollout(0, 0, "test", 0)[0]
     network = trainer.networks.student.network
-    clip = rollout.clip(network)
+    _, clip = rollout.clip(network)
     cache = KVCache(recipe.settings, recipe.frames)
     with torch.no_grad():
         chunks = sample_chunks(
@@ -83,7 +83,7 @@ def test_replayed_gradient_equals_one_backward_through_all_exit_forwards(inputs,
     trainer = trainer_of(tiny_recipe(inputs, context_mode=context_mode), tmp_path)
     network = trainer.networks.student.network
     rollout = rollout_of(trainer, exits=[1, 0, 1])
-    gradient = torch.randn(rollout.clip(network).shape, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(rollout.clip(network)[1].shape, generator=torch.Generator().manual_seed(1))
     cache = KVCache(rollout.settings, rollout.frames)
     chunks = sample_chunks(
         lambda x, at: predict_x0(
@@ -112,9 +112,9 @@ def test_a_window_at_the_end_of_a_long_rollout_is_all_that_gets_gradients(inputs
     network = trainer.networks.student.network
     rollout = rollout_of(trainer, frames=8, first_frame=4, last_frame=8, exits=[2, 1, 1, 0])
     whole = replace(rollout, first_frame=0)
-    clip = rollout.clip(network)
+    _, clip = rollout.clip(network)
     assert clip.shape[2] == 4
-    assert torch.equal(clip, whole.clip(network)[:, :, 4:])
+    assert torch.equal(clip, whole.clip(network)[1][:, :, 4:])
     gradient = torch.ones_like(clip)
     rollout.backward(network, gradient)
     found = {name: value.grad.clone() for name, value in network.named_parameters()}
@@ -193,6 +193,48 @@ def test_motion_weight_zero_turns_motion_off(inputs, tmp_path):
     assert not torch.equal(off.ema.values["patch_embedding.weight"], on.ema.values["patch_embedding.weight"])
 
 
+def test_a_window_can_be_judged_with_the_rollouts_sink_in_view(inputs, tmp_path):
+    """The scores see clean sink and noisy window as the student attends; the chunk after the gap learns nothing."""
+    recipe = tiny_recipe(
+        inputs, stage="long", frames=4, rollout_frames=12, sink=2, window=6, score_attention="causal", score_sink=True
+    )
+    trainer = trainer_of(recipe, tmp_path)
+    turn = recipe.fake_score_updates  # of the student's own rollout
+    rollouts = {update: trainer.rollout(update, turn, "student", 0)[0] for update in range(20)}
+    assert all(bool(rollout.sink_frames) == (rollout.first_frame >= 2) for rollout in rollouts.values())
+    update = next(update for update, rollout in rollouts.items() if rollout.first_frame >= 4)
+    rollout, student = rollouts[update], trainer.networks.student.network
+    sink, clip = rollout.clip(student)
+    last = [recipe.schedule.steps(chunk) - 1 for chunk in range(len(rollout.exits))]
+    whole = replace(rollout, first_frame=0, sink_frames=0, exits=last).clip(student)[1]
+    assert torch.equal(sink, whole[:, :, :2]) and clip.shape[2] == 4
+
+    sigma = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    teacher = trainer.networks.teacher
+    spread = torch.cat([torch.zeros(4, 2), sigma[:, None].expand(-1, 4)], dim=1)
+    with torch.no_grad():
+        found = trainer.score(teacher, clip, sigma, rollout.context, sink=sink)
+        expected = predict_x0(
+            teacher.network,
+            torch.cat([sink, clip], 2),
+            spread,
+            rollout.context,
+            torch.float32,
+            settings=recipe.settings,
+        )
+        blind = trainer.score(teacher, clip, sigma, rollout.context)
+    assert torch.equal(found, expected[:, :, 2:]) and (found - blind).abs().max() > 1e-3
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollout, "backward", lambda self, network, gradient: seen.append(gradient))
+        trainer._student_backward(update, 0)
+    assert not seen[0][:, :, :2].any() and seen[0][:, :, 2:].abs().max() > 0
+    for changes in ({"score_attention": "bidirectional"}, {"sink": 1}):
+        with pytest.raises(ValueError, match="score_sink needs"):
+            replace(recipe, **changes)
+
+
 def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path):
     """A student of other random weights, one chunk of one step: its x0 must approach the teacher's distribution."""
     write_teacher(inputs / "other.safetensors", seed=9)
@@ -203,7 +245,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path)
     trainer = trainer_of(recipe, tmp_path)
 
     def distance() -> float:
-        clip = rollout_of(trainer, exits=[0]).clip(trainer.networks.student.network)
+        _, clip = rollout_of(trainer, exits=[0]).clip(trainer.networks.student.network)
         x, sigma, _ = trainer.under_noise(clip, list(range(8)))
         with torch.no_grad():
             context = trainer.prompts.embeddings(trainer.prompt_rows(0, 0, 0))
@@ -294,7 +336,7 @@ def test_teacher_sees_no_adapter(inputs, tmp_path):
     trainer = trainer_of(tiny_recipe(inputs, lora_rank=2), tmp_path)
     roles = trainer.networks
     rollout, seeds = trainer.rollout(0, 0, "test", 0)
-    x, sigma, _ = trainer.under_noise(rollout.clip(roles.student.network), seeds)
+    x, sigma, _ = trainer.under_noise(rollout.clip(roles.student.network)[1], seeds)
     with torch.no_grad():
         before = trainer.score(roles.teacher, x, sigma, rollout.context)
         for update in range(2):
