@@ -127,7 +127,7 @@ def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
     schedule = DiagonalSchedule.preset("diagonal 4-3-2", steps=(5, 3))
     assert drawn["sigmas"] == [list(schedule.chunk_sigmas(chunk)) for chunk in range(7)]
     assert drawn["cache_pass"] == 0 and drawn["context_sigma"] == [0] * 7 and drawn["editable"]
-    assert "30 forwards for 7 chunks" in drawn["info"]
+    assert drawn["cost"]["forwards"] == 30 and drawn["context_mode"] == "clean" and drawn["uninformative"] is None
     for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}):
         query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, **bad})
         answer = comfy_server.get(f"/diagonal/schedule?{query}")
