@@ -27,6 +27,16 @@ def test_names_and_styles_are_our_own(path):
     assert selectors and all(selector.startswith(".diagonal-") for selector in selectors), selectors
 
 
+def test_nothing_is_fetched_from_elsewhere():
+    """The one address is a name, of SVG; what the server is asked for begins with our own path."""
+    for path in (*SCRIPTS, *SCRIPTS[0].parent.glob("docs/**/*.md")):
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.findall(r"\w+://|\bfetch\(|XMLHttpRequest|WebSocket|sendBeacon", text), path.name
+        assert all(route.startswith("/diagonal/") for route in re.findall(r"fetchApi\([`\"]([^`\"?]*)", text)), (
+            path.name
+        )
+
+
 def test_there_are_scripts():
     assert len(SCRIPTS) == 6 and {SHARED, TEXTS} <= {path.name for path in SCRIPTS}
 

@@ -49,6 +49,8 @@ HELP = {
 RUN = {"demo": "forwards in", "stream_to_disk": "forwards in"}
 WIDGETS = {"DiagonalModelLoader": {"ckpt_name": "causal_forcing-framewise.safetensors", "window": 12, "sink": 3}}
 MARGIN, BADGE_HEIGHT = 12, 18
+# Of the page; and the finished video, which ComfyUI shows below its node: it may not be loaded yet.
+HIDDEN = ".graph-canvas-menu, .litegraph-minimap, [class*=minimap], .comfy-img-preview { display: none !important }"
 QUALITY = 82
 THUMBNAIL_WIDTH = 1280
 THUMBNAILS = ("wan_1_3b_self_forcing", "krea_14b", "causal_any_wan")  # the others show what they make
@@ -183,7 +185,7 @@ def main(wanted: list[str]) -> int:
             page = browser.new_page(viewport={"width": 3700, "height": 1700})
             frontend = Frontend(page, server.url)
             page.evaluate("() => app.ui.settings.setSettingValue('Comfy.Minimap.Visible', false)")
-            page.add_style_tag(content=".graph-canvas-menu, .litegraph-minimap, [class*=minimap] { display: none }")
+            page.add_style_tag(content=HIDDEN)
             nodes = list(HELP) if "help" in wanted or not wanted else [node for node in HELP if node in wanted]
             take_help(frontend, nodes)
             if "thumbnails" in wanted or not wanted:
