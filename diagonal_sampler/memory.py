@@ -125,17 +125,34 @@ def forecast(network: NetworkFacts, clip: ClipSize, decoder: DecoderFacts | None
     )
 
 
-FP8_BYTES, GGUF_Q4_BYTES = 1.0, 4.5 / 8
-"""Bytes of a weight in these formats (Q4: blocks of 32 with a scale of 16 bits)."""
+FP8, GGUF_Q4 = "fp8", "gguf_q4"
+LIGHTER_FORMATS = {FP8: 1.0, GGUF_Q4: 4.5 / 8}
+"""Format of a file -> bytes of a weight in it (Q4: blocks of 32 with a scale of 16 bits)."""
 SIZE_STEPS = 16  # sizes between the wanted one and none that are tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What to make smaller; None stays as it is.
+
+    Attributes:
+        weights: of LIGHTER_FORMATS.
+        window: in latent frames.
+        size: (rows, columns) of latent cells.
+    """
+
+    weights: str | None = None
+    window: int | None = None
+    size: tuple[int, int] | None = None
 
 
 def changes_that_fit(
     network: NetworkFacts, clip: ClipSize, available: int, decoder: DecoderFacts | None = None, *, step: int = 1
-) -> list[str]:
-    """Single changes, each of which would make the run fit into `available` bytes, in words; the mildest first.
+) -> list[Change]:
+    """Changes of one thing, each of which would make the run fit into `available` bytes; the mildest first.
 
-    Where no single one does, the smallest window together with 4-bit weights and a smaller size.
+    Where no single one does, the smallest window together with 4-bit weights and a smaller size; empty where nothing
+    does.
 
     Args:
         step: rows and columns must be multiples of it, in pixels that is `step * 8`.
@@ -148,33 +165,30 @@ def changes_that_fit(
     formats = list(_lighter(network))
     for name, lighter in formats:
         if fits(lighter, clip):
-            found.append(name)
+            found.append(Change(weights=name))
             break
     windows = list(_smaller_windows(clip))
     for smaller in windows:
         if fits(network, smaller):
-            found.append(f"window {smaller.settings.window}")
+            found.append(Change(window=smaller.settings.window))
             break
     for smaller in _smaller_sizes(clip, step):
         if fits(network, smaller):
-            found.append(f"{smaller.columns * 8}x{smaller.rows * 8}")
+            found.append(Change(size=(smaller.rows, smaller.columns)))
             break
     if found:
         return found
-    lightest, least = (formats or [("", network)])[-1], (windows or [clip])[-1]
+    (name, lightest), least = (formats or [(None, network)])[-1], (windows or [clip])[-1]
     for smaller in (least, *_smaller_sizes(least, step)):
-        if fits(lightest[1], smaller):
-            parts = [lightest[0]] if lightest[0] else []
-            if windows:
-                parts.append(f"window {least.settings.window}")
-            if smaller is not least:
-                parts.append(f"{smaller.columns * 8}x{smaller.rows * 8}")
-            return [" with ".join((parts[0], " and ".join(parts[1:]))) if len(parts) > 1 else parts[0]] if parts else []
+        if fits(lightest, smaller):
+            window = least.settings.window if windows else None
+            size = None if smaller is least else (smaller.rows, smaller.columns)
+            return [Change(weights=name, window=window, size=size)]
     return []
 
 
 def _lighter(network: NetworkFacts) -> Iterator[tuple[str, NetworkFacts]]:
-    for name, size in (("an fp8 file", FP8_BYTES), ("a 4-bit GGUF file", GGUF_Q4_BYTES)):
+    for name, size in LIGHTER_FORMATS.items():
         weight_bytes = round(network.parameters * size)
         if weight_bytes < network.weight_bytes:
             yield name, replace(network, weight_bytes=weight_bytes)

@@ -146,6 +146,24 @@ def parse_sigmas(text: str) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Forwards of a clip, cache passes included.
+
+    Attributes:
+        chunks: of the clip.
+        steps: of its chunks, as text, such as "4,3,2,2,...".
+        forwards: that the schedule takes.
+        uniform_steps, uniform_forwards: the most steps of a chunk; forwards if every chunk took them and a cache pass.
+    """
+
+    chunks: int
+    steps: str
+    forwards: int
+    uniform_steps: int
+    uniform_forwards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiagonalSchedule:
     """Noise levels of every chunk, and what is left in the KV cache of a finished one.
 
@@ -283,25 +301,39 @@ class DiagonalSchedule:
             raise ValueError(f"The starting sigma is {sigma}; it must be in (0, 1].")
         return replace(self, sigmas=tuple((sigma, *(s for s in row if s < sigma)) for row in self.sigmas))
 
-    def describe(self, chunks: int = 7) -> str:
-        """One line: forwards, and by how much they beat a uniform schedule with a cache pass (Self Forcing's)."""
+    def cost(self, chunks: int = 7) -> Cost:
+        """What a clip of `chunks` chunks takes, beside a uniform schedule with a cache pass (Self Forcing's)."""
         steps = max(self.steps(chunk) for chunk in range(chunks))
-        uniform = (steps + 1) * chunks
-        nfe = self.nfe(chunks)
         shown = ",".join(str(self.steps(chunk)) for chunk in range(min(chunks, len(self.sigmas) + 1)))
-        dots = ",..." if chunks > len(self.sigmas) + 1 else ""
-        return (
-            f"{shown}{dots} steps, {self.context_mode} context: {nfe} forwards for {chunks} chunks; {steps} uniform "
-            f"steps with a cache pass need {uniform} ({uniform / nfe:.2f}x)."
+        return Cost(
+            chunks=chunks,
+            steps=f"{shown},..." if chunks > len(self.sigmas) + 1 else shown,
+            forwards=self.nfe(chunks),
+            uniform_steps=steps,
+            uniform_forwards=(steps + 1) * chunks,
         )
+
+    def describe(self, chunks: int = 7) -> str:
+        """One line: the steps, and what they cost."""
+        cost = self.cost(chunks)
+        return (
+            f"{cost.steps} steps, {self.context_mode} context: {cost.forwards} forwards for {chunks} chunks; "
+            f"{cost.uniform_steps} uniform steps with a cache pass need {cost.uniform_forwards} "
+            f"({cost.uniform_forwards / cost.forwards:.2f}x)."
+        )
+
+    @property
+    def uninformative_sigma(self) -> float | None:
+        """The noise level of a context that tells the next chunk almost nothing; None where there is none."""
+        last = max(row[-1] for row in self.sigmas)
+        return last if self.context_mode == "noisy" and last > UNINFORMATIVE_SIGMA else None
 
     def warnings(self) -> list[str]:
         """What a person should know before running this."""
-        found = []
-        last = max(row[-1] for row in self.sigmas)
-        if self.context_mode == "noisy" and last > UNINFORMATIVE_SIGMA:
-            found.append(
-                f"A chunk ends at sigma {last:.3f} with noisy context: the next chunk is conditioned on almost pure "
-                "noise. Use context_mode renoise or clean, or more steps."
-            )
-        return found
+        sigma = self.uninformative_sigma
+        if sigma is None:
+            return []
+        return [
+            f"A chunk ends at sigma {sigma:.3f} with noisy context: the next chunk is conditioned on almost pure "
+            "noise. Use context_mode renoise or clean, or more steps."
+        ]

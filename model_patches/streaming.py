@@ -64,6 +64,8 @@ log = logging.getLogger(__name__)
 
 MAX_SECONDS = 24 * 3600.0
 MAX_FPS = 240.0
+REPORT_SECONDS = 0.1
+"""How often it is looked whether the encoder has made more frames watchable, while no chunk comes."""
 KEYS_VALUES, DECODER, TAIL, HISTORY, FLOW = "keys_values/", "decoder/", "tail/", "history/", "flow/"
 _TAIL = "frames"
 GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context", "optical_flow")
@@ -646,6 +648,7 @@ class _WritingThread:
         self._on_frames = on_frames
         self._newest = self.tail[:0]
         self._reported = opened.state.frames
+        self._reporting = threading.Lock()  # the caller's thread reports, too
         self._error: Exception | None = None
         self._chunks: queue.Queue[tuple[DecodeHandle, str] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="diagonal-stream", daemon=True)
@@ -674,33 +677,45 @@ class _WritingThread:
 
     def report(self) -> None:
         """Say which frames can be watched now."""
-        frames = self.opened.writer.frames
-        if self._on_frames is None:
-            self._newest = self._newest[:0]
-        elif frames > self._reported:
-            self._reported = frames
-            newest, self._newest = self._newest, self._newest[:0]
-            self._on_frames(
-                StreamProgress(
-                    path=self.opened.path,
-                    subfolder=self.opened.subfolder,
-                    frames=frames,
-                    length=self.options.frames,
-                    resumed_at=self.opened.state.frames,
-                    rate=self.options.rate,
-                    newest=newest,
+        with self._reporting:
+            frames = self.opened.writer.frames
+            if self._on_frames is None:
+                self._newest = self._newest[:0]
+            elif frames > self._reported:
+                self._reported = frames
+                newest, self._newest = self._newest, self._newest[:0]
+                self._on_frames(
+                    StreamProgress(
+                        path=self.opened.path,
+                        subfolder=self.opened.subfolder,
+                        frames=frames,
+                        length=self.options.frames,
+                        resumed_at=self.opened.state.frames,
+                        rate=self.options.rate,
+                        newest=newest,
+                    )
                 )
-            )
 
     def _work(self) -> None:
-        while (chunk := self._chunks.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(*chunk)
-                except Exception as error:  # raised again in the caller's thread
-                    self._error = error
+        while True:
+            try:
+                chunk = self._chunks.get(timeout=REPORT_SECONDS)
+            except queue.Empty:  # the encoder is behind: its frames become watchable between two chunks
+                self._guarded(self.report)
+                continue
+            if chunk is not None:
+                self._guarded(self._write, *chunk)
             self._chunks.task_done()
-        self._chunks.task_done()
+            if chunk is None:
+                return
+
+    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Do it, unless something went wrong before; an error is raised again in the caller's thread."""
+        if self._error is None:
+            try:
+                act(*arguments)
+            except Exception as error:
+                self._error = error
 
     def _write(self, chunk: DecodeHandle, name: str) -> None:
         writer = self.opened.writer
@@ -713,7 +728,8 @@ class _WritingThread:
                 f"{name}: its decoded {error} at the step of decoding (frames from {writer.submitted} on), though its "
                 "latents were sound. None of them was written. Try the VAE in fp32 or bf16, or check its file."
             ) from error
-        self._newest = torch.cat([self._newest, images[..., :3].float()])
+        with self._reporting:
+            self._newest = torch.cat([self._newest, images[..., :3].float()])
         self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
         self.report()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import folder_paths
 from aiohttp import web
 
-from ..diagonal_sampler.memory import ClipSize, DecoderFacts, Forecast, changes_that_fit, forecast
+from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import CausalSettings
 from ..model_patches.context_frames import TEMPORAL_STRIDE
@@ -30,7 +31,6 @@ DEMO_NODE = "DiagonalDemoLoader"
 LATENT_CELL = 8  # pixels of its side
 TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
 MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 10_000_000, 4096
-GB, MB = 1e9, 1e6
 
 
 async def get_memory(request: web.Request) -> web.Response:
@@ -48,8 +48,11 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
             `batch`, `cfg`; for a node that decodes too, `vae_node` and `vae`.
 
     Returns:
-        `text`, `detail` and `suggestion` for people, `level` ("fits", "too much" or "unknown"), and in bytes
-        `parts`, `total`, `available` and `device`; or `error`.
+        Figures, which the canvas puts into words of its language: in bytes `parts`, `total` and `available`, and what
+        of the weights would have to wait in RAM while the run goes on (`waiting`, 0 where that does not help); `fits`,
+        `on_gpu`, `device`; the clip's `width` and `height` in pixels and its `window` in latent frames; and `changes`
+        that fit, each with `weights` (a format), `window` (latent frames) and `size` (width, height in pixels), None
+        for what stays. Or `error`, in English.
     """
     try:
         path, options = _model_path(query), {}
@@ -69,20 +72,25 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
     available, device, on_gpu = available_memory()
     needed = forecast(facts.network, clip, decoder)
     fits = needed.total <= available
-    reply = {
-        "level": "fits" if fits else "too much",
-        "text": _headline(needed, available, on_gpu),
-        "detail": _detail(needed, clip),
-        "suggestion": "",
+    changes = [] if fits else changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS)
+    return {
+        "fits": fits,
         "parts": {name: getattr(needed, name) for name in ("weights", "keys_values", "text", "forward", "decoder")},
         "total": needed.total,
         "available": available,
+        "waiting": needed.total - available if on_gpu and needed.working <= available < needed.total else 0,
+        "on_gpu": on_gpu,
         "device": device,
+        "width": clip.columns * LATENT_CELL,
+        "height": clip.rows * LATENT_CELL,
+        "window": clip.settings.capacity(clip.frames),
+        "changes": [_in_pixels(change) for change in changes],
     }
-    if not fits:
-        changes = changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS)
-        reply["suggestion"] = _advice(needed, available, on_gpu, changes)
-    return reply
+
+
+def _in_pixels(change: Change) -> dict[str, Any]:
+    size = change.size and [cells * LATENT_CELL for cells in reversed(change.size)]
+    return {**asdict(change), "size": size}
 
 
 def _model_path(query: Mapping[str, str]) -> str:
@@ -136,31 +144,3 @@ def _clip(query: Mapping[str, str], settings: CausalSettings) -> ClipSize:
         batch=_whole(query, "batch", 1, MAX_BATCH, "1"),
         conditions=2 if guided else 1,
     )
-
-
-def _size(count: float) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.0f} MB"
-
-
-def _headline(needed: Forecast, available: int, on_gpu: bool) -> str:
-    kind = "VRAM" if on_gpu else "RAM (no GPU)"
-    return f"Needs {_size(needed.total)} of {_size(available)} {kind}."
-
-
-def _detail(needed: Forecast, clip: ClipSize) -> str:
-    window = clip.settings.capacity(clip.frames)
-    parts = [
-        f"weights {_size(needed.weights)}",
-        f"KV cache ({window} latent frames) {_size(needed.keys_values)}",
-        f"text {_size(needed.text)}",
-        f"a forward {_size(needed.forward)}",
-    ]
-    if needed.decoder:
-        parts.append(f"decoding {_size(needed.decoder)}")
-    return f"{clip.columns * LATENT_CELL}x{clip.rows * LATENT_CELL}: {', '.join(parts)}."
-
-
-def _advice(needed: Forecast, available: int, on_gpu: bool, changes: list[str]) -> str:
-    slow = f"Slow: {_size(needed.total - available)} of the weights wait in RAM. "
-    advice = f"Fits with {', or '.join(changes)}." if changes else "Nothing smaller fits either; use a smaller model."
-    return (slow if on_gpu and needed.working <= available else "") + advice

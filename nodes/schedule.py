@@ -1,7 +1,7 @@
 """DiagonalSchedule: how many steps each chunk takes, and what the next chunk sees of it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -174,6 +174,7 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
         "context_sigma": [schedule.context_sigma_of(chunk) for chunk in range(chunks)],
         "editable": not widgets.get("sigmas", "").strip() and len(schedule.sigmas) <= chunks,
         "max_steps": MAX_STEPS,
-        "info": schedule.describe(),
-        "warnings": schedule.warnings(),
+        "context_mode": schedule.context_mode,
+        "cost": asdict(schedule.cost()),
+        "uninformative": schedule.uninformative_sigma,
     }

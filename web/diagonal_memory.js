@@ -1,8 +1,9 @@
 // Says inside a node what a run will take of the GPU's memory, before it runs. The graph is followed from the node to
-// the files and sizes; the server reckons, as the sampler will ask ComfyUI for it.
+// the files and sizes; the server reckons, as the sampler will ask ComfyUI for it, and this page puts it into words.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { list, phrase, shownName } from "./diagonal_texts.js";
 import { addDrawing } from "./diagonal_widget.js";
 
 const SAMPLERS = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
@@ -22,7 +23,8 @@ const USUAL_SIZE = { width: 832, height: 480, length: 81 }; // of a loader that 
 const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
-const PARTS = { weights: "weights", keys_values: "KV cache", text: "text", forward: "a forward", decoder: "decoding" };
+const PARTS = ["weights", "keys_values", "text", "forward", "decoder"]; // names of the server, texts and colours
+const [GB, MB] = [1e9, 1e6];
 
 const STYLE = `
 .diagonal-memory { display: flex; flex-direction: column; gap: 2px; padding: 4px 8px; line-height: 1.3; }
@@ -50,7 +52,7 @@ function source(node, name) {
   const id = node.inputs?.find((input) => input.name === name)?.link;
   if (id == null) return null;
   const found = node.graph.getNodeById(node.graph.getLink(id)?.origin_id);
-  if (!found) throw new Unknown(`${name} comes from outside of the subgraph: known when it runs.`);
+  if (!found) throw new Unknown(phrase("from_outside", { name: shownName(node, name) }));
   return found;
 }
 
@@ -61,7 +63,7 @@ function value(node, name) {
     const linked = at.inputs?.find((input) => (input.widget?.name ?? input.name) === key)?.link != null;
     if (!linked) {
       const found = widget(at, key);
-      if (!found) throw new Unknown(`${node.title} has no ${name}.`);
+      if (!found) throw new Unknown(phrase("no_widget", { node: node.title, name }));
       return found.value;
     }
     const before = source(at, key);
@@ -69,7 +71,7 @@ function value(node, name) {
     [at, key] = [before, widget(before, "value") ? "value" : (before.widgets?.[0]?.name ?? "")];
     if (!/primitive|constant|reroute/i.test(at.type)) break;
   }
-  throw new Unknown(`${name} of ${node.title} comes from another node: known when it runs.`);
+  throw new Unknown(phrase("from_other_node", { node: node.title, name: shownName(node, name) }));
 }
 
 /** Walks up from an input until `found` says so; a node between passes on its input of that type. */
@@ -78,10 +80,10 @@ function walk(node, name, type, found) {
   for (let step = 0; at && step < MOST_STEPS; step++) {
     if (found(at)) return at;
     const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
-    if (!input) throw new Unknown(`${at.title} makes the ${type}: its memory is known when it runs.`);
+    if (!input) throw new Unknown(phrase("made_by", { node: at.title, type }));
     at = source(at, input.name);
   }
-  throw new Unknown(`Connect ${name} to know the memory.`);
+  throw new Unknown(phrase("connect", { name: shownName(node, name) }));
 }
 
 /** The loader of a sampler's model, and the node that sets its window. */
@@ -165,41 +167,70 @@ class MemoryLine {
     if (!reply) {
       try {
         const response = await api.fetchApi(`/diagonal/memory?${query}`);
-        if (!response.ok) throw new Error(`the server answered ${response.status}`);
+        if (!response.ok) throw new Error(phrase("server_status", { status: response.status }));
         reply = await response.json();
       } catch (error) {
-        reply = { error: `Memory unknown: ${error.message}.` };
+        reply = { error: phrase("memory_unknown", { why: error.message }) };
       }
     }
     if (this.asked === query) this.draw(reply, query.endsWith("assumed=1"));
   }
 
   draw(reply, assumed) {
-    this.root.classList.toggle("red", reply.level === "too much");
-    this.root.title = [reply.text, reply.suggestion, reply.detail, reply.error].filter(Boolean).join("\n");
+    const { text, suggestion, detail } = reply.error ? {} : inWords(reply);
+    this.root.classList.toggle("red", reply.fits === false);
+    this.root.title = [text, suggestion, detail, reply.error].filter(Boolean).join("\n");
     this.bar.replaceChildren();
     this.words.replaceChildren();
-    const say = (text, kind) => {
-      if (!text) return;
+    const say = (words, kind) => {
       const line = document.createElement("div");
       line.className = kind;
-      line.textContent = text;
+      line.textContent = words;
       this.words.append(line);
     };
     this.bar.hidden = Boolean(reply.error);
     if (reply.error) return say(reply.error, "detail");
     const whole = Math.max(reply.total, reply.available);
-    for (const [name, words] of Object.entries(PARTS)) {
+    for (const name of PARTS) {
       const part = document.createElement("div");
       part.className = name;
       part.style.width = `${(100 * reply.parts[name]) / whole}%`;
-      part.title = words;
+      part.title = phrase(name);
       this.bar.append(part);
     }
-    say(reply.text, "text-line");
-    if (reply.suggestion) say(reply.suggestion, "text-line");
-    else say(assumed ? `No sampler is connected; for ${reply.detail}` : reply.detail, "detail");
+    say(text, "text-line");
+    if (suggestion) say(suggestion, "text-line");
+    else say(assumed ? phrase("no_sampler", { parts: detail }) : detail, "detail");
   }
+}
+
+function bytes(count) {
+  return count >= GB ? `${(count / GB).toFixed(1)} GB` : `${(count / MB).toFixed(0)} MB`;
+}
+
+/** The server's figures: what is needed, of what parts, and what to do where that is too much. */
+function inWords({ fits, parts, total, available, waiting, on_gpu, width, height, window, changes }) {
+  const shown = PARTS.filter((name) => name !== "decoder" || parts[name]).map((name) => {
+    const words = name === "keys_values" ? phrase("keys_values_of", { window }) : phrase(name);
+    return `${words} ${bytes(parts[name])}`;
+  });
+  const remedies = changes.map((change) => {
+    const [across, down] = change.size ?? [];
+    return list([
+      ...(change.weights ? [phrase(change.weights)] : []),
+      ...(change.window ? [phrase("window", { window: change.window })] : []),
+      ...(change.size ? [phrase("size", { width: across, height: down })] : []),
+    ]);
+  });
+  const advice = remedies.length
+    ? phrase("fits_with", { changes: list(remedies, "disjunction") })
+    : phrase("nothing_fits");
+  const slow = waiting ? [phrase("slow", { size: bytes(waiting) })] : [];
+  return {
+    text: phrase(on_gpu ? "needs_vram" : "needs_ram", { total: bytes(total), available: bytes(available) }),
+    suggestion: fits ? "" : [...slow, advice].join(" "),
+    detail: phrase("memory_parts", { width, height, parts: shown.join(phrase("comma")) }),
+  };
 }
 
 app.registerExtension({

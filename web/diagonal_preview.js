@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { phrase } from "./diagonal_texts.js";
 import { addDrawing, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
@@ -28,9 +29,10 @@ const STYLE = `
 const previews = new Set();
 
 function seconds(value) {
-  if (value < 10) return `${value.toFixed(1)} s`;
+  if (value < 10) return phrase("seconds", { seconds: value.toFixed(1) });
   const whole = Math.round(value);
-  return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")} min`;
+  if (whole < 60) return phrase("seconds", { seconds: whole });
+  return phrase("minutes", { minutes: Math.floor(whole / 60), seconds: String(whole % 60).padStart(2, "0") });
 }
 
 class Preview {
@@ -48,7 +50,7 @@ class Preview {
     const onRemoved = () => this.remove();
     addDrawing(node, "live", this.root, { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT, onRemoved });
     this.reset(null);
-    this.line.textContent = "Chunks play here as they are made.";
+    this.line.textContent = phrase("idle");
     previews.add(this);
   }
 
@@ -117,7 +119,7 @@ class Preview {
         const bar = document.createElement("div");
         bar.className = "bar";
         bar.style.height = `${(100 * steps) / most}%`;
-        bar.title = `chunk ${chunk}: ${done} of ${steps} steps`;
+        bar.title = phrase("bar", { chunk, done, steps });
         const fill = document.createElement("div");
         fill.style.height = `${(100 * done) / steps}%`;
         bar.append(fill);
@@ -129,12 +131,13 @@ class Preview {
   say(ending = null) {
     const { chunk, chunks, forwards, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
     const parts = [];
-    if (chunk) parts.push(`chunk ${chunk} of ${chunks}`);
-    if (this.first !== null) parts.push(`first after ${seconds(this.first)}`);
-    if (pixelFrames) parts.push(`${(pixelFrames / pixelElapsed).toFixed(1)} frames/s`);
+    if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
+    if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
+    if (pixelFrames) parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
     if (ending) parts.push(ending);
-    else if (forwards && forwards < total) parts.push(`${seconds((elapsed / forwards) * (total - forwards))} left`);
-    else if (forwards) parts.push(`${forwards} forwards in ${seconds(elapsed)}`);
+    else if (forwards && forwards < total)
+      parts.push(phrase("left", { time: seconds((elapsed / forwards) * (total - forwards)) }));
+    else if (forwards) parts.push(phrase("forwards_in", { forwards, time: seconds(elapsed) }));
     this.line.textContent = parts.join(" · ");
     this.line.title = this.line.textContent;
   }
@@ -150,8 +153,8 @@ app.registerExtension({
     const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));
-    api.addEventListener("execution_interrupted", all((p, data) => p.end(data.prompt_id, "cancelled; these frames stay")));
-    api.addEventListener("execution_error", all((p, data) => p.end(data.prompt_id, "stopped by an error")));
+    api.addEventListener("execution_interrupted", all((p, data) => p.end(data.prompt_id, phrase("cancelled"))));
+    api.addEventListener("execution_error", all((p, data) => p.end(data.prompt_id, phrase("failed"))));
   },
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) new Preview(node);

@@ -3,13 +3,14 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { phrase } from "./diagonal_texts.js";
 import { addDrawing, isNode } from "./diagonal_widget.js";
 
 const NODE = "DiagonalPromptSchedule";
 const ROUTE = "/diagonal/prompt";
 const EVENT = "diagonal.prompt";
+const LATER = 202; // the HTTP status of a prompt that the run has not looked at yet
 const HEIGHT = 104; // canvas units
-const IDLE = "While a run goes on, a new prompt can be sent from here.";
 
 const STYLE = `
 .diagonal-prompt { display: flex; flex-direction: column; gap: 4px; padding: 6px; }
@@ -36,11 +37,11 @@ class PromptField {
     const row = document.createElement("div");
     row.className = "row";
     this.text = document.createElement("textarea");
-    this.text.placeholder = "a new prompt, from the next chunk on";
-    this.text.setAttribute("aria-label", "New prompt for the run");
+    this.text.placeholder = phrase("prompt_hint");
+    this.text.setAttribute("aria-label", phrase("prompt_label"));
     this.button = document.createElement("button");
     this.button.type = "button";
-    this.button.textContent = "Send";
+    this.button.textContent = phrase("send");
     row.append(this.text, this.button);
     this.line = document.createElement("div");
     this.line.className = "line";
@@ -56,7 +57,7 @@ class PromptField {
     });
     this.button.addEventListener("click", () => this.send());
     addDrawing(node, "live_prompt", this.root, { style: STYLE, height: HEIGHT, onRemoved: () => fields.delete(this) });
-    this.say(IDLE);
+    this.say(phrase("prompt_idle"));
     this.refresh();
     fields.add(this);
   }
@@ -80,15 +81,15 @@ class PromptField {
     const wasRunning = this.running;
     this.running = data.running;
     this.promptId = data.prompt_id;
-    if (data.running) this.say(`Chunk ${data.chunk} of ${data.chunks}: ${data.text}`);
-    else if (wasRunning) this.say("The run has ended.");
+    if (data.running) this.say(phrase("prompt_now", data));
+    else if (wasRunning) this.say(phrase("run_ended"));
     this.refresh();
   }
 
   onLost() {
     if (!this.running) return;
     this.running = false;
-    this.say("The connection was lost.", true);
+    this.say(phrase("connection_lost"), true);
     this.refresh();
   }
 
@@ -97,7 +98,7 @@ class PromptField {
     const text = this.text.value.trim();
     this.sending = true;
     this.refresh();
-    this.say("Sending…");
+    this.say(phrase("sending"));
     try {
       const reply = await api.fetchApi(ROUTE, {
         method: "POST",
@@ -112,13 +113,14 @@ class PromptField {
         }),
       });
       const answer = await reply.json();
-      if (!reply.ok) this.say(answer.error ?? `The server answered ${reply.status}.`, true);
+      if (!reply.ok) this.say(answer.error ?? phrase("prompt_refused", { status: reply.status }), true);
       else {
         if (this.text.value.trim() === text) this.text.value = "";
-        this.say(answer.message ?? `From chunk ${answer.chunk} on (${answer.switch}): ${answer.text}`);
+        const taken = { chunk: answer.chunk, how: answer.switch, text: answer.text };
+        this.say(reply.status === LATER ? phrase("prompt_later") : phrase("prompt_taken", taken));
       }
     } catch (error) {
-      this.say(`The server cannot be reached: ${error.message}`, true);
+      this.say(phrase("unreachable", { why: error.message }), true);
     } finally {
       this.sending = false;
       this.refresh();

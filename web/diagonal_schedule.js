@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { list, phrase, shownName } from "./diagonal_texts.js";
 import { addDrawing } from "./diagonal_widget.js";
 
 const NODE = "DiagonalSchedule";
@@ -52,7 +53,7 @@ class ScheduleDrawing {
     this.reply = null;
     this.root = document.createElement("div");
     this.root.className = "diagonal-schedule";
-    this.svg = element("svg", { role: "group", "aria-label": "Noise levels of each chunk" }, this.root);
+    this.svg = element("svg", { role: "group", "aria-label": phrase("levels") }, this.root);
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.words);
@@ -100,14 +101,15 @@ class ScheduleDrawing {
     this.asked = query;
     let reply;
     if (linked.length) {
-      reply = { error: `${linked.join(", ")} come from another node: known when it runs.` };
+      const names = list(linked.map((name) => shownName(this.node, name)));
+      reply = { error: phrase("linked", { names }) };
     } else {
       try {
         const response = await api.fetchApi(`/diagonal/schedule?${query}`);
-        if (!response.ok) throw new Error(`the server answered ${response.status}`);
+        if (!response.ok) throw new Error(phrase("server_status", { status: response.status }));
         reply = await response.json();
       } catch (error) {
-        reply = { error: `No drawing: ${error.message}.` };
+        reply = { error: phrase("no_drawing", { why: error.message }) };
         if (this.asked === query) this.asked = null; // the next look asks again
       }
     }
@@ -164,9 +166,12 @@ class ScheduleDrawing {
       this.addColumn(chunk, last, left, column, bottom);
     });
     this.svg.querySelector(`[data-chunk="${focused}"]`)?.focus();
-    say(reply.info, "info");
-    for (const warning of reply.warnings) say(warning, "warning");
-    if (!reply.editable) say("Steps follow your sigmas; empty that field to drag them.", "hint");
+    const { steps, forwards, chunks, uniform_steps: uniform, uniform_forwards: more } = reply.cost;
+    const ratio = (more / forwards).toFixed(2);
+    say(phrase("cost", { steps, mode: reply.context_mode, forwards, chunks, uniform, more, ratio }), "info");
+    if (reply.uninformative !== null)
+      say(phrase("uninformative", { sigma: reply.uninformative.toFixed(3) }), "warning");
+    if (!reply.editable) say(phrase("own_sigmas"), "hint");
   }
 
   addColumn(chunk, last, left, column, bottom) {
@@ -174,11 +179,12 @@ class ScheduleDrawing {
     const area = element("rect", { x: left, y: 0, width: column, height: bottom + PLOT.bottom }, this.svg);
     area.setAttribute("class", this.reply.editable ? "column editable" : "column");
     area.dataset.chunk = chunk;
-    const name = last ? `chunk ${chunk + 1} and later` : `chunk ${chunk + 1}`;
+    const name = phrase(last ? "chunk_and_later" : "chunk", { chunk: chunk + 1 });
     const levels = this.reply.sigmas[chunk].map((sigma) => sigma.toFixed(3)).join(", ");
-    element("title", {}, area, `${name}: ${steps} steps at sigma ${levels}`);
+    element("title", {}, area, phrase("chunk_steps", { name, steps, levels }));
     if (!this.reply.editable) return;
-    const slider = { role: "slider", tabindex: 0, "aria-label": `steps of ${name}`, "aria-valuenow": steps, "aria-valuemin": 1 };
+    const label = phrase("steps_of", { name });
+    const slider = { role: "slider", tabindex: 0, "aria-label": label, "aria-valuenow": steps, "aria-valuemin": 1 };
     for (const [key, value] of Object.entries(slider)) area.setAttribute(key, value);
     area.addEventListener("keydown", (event) => {
       const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];

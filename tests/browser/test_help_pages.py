@@ -1,23 +1,43 @@
-"""The help page of every node, with its picture, in the frontend's own panel."""
+"""The help page of every node, with its picture, in the frontend's own panel; and its Chinese page."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
-NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+DOCS = ROOT / "web" / "docs"
+NODES = sorted(path.stem for path in DOCS.glob("*.md"))
 MAX_PICTURE = 40_000  # bytes
 
 
 def test_every_node_has_a_page_and_a_small_picture(comfy_server):
     known = {name for name in comfy_server.get("/object_info") if name.startswith("Diagonal")}
     assert known == set(NODES)
-    pictures = {path.stem: path.stat().st_size for path in (ROOT / "web" / "docs" / "images").iterdir()}
+    pictures = {path.stem: path.stat().st_size for path in (DOCS / "images").iterdir()}
     assert pictures.keys() == known
     assert max(pictures.values()) < MAX_PICTURE
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_chinese_page_has_what_the_english_one_has(node):
+    english, chinese = (path.read_text(encoding="utf-8") for path in (DOCS / f"{node}.md", DOCS / node / "zh.md"))
+    for text in (english, chinese):
+        # The frontend looks for pictures below docs/ whatever the page's folder is.
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert pictures == [f"images/{node}.webp"] and (DOCS / pictures[0]).is_file()
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 100
+    # The same headings, rows, code, and numbers; inputs by their names in a graph.
+    for shape in (r"^#+ ", r"^\| ?", r"^```", r"^\d\. "):
+        count = [len(re.findall(shape, text, re.MULTILINE)) for text in (english, chinese)]
+        assert count[0] == count[1], shape
+    numbers = [set(re.findall(r"\d+(?:\.\d+)?", text)) for text in (english, chinese)]
+    assert numbers[0] <= numbers[1]
+    names = set(re.findall(r"\*\*([a-z]+_\w+)\*\*", english)) - {"client_id"}
+    assert {name for name in names if f"`{name}`" not in chinese} == set(), "inputs that only the English page names"
 
 
 @pytest.fixture(scope="module")

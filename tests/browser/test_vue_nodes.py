@@ -49,6 +49,30 @@ def test_canvas_graph_loads_with_its_drawings(vue, path):
     assert vue.errors == []
 
 
+def test_the_drawing_follows_as_a_person_types(vue):
+    vue.errors.clear()
+    vue.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+    page = vue.page
+    page.evaluate("() => { app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [200, 120]; }")
+    node = page.evaluate("() => app.graph.nodes.find((node) => node.type === 'DiagonalSchedule').id")
+    field = page.locator(f"[data-node-id='{node}'] input[type='text']").first
+    field.wait_for(state="visible", timeout=20_000)
+    field.click()
+    # Each key in turn, with the field never left.
+    for key, counts, forwards in (("5", "5555555", 35), (",", "5555555", 35), ("1", "5111111", 11)):
+        page.keyboard.type(key)
+        page.wait_for_function(
+            """([counts, forwards]) => {
+                const shown = [...document.querySelectorAll(".diagonal-schedule .count")].map((t) => t.textContent);
+                const info = document.querySelector(".diagonal-schedule .info").textContent;
+                return shown.join("") === counts && info.includes(`${forwards} forwards`);
+            }""",
+            arg=[counts, forwards],
+            timeout=20_000,
+        )
+    assert vue.errors == []
+
+
 def test_a_run_is_shown_and_a_chunk_is_dragged(vue):
     vue.errors.clear()
     vue.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))

@@ -50,6 +50,7 @@ def test_no_node_lies_over_another(frontend, path):
 def test_a_note_names_every_model_file_and_its_folder(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     assert "://" not in json.dumps(workflow)
+    assert "localized_name" not in json.dumps(workflow), "it would keep English names in every language"
     notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     assert notes
     api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))

@@ -27,6 +27,12 @@ def test_every_input_and_output_has_a_name_and_a_tooltip(schemas):
         assert texts["display_name"] and texts["description"]
 
 
+def test_every_input_has_an_english_tooltip(schemas):
+    for node_id, schema in schemas.items():
+        assert not [item.id for item in schema.inputs if len(item.tooltip or "") < 12], node_id
+        assert schema.description, node_id
+
+
 def test_what_a_combo_offers_is_named_as_it_is_written(schemas):
     """A tooltip speaks of options, and those stay in English: a renamed option must be renamed in both languages."""
     for node_id, schema in schemas.items():

@@ -147,16 +147,19 @@ def predict(pack_module, tmp_path, monkeypatch):
 
 def test_a_run_that_fits(predict):
     reply = predict(width="256", height="256", window="12", sink="3", frames_per_chunk="3")
-    assert reply["level"] == "fits" and reply["suggestion"] == ""
-    assert reply["text"].startswith("Needs ") and reply["text"].endswith(" of 1.0 GB VRAM.")
+    assert reply["fits"] and reply["changes"] == [] and reply["waiting"] == 0
+    assert reply["available"] == 10**9 and reply["on_gpu"]
     assert sum(reply["parts"].values()) == reply["total"] < reply["available"]
-    assert "KV cache (12 latent frames)" in reply["detail"] and reply["detail"].startswith("256x256: ")
+    assert (reply["width"], reply["height"], reply["window"]) == (256, 256, 12)
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(predict):
-    wide = predict(width="4096", height="4096", window="12", sink="3")
-    assert wide["level"] == "too much"
-    assert wide["suggestion"].startswith("Fits with ")
+    wide = predict(width="4096", height="2048", window="12", sink="3")
+    assert not wide["fits"]
+    (size,) = (change["size"] for change in wide["changes"] if change["size"])
+    assert size[0] < 4096 and size[1] < 2048, "width, then height"
+    smaller = {"width": f"{size[0]}", "height": f"{size[1]}", "window": "12", "sink": "3"}
+    assert predict(**smaller)["fits"]
     assert predict(window="24", sink="3")["parts"]["keys_values"] > predict(window="12")["parts"]["keys_values"]
 
 
@@ -164,16 +167,16 @@ def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
     nodes = pack_module("nodes.memory")
     needed = predict(width="64", height="64")
     monkeypatch.setattr(nodes, "available_memory", lambda: (needed["total"] - 1, 10**9, True))
-    assert predict(width="64", height="64")["suggestion"].startswith("Slow: ")
+    assert predict(width="64", height="64")["waiting"] == 1
     monkeypatch.setattr(nodes, "available_memory", lambda: (needed["total"] - 1, 10**9, False))
     without_gpu = predict(width="64", height="64")
-    assert not without_gpu["suggestion"].startswith("Slow") and "RAM (no GPU)" in without_gpu["text"]
+    assert not without_gpu["fits"] and without_gpu["waiting"] == 0
 
 
 def test_the_demo_and_its_decoder(predict):
     reply = predict(node="DiagonalDemoLoader", file="student", vae_node="DiagonalDemoLoader", width="64", height="64")
-    assert reply["level"] == "fits" and reply["parts"]["decoder"] > 0
-    assert "KV cache (12 latent frames)" in reply["detail"], "the demo's header says window 12"
+    assert reply["fits"] and reply["parts"]["decoder"] > 0
+    assert reply["window"] == 12, "the demo's header says window 12"
 
 
 @pytest.mark.parametrize(

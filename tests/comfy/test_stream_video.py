@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -360,6 +361,25 @@ def test_the_video_plays_while_it_grows(stream, options, format):
     assert [announced for announced, _ in seen][-1] == 32 and len(seen) >= 3
     # Frames are announced when they are there; more may have come while the file was read.
     assert all(announced <= there <= 32 for announced, there in seen)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_chunk_is_shown_before_the_next_one_is_made(stream, options, format):
+    """The sampler waits in chunk 3 until all of chunk 2 has been shown; a muxer holds its last frame."""
+    shown, watchable, late = [], threading.Event(), []
+
+    def on_frames(progress):
+        shown.append(len(progress.newest))
+        if progress.frames >= 20:
+            watchable.set()
+
+    def wait(progress):
+        if progress.chunk == 2 and progress.step == 0 and not watchable.wait(20.0):
+            late.append(list(shown))
+
+    stream(options(format=format, state_every=99), on_progress=wait, on_frames=on_frames)
+    assert not late
+    assert sum(shown) == 32
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])

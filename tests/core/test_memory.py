@@ -12,6 +12,9 @@ from diagonal_sampler.cache import KVCache
 from diagonal_sampler.checkpoints import inspect_checkpoint
 from diagonal_sampler.gguf_header import read_gguf_header
 from diagonal_sampler.memory import (
+    FP8,
+    GGUF_Q4,
+    Change,
     ClipSize,
     DecoderFacts,
     NetworkFacts,
@@ -85,30 +88,31 @@ def test_the_parts_grow_with_what_they_depend_on_and_with_nothing_else():
 def test_every_suggestion_fits_and_the_next_milder_does_not():
     available = forecast(WAN_1_3B, CLIP).total - 1
     fp8, window, size = changes_that_fit(WAN_1_3B, CLIP, available, step=2)
-    assert (fp8, window) == ("an fp8 file", "window 9")
-    columns, rows = (int(number) // 8 for number in size.split("x"))
+    assert (fp8, window) == (Change(weights=FP8), Change(window=9))
+    assert size == Change(size=size.size)
+    rows, columns = size.size
     assert rows % 2 == columns % 2 == 0 and rows < 60
     assert forecast(WAN_1_3B, replace(CLIP, rows=rows, columns=columns)).total <= available
     # Much less: fp8 is not enough, a window of one chunk and the sink is.
     smallest = replace(CLIP, settings=replace(CLIP.settings, window=6))
     found = changes_that_fit(WAN_1_3B, CLIP, forecast(WAN_1_3B, smallest).total, step=2)
-    assert "window 6" in found and "an fp8 file" not in found
+    assert Change(window=6) in found and Change(weights=FP8) not in found
 
 
 def test_where_one_change_is_not_enough_they_are_joined():
     lightest = replace(WAN_14B, weight_bytes=round(WAN_14B.parameters * 4.5 / 8))
     smallest = replace(CLIP, settings=replace(CLIP.settings, window=6))
     available = forecast(lightest, smallest).total
-    assert changes_that_fit(WAN_14B, CLIP, available, step=2) == ["a 4-bit GGUF file with window 6"]
+    assert changes_that_fit(WAN_14B, CLIP, available, step=2) == [Change(weights=GGUF_Q4, window=6)]
     (joined,) = changes_that_fit(WAN_14B, CLIP, available - 10**9, step=2)
-    assert joined.startswith("a 4-bit GGUF file with window 6 and ")
+    assert (joined.weights, joined.window) == (GGUF_Q4, 6) and joined.size < (60, 104)
     assert changes_that_fit(WAN_14B, CLIP, 10**6, step=2) == []
 
 
 def test_attention_to_the_whole_clip_is_told_to_take_a_window():
     clip = replace(CLIP, frames=300, settings=CausalSettings(window=-1, sink=3, positions="absolute"))
     available = forecast(WAN_1_3B, replace(clip, settings=CausalSettings(window=27, sink=3))).total
-    assert "window 27" in changes_that_fit(WAN_1_3B, clip, available, step=2)
+    assert Change(window=27) in changes_that_fit(WAN_1_3B, clip, available, step=2)
 
 
 def test_a_file_larger_than_the_memory_is_described(tmp_path):

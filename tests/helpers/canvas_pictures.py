@@ -1,6 +1,6 @@
 """Makes the pictures of the help pages and the thumbnails of the workflows again, in ComfyUI's real canvas.
 
-    COMFYUI_DIR=... python tests/helpers/canvas_pictures.py [help] [thumbnails]
+    COMFYUI_DIR=... python tests/helpers/canvas_pictures.py [help] [thumbnails] [NODE ...]
 
 It starts a server of its own, with a header and a hole in the place of each model file, and headless Chromium.
 Look at what it made.
@@ -46,9 +46,11 @@ HELP = {
     "DiagonalStreamVideo": "stream_to_disk",
 }
 # Workflows that are run for the picture, and what the node's own preview says when it is taken.
-RUN = {"demo": "forwards in", "stream_to_disk": "chunk 20 of"}
+RUN = {"demo": "forwards in", "stream_to_disk": "forwards in"}
 WIDGETS = {"DiagonalModelLoader": {"ckpt_name": "causal_forcing-framewise.safetensors", "window": 12, "sink": 3}}
 MARGIN, BADGE_HEIGHT = 12, 18
+# Of the page; and the finished video, which ComfyUI shows below its node: it may not be loaded yet.
+HIDDEN = ".graph-canvas-menu, .litegraph-minimap, [class*=minimap], .comfy-img-preview { display: none !important }"
 QUALITY = 82
 THUMBNAIL_WIDTH = 1280
 THUMBNAILS = ("wan_1_3b_self_forcing", "krea_14b", "causal_any_wan")  # the others show what they make
@@ -110,10 +112,10 @@ def shown(page, left: float, top: float, scale: float) -> None:
     page.wait_for_timeout(1500)
 
 
-def take_help(frontend: Frontend) -> None:
+def take_help(frontend: Frontend, nodes: list[str]) -> None:
     page, opened = frontend.page, None
     PICTURES.mkdir(exist_ok=True)
-    for node, workflow in sorted(HELP.items(), key=lambda item: item[1] or ""):
+    for node, workflow in sorted(((node, HELP[node]) for node in nodes), key=lambda item: item[1] or ""):
         if workflow != opened or workflow is None:
             load(frontend, workflow or "demo", run_until=RUN.get(workflow or ""))
             opened = workflow
@@ -163,6 +165,10 @@ def take_thumbnails(frontend: Frontend) -> None:
 
 
 def main(wanted: list[str]) -> int:
+    unknown = set(wanted) - {"help", "thumbnails", *HELP}
+    if unknown:
+        sys.stderr.write(f"Unknown: {', '.join(sorted(unknown))}. Nodes: {', '.join(HELP)}.\n")
+        return 1
     comfyui = find_comfyui()
     chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if comfyui is None or chromium is None:
@@ -179,9 +185,9 @@ def main(wanted: list[str]) -> int:
             page = browser.new_page(viewport={"width": 3700, "height": 1700})
             frontend = Frontend(page, server.url)
             page.evaluate("() => app.ui.settings.setSettingValue('Comfy.Minimap.Visible', false)")
-            page.add_style_tag(content=".graph-canvas-menu, .litegraph-minimap, [class*=minimap] { display: none }")
-            if "help" in wanted or not wanted:
-                take_help(frontend)
+            page.add_style_tag(content=HIDDEN)
+            nodes = list(HELP) if "help" in wanted or not wanted else [node for node in HELP if node in wanted]
+            take_help(frontend, nodes)
             if "thumbnails" in wanted or not wanted:
                 take_thumbnails(frontend)
             browser.close()

@@ -93,15 +93,17 @@ async def watch(server, graph, on_event):
 
 
 def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
-    progress, chunks, previews, played = [], [], [], []
+    progress, chunks, previews, played, order = [], [], [], [], []
 
     async def on_event(session, kind, data):
         if kind == "progress":
             progress.append((data["value"], data["max"]))
         elif kind == "diagonal.progress":
             chunks.append((data["chunk"], data["chunks"], data["forwards"], data["total"]))
+            order.append(data["chunk"])
         elif kind == "diagonal.chunk":
             played.append(data)
+            order.append("pictures")
         elif kind == "binary":
             previews.append(data)
 
@@ -113,6 +115,8 @@ def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
     assert len(previews) == nfe
     assert previews[0] != previews[-1]
     assert [data["pixel_frames"] for data in played] == [9, 21, 33]
+    # A chunk's pictures are there before the next chunk is begun.
+    assert order == [step for chunk in (1, 2, 3) for step in (*[chunk] * (nfe // 3), "pictures")]
     # The demo's own decoder makes the pictures: 64x64, one for each latent frame, with something on the ground.
     pictures = [base64.b64decode(frame.partition(",")[2]) for data in played for frame in data["frames"]]
     decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
@@ -127,7 +131,7 @@ def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
     schedule = DiagonalSchedule.preset("diagonal 4-3-2", steps=(5, 3))
     assert drawn["sigmas"] == [list(schedule.chunk_sigmas(chunk)) for chunk in range(7)]
     assert drawn["cache_pass"] == 0 and drawn["context_sigma"] == [0] * 7 and drawn["editable"]
-    assert "30 forwards for 7 chunks" in drawn["info"]
+    assert drawn["cost"]["forwards"] == 30 and drawn["context_mode"] == "clean" and drawn["uninformative"] is None
     for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}):
         query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, **bad})
         answer = comfy_server.get(f"/diagonal/schedule?{query}")

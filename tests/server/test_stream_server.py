@@ -90,8 +90,8 @@ async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
                         async with session.post(f"{server.url}/interrupt"):
                             pass
                 if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                    history = server.get(f"/history/{event['data']['prompt_id']}")
-                    outputs = next(iter(history.values()))["outputs"] if history else {}
+                    # ComfyUI writes its history a moment after it says that it is done.
+                    outputs = server.wait(event["data"]["prompt_id"])["outputs"]
                     return event["type"], event["data"], outputs.get("stream"), frames, texts
     raise AssertionError("the socket closed before the prompt ended")
 

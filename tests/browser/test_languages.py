@@ -1,0 +1,139 @@
+"""The drawings inside nodes and the help pages, in Chinese: ComfyUI's language is changed while the graph is open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+
+
+@pytest.fixture(scope="module")
+def page(frontend):
+    """The demo in Chinese, with a prompt schedule and a window of its own."""
+    frontend.errors.clear()
+    page = frontend.page
+    frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+    page.evaluate(
+        """() => {
+            const add = (type, x, y) => {
+                const node = LiteGraph.createNode(type);
+                app.graph.add(node);
+                node.pos = [x, y];
+                return node;
+            };
+            add("DiagonalPromptSchedule", -420, 400);
+            const causal = add("DiagonalCausalAttention", -420, 40);
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            find("DiagonalDemoLoader").connect(0, causal, 0);
+            causal.connect(0, find("DiagonalChunkSampler"), 0);
+        }"""
+    )
+    # A saved graph holds on to the names it was saved with.
+    saved = json.dumps(page.evaluate("() => app.graph.serialize()"))
+    graph = json.loads(saved.replace('"localized_name"', '"english_name"'))
+    frontend.load(graph)
+    wait_words(page, ".diagonal-memory .text-line", "Needs ")
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    wait_words(page, ".diagonal-memory .text-line", "需要 ")  # ComfyUI opens the graph again by itself
+    frontend.load(graph)
+    wait_words(page, ".diagonal-memory .text-line", "需要 ")
+    yield page
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    wait_words(page, ".diagonal-memory .words", "Needs ")
+
+
+def wait_words(page, selector: str, words: str) -> None:
+    page.wait_for_function(
+        "([selector, words]) => [...document.querySelectorAll(selector)].some((e) => e.textContent.includes(words))",
+        arg=[selector, words],
+        timeout=60_000,
+    )
+
+
+def set_widget(page, kind: str, name: str, value) -> None:
+    page.evaluate(
+        """([kind, name, value]) => {
+            const node = app.graph.nodes.find((node) => node.type === kind);
+            node.widgets.find((widget) => widget.name === name).value = value;
+        }""",
+        [kind, name, value],
+    )
+
+
+def test_the_drawings_speak_chinese(page, frontend):
+    wait_words(page, ".diagonal-memory .detail", "KV 缓存（12 个潜在帧）")
+    wait_words(page, ".diagonal-schedule .info", "7 个块共 17 次前向；均匀 4 步加缓存前向需要 35 次（2.06 倍）。")
+    label = page.locator(".diagonal-schedule [data-chunk='6']").get_attribute("aria-label")
+    assert label == "第 7 块及以后的步数"
+    wait_words(page, ".diagonal-preview .line", "生成的块会在这里播放。")
+    wait_words(page, ".diagonal-prompt .line", "运行期间可从这里发送新提示词。")
+    assert page.locator(".diagonal-prompt button").inner_text() == "发送"
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=ARTIFACTS / "chinese.png")
+    assert frontend.errors == []
+
+
+def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
+    set_widget(page, "DiagonalSchedule", "steps", "1")
+    wait_words(page, ".diagonal-schedule .warning", "下一块的条件几乎是纯噪声")
+    set_widget(page, "DiagonalCausalAttention", "window", -1)
+    for name in ("width", "height"):
+        set_widget(page, "EmptyARVideoLatent", name, 8192)
+    wait_words(page, ".diagonal-memory.red .text-line", "即可放下。")
+    page.screenshot(path=ARTIFACTS / "chinese_red.png")
+    page.evaluate(
+        """() => {
+            const sampler = app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler");
+            sampler.disconnectInput(sampler.inputs.findIndex((input) => input.name === "latent_image"));
+        }"""
+    )
+    # The input by the name that the node shows.
+    wait_words(page, ".diagonal-memory .detail", "连接“潜在图像”后才能得知所需内存。")
+    wait_words(page, ".diagonal-memory .detail", "未连接采样器；按 832x480：")
+    assert frontend.errors == []
+
+
+def test_the_help_panel_shows_the_chinese_page(page, frontend):
+    page.evaluate(
+        """() => {
+            app.graph.clear();
+            const node = LiteGraph.createNode("DiagonalStreamVideo");
+            app.graph.add(node);
+            node.pos = [0, 0];
+            app.canvas.ds.scale = 0.6;
+            app.canvas.ds.offset = [300, 250];
+            app.canvas.selectNode(node);
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.get_by_label("节点信息").first.click(timeout=20_000)
+    wait_words(page, ".node-help-content h2, .node-help-content h1", "停止与续跑")
+    page.wait_for_function(
+        """() => [...document.images].some((image) =>
+            image.src.endsWith("/docs/images/DiagonalStreamVideo.webp") && image.naturalWidth > 100)""",
+        timeout=20_000,
+    )
+    assert "**" not in page.locator(".node-help-content").first.inner_text(), "emphasis that was not understood"
+    page.screenshot(path=ARTIFACTS / "chinese_help.png")
+    assert frontend.errors == []
+
+
+def test_a_run_is_shown_in_chinese(page, frontend):
+    frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    wait_words(page, ".diagonal-preview .line", "次前向，用时 ")
+    line = page.locator(".diagonal-preview .line").inner_text()
+    names = page.evaluate(
+        """() => app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler").inputs
+            .map((input) => input.label || input.localized_name)"""
+    )
+    assert {"模型", "潜在图像", "种子"} <= set(names), "a template does not hold on to English names"
+    assert line.startswith("第 7 块，共 7 块 · 首块用时 ") and "每秒 " in line
+    assert page.locator(".diagonal-preview .bar").last.get_attribute("title") == "第 7 块：第 2 步，共 2 步"
+    assert frontend.errors == []

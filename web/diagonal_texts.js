@@ -1,0 +1,128 @@
+// The words of the drawings inside nodes: English, Chinese. This file registers nothing. ComfyUI's own table for packs
+// (locales/) reaches the names and tooltips of nodes only.
+
+import { app } from "../../scripts/app.js";
+
+const LANGUAGES = ["en", "zh"];
+const FALLBACK = 0;
+
+// {name} stands for a value.
+const TEXTS = {
+  comma: [", ", "，"],
+  server_status: ["the server answered {status}", "服务器返回 {status}"],
+
+  // Memory
+  from_outside: [
+    "{name} comes from outside of the subgraph: known when it runs.",
+    "“{name}”来自子图之外：运行时才能得知。",
+  ],
+  no_widget: ["{node} has no {name}.", "“{node}”没有“{name}”。"],
+  from_other_node: [
+    "{name} of {node} comes from another node: known when it runs.",
+    "“{node}”的“{name}”来自其他节点：运行时才能得知。",
+  ],
+  made_by: [
+    "{node} makes the {type}: its memory is known when it runs.",
+    "{type} 由“{node}”生成：所需内存运行时才能得知。",
+  ],
+  connect: ["Connect {name} to know the memory.", "连接“{name}”后才能得知所需内存。"],
+  memory_unknown: ["Memory unknown: {why}.", "内存未知：{why}。"],
+  needs_vram: ["Needs {total} of {available} VRAM.", "需要 {total} 显存，可用 {available}。"],
+  needs_ram: ["Needs {total} of {available} RAM (no GPU).", "需要 {total} 内存（无 GPU），可用 {available}。"],
+  memory_parts: ["{width}x{height}: {parts}.", "{width}x{height}：{parts}。"],
+  no_sampler: ["No sampler is connected; for {parts}", "未连接采样器；按 {parts}"],
+  weights: ["weights", "权重"],
+  keys_values: ["KV cache", "KV 缓存"],
+  keys_values_of: ["KV cache ({window} latent frames)", "KV 缓存（{window} 个潜在帧）"],
+  text: ["text", "文本"],
+  forward: ["a forward", "一次前向"],
+  decoder: ["decoding", "解码"],
+  slow: ["Slow: {size} of the weights wait in RAM.", "较慢：有 {size} 的权重要放在内存中等待。"],
+  fits_with: ["Fits with {changes}.", "改用{changes}即可放下。"],
+  nothing_fits: [
+    "Nothing smaller fits either; use a smaller model.",
+    "再小也放不下；请换用更小的模型。",
+  ],
+  fp8: ["an fp8 file", " fp8 文件"],
+  gguf_q4: ["a 4-bit GGUF file", " 4 位 GGUF 文件"],
+  window: ["window {window}", "窗口 {window} "],
+  size: ["{width}x{height}", " {width}x{height} "],
+
+  // Schedule
+  levels: ["Noise levels of each chunk", "每个块的噪声水平"],
+  no_drawing: ["No drawing: {why}.", "无法绘图：{why}。"],
+  linked: [
+    "{names} come from another node: known when it runs.",
+    "{names}来自其他节点：运行时才能得知。",
+  ],
+  cost: [
+    "{steps} steps, {mode} context: {forwards} forwards for {chunks} chunks; {uniform} uniform steps with a cache pass " +
+      "need {more} ({ratio}x).",
+    "步数 {steps}，{mode} 上下文：{chunks} 个块共 {forwards} 次前向；均匀 {uniform} 步加缓存前向需要 {more} 次（{ratio} 倍）。",
+  ],
+  uninformative: [
+    "A chunk ends at sigma {sigma} with noisy context: the next chunk is conditioned on almost pure noise. Use " +
+      "context_mode renoise or clean, or more steps.",
+    "有块在 sigma {sigma} 处结束，而上下文方式为 noisy：下一块的条件几乎是纯噪声。请改用 renoise 或 clean，或增加步数。",
+  ],
+  own_sigmas: [
+    "Steps follow your sigmas; empty that field to drag them.",
+    "步数由自定义噪声水平决定；清空该栏后才能拖动。",
+  ],
+  chunk: ["chunk {chunk}", "第 {chunk} 块"],
+  chunk_and_later: ["chunk {chunk} and later", "第 {chunk} 块及以后"],
+  chunk_steps: ["{name}: {steps} steps at sigma {levels}", "{name}：{steps} 步，sigma 为 {levels}"],
+  steps_of: ["steps of {name}", "{name}的步数"],
+
+  // Preview
+  idle: ["Chunks play here as they are made.", "生成的块会在这里播放。"],
+  bar: ["chunk {chunk}: {done} of {steps} steps", "第 {chunk} 块：第 {done} 步，共 {steps} 步"],
+  chunk_of: ["chunk {chunk} of {chunks}", "第 {chunk} 块，共 {chunks} 块"],
+  first_after: ["first after {time}", "首块用时 {time}"],
+  frames_a_second: ["{rate} frames/s", "每秒 {rate} 帧"],
+  left: ["{time} left", "剩余 {time}"],
+  forwards_in: ["{forwards} forwards in {time}", "{forwards} 次前向，用时 {time}"],
+  seconds: ["{seconds} s", "{seconds} 秒"],
+  minutes: ["{minutes}:{seconds} min", "{minutes} 分 {seconds} 秒"],
+  cancelled: ["cancelled; these frames stay", "已取消；这些帧会保留"],
+  failed: ["stopped by an error", "因错误而停止"],
+
+  // Live prompt
+  prompt_idle: ["While a run goes on, a new prompt can be sent from here.", "运行期间可从这里发送新提示词。"],
+  prompt_hint: ["a new prompt, from the next chunk on", "新提示词，从下一块开始生效"],
+  prompt_label: ["New prompt for the run", "给本次运行的新提示词"],
+  send: ["Send", "发送"],
+  sending: ["Sending…", "正在发送……"],
+  prompt_now: ["Chunk {chunk} of {chunks}: {text}", "第 {chunk} 块，共 {chunks} 块：{text}"],
+  prompt_taken: ["From chunk {chunk} on ({how}): {text}", "从第 {chunk} 块开始（{how}）：{text}"],
+  prompt_later: [
+    "The run has not looked yet; the prompt begins with the chunk after it does.",
+    "运行尚未读取；读取后从下一块开始生效。",
+  ],
+  run_ended: ["The run has ended.", "运行已结束。"],
+  connection_lost: ["The connection was lost.", "连接已断开。"],
+  prompt_refused: ["The server answered {status}.", "服务器返回 {status}。"],
+  unreachable: ["The server cannot be reached: {why}", "无法连接服务器：{why}"],
+};
+
+/** The language that ComfyUI shows, of those that there are texts in. */
+function language() {
+  const chosen = LANGUAGES.indexOf(app.extensionManager.setting.get("Comfy.Locale"));
+  return chosen < 0 ? FALLBACK : chosen;
+}
+
+/** A text of the table in ComfyUI's language, with its values in place. */
+export function phrase(name, values = {}) {
+  return TEXTS[name][language()].replace(/\{(\w+)\}/g, (_, value) => values[value]);
+}
+
+/** Words as one list: "a, b and c", or with "or". */
+export function list(words, type = "conjunction") {
+  return new Intl.ListFormat(LANGUAGES[language()], { type, style: "long" }).format(words);
+}
+
+/** The name that a node shows for one of its inputs. */
+export function shownName(node, name) {
+  const input = node.inputs?.find((found) => found.name === name);
+  return input?.label ?? input?.localized_name ?? node.widgets?.find((found) => found.name === name)?.label ?? name;
+}
