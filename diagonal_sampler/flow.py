@@ -313,10 +313,12 @@ class WarpedFrame:
         picture: [C, H, W] with holes filled.
         commanded: [H, W] in 0..1, where the motion says what is seen: what it carried here, and what it left behind.
             0 where nothing was said, and where content from outside the frame enters.
+        entered: [H, W] bool, where content from outside the frame is, which nothing is known of.
     """
 
     picture: Tensor
     commanded: Tensor
+    entered: Tensor
 
 
 def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) -> Iterator[WarpedFrame]:
@@ -367,7 +369,7 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
         moved = fill_holes(moved[None], arrived[None])[0]
         mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
         entered = ~arrived & ~inside(origin - passed, height, width).view(height, width)
-        yield WarpedFrame(moved[:-1], mask.masked_fill(entered, 0.0))
+        yield WarpedFrame(moved[:-1], mask.masked_fill(entered, 0.0), entered)
 
 
 def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:

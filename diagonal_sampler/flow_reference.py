@@ -1,7 +1,7 @@
 """Motion without training: each chunk begins from the last frame, carried along the optical flow.
 
-The chunk's start is the carried frames, encoded and noised to `start_sigma` instead of to pure noise. At its first step
-the prediction is blended with them where the flow says something. Both use the model as it is.
+The chunk's start is the carried frames, encoded and noised to `start_sigma` instead of to pure noise. Every prediction
+but the last is blended with them where the flow says something; the last is the model's own. The model is as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .schedule import DiagonalSchedule, shift_sigma, unshift_sigma
 
 DEFAULT_START_SIGMA = 0.733
 """Measured on a toy as the level that follows best; it is also one of the release's own four."""
+FOLLOWED_SHARE = 1 / 16
+"""Share of a latent cell's pixels, over its frames, that the motion must command for the cell to follow it wholly."""
 TAIL_FRAMES = 3
 """Latent frames that are decoded to get the last pixel frame: a video decoder needs some before it."""
 
@@ -29,10 +31,10 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float) -> tuple[float, ...]:
-    """The levels of a chunk that starts at `start_sigma`: as many steps, and the same last one.
+    """The levels of a chunk that starts at `start_sigma`: as many steps, all scaled alike in uniform time.
 
-    In uniform time the levels are moved linearly so that the first becomes `start_sigma` and the last stays, for the
-    next chunk may see the last one's noise. A chunk of one step gets `start_sigma` alone.
+    The last level is scaled too, for it decides how much the last prediction, which nothing is blended with, may move
+    back to where the model would have been.
 
     Args:
         sigmas: descending, in (0, 1]; unchanged if they start at or below `start_sigma`.
@@ -40,24 +42,14 @@ def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float)
         shift: of the schedule.
 
     Raises:
-        ValueError: start_sigma out of range, or not above the last level.
+        ValueError: start_sigma out of range.
     """
     if not 0 < start_sigma <= 1:
         raise ValueError(f"start_sigma is {start_sigma}; it must be in (0, 1].")
     if sigmas[0] <= start_sigma:
         return tuple(sigmas)
-    if len(sigmas) == 1:
-        return (start_sigma,)
-    if start_sigma <= sigmas[-1]:
-        raise ValueError(
-            f"start_sigma is {start_sigma}, but the schedule's last step is at sigma {sigmas[-1]:.3f}; use a "
-            "start_sigma above it, or more steps."
-        )
-    times = [unshift_sigma(sigma, shift) for sigma in sigmas]
-    first, last = times[0], times[-1]
-    slope = (unshift_sigma(start_sigma, shift) - last) / (first - last)
-    inner = tuple(shift_sigma(last + (u - last) * slope, shift) for u in times[1:-1])
-    return (start_sigma, *inner, sigmas[-1])
+    scale = unshift_sigma(start_sigma, shift) / unshift_sigma(sigmas[0], shift)
+    return (start_sigma, *(shift_sigma(scale * unshift_sigma(sigma, shift), shift) for sigma in sigmas[1:]))
 
 
 class FlowReference:
@@ -70,7 +62,8 @@ class FlowReference:
         decode, encode: the autoencoder, see Decode and Encode.
         given_frames: latent frames that the clip begins with (context), before chunk 0.
         start_sigma: noise level in (0, 1] that a carried chunk starts at.
-        blend: share in [0, 1] of the carried frames in the first prediction, where the flow is valid.
+        blend: share in [0, 1] of the carried frames in every prediction but the last, where the flow is valid; a chunk
+            of one step has it in that one.
         first_chunk, last_chunk: chunks that follow the flow, from 0. A chunk with nothing before it never does, nor one
             in which the flow is valid nowhere.
 
@@ -127,26 +120,34 @@ class FlowReference:
         return self._carried(start_frame, frames)[0]
 
     def blend(self, denoised: Tensor, at: Forward) -> Tensor:
-        """The prediction of a chunk's first step with the carried frames mixed in; any other prediction as it is."""
-        if at.step != 0 or at.start_frame not in self._active or self.blend_weight == 0:
+        """A prediction with the carried frames mixed in; that of a chunk's last step as it is."""
+        early = 0 <= at.step < max(1, at.steps - 1)
+        if not early or at.start_frame not in self._active or self.blend_weight == 0:
             return denoised
         carried, mask = self._carried(at.start_frame, at.frames)
         return torch.lerp(denoised, carried, self.blend_weight * mask)
 
     @torch.no_grad()
     def _carried(self, start_frame: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, frames, h, w] of the carried frames, and the blend's mask, 1 channel, in 0..1."""
+        """Latents [B, C, frames, h, w] of the carried frames, and the blend's mask, 1 channel, in 0..1.
+
+        A cell of the latent is blended wholly once the motion commands a little of it, for what is blended by half is
+        seen in two places; where something enters from outside, by the share of the rest.
+        """
         if self._reference is None or self._reference[0] != start_frame:
             assert self._tail is not None, "finished() was not told what precedes the chunk"
             tail = self._tail
             last = self.decode(tail)
             step = TIME_FACTOR * (start_frame - 1)
-            clips, masks = [], []
+            clips, masks, outside = [], [], []
             for picture in last:
                 carried = list(carry(picture, self.optical_flow, step, TIME_FACTOR * frames))
                 clips.append(torch.stack([picture, *(frame.picture for frame in carried)], dim=1))
                 masks.append(torch.stack([frame.commanded for frame in carried]))
+                outside.append(torch.stack([frame.entered.to(picture.dtype) for frame in carried]))
             latents = self.encode(torch.stack(clips))[:, :, 1:].to(tail)
-            mask = F.adaptive_avg_pool3d(torch.stack(masks)[:, None], (frames, tail.shape[-2], tail.shape[-1])).to(tail)
-            self._reference = (start_frame, latents, mask)
+            cells = (frames, tail.shape[-2], tail.shape[-1])
+            mask = (F.adaptive_avg_pool3d(torch.stack(masks)[:, None], cells) / FOLLOWED_SHARE).clamp(max=1)
+            mask = mask * (1 - F.adaptive_avg_pool3d(torch.stack(outside)[:, None], cells))
+            self._reference = (start_frame, latents, mask.to(tail))
         return self._reference[1:]

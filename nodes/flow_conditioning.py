@@ -133,7 +133,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     step=0.001,
                     round=0.000001,
                     tooltip="Mode reference: noise level in (0, 1] that a chunk starts at, with its usual number of "
-                    "steps. Lower follows the motion and the last frame more closely.",
+                    "steps. Lower follows the motion and the last frame more closely, and leaves less to the prompt.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -142,8 +142,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Mode reference: share in [0, 1] of the carried frames in a chunk's first prediction, "
-                    "where the motion is valid; times strength.",
+                    tooltip="Mode reference: share in [0, 1] of the carried frames in every prediction of a chunk but "
+                    "the last, where the motion is valid; times strength.",
                     advanced=True,
                 ),
                 io.Int.Input(

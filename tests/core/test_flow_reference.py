@@ -9,7 +9,7 @@ from diagonal_sampler.flow import OpticalFlow, camera_flow
 from diagonal_sampler.flow_reference import FlowReference, start_below_noise
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import sample_chunks
-from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.schedule import DiagonalSchedule, unshift_sigma
 from diagonal_sampler.settings import CausalSettings
 
 SCHEDULE = DiagonalSchedule.preset("diagonal 4-3-2")
@@ -56,21 +56,23 @@ def run(reference: FlowReference, predict, noise=None):
 
 
 @pytest.mark.parametrize("name", ["diagonal 4-3-2", "self forcing", "undistilled"])
-def test_levels_keep_their_number_and_their_last(name):
+def test_levels_keep_their_number_and_their_proportions(name):
     schedule = DiagonalSchedule.preset(name)
     for chunk in range(3):
         usual = schedule.chunk_sigmas(chunk)
         found = start_below_noise(usual, 0.733, schedule.shift)
-        assert len(found) == len(usual) and found[0] == 0.733 and found[-1] == usual[-1]
+        assert len(found) == len(usual) and found[0] == 0.733
         assert all(a > b for a, b in zip(found, found[1:], strict=False))
+        scale = [unshift_sigma(a, schedule.shift) / unshift_sigma(b, schedule.shift)
+                 for a, b in zip(found, usual, strict=True)]  # fmt: skip
+        assert scale == pytest.approx([scale[0]] * len(scale))
 
 
 def test_levels_of_short_and_low_schedules():
     assert start_below_noise((1.0,), 0.7, 5) == (0.7,)
     assert start_below_noise((0.5, 0.2), 0.7, 5) == (0.5, 0.2), "already below"
     assert start_below_noise((1.0, 0.5), 1.0, 5) == (1.0, 0.5)
-    with pytest.raises(ValueError, match="start_sigma is 0.3, but the schedule's last step is at sigma 0.357"):
-        start_below_noise((1.0, 0.357), 0.3, 5)
+    assert start_below_noise((1.0, 0.5), 0.25, 1) == (0.25, 0.125), "no level is too low to start at"
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         start_below_noise((1.0,), 0.0, 5)
 
@@ -89,20 +91,29 @@ def test_the_first_chunk_and_chunks_without_motion_are_as_usual():
     assert [row[0] for row in some.schedule.sigmas] == [1, 1, 0.733]
 
 
-def test_a_still_camera_with_full_blend_repeats_the_last_frame():
+def test_a_still_camera_with_full_blend_repeats_the_last_frame_until_the_last_step():
     torch.manual_seed(0)
     picture = torch.rand(1, 4, 3, SIZE, SIZE)
     picture[:, 3] = 0
     chunks, seen = run(make(field()), lambda x, at: picture if at.chunk == 0 else torch.zeros_like(x) + (at.step > 0))
-    start = next(x for at, x in seen if at.chunk == 1 and at.step == 0)
-    noise = SeededNoise(0, (1, 4, SIZE, SIZE))(1, -1, 3)
+    draws = SeededNoise(0, (1, 4, SIZE, SIZE))
     last = picture[:, :, -1:].expand(-1, -1, 3, -1, -1)
-    assert torch.allclose(start, (1 - 0.733) * last + 0.733 * noise, atol=1e-5)
-    second = next(x for at, x in seen if at.chunk == 1 and at.step == 1)
-    sigma = make(field()).schedule.chunk_sigmas(1)[1]
-    fresh = SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)
-    assert torch.allclose(second, (1 - sigma) * last + sigma * fresh, atol=1e-5), "blended before the re-noise"
-    assert (chunks[1] == 1).all(), "later steps are the model's alone"
+    sigmas = make(field()).schedule.chunk_sigmas(1)
+    assert len(sigmas) == 3 and sigmas[0] == 0.733
+    for step, sigma in enumerate(sigmas):
+        found = next(x for at, x in seen if at.chunk == 1 and at.step == step)
+        noise = draws(1, step - 1, 3)  # -1 is the chunk's start
+        assert torch.allclose(found, (1 - sigma) * last + sigma * noise, atol=1e-5), "blended before each re-noise"
+    assert (chunks[1] == 1).all(), "the last step is the model's alone"
+
+
+def test_a_chunk_of_one_step_is_blended_in_it():
+    torch.manual_seed(0)
+    picture = torch.rand(1, 4, 3, SIZE, SIZE)
+    picture[:, 3] = 0
+    schedule = DiagonalSchedule(sigmas=((1.0,),), context_mode="clean")
+    chunks, _ = run(make(field(), schedule), lambda x, at: picture if at.chunk == 0 else torch.zeros_like(x))
+    assert torch.allclose(chunks[1], picture[:, :, -1:].expand(-1, -1, 3, -1, -1), atol=1e-5)
 
 
 def test_pan_moves_the_reference_and_blend_weighs_it():
@@ -130,6 +141,21 @@ def test_outside_the_valid_part_the_prediction_stands():
     x0 = (second - sigma * SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)) / (1 - sigma)
     assert torch.allclose(x0[:, :3, ..., :2], torch.tensor(0.5), atol=1e-4)
     assert torch.allclose(x0[..., 2:], torch.tensor(-1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("pixels, share", [(1, 16 / 64), (8, 1.0), (64, 1.0)])
+def test_a_cell_follows_wholly_where_a_little_of_it_is_commanded(pixels, share):
+    """A cell that were blended by half would show a thing in both places."""
+    mask = torch.zeros(1, 8 * SIZE, 8 * SIZE)
+    mask[:, 8:16, 8:16] = (torch.arange(64) < pixels).view(8, 8)
+    reference = make(field().masked(mask))
+    _, seen = run(reference, lambda x, at: torch.full_like(x, 1.0 if at.chunk == 0 else 0.0))
+    second = next(x for at, x in seen if at.chunk == 1 and at.step == 1)
+    sigma = reference.schedule.chunk_sigmas(1)[1]
+    x0 = (second - sigma * SeededNoise(0, (1, 4, SIZE, SIZE))(1, 0, 3)) / (1 - sigma)
+    expected = torch.zeros(SIZE, SIZE)
+    expected[1, 1] = share
+    assert torch.allclose(x0[0, 0], expected.expand(3, -1, -1), atol=1e-4)
 
 
 def test_blend_is_checked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,8 +76,27 @@ def test_an_obedient_sprite_scores_nothing_and_a_resting_one_its_speed() -> None
     assert good.error < 0.05 and good.lost == 0 and good.colour and good.shape
     still = measure(draw(spec, whole[:1].expand(len(whole), -1)), spec, path, FIRST, 1.0)
     assert still.error == pytest.approx(still.commanded, abs=0.02)
+    assert good.one and still.one
     gone = torch.full((len(whole), 3, 64, 64), 28.0)
-    assert measure(gone, spec, path, FIRST, 1.0).lost == 1
+    found = measure(gone, spec, path, FIRST, 1.0)
+    assert found.lost == 1 and not found.one
+
+
+def test_clips_that_begin_with_two_copies_are_told_apart_and_left_out() -> None:
+    spec, commands = scene(3, 0)
+    path = commanded_path(torch.tensor([20.0, 30.0]), *commands["any"], frames=49)
+    whole = torch.cat([path[:1].expand(FIRST, -1), path])
+    twice = torch.maximum(draw(spec, whole) - 28, draw(spec, whole + torch.tensor([26.0, 0.0])) - 28) + 28
+    copies = measure(twice, spec, path, FIRST, 1.0)
+    assert not copies.one
+    good = measure(draw(spec, whole), spec, path, FIRST, 1.0)
+    bad = replace(good, error=9.0, one=False)
+    found = {(command, mode): [good, bad] for command in ("any", "caption") for mode in ("none", "reference")}
+    found["any", "reference"] = [replace(good, error=good.error / 4), bad]
+    text = table(found, Options(scenes=2, length=57))
+    row = next(line for line in text.splitlines() if line.startswith("| reference"))
+    assert row.split("|")[3].strip() == "25%"
+    assert "of which 1 are in the tables" in text and "over all 2" in text
 
 
 def test_scenes_are_held_out_and_commands_are_what_they_say() -> None:
