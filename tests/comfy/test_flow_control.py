@@ -276,6 +276,31 @@ def test_the_node_measures_a_video_and_the_preview_shows_it(conditioning_node, p
     assert node.execute(conditioning, True, 0.0).result[0].shape == (4, 256, 512, 3)
 
 
+NAN = float("nan")
+PATH = torch.stack([torch.arange(9.0), torch.full((9,), 20.0)], -1)[:, None]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": "video", "video": torch.full((2, 64, 64, 3), NAN)}, "video holds NaN"),
+        ({"source": "painted", "painted": torch.full((1, 8, 8, 3), NAN)}, "NaN"),
+        ({"source": "tracks", "tracks": {"track_path": PATH * NAN}}, "Track 0 is visible at frame 0 .* NaN"),
+        ({"pan_x": NAN}, "must be finite"),
+        ({"mask": torch.zeros(1, 8, 8)}, "mask is empty: no motion is given anywhere. Draw the mask"),
+        ({"mask": torch.full((1, 8, 8), NAN)}, "mask holds NaN"),
+        ({"mask": torch.ones(3, 8, 8)}, "mask has 3 frames and the optical flow 80 steps"),
+        ({"source": "tracks", "tracks": {"track_path": PATH[:1]}}, "motion needs at least 2"),
+    ],
+    ids=["NaN video", "NaN painting", "NaN track", "NaN pan", "empty mask", "NaN mask", "short mask", "one frame"],
+)
+def test_the_node_refuses_what_holds_no_motion(conditioning_node, change, message):
+    if "tracks" in change:
+        change["tracks"]["track_visibility"] = torch.ones(len(change["tracks"]["track_path"]), 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        conditioning_node(**change)
+
+
 def test_a_source_without_its_input_is_refused(conditioning_node):
     for source in ("video", "tracks", "painted"):
         with pytest.raises(ValueError, match=f"source is {source}, but nothing is connected to {source}"):

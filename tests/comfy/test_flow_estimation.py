@@ -115,3 +115,18 @@ def test_raft_gets_the_sizes_and_range_it_needs(estimation):
     assert tuple(patcher.model.size) == (128, 128)
     assert torch.allclose(found.flow, torch.tensor([3 * 100 / 128, -60 / 128]), atol=1e-4)
     assert found.valid[0, 5:-5, 5:-5].all()
+
+
+def test_comfyuis_own_raft_measures(estimation, tmp_path, monkeypatch):
+    """A file of random weights through ComfyUI's loader: what it says is noise, its type and sizes are real."""
+    raft = pytest.importorskip("torchvision.models.optical_flow").raft_large
+    import comfy_extras.nodes_void as nodes_void
+
+    torch.save(raft(weights=None, progress=False).state_dict(), tmp_path / "raft_large.pth")
+    monkeypatch.setattr(
+        nodes_void.folder_paths, "get_full_path_or_raise", lambda kind, name: str(tmp_path / name), raising=True
+    )
+    monkeypatch.setattr(estimation, "_leads_home", lambda there, back: torch.ones(there.shape[:2], dtype=torch.bool))
+    (estimator,) = nodes_void.OpticalFlowLoader.execute("raft_large.pth").result
+    found = estimation.estimate_flow(torch.rand(2, 60, 100, 3), estimator)
+    assert found.flow.shape == (1, 60, 100, 2) and found.flow.abs().max() > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_wan import CONFIG, caption, latent, normal, tiny_dit
+from torch.utils.flop_counter import FlopCounterMode
 from wan_files import DIMS, tiny_wan
 
 from diagonal_sampler.checkpoints import load_checkpoint
@@ -30,6 +31,36 @@ def test_a_fresh_adapter_changes_nothing_at_all():
         expected = plain(x, TIME, text)
         assert torch.equal(model(x, TIME, text, optical_flow=motion(3)), expected)
         assert torch.equal(model(x, TIME, text), expected)
+
+
+def test_a_trained_adapter_without_flow_changes_nothing_at_all():
+    plain, model = tiny_dit(), tiny_dit(config=WITH_ADAPTER)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in FLOW_ADAPTER_KEYS}
+    assert model.flow_embedding.weight.abs().max() > 0
+    plain.load_state_dict(weights)
+    x, text = latent(1, 3), caption(2)
+    with torch.no_grad():
+        expected = plain(x, TIME, text)
+        assert torch.equal(model(x, TIME, text), expected)
+        assert torch.equal(model(x, TIME, text, optical_flow=torch.zeros(1, 4, 3, 4, 4)), expected)
+
+
+def test_the_adapter_costs_less_than_a_hundredth_of_a_forward():
+    """Wan 1.3B at 832x480, in floating-point operations of a first chunk, the cheapest: nothing is before it."""
+    with torch.device("meta"):
+        model = WanDiT(WanConfig(flow_adapter=True))
+        x, text, field = torch.empty(1, 16, 3, 60, 104), torch.empty(1, 512, 4096), torch.empty(1, 4, 3, 60, 104)
+        counts = []
+        for flow in (None, field):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(x, torch.empty(1), text, optical_flow=flow)
+            counts.append(counter.get_total_flops())
+    plain, more = counts
+    tokens = 3 * 30 * 52
+    products = sum(p.numel() for name, p in model.blocks.named_parameters() if "ffn" in name or "self_attn" in name)
+    assert plain > 2 * tokens * 0.99 * products, "the blocks were counted"
+    print(f"\nthe adapter: {(more - plain) / plain:.6%} of a forward")
+    assert 0 < more - plain < 0.01 * plain
 
 
 def test_a_trained_adapter_moves_its_own_frames_first():

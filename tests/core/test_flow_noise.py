@@ -77,9 +77,12 @@ def test_no_value_is_used_twice_in_a_frame(name):
         assert frame.unique().numel() >= frame.numel() - 2, "float32 draws may coincide by chance"
 
 
-@pytest.mark.parametrize("name", ["translation", "sub-pixel", "rotation", "zoom in", "zoom out", "rest"])
+@pytest.mark.parametrize("name", ["translation", "sub-pixel", "rotation", "zoom in", "zoom out", "rest", "folding"])
 def test_noise_is_where_the_motion_carries_it(name):
-    """Over six latent frames every value that survives is within 1.2 cells of where the command says."""
+    """Over six latent frames 95 of 100 carried values are within 1.2 cells of where the command says, the rest within 3.
+
+    Those farther off had to give way again and again.
+    """
     frames = clip(make(FLOWS[name]))[0, 0]
     points = grid(HEIGHT, WIDTH)
     known = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
@@ -94,7 +97,7 @@ def test_noise_is_where_the_motion_carries_it(name):
     error = (grid(HEIGHT, WIDTH).reshape(-1, 2)[same] - points.reshape(-1, 2)[order[found[same]]]).norm(dim=-1)
     assert error.quantile(0.95) <= 1.2 and error.max() < 3
     expected = known & (points >= 0).all(-1) & (points[..., 0] <= WIDTH - 1) & (points[..., 1] <= HEIGHT - 1)
-    if name != "zoom out":  # where there are fewer cells than values, some must end
+    if name not in ("zoom out", "folding"):  # where there are fewer cells than values, some must end
         assert same.sum() >= 0.8 * expected.sum()
 
 
@@ -153,11 +156,12 @@ def test_degrade_is_checked():
 
 
 def test_time_per_latent_frame():
-    noise = make(FLOWS["folding"])
-    noise.map(1)
-    started = time.perf_counter()
-    for frame in range(2, 9):
-        noise.map(frame)
-    elapsed = (time.perf_counter() - started) / 7
-    print(f"\nflow-warped noise: {1000 * elapsed:.1f} ms per latent frame of 60x104")
-    assert elapsed < 0.25, "a few tens of ms on an idle machine"
+    """A few tens of ms of processor time, draws included; the quickest of some runs, for the machine may be busy."""
+    quickest = math.inf
+    for _ in range(3):
+        noise = make(FLOWS["rotation"])
+        started = time.process_time()
+        clip(noise)
+        quickest = min(quickest, (time.process_time() - started) / sum(COUNTS))
+    print(f"\nflow-warped noise: {1000 * quickest:.1f} ms per latent frame of 60x104")
+    assert quickest < 0.05
