@@ -79,7 +79,7 @@ def test_no_value_is_used_twice_in_a_frame(name):
 
 @pytest.mark.parametrize("name", ["translation", "sub-pixel", "rotation", "zoom in", "zoom out", "rest", "folding"])
 def test_noise_is_where_the_motion_carries_it(name):
-    """Over six latent frames 95 of 100 carried values are within 1.2 cells of where the command says, the rest within 3.
+    """Over six latent frames 95 of 100 carried values are within 1.2 cells of where the command says, all within 3.
 
     Those farther off had to give way again and again.
     """
