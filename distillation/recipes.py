@@ -53,6 +53,7 @@ class Recipe:
     height: int = option(60, "latent height (pixels / 8)")
     width: int = option(104, "latent width (pixels / 8)")
     rollout_frames: int = option(240, "stage long: latent frames of the longest rollout")
+    opening_share: float = option(0.0, "stage long: share of rollouts that end with their first window")
 
     # How the student looks back and denoises: as at inference
     frames_per_chunk: int = option(3, "latent frames denoised together")
@@ -139,7 +140,7 @@ class Recipe:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("beta1", "beta2", "ema_decay", "flow_dropout"):
+        for name in ("beta1", "beta2", "ema_decay", "flow_dropout", "opening_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
         for name in ("gradient_clip", "epsilon", "score_shift"):

@@ -289,10 +289,10 @@ class Trainer:
         frames = recipe.frames
         if recipe.stage == "long":  # whole chunks; the window that is trained on is the rollout's end
             longest = (recipe.rollout_frames - recipe.frames) // recipe.frames_per_chunk
-            drawn = torch.randint(
-                longest + 1, (), generator=generator_at(recipe.seed, update, turn, 11)
-            )  # one length for all ranks: they step through the chunks together
-            frames += int(drawn) * recipe.frames_per_chunk
+            generator = generator_at(recipe.seed, update, turn, 11)
+            drawn = int(torch.randint(longest + 1, (), generator=generator))  # one length for all ranks
+            if float(torch.rand((), generator=generator)) >= recipe.opening_share:
+                frames += drawn * recipe.frames_per_chunk
         chunks = len(split_frames(frames, recipe.frames_per_chunk))
         seeds, rows = self.seeds(update, role, part), self.prompt_rows(update, turn, part)
         flow = None if self.flows is None else self.flows.features(rows, seeds, frames).to(self.ranks.device)

@@ -110,7 +110,7 @@ TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diag
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
-LONG_ROLLOUTS, SHIPPED = "long-rollouts", "shipped"
+LONG_ROLLOUTS, LONG_SINK, SHIPPED = "long-rollouts", "long-sink", "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
@@ -253,13 +253,21 @@ ROWS: tuple[Row, ...] = (
         start=f"{LONG_DIAGONAL}.safetensors",
     ),
     _trained(
-        SHIPPED,
-        f"the shipped student: {LONG_ROLLOUTS}, then windows of up to 75 judged with the sink in view",
+        LONG_SINK,
+        f"{LONG_ROLLOUTS}, then windows of rollouts of up to 75, judged with the sink in view",
         others=(*LONG_STAGE, "--rollout-frames", "75"),
-        checkpoint=STUDENT_FILE,
-        reference=CAUSAL,
+        reference=LONG_ROLLOUTS,
         budget="--updates 130 --warmup 20 --cooldown 50",
         start=f"{LONG_ROLLOUTS}.safetensors",
+    ),
+    _trained(
+        SHIPPED,
+        f"the shipped student: {LONG_SINK}, then half the windows at the beginning",
+        others=(*LONG_STAGE, "--rollout-frames", "75", "--opening-share", "0.5"),
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
+        budget="--updates 100 --warmup 10 --cooldown 40",
+        start=f"{LONG_SINK}.safetensors",
     ),
 )
 CONTROLS: tuple[Control, ...] = (

@@ -306,6 +306,9 @@ def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_pat
     trainer = trainer_of(recipe, tmp_path)
     lengths = {trainer.rollout(update, 0, "student", 0)[0].frames for update in range(60)}
     assert lengths == {4, 6, 8, 10}
+    trainer.recipe = replace(recipe, opening_share=0.8)
+    openings = sum(trainer.rollout(update, 0, "student", 0)[0].frames == 4 for update in range(60))
+    assert 40 < openings < 60  # of them 51 are expected: one in four of the others is as short
     assert trainer.update(0)["student_norm"] > 0
 
 
