@@ -37,13 +37,19 @@ def page(frontend):
     graph = json.loads(saved.replace('"localized_name"', '"english_name"'))
     frontend.load(graph)
     wait_words(page, ".diagonal-memory .text-line", "Needs ")
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
-    wait_words(page, ".diagonal-memory .text-line", "需要 ")  # ComfyUI opens the graph again by itself
+    speak(page, "zh")
     frontend.load(graph)
     wait_words(page, ".diagonal-memory .text-line", "需要 ")
     yield page
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    speak(page, "en")
     wait_words(page, ".diagonal-memory .words", "Needs ")
+
+
+def speak(page, language: str) -> None:
+    """Switches ComfyUI's language, and waits until it has opened the graph again, which it does by itself and late."""
+    page.evaluate("() => { for (const node of app.graph.nodes) node.seenBefore = true; }")
+    page.evaluate("(language) => app.extensionManager.setting.set('Comfy.Locale', language)", language)
+    page.wait_for_function("() => app.graph.nodes.length && app.graph.nodes.every((node) => !node.seenBefore)")
 
 
 def wait_words(page, selector: str, words: str) -> None:

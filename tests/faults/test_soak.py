@@ -15,6 +15,7 @@ import pytest
 
 GROWTH_MB = 50.0
 SLOWER = 1.1  # medians of processor time differ by a few percent from one run to the next
+SLOWER_OF_FEW = 1.3  # medians of fewer than 20 chunks, beside other work
 FPS, CHUNK_FRAMES = 16, 12
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory and handles are read from /proc")
@@ -67,7 +68,8 @@ def test_row_soak_chunks(six_chunks):
     times = [after - before for before, after in zip(used, used[1:], strict=False)]
     # The window is full after four chunks; the first tenth is taken from there.
     early, late = statistics.median(times[5 : 5 + tenth]), statistics.median(times[-tenth:])
-    slower = f"a chunk took {late:.3f} s at the end and {early:.3f} s at first" if late > SLOWER * early else ""
+    allowed = early * (SLOWER if tenth >= 20 else SLOWER_OF_FEW)
+    slower = f"a chunk took {late:.3f} s at the end and {early:.3f} s at first" if late > allowed else ""
     middle = states[chunks // 4]
     judge("soak_chunks", chunks, middle, {name: states[-1][name] for name in middle}, slower)
     assert threading.active_count() < 20
@@ -85,6 +87,6 @@ def test_row_soak_prompts(comfy_server):
         comfy_server.run(graph)
         states.append(state_of(pid))
     # ComfyUI fills its own caches at first.
-    early = {key: max(state[key] for state in states[: max(2, prompts // 4)]) for key in states[0]}
+    early = {key: max(state[key] for state in states[: max(4, prompts // 4)]) for key in states[0]}
     late = {key: min(state[key] for state in states[-max(2, prompts // 10) :]) for key in states[0]}
     judge("soak_prompts", prompts, early, late)
