@@ -60,28 +60,6 @@ MAX_INFLATION = 2
 """Tensors may share memory (tied weights), but not so that they unfold to more than this many times what is stored."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
-
-
-def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name beside it, then renames: it is never half there.
-
-    Its permissions are those of any new file (safetensors alone would keep others from reading it).
-
-    Raises:
-        OSError, safetensors.SafetensorError: it cannot be written; a file of that name stays as it was.
-    """
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    try:
-        partial.touch()
-        permissions = partial.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        partial.chmod(permissions)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 _GGUF_MAGIC = b"GGUF"
 _LFS_MAGIC = b"version https://git-lfs"
 _SNIFF_BYTES = 64
@@ -460,3 +438,23 @@ def _spans(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     for index in range(SAMPLED_SPANS):
         start = last * index // (SAMPLED_SPANS - 1)
         yield flat[start : start + SPAN_ELEMENTS]
+
+
+def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file under a temporary name beside it, then renames: it is never half there.
+
+    Its permissions are those of any new file (safetensors alone would keep others from reading it).
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be written; a file of that name stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.touch()
+        permissions = partial.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(permissions)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -49,20 +49,7 @@ def page(frontend):
 @pytest.mark.parametrize("node", NODES)
 def test_the_help_panel_shows_the_page_and_its_picture(page, frontend, node):
     frontend.errors.clear()
-    page.evaluate(
-        """(type) => {
-            app.graph.clear();
-            const node = LiteGraph.createNode(type);
-            app.graph.add(node);
-            node.pos = [0, 0];
-            app.canvas.ds.scale = 0.6;
-            app.canvas.ds.offset = [300, 250];
-            app.canvas.selectNode(node);
-            app.canvas.setDirty(true, true);
-        }""",
-        node,
-    )
-    page.get_by_label("Node Info").first.click(timeout=20_000)
+    frontend.open_help(node)
     picture = page.locator(f"img[src$='/docs/images/{node}.webp']").first
     picture.wait_for(state="attached", timeout=20_000)
     page.wait_for_function(

@@ -60,16 +60,6 @@ def wait_words(page, selector: str, words: str) -> None:
     )
 
 
-def set_widget(page, kind: str, name: str, value) -> None:
-    page.evaluate(
-        """([kind, name, value]) => {
-            const node = app.graph.nodes.find((node) => node.type === kind);
-            node.widgets.find((widget) => widget.name === name).value = value;
-        }""",
-        [kind, name, value],
-    )
-
-
 def test_the_drawings_speak_chinese(page, frontend):
     wait_words(page, ".diagonal-memory .detail", "KV 缓存（12 个潜在帧）")
     wait_words(page, ".diagonal-schedule .info", "7 个块共 17 次前向；均匀 4 步加缓存前向需要 35 次（2.06 倍）。")
@@ -86,11 +76,11 @@ def test_the_drawings_speak_chinese(page, frontend):
 
 
 def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
-    set_widget(page, "DiagonalSchedule", "steps", "1")
+    frontend.set_widget("DiagonalSchedule", "steps", "1")
     wait_words(page, ".diagonal-schedule .warning", "下一块的条件几乎是纯噪声")
-    set_widget(page, "DiagonalCausalAttention", "window", -1)
+    frontend.set_widget("DiagonalCausalAttention", "window", -1)
     for name in ("width", "height"):
-        set_widget(page, "EmptyARVideoLatent", name, 8192)
+        frontend.set_widget("EmptyARVideoLatent", name, 8192)
     wait_words(page, ".diagonal-memory.red .text-line", "即可放下。")
     page.screenshot(path=ARTIFACTS / "chinese_red.png")
     page.evaluate(
@@ -106,19 +96,7 @@ def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
 
 
 def test_the_help_panel_shows_the_chinese_page(page, frontend):
-    page.evaluate(
-        """() => {
-            app.graph.clear();
-            const node = LiteGraph.createNode("DiagonalStreamVideo");
-            app.graph.add(node);
-            node.pos = [0, 0];
-            app.canvas.ds.scale = 0.6;
-            app.canvas.ds.offset = [300, 250];
-            app.canvas.selectNode(node);
-            app.canvas.setDirty(true, true);
-        }"""
-    )
-    page.get_by_label("节点信息").first.click(timeout=20_000)
+    frontend.open_help("DiagonalStreamVideo", "节点信息")
     wait_words(page, ".node-help-content h2, .node-help-content h1", "停止与续跑")
     page.wait_for_function(
         """() => [...document.images].some((image) =>

@@ -31,16 +31,6 @@ def page(frontend):
     return frontend.page
 
 
-def set_widget(page, kind: str, name: str, value) -> None:
-    page.evaluate(
-        """([kind, name, value]) => {
-            const node = app.graph.nodes.find((node) => node.type === kind);
-            node.widgets.find((widget) => widget.name === name).value = value;
-        }""",
-        [kind, name, value],
-    )
-
-
 def wait_line(page, words: str) -> str:
     page.wait_for_function(
         "words => document.querySelector('.diagonal-preview .line').textContent.includes(words)",
@@ -51,8 +41,8 @@ def wait_line(page, words: str) -> str:
 
 
 def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
-    set_widget(page, "EmptyARVideoLatent", "length", 81)
-    set_widget(page, "DiagonalChunkSampler", "seed", 81_081)  # of no other test: ComfyUI runs nothing twice
+    frontend.set_widget("EmptyARVideoLatent", "length", 81)
+    frontend.set_widget("DiagonalChunkSampler", "seed", 81_081)  # of no other test: ComfyUI runs nothing twice
     page.evaluate("() => app.queuePrompt(0, 1)")
     line = wait_line(page, "forwards in")
     assert line.startswith("chunk 7 of 7 · first after ") and "frames/s" in line
@@ -78,7 +68,7 @@ def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
 
 
 def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
-    set_widget(page, "EmptyARVideoLatent", "length", 1021)
+    frontend.set_widget("EmptyARVideoLatent", "length", 1021)
     page.evaluate("() => app.queuePrompt(0, 1)")
     page.wait_for_function("() => seen.pictures.size >= 2", timeout=90_000)
     comfy_server.post("/interrupt", {})

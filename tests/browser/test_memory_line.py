@@ -33,16 +33,6 @@ def page(frontend):
     return frontend.page
 
 
-def set_widget(page, kind: str, name: str, value) -> None:
-    page.evaluate(
-        """([kind, name, value]) => {
-            const node = app.graph.nodes.find((node) => node.type === kind);
-            node.widgets.find((widget) => widget.name === name).value = value;
-        }""",
-        [kind, name, value],
-    )
-
-
 def wait_lines(page, *words: str) -> list[str]:
     """The text of both lines, once both say all of this."""
     page.wait_for_function(
@@ -63,16 +53,16 @@ def cache_mb(line: str) -> float:
 def test_the_line_follows_window_and_size_and_goes_red(page, frontend):
     (line, other) = wait_lines(page, "Needs ", "64x64", "(12 latent frames)")
     assert line == other and "RAM (no GPU)" in line
-    set_widget(page, "EmptyARVideoLatent", "width", 640)
-    set_widget(page, "EmptyARVideoLatent", "height", 640)
+    frontend.set_widget("EmptyARVideoLatent", "width", 640)
+    frontend.set_widget("EmptyARVideoLatent", "height", 640)
     (small, _) = wait_lines(page, "640x640", "(12 latent frames)")
-    set_widget(page, "DiagonalCausalAttention", "window", 6)
+    frontend.set_widget("DiagonalCausalAttention", "window", 6)
     (smaller, _) = wait_lines(page, "640x640", "(6 latent frames)")
     assert cache_mb(smaller) == pytest.approx(cache_mb(small) / 2, rel=0.01)
     assert page.locator(f"{LINES}.red").count() == 0
-    set_widget(page, "DiagonalCausalAttention", "window", -1)
+    frontend.set_widget("DiagonalCausalAttention", "window", -1)
     for name in ("width", "height"):
-        set_widget(page, "EmptyARVideoLatent", name, 8192)
+        frontend.set_widget("EmptyARVideoLatent", name, 8192)
     wait_lines(page, "8192x8192", "Fits with ")
     assert page.locator(f"{LINES}.red").count() == 2
     colour = page.locator(f"{LINES}.red .text-line").first.evaluate("line => getComputedStyle(line).color")

@@ -79,6 +79,33 @@ class Frontend:
         self.page.evaluate("workflow => window.app.loadGraphData(workflow, true, true)", workflow)
         self.page.wait_for_timeout(SETTLE_MS)
 
+    def set_widget(self, kind: str, name: str, value) -> None:
+        """Give a widget of the first node of a type another value."""
+        self.page.evaluate(
+            """([kind, name, value]) => {
+                const node = app.graph.nodes.find((node) => node.type === kind);
+                node.widgets.find((widget) => widget.name === name).value = value;
+            }""",
+            [kind, name, value],
+        )
+
+    def open_help(self, kind: str, label: str = "Node Info") -> None:
+        """Replace the graph by one node of a type and open its help; `label` is what the button is called."""
+        self.page.evaluate(
+            """(kind) => {
+                app.graph.clear();
+                const node = LiteGraph.createNode(kind);
+                app.graph.add(node);
+                node.pos = [0, 0];
+                app.canvas.ds.scale = 0.6;
+                app.canvas.ds.offset = [300, 250];
+                app.canvas.selectNode(node);
+                app.canvas.setDirty(true, true);
+            }""",
+            kind,
+        )
+        self.page.get_by_label(label).first.click(timeout=20_000)
+
     def api_export(self) -> dict:
         """What File > Export (API) writes."""
         return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
