@@ -4,6 +4,7 @@
 - `pack`: this pack, loaded into this process by ComfyUI's own loader on the CPU.
 - `pack_module`: `pack_module("nodes.sampling")` gives a module of it. `<pack>.diagonal_sampler` and
   `import diagonal_sampler` are one and the same module.
+- `output`: its output folder in this process, of one test.
 - `comfy_server`: a real server in its own process (`tests/helpers/comfy_host.py`).
 
 Core tests `import diagonal_sampler` and need no ComfyUI. Files below tests/comfy may import ComfyUI's modules
@@ -93,6 +94,18 @@ def pack(comfyui_dir: Path) -> ModuleType:
 def pack_module(pack: ModuleType) -> Callable[[str], ModuleType]:
     """A function from a dotted name inside the pack to its module."""
     return comfy_host.pack_module
+
+
+@pytest.fixture
+def output(pack: ModuleType, tmp_path: Path) -> Iterator[Path]:
+    """ComfyUI's output folder in this process, empty."""
+    import folder_paths
+
+    before, folder = folder_paths.get_output_directory(), tmp_path / "output"
+    folder.mkdir()
+    folder_paths.set_output_directory(str(folder))
+    yield folder
+    folder_paths.set_output_directory(before)
 
 
 @pytest.fixture(scope="session")

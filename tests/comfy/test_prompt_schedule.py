@@ -4,7 +4,6 @@ import threading
 from concurrent.futures import Future
 
 import comfy.samplers
-import folder_paths
 import node_helpers
 import pytest
 import torch
@@ -270,13 +269,11 @@ def demo(pack_module):
 
 
 @pytest.fixture
-def stream(pack_module, demo, prompts, tmp_path, monkeypatch):
+def stream(pack_module, demo, prompts, output, monkeypatch):
     """`stream(text, **more)`: latents of every chunk that was made of a video of 7 chunks, states after each."""
     streaming = pack_module("model_patches.streaming")
     model, clip, vae = demo
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
 
     def run(text, switch="recache", **more):
         found = []
@@ -303,8 +300,7 @@ def stream(pack_module, demo, prompts, tmp_path, monkeypatch):
                 pass
         return found
 
-    yield run
-    folder_paths.set_output_directory(before)
+    return run
 
 
 class Stop(Exception):

@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
+import comfy_host
 import numpy as np
 import pytest
 import torch
@@ -51,21 +51,10 @@ def stream_state(pack_module):
 
 
 @pytest.fixture(scope="module")
-def demo(pack_module):
+def demo(pack):
     """MODEL, positive, negative, VAE of the bundled demo."""
-    node = pack_module("nodes.demo_loader").DiagonalDemoLoader
-    model, clip, vae = node.execute("teacher").result
-    texts = ("a red circle moves right", "")
-    yield (model, *(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts), vae)
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def output(tmp_path):
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
+    with comfy_host.demo_models("teacher") as models:
+        yield models
 
 
 @pytest.fixture

@@ -31,28 +31,10 @@ def comfy_server(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def demo(pack_module):
+def demo(pack):
     """MODEL, positive, negative, VAE of the bundled demo's student."""
-    import comfy.model_management
-
-    node = pack_module("nodes.demo_loader").DiagonalDemoLoader
-    model, clip, vae = node.execute("student").result
-    texts = ("a red circle moves right", "")
-    yield (model, *(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts), vae)
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def output(tmp_path):
-    """ComfyUI's output folder, empty."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory()
-    folder = tmp_path / "output"
-    folder.mkdir()
-    folder_paths.set_output_directory(str(folder))
-    yield folder
-    folder_paths.set_output_directory(before)
+    with comfy_host.demo_models("student") as models:
+        yield models
 
 
 @pytest.fixture

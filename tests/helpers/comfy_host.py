@@ -21,8 +21,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from bootstrap.host import link_pack
 from bootstrap.processes import CHILDREN
@@ -131,6 +134,17 @@ def pack_module(name: str) -> ModuleType:
     """Return a module of the loaded pack by its dotted name inside it, e.g. `model_patches.causal_wan`."""
     load_pack()
     return importlib.import_module(f"{PACK_NAME}.{name}")
+
+
+@contextmanager
+def demo_models(weights: str) -> Iterator[tuple[Any, ...]]:
+    """MODEL, positive, negative, VAE of the bundled demo's `weights`, student or teacher; unloaded afterwards."""
+    import comfy.model_management
+
+    model, clip, vae = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute(weights).result
+    texts = ("a red circle moves right", "")
+    yield (model, *(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts), vae)
+    comfy.model_management.unload_all_models()
 
 
 class ComfyServer:
