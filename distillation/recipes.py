@@ -73,6 +73,7 @@ class Recipe:
 
     # Losses
     cfg: float = option(4.0, "guidance of the teacher, in ComfyUI's convention")
+    cfg_high: float = option(1.0, "largest noise level at which the teacher is guided; above it cfg is 1")
     score_attention: str = option("bidirectional", "bidirectional or causal: how teacher and fake score see a clip")
     score_sink: bool = option(False, "stage long: the scores see a window together with the rollout's sink")
     score_shift: float = option(5.0, "shift of the noise levels at which the scores are compared")
@@ -146,6 +147,8 @@ class Recipe:
         for name in ("gradient_clip", "epsilon", "score_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.cfg_high <= 1:
+            raise ValueError(f"cfg_high is {self.cfg_high}; it is a noise level in [0, 1].")
         if not 0 < self.score_low < self.score_high <= 1:
             raise ValueError(
                 f"score_low is {self.score_low} and score_high {self.score_high}; they need 0 < score_low < "

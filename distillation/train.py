@@ -416,7 +416,8 @@ class Trainer:
             if self.negative is not None:
                 negative = self.negative.expand(len(seeds), -1, -1)
                 unguided = self.score(self.networks.teacher, x, sigma, negative, flow, sink)
-                real = losses.guided(real, unguided, recipe.cfg)
+                guided = losses.guided(real, unguided, recipe.cfg)
+                real = torch.where(spread_sigma(sigma) <= recipe.cfg_high, guided, real)
         clip.requires_grad_()
         # The chunk after a gap cannot be known from the sink, and a teacher takes it for the next one.
         known = slice(recipe.frames_per_chunk if rollout.sink_frames else 0, None)

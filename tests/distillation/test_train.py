@@ -193,6 +193,31 @@ def test_motion_weight_zero_turns_motion_off(inputs, tmp_path):
     assert not torch.equal(off.ema.values["patch_embedding.weight"], on.ema.values["patch_embedding.weight"])
 
 
+def test_the_teacher_is_guided_up_to_a_noise_level(inputs, tmp_path):
+    """Each clip of a micro-batch has a level of its own: below cfg_high its gradient is the guided one's, above not."""
+    recipe = tiny_recipe(inputs, cfg=6.0)
+    trainer = trainer_of(recipe, tmp_path)
+    rollout, seeds = trainer.rollout(0, recipe.fake_score_updates, "student", 0)
+    clip = rollout.clip(trainer.networks.student.network)[1]
+    sigma = trainer.under_noise(clip, seeds)[1]
+    level = float(sigma.sort().values[len(sigma) // 2 - 1 :][:2].mean())
+
+    def gradient(**changes) -> Tensor:
+        trainer.recipe, seen = replace(recipe, **changes), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rollout, "backward", lambda self, network, gradient: seen.append(gradient.clone()))
+            trainer._student_backward(0, 0)
+        return seen[0]
+
+    guided, plain, found = gradient(), gradient(cfg=1.0), gradient(cfg_high=level)
+    below = sigma <= level
+    assert 0 < below.sum() < len(sigma) and not torch.equal(guided, plain)
+    assert torch.equal(found[below], guided[below])
+    torch.testing.assert_close(found[~below], plain[~below])
+    with pytest.raises(ValueError, match="cfg_high is 1.5; it is a noise level"):
+        replace(recipe, cfg_high=1.5)
+
+
 def test_a_window_can_be_judged_with_the_rollouts_sink_in_view(inputs, tmp_path):
     """The scores see clean sink and noisy window as the student attends; the chunk after the gap learns nothing."""
     recipe = tiny_recipe(
