@@ -110,13 +110,15 @@ TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diag
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
-LONG_ROLLOUTS, LONG_SINK, SHIPPED = "long-rollouts", "long-sink", "shipped"
+LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
+LOW_GUIDANCE, LOW_GUIDANCE_220, SHIPPED = "low-guidance", "low-guidance-220", "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
 STUDENT_FILE = "demo_student.safetensors"
 LONG_BUDGET = "--updates 380 --cooldown 80"
 LONG_STAGE = ("--stage", "long", "--cfg", "4")
+LOW_NOISE = ("--cfg-high", "0.8")
 FAKE_UPDATES = ("--fake-score-updates", "5")  # the paper's; the demo's recipe has 2
 
 
@@ -261,13 +263,38 @@ ROWS: tuple[Row, ...] = (
         start=f"{LONG_ROLLOUTS}.safetensors",
     ),
     _trained(
-        SHIPPED,
-        f"the shipped student: {LONG_SINK}, then half the windows at the beginning",
+        LONG_OPENING,
+        f"{LONG_SINK}, then half the windows at the beginning",
         others=(*LONG_STAGE, "--rollout-frames", "75", "--opening-share", "0.5"),
-        checkpoint=STUDENT_FILE,
         reference=CAUSAL,
         budget="--updates 100 --warmup 10 --cooldown 40",
         start=f"{LONG_SINK}.safetensors",
+    ),
+    _trained(
+        LOW_GUIDANCE,
+        f"{LONG_OPENING}, then guided up to noise level 0.8 only",
+        others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.5"),
+        reference=LONG_OPENING,
+        budget="--updates 60 --warmup 10 --cooldown 20",
+        start=f"{LONG_OPENING}.safetensors",
+    ),
+    _trained(
+        LOW_GUIDANCE_220,
+        f"{LOW_GUIDANCE}, 160 updates more, more of them at the beginning",
+        others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.75"),
+        reference=LONG_OPENING,
+        budget="--updates 160 --warmup 10 --cooldown 40",
+        start=f"{LOW_GUIDANCE}.safetensors",
+    ),
+    _trained(
+        SHIPPED,
+        f"the shipped student: {LOW_GUIDANCE_220}, then three times the motion weight",
+        motion_weight=3,
+        others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.6"),
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
+        budget="--updates 120 --warmup 10 --cooldown 60",
+        start=f"{LOW_GUIDANCE_220}.safetensors",
     ),
 )
 CONTROLS: tuple[Control, ...] = (
