@@ -111,7 +111,7 @@ NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "witho
 STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
-LOW_GUIDANCE, LOW_GUIDANCE_220, SHIPPED = "low-guidance", "low-guidance-220", "shipped"
+LOW_GUIDANCE_220, LOW_GUIDANCE_340, SHIPPED = "low-guidance-220", "low-guidance-340", "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
@@ -271,28 +271,28 @@ ROWS: tuple[Row, ...] = (
         start=f"{LONG_SINK}.safetensors",
     ),
     _trained(
-        LOW_GUIDANCE,
-        f"{LONG_OPENING}, then guided up to noise level 0.8 only",
+        SHIPPED,
+        f"the shipped student: {LONG_OPENING}, then guided up to noise level 0.8 only",
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.5"),
-        reference=LONG_OPENING,
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
         budget="--updates 60 --warmup 10 --cooldown 20",
         start=f"{LONG_OPENING}.safetensors",
     ),
     _trained(
         LOW_GUIDANCE_220,
-        f"{LOW_GUIDANCE}, 160 updates more, more of them at the beginning",
+        f"{SHIPPED}, 160 updates more, more of them at the beginning",
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.75"),
-        reference=LONG_OPENING,
+        reference=SHIPPED,
         budget="--updates 160 --warmup 10 --cooldown 40",
-        start=f"{LOW_GUIDANCE}.safetensors",
+        start=STUDENT_FILE,
     ),
     _trained(
-        SHIPPED,
-        f"the shipped student: {LOW_GUIDANCE_220}, then three times the motion weight",
+        LOW_GUIDANCE_340,
+        f"{LOW_GUIDANCE_220}, then three times the motion weight",
         motion_weight=3,
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.6"),
-        checkpoint=STUDENT_FILE,
-        reference=CAUSAL,
+        reference=SHIPPED,
         budget="--updates 120 --warmup 10 --cooldown 60",
         start=f"{LOW_GUIDANCE_220}.safetensors",
     ),

@@ -32,6 +32,7 @@ from distillation.evidence.rows import (
     FULL,
     INITIAL,
     LONG_SELF_FORCING,
+    LOW_GUIDANCE_340,
     MOTION_WEIGHTS,
     NAMES,
     NO_FORCING,
@@ -240,7 +241,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, SHIPPED: 3} | MOTION_WEIGHTS
+        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3} | MOTION_WEIGHTS
         assert recipe.motion_weight == weights.get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
     trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
