@@ -54,6 +54,7 @@ class Recipe:
     width: int = option(104, "latent width (pixels / 8)")
     rollout_frames: int = option(240, "stage long: latent frames of the longest rollout")
     opening_share: float = option(0.0, "stage long: share of rollouts that end with their first window")
+    given_share: float = option(0.0, "share of rollouts that go on from a finished chunk, as a video is extended")
 
     # How the student looks back and denoises: as at inference
     frames_per_chunk: int = option(3, "latent frames denoised together")
@@ -75,7 +76,7 @@ class Recipe:
     cfg: float = option(4.0, "guidance of the teacher, in ComfyUI's convention")
     cfg_high: float = option(1.0, "largest noise level at which the teacher is guided; above it cfg is 1")
     score_attention: str = option("bidirectional", "bidirectional or causal: how teacher and fake score see a clip")
-    score_sink: bool = option(False, "stage long: the scores see a window together with the rollout's sink")
+    score_sink: bool = option(False, "where a window begins later: the scores see the sink with it")
     score_shift: float = option(5.0, "shift of the noise levels at which the scores are compared")
     score_low: float = option(0.02, "smallest noise level of a score")
     score_high: float = option(0.98, "largest noise level of a score")
@@ -141,7 +142,7 @@ class Recipe:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("beta1", "beta2", "ema_decay", "flow_dropout", "opening_share"):
+        for name in ("beta1", "beta2", "ema_decay", "flow_dropout", "opening_share", "given_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
         for name in ("gradient_clip", "epsilon", "score_shift"):
@@ -171,7 +172,8 @@ class Recipe:
                 "trains on windows of whole chunks."
             )
         whole = self.sink % self.frames_per_chunk == 0
-        if self.stage == "long" and self.score_sink and not (self.score_attention == "causal" and whole):
+        far = self.stage == "long" or self.given_share > 0  # windows that begin after the sink
+        if far and self.score_sink and not (self.score_attention == "causal" and whole):
             raise ValueError(
                 f"score_sink needs score_attention causal (it is {self.score_attention}) and a sink of whole chunks ("
                 f"{self.sink} latent frames, {self.frames_per_chunk} a chunk)."

@@ -72,6 +72,7 @@ class Rollout:
         precision: bf16 autocast or float32.
         sink_frames: latent frames at the rollout's start, all before the window, that the scores see with it.
         optical_flow: [B, 4, frames, H, W] what the adapter is given, or None.
+        given: [B, C, n, H, W] finished latents that the rollout begins with, all before the window; or None.
     """
 
     schedule: DiagonalSchedule
@@ -85,6 +86,7 @@ class Rollout:
     precision: torch.dtype
     sink_frames: int = 0
     optical_flow: Tensor | None = None
+    given: Tensor | None = None
 
     @property
     def seen_flow(self) -> Tensor | None:
@@ -138,9 +140,10 @@ class Rollout:
                 cache,
                 frames=self.frames,
                 frames_per_chunk=self.settings.frames_per_chunk,
+                context=self.given,
                 exit_step=lambda chunk: self.exits[chunk],
             )
-            clips = []
+            clips = [] if self.given is None else [self.given[:, :, : self.sink_frames]]
             for chunk in chunks:
                 if chunk.start_frame < self.sink_frames:
                     clips.append(chunk.latents)

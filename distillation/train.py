@@ -293,15 +293,20 @@ class Trainer:
             drawn = int(torch.randint(longest + 1, (), generator=generator))  # one length for all ranks
             if float(torch.rand((), generator=generator)) >= recipe.opening_share:
                 frames += drawn * recipe.frames_per_chunk
+        draw = torch.rand((), generator=generator_at(recipe.seed, update, turn, 17))  # the same on all ranks
+        given_frames = recipe.frames_per_chunk if float(draw) < recipe.given_share else 0
         chunks = len(split_frames(frames, recipe.frames_per_chunk))
+        frames += given_frames
         seeds, rows = self.seeds(update, role, part), self.prompt_rows(update, turn, part)
         flow = None if self.flows is None else self.flows.features(rows, seeds, frames).to(self.ranks.device)
+        context = self.prompts.embeddings(rows).to(self.ranks.device)
+        given = self._opening(update, role, part, context, flow) if given_frames else None
         rollout = Rollout(
             schedule=recipe.schedule,
             settings=recipe.settings,
             frames=frames,
             noise=self.noise(seeds),
-            context=self.prompts.embeddings(rows).to(self.ranks.device),
+            context=context,
             exits=exit_steps(
                 recipe.schedule, chunks, sample_seed(recipe.seed, update, role, "exit"), last=recipe.exit == "last"
             ),
@@ -310,8 +315,26 @@ class Trainer:
             precision=self.precision,
             sink_frames=recipe.sink if recipe.score_sink and frames - recipe.frames >= recipe.sink else 0,
             optical_flow=flow,
+            given=given,
         )
         return rollout, seeds
+
+    def _opening(self, update: int, role: str, part: int, context: Tensor, optical_flow: Tensor | None) -> Tensor:
+        """The first chunk of another clip of the student's, as finished as at inference: frames to go on from."""
+        recipe = self.recipe
+        noise = self.noise(self.seeds(update, f"{role} given", part))
+        with self.networks.student.active() as student:
+            chunks = stream(
+                student,
+                context,
+                noise,
+                recipe.schedule,
+                recipe.settings,
+                recipe.frames_per_chunk,
+                precision=self.precision,
+                optical_flow=optical_flow,
+            )
+            return torch.cat(list(chunks), dim=2)
 
     def under_noise(self, clip: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A clip at a random noise level each: x, sigma [B], noise."""

@@ -337,6 +337,51 @@ def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_pat
     assert trainer.update(0)["student_norm"] > 0
 
 
+def test_a_share_of_rollouts_goes_on_from_a_finished_chunk(inputs, tmp_path):
+    """What is given is cached as the sampler caches an extended video's frames, and only what follows is trained."""
+    recipe = tiny_recipe(inputs, frames=4, given_share=0.5)
+    trainer = trainer_of(recipe, tmp_path)
+    rollouts = [trainer.rollout(update, 0, "student", 0)[0] for update in range(40)]
+    assert 10 < sum(rollout.given is not None for rollout in rollouts) < 30
+    rollout = next(rollout for rollout in rollouts if rollout.given is not None)
+    chunk = recipe.frames_per_chunk
+    assert (rollout.frames, rollout.first_frame, rollout.given.shape[2]) == (4 + chunk, chunk, chunk)
+    network = trainer.networks.student.network
+    sink, window = rollout.clip(network)
+    assert window.shape[2] == 4 and sink.shape[2] == 0
+    other = replace(rollout, given=rollout.given + 1).clip(network)[1]
+    assert (other - window).abs().max() > 1e-4
+    cache = KVCache(recipe.settings, rollout.frames)
+
+    def denoise(x, at):
+        context, precision = rollout.context, rollout.precision
+        return predict_x0(network, x, at.sigma, context, precision, cache=cache.condition("positive"))
+
+    with torch.no_grad():
+        sampled = list(
+            sample_chunks(
+                denoise, rollout.noise, recipe.schedule, cache, frames=rollout.frames, frames_per_chunk=chunk,
+                context=rollout.given, exit_step=lambda index: rollout.exits[index],
+            )
+        )  # fmt: skip
+    assert torch.equal(torch.cat([chunk.exit_latents for chunk in sampled], dim=2), window)
+    trainer.recipe = replace(recipe, given_share=0.99)
+    assert trainer.update(0)["student_norm"] > 0
+    with pytest.raises(ValueError, match="given_share is 1.0"):
+        replace(recipe, given_share=1.0)
+
+
+def test_scores_see_a_given_chunk_as_the_sink(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, frames=4, sink=2, given_share=0.99, score_attention="causal", score_sink=True)
+    trainer = trainer_of(recipe, tmp_path)
+    rollout = trainer.rollout(1, 0, "student", 0)[0]
+    sink, window = rollout.clip(trainer.networks.student.network)
+    assert torch.equal(sink, rollout.given) and window.shape[2] == 4
+    assert trainer.update(0)["student_norm"] > 0
+    with pytest.raises(ValueError, match="score_sink needs score_attention causal"):
+        replace(recipe, score_attention="bidirectional")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Adapters
 
