@@ -83,7 +83,9 @@ def main() -> None:
         right += sum(sprite.colour_right and sprite.shape_right for sprite in found)
         sprites_asked += len(found)
 
-    print(f"{arguments.dit.name}: joins of {arguments.captions} captions, {arguments.latent_frames} latent frames given\n")
+    print(
+        f"{arguments.dit.name}: joins of {arguments.captions} captions, {arguments.latent_frames} latent frames given\n"
+    )
     print("| step at the join | median, levels of 255 | largest other step, median | joins that hold |")
     print("|---|---|---|---|")
     for name, pairs in joins.items():

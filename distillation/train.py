@@ -443,7 +443,8 @@ class Trainer:
                 real = torch.where(spread_sigma(sigma) <= recipe.cfg_high, guided, real)
         clip.requires_grad_()
         # The chunk after a gap cannot be known from the sink, and a teacher takes it for the next one.
-        known = slice(recipe.frames_per_chunk if rollout.sink_frames else 0, None)
+        gap = 0 < rollout.sink_frames < rollout.first_frame
+        known = slice(recipe.frames_per_chunk if gap else 0, None)
         seen, real, fake = clip[:, :, known], real[:, :, known], fake[:, :, known]
         terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(seen, real, fake)}
         if recipe.regression_weight:
