@@ -528,7 +528,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
-        run = CausalRun(cache, cache_text="registered_hooks" not in options)
+        run = CausalRun(cache, fixed_weights="registered_hooks" not in options)
         transformer_options[RUN_KEY] = run
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
@@ -568,6 +568,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 model.latent_image = frames_of(latent_image, at)
                 model.noise = frames_of(noise, at)
             sigma = x.new_full((x.shape[0],), at.sigma)
+            run.sigma = at.sigma
             if flow_run is not None:
                 flow_run.before(at, x.device)
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))

@@ -502,6 +502,56 @@ def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_l
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
 
 
+def block_patches(model) -> list[str]:
+    return [path for path in model.object_patches if path.count(".") == 3]
+
+
+def test_a_block_keeps_its_modulation_and_equals_comfyuis(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Adds(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func._schema.name in ("aten::add", "aten::addcmul")
+            return func(*args, **(kwargs or {}))
+
+    lean, theirs = causal(tiny_wan), causal(tiny_wan)
+    assert len(block_patches(lean)) == 2
+    for path in block_patches(theirs):
+        del theirs.object_patches[path]
+
+    def run(model, conditioning, **options):
+        with Adds() as adds:
+            latent = sample_latent(model, conditioning, prompt(1), empty_latent(), DIAGONAL, seed=1, **options)
+        return latent["samples"], adds.count
+
+    for options in ({}, {"cfg": 3.0}):
+        found, few = run(lean, prompt(), **options)
+        expected, many = run(theirs, prompt(), **options)
+        assert (found - expected).abs().max() < EXACT and expected.std() > 0.1
+        # Modulation (1), 1 + scale (2) and its product (2) are gone in two blocks; four noise levels compute them once.
+        assert many - few == 2 * (5 * DIAGONAL.nfe(3) - 3 * 4)
+
+
+def test_a_block_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    path, calls = "diffusion_model.blocks.0.forward", []
+    theirs = tiny_wan.clone()
+    original = theirs.get_model_object(path)
+    theirs.add_object_patch(path, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model = causal(theirs)
+    assert model.object_patches[path] is theirs.object_patches[path]
+    found = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert len(calls) == DIAGONAL.nfe(3)
+    plain = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert (found - plain).abs().max() < EXACT
+
+    patched = causal(tiny_wan)
+    patched.set_model_patch(lambda extra: extra["x"] * 0, "attn2_patch")
+    without = sample_latent(patched, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert (plain - without).abs().max() > 0.01
+
+
 def test_wrappers_and_patches_of_other_packs_apply(tiny_wan, causal, prompt, sample_latent, empty_latent):
     from comfy.patcher_extension import WrappersMP
 
