@@ -1,11 +1,13 @@
 """Ten minutes of video in one run: does memory grow, does the picture drift?
 
     python benchmarks/endless.py                        # 600 s of the demo, as in docs/benchmarks.md
+    python benchmarks/endless.py --captions 8           # the same for eight held-out captions, one after another
     python benchmarks/endless.py --seconds 60 --caption "a green cross moves up slowly"
 
 Streams the bundled student to a temporary MP4 through Diagonal Stream Video's own function, with a state after every
 16 chunks. Resident memory is read after every minute of video; the finished file is then read back and measured
-minute by minute, on the sprites' pixels. Needs COMFYUI_DIR, or the host that quickstart.py fetched, and Linux.
+minute by minute, on the sprites' pixels; of several captions the table has the means. Needs COMFYUI_DIR, or the host
+that quickstart.py fetched, and Linux.
 """
 
 from __future__ import annotations
@@ -13,15 +15,21 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from models import open_host  # first: it makes the repository importable
 
 from diagonal_sampler.schedule import DiagonalSchedule
+from distillation import sprites
 from distillation.evidence.measures import saturation_and_sharpness
+from distillation.recipes import DEMO
 from distillation.score import score_clip
 
 FPS = 16
@@ -38,71 +46,114 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """What a minute of one video shows: means over it, and the sprites of its first 81 frames."""
+
+    saturation: float | None
+    sharpness: float | None
+    level: float
+    right: int
+    sprites: int
+
+
+def read_minutes(path: Path, caption: str) -> list[Minute]:
+    """Measure a finished file minute by minute."""
+    import av
+
+    minutes, frames = [], []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0).float())
+            if len(frames) == MINUTE:
+                minute = torch.stack(frames)
+                found = score_clip(minute[:81], caption).sprites
+                right = sum(sprite.colour_right and sprite.shape_right for sprite in found)
+                minutes.append(Minute(*saturation_and_sharpness(minute), minute.mean().item(), right, len(found)))
+                frames = []
+    return minutes
+
+
+def mean_of(values: Sequence[float | None]) -> str:
+    """The mean of what could be measured, as text."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3g}" if known else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=600, help="length of the video, a multiple of 60")
+    parser.add_argument("--seconds", type=int, default=600, help="length of a video, a multiple of 60")
     parser.add_argument("--caption", default="a red circle moves right and a blue square moves down slowly")
+    parser.add_argument("--captions", type=int, help="held-out captions, in place of --caption")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
     arguments = parser.parse_args()
     if arguments.seconds < 60 or arguments.seconds % 60:
         raise SystemExit(f"--seconds is {arguments.seconds}; give a multiple of 60.")
+    sys.argv[1:] = []  # ComfyUI reads them too
     host = open_host()
-    import av
     import folder_paths
 
     host.load_pack()
     streaming = host.pack_module("model_patches.streaming")
-    model, clip, vae = host.pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("student").result
-    positive = clip.encode_from_tokens_scheduled(clip.tokenize(arguments.caption))
-    memory: list[int] = []
+    demo = host.pack_module("model_patches.demo")
+    model = demo.load_demo_model(arguments.dit)
+    clip = demo.load_demo_clip(DEMO / "demo_text_encoder.safetensors")
+    vae = demo.load_demo_vae(DEMO / "demo_autoencoder.safetensors")
+    captions = [arguments.caption]
+    if arguments.captions is not None:
+        captions = sprites.held_out_captions(arguments.captions)
+    memories: list[list[int]] = []
 
     def watch(progress) -> None:
         # The writing thread's own moments: minute k is the first fragment at or beyond it.
-        while progress.frames >= MINUTE * (len(memory) + 1):
-            memory.append(resident_bytes())
+        while progress.frames >= MINUTE * (len(memories[-1]) + 1):
+            memories[-1].append(resident_bytes())
 
-    with tempfile.TemporaryDirectory() as folder:
-        folder_paths.set_output_directory(folder)
-        options = streaming.StreamOptions(
-            width=SIZE,
-            height=SIZE,
-            seconds=float(arguments.seconds),
-            fps=FPS,
-            seed=arguments.seed,
-            filename_prefix="endless",
-            state_every=STATE_EVERY,
-        )
-        started = time.perf_counter()
-        with torch.inference_mode():
-            schedule = DiagonalSchedule.preset("diagonal 4-3-2")
-            result = streaming.stream_video(model, positive, [], vae, schedule, options, on_frames=watch)
-        taken = time.perf_counter() - started
-        size = result.path.stat().st_size
-        rows, frames = [], []
-        with av.open(str(result.path)) as container:
-            for frame in container.decode(video=0):
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0).float())
-                if len(frames) == MINUTE:
-                    minute = torch.stack(frames)
-                    sprites = score_clip(minute[:81], arguments.caption).sprites
-                    right = sum(sprite.colour_right and sprite.shape_right for sprite in sprites)
-                    rows.append((*saturation_and_sharpness(minute), minute.mean().item(), right, len(sprites)))
-                    frames = []
+    videos: list[list[Minute]] = []
+    taken = size = 0.0
+    for caption in captions:
+        memories.append([])
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+        with tempfile.TemporaryDirectory() as folder:
+            folder_paths.set_output_directory(folder)
+            options = streaming.StreamOptions(
+                width=SIZE,
+                height=SIZE,
+                seconds=float(arguments.seconds),
+                fps=FPS,
+                seed=arguments.seed,
+                filename_prefix="endless",
+                state_every=STATE_EVERY,
+            )
+            started = time.perf_counter()
+            with torch.inference_mode():
+                schedule = DiagonalSchedule.preset("diagonal 4-3-2")
+                result = streaming.stream_video(model, positive, [], vae, schedule, options, on_frames=watch)
+            taken += time.perf_counter() - started
+            size += result.path.stat().st_size
+            videos.append(read_minutes(result.path, caption))
 
-    threads = torch.get_num_threads()
-    print(f'"{arguments.caption}", seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, diagonal 4-3-2')
-    print(f"{arguments.seconds} s of video in {taken:.0f} s ({arguments.seconds * FPS / taken:.0f} frames/s), ", end="")
-    print(f"{size / 1e6:.1f} MB; {threads} threads, torch {torch.__version__}, {platform.machine()}\n")
+    minutes = arguments.seconds // 60
+    shown = f'"{captions[0]}"' if len(captions) == 1 else f"{len(captions)} held-out captions"
+    print(f"{shown}, seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, diagonal 4-3-2")
+    frames = len(captions) * arguments.seconds * FPS
+    print(f"{arguments.seconds} s of video in {taken / len(captions):.0f} s ({frames / taken:.0f} frames/s), ", end="")
+    print(f"{size / len(captions) / 1e6:.1f} MB; {torch.get_num_threads()} threads, ", end="")
+    print(f"torch {torch.__version__}, {platform.machine()}\n")
     print("| minute | resident MB | saturation | sharpness | mean level | colour and shape right, first 81 frames |")
     print("|---|---|---|---|---|---|")
-    for index, (saturation, sharpness, level, right, sprites) in enumerate(rows):
-        numbers = ("-" if value is None else f"{value:.3g}" for value in (saturation, sharpness))
-        print(
-            f"| {index + 1} | {memory[index] / 1e6:.0f} | {' | '.join(numbers)} | {level:.1f} | {right} of {sprites} |"
-        )
-    growth = memory[-1] / memory[0] - 1
+    for index in range(minutes):
+        column = [video[index] for video in videos]
+        resident = statistics.mean(memory[index] for memory in memories) / 1e6
+        saturation, sharpness = mean_of([m.saturation for m in column]), mean_of([m.sharpness for m in column])
+        level = statistics.mean(m.level for m in column)
+        right, asked = sum(m.right for m in column), sum(m.sprites for m in column)
+        print(f"| {index + 1} | {resident:.0f} | {saturation} | {sharpness} | {level:.1f} | {right} of {asked} |")
+    growth = max(memory[-1] / memory[0] - 1 for memory in memories)
     held = "held" if growth < MEMORY_GOAL else "NOT held"
-    print(f"\nresident memory after the first minute: {growth:+.2%} (goal: under {MEMORY_GOAL:.0%}, {held})")
+    worst = "" if len(captions) == 1 else ", at most"
+    print(f"\nresident memory after the first minute{worst}: {growth:+.2%} (goal: under {MEMORY_GOAL:.0%}, {held})")
 
 
 if __name__ == "__main__":

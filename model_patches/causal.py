@@ -210,7 +210,7 @@ class _Patch:
 
 
 class _LeanBlock:
-    """A block's forward with its modulation kept and put into the norms: nine kernels fewer of 32.
+    """A block's forward with its modulation kept and put into the norms: five kernels fewer of 28.
 
     norm(x)*(1 + scale) + shift is one layer norm whose weight and bias are 1 + scale and shift, and those follow from
     the noise level alone. torch.compile fuses the same by itself, so that a compiled block stays ComfyUI's.
