@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
@@ -318,11 +319,15 @@ def sample_latents(
     return torch.cat(list(chunks), dim=2)
 
 
+SHEET_GREY = 40
+"""Level of the lines between a contact sheet's frames."""
+
+
 def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) -> None:
     """Writes rows of clips and columns of frames. frames: [B, T, 3, H, W] in 0..255."""
     from PIL import Image
 
-    picked = frames[:, ::every].round().to(torch.uint8)
+    picked = F.pad(frames[:, ::every].round().to(torch.uint8), (1, 1, 1, 1), value=SHEET_GREY)
     sheet = picked.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray(sheet.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
