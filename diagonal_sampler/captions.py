@@ -89,8 +89,10 @@ def parse_caption(caption: str) -> tuple[SpriteSpec, ...]:
     if unknown:
         listing = "; ".join(f"{role}: {', '.join(vocabulary)}" for role, vocabulary in ROLES.items())
         other = ", ".join((*FILLER_WORDS, CLAUSE_JOINER))
+        # A lone surrogate in a message ends the thread of ComfyUI that runs prompts, when it is to be printed.
+        strange = ", ".join(unknown).encode(errors="backslashreplace").decode()
         raise ValueError(
-            f"caption={caption!r} has words the demo model does not know: {', '.join(unknown)}. "
+            f"caption={caption!r} has words the demo model does not know: {strange}. "
             f"Known words are {listing}; other: {other}. Write for example {_EXAMPLE!r}."
         )
     clauses: list[list[str]] = [[]]

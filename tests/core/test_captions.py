@@ -40,6 +40,12 @@ def test_case_punctuation_and_order_do_not_matter(caption: str) -> None:
     assert parse_caption(caption) == (SpriteSpec("circle", "red", "right"),)
 
 
+def test_a_word_that_cannot_be_printed_is_named_in_a_message_that_can() -> None:
+    with pytest.raises(ValueError, match=r"does not know: x, \\ud800") as found:
+        parse_caption("\ud800 x")
+    assert str(found.value).encode()
+
+
 def test_an_unknown_word_is_named_and_the_known_ones_are_listed() -> None:
     with pytest.raises(ValueError) as error:
         parse_caption("a purple elephant moves left")

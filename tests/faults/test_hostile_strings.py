@@ -20,6 +20,7 @@ PARTS = (
     "..", "../..", "/", "/etc/passwd", "/tmp/escaped", "C:\\windows\\x", "\\\\host\\share\\x", "//host/share/x", "\0",
     "\r\n", "\n", "%00", "%2e%2e%2f", "~", "~/x", "$(touch escaped)", "`touch escaped`", "; touch escaped", "| x", "&",
     "link", "link/x", "folder/link/../../x", "CON", "NUL.txt", "aux", "x" * 300, "é\u0301", "\u202e", "\ud83d\ude00",
+    "\ud800",
     "%date:yyyy%", "%width%", "%n", "{0}", "{__class__}", "-i", "--output=/tmp/escaped", "file:///tmp/escaped", "x:y",
     "../" * 40 + "tmp/escaped", "....//", "..\\..\\x", "\x1b[31m", "\x7f", " ", ".", "", "'\"", "<script>",
     "x" * 70_000,
