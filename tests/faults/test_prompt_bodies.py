@@ -14,7 +14,7 @@ import node_graphs
 SENTINEL_EVERY = 50
 PATIENCE_S = 60.0
 CANCEL_AFTER_S = 1.0
-"""What is sound by chance and long is not waited for: 2,000 bodies took most of an hour with 5 s."""
+"""When what is sound by chance and long is cancelled."""
 ODD_VALUES = (
     [None, True, "", "x", "-1", "1e400", "NaN", 0, -1, 0.5, 2**31, 2**63, 2**64, -(2**70), 1e308, float("nan")]
     + [float("inf"), -float("inf"), [], [[]], {}, {"a": 1}, ["loader", 0], ["loader", 1], ["loader", 2], ["loader", 9]]
