@@ -66,7 +66,7 @@ def split_frames(frames: int, frames_per_chunk: int) -> list[int]:
 def count_forwards(schedule: DiagonalSchedule, frames: int, frames_per_chunk: int, context_frames: int = 0) -> int:
     """Forwards of a run over `frames` latent frames, of which `context_frames` are given: the nfe of sample_chunks."""
     made = len(split_frames(frames - context_frames, frames_per_chunk))
-    return schedule.nfe(made) + len(split_frames(context_frames, frames_per_chunk))
+    return schedule.nfe(made) + schedule.given_forwards * len(split_frames(context_frames, frames_per_chunk))
 
 
 def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) -> list[tuple[int, int]]:
@@ -78,12 +78,24 @@ def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) ->
     return list(zip(accumulate(counts, initial=0), counts, strict=False))
 
 
-def count_recache(cache: KVCache, frames: int, frames_per_chunk: int, chunk: int, context_frames: int = 0) -> int:
+def count_recache(
+    cache: KVCache,
+    schedule: DiagonalSchedule,
+    frames: int,
+    frames_per_chunk: int,
+    chunk: int,
+    context_frames: int = 0,
+) -> int:
     """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`)."""
     pieces = split_pieces(frames, frames_per_chunk, context_frames)
     start, count = pieces[len(split_frames(context_frames, frames_per_chunk)) + chunk]
     runs = cache.kept_before(start, count)
-    return sum(_overlap(run, at, size) is not None for run in runs for at, size in pieces)
+    return sum(
+        schedule.given_forwards if at < context_frames else 1
+        for run in runs
+        for at, size in pieces
+        if _overlap(run, at, size) is not None
+    )
 
 
 def _overlap(run: range, start: int, frames: int) -> slice | None:
@@ -124,7 +136,9 @@ def sample_chunks(
         cache: an unused one, opened and committed here, chunk by chunk; the caller owns and frees it.
         frames: latent frames to reach, context included.
         frames_per_chunk: latent frames a chunk; the last may be shorter.
-        context: [B, C, n, H, W] finished latents that the clip begins with; they are cached, not yielded.
+        context: [B, C, n, H, W] finished latents that the clip begins with; they are cached, not yielded. Under noisy
+            context the cache holds of a generated chunk what its last forward was given, not what came out; of given
+            latents therefore the input that such a forward would finish as them, found in one forward more.
         source: (start_frame, frames) -> clean latents that a schedule starting below sigma 1 is mixed from.
         exit_step: chunk index -> the step, from 0, whose denoised keeps its gradient.
         first_chunk: go on at this chunk, in a cache that was restored to its beginning; the context is in there.
@@ -163,19 +177,26 @@ def sample_chunks(
                 "start the schedule at sigma 1 or give a source latent."
             )
 
-    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> None:
+    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> Tensor:
         x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
         x = x[:, :, rows]
         at += rows.start or 0
         with torch.no_grad():
-            denoise(
+            return denoise(
                 x,
                 Forward(chunk=chunk, start_frame=at, frames=x.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
             )
 
     def write_given(x0: Tensor, at: int, rows: slice = slice(None)) -> None:
         # Draws of given context count down from -1, so that they never share noise with a chunk.
-        write_context(x0, 0, schedule.given_context_sigma, at, -1 - at, rows)
+        sigma, draw = schedule.given_context_sigma, -1 - at
+        if schedule.finds_given_inputs:
+            # One fixed-point step towards the input whose denoised is x0. A last forward changes its input a little,
+            # by habit; unless the cache shows it the input, the next chunk makes that change once more.
+            out = write_context(x0, 0, sigma, at, draw, rows)
+            x0 = x0.clone()
+            x0[:, :, rows] += x0[:, :, rows] - out
+        write_context(x0, 0, sigma, at, draw, rows)
 
     finished: dict[int, Tensor] = {} if history is None else history
 

@@ -14,7 +14,7 @@ DEFAULT_SHIFT = 5.0
 # The paper's best context noise (Figure 5a): "timestep 100" before the shift.
 DEFAULT_CONTEXT_SIGMA = 0.357142857
 GIVEN_CONTEXT_SIGMA = 0.1
-"""The most noise that frames from outside enter the cache with."""
+"""The most noise that frames from outside enter the cache with in a pass of their own."""
 MAX_STEPS = 1000
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
 UNINFORMATIVE_SIGMA = 0.9
@@ -282,13 +282,27 @@ class DiagonalSchedule:
         return self.chunk_sigmas(chunk)[-1] if sigma is None else sigma
 
     @property
+    def finds_given_inputs(self) -> bool:
+        """Whether frames from outside enter the cache through the input that a last forward would finish as them.
+
+        So it is with noisy context, which is made of such inputs; but not with one that tells almost nothing.
+        """
+        return self.context_mode == "noisy" and self.context_sigma_of(0) <= UNINFORMATIVE_SIGMA
+
+    @property
     def given_context_sigma(self) -> float:
         """Noise level at which frames from outside (a start image, the end of a video) enter the cache.
 
-        That of generated history, but at most GIVEN_CONTEXT_SIGMA: they are finished, and what is to go on from them
-        without a jump has to see them well.
+        That of generated history, but in a pass of their own at most GIVEN_CONTEXT_SIGMA: they are finished, and what
+        is to go on from them without a jump has to see them well.
         """
-        return min(self.context_sigma_of(0), GIVEN_CONTEXT_SIGMA)
+        sigma = self.context_sigma_of(0)
+        return sigma if self.finds_given_inputs else min(sigma, GIVEN_CONTEXT_SIGMA)
+
+    @property
+    def given_forwards(self) -> int:
+        """Forwards that write one chunk of frames from outside."""
+        return 2 if self.finds_given_inputs else 1
 
     def nfe(self, chunks: int) -> int:
         """Forwards of a clip of `chunks` chunks, cache passes included."""

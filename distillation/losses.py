@@ -425,28 +425,6 @@ def ode_regression_loss(denoised: Tensor, target: Tensor, weight: Tensor | None 
 # What the scores are asked
 
 
-def level_loss(denoised: Tensor, target: Tensor) -> Tensor:
-    """Regression of each latent frame's mean: 0.5 * mean((mean_HW x - stop(mean_HW target))^2).
-
-    Its gradient in x is the difference of the means over x.numel(). Not of the paper: distribution matching leaves a
-    level alone that the fake score has not found, and a level that runs away is what a viewer sees as a jump or drift.
-
-    Args:
-        denoised: [B, C, T, H, W] the generator's x0; the only argument that gets a gradient.
-        target: the same shape, the teacher's x0 without guidance, which moves levels by itself.
-
-    Returns:
-        float32 scalar.
-
-    Raises:
-        ValueError: not a latent, or shapes differ.
-    """
-    _require_latent("denoised", denoised)
-    _require_same_shape("denoised", denoised, target=target)
-    difference = (denoised.float() - target.detach().float()).mean(dim=(3, 4))
-    return 0.5 * difference.square().mean()
-
-
 def guided(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
     """Classifier-free guidance in ComfyUI's convention: unconditional + cfg * (conditional - unconditional).
 

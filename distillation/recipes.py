@@ -84,7 +84,6 @@ class Recipe:
     motion_weight: float = option(1.0, "the paper's gamma: weight of all motion terms; 0 turns them off")
     motion_scale: float = option(0.2, "weight of the motion distribution matching loss under gamma")
     motion_form: str = option("differences", "differences (released) or head (the paper's conv + MLP)")
-    level_weight: float = option(0.0, "weight of the frames' means, drawn to the teacher's where the sink is in view")
     regression_weight: float = option(0.0, "weight of the regression terms: x0 and, with head, motion features")
 
     # Optimisation
@@ -138,7 +137,7 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in (
             "learning_rate", "fake_score_learning_rate", "motion_head_learning_rate", "weight_decay", "dmd_weight",
-            "motion_weight", "motion_scale", "level_weight", "regression_weight", "warmup", "cooldown", "ema_start",
+            "motion_weight", "motion_scale", "regression_weight", "warmup", "cooldown", "ema_start",
             "lora_rank", "sample_every", "sample_prompts", "flow_learning_rate",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:

@@ -435,7 +435,7 @@ class Trainer:
         flow = rollout.seen_flow
         with torch.no_grad():
             fake = self.score(self.networks.fake_score, x, sigma, rollout.context, flow, sink)
-            real = conditional = self.score(self.networks.teacher, x, sigma, rollout.context, flow, sink)
+            real = self.score(self.networks.teacher, x, sigma, rollout.context, flow, sink)
             if self.negative is not None:
                 negative = self.negative.expand(len(seeds), -1, -1)
                 unguided = self.score(self.networks.teacher, x, sigma, negative, flow, sink)
@@ -447,8 +447,6 @@ class Trainer:
         known = slice(recipe.frames_per_chunk if gap else 0, None)
         seen, real, fake = clip[:, :, known], real[:, :, known], fake[:, :, known]
         terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(seen, real, fake)}
-        if recipe.level_weight and rollout.sink_frames:  # alone, a window's noise hides its level
-            terms["level"] = recipe.level_weight * losses.level_loss(seen, conditional[:, :, known])
         if recipe.regression_weight:
             terms["regression"] = recipe.regression_weight * (seen - real).square().mean()
         if recipe.motion_weight and self.heads is not None:

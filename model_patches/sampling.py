@@ -692,7 +692,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
             frames_per_chunk=plan.settings.frames_per_chunk,
             context_frames=plan.context_frames,
             set_context=set_context,
-            recache_forwards=lambda chunk: count_recache(cache, *sizes, chunk, plan.context_frames) if chunk else 0,
+            recache_forwards=lambda chunk: (
+                count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames) if chunk else 0
+            ),
             box=self.prompts,
             after_encoding=reload,
             live=() if self.resume is None else self.resume.live,

@@ -111,7 +111,8 @@ NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "witho
 STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
-LOW_GUIDANCE_220, LOW_GUIDANCE_340, SHIPPED = "low-guidance-220", "low-guidance-340", "shipped"
+LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
+SHIPPED = "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
@@ -119,6 +120,7 @@ STUDENT_FILE = "demo_student.safetensors"
 LONG_BUDGET = "--updates 380 --cooldown 80"
 LONG_STAGE = ("--stage", "long", "--cfg", "4")
 LOW_NOISE = ("--cfg-high", "0.8")
+FROM_FINISHED = ("--given-share", "0.5")
 FAKE_UPDATES = ("--fake-score-updates", "5")  # the paper's; the demo's recipe has 2
 
 
@@ -271,30 +273,39 @@ ROWS: tuple[Row, ...] = (
         start=f"{LONG_SINK}.safetensors",
     ),
     _trained(
-        SHIPPED,
-        f"the shipped student: {LONG_OPENING}, then guided up to noise level 0.8 only",
+        LOW_GUIDANCE,
+        f"{LONG_OPENING}, then guided up to noise level 0.8 only",
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.5"),
-        checkpoint=STUDENT_FILE,
         reference=CAUSAL,
         budget="--updates 60 --warmup 10 --cooldown 20",
         start=f"{LONG_OPENING}.safetensors",
     ),
     _trained(
         LOW_GUIDANCE_220,
-        f"{SHIPPED}, 160 updates more, more of them at the beginning",
+        f"{LOW_GUIDANCE}, 160 updates more, more of them at the beginning",
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.75"),
-        reference=SHIPPED,
+        reference=LOW_GUIDANCE,
         budget="--updates 160 --warmup 10 --cooldown 40",
-        start=STUDENT_FILE,
+        start=f"{LOW_GUIDANCE}.safetensors",
     ),
     _trained(
         LOW_GUIDANCE_340,
         f"{LOW_GUIDANCE_220}, then three times the motion weight",
         motion_weight=3,
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", "0.6"),
-        reference=SHIPPED,
+        reference=LOW_GUIDANCE,
         budget="--updates 120 --warmup 10 --cooldown 60",
         start=f"{LOW_GUIDANCE_220}.safetensors",
+    ),
+    _trained(
+        SHIPPED,
+        f"the shipped student: {LOW_GUIDANCE_340}, 280 updates more, half of them from finished chunks",
+        motion_weight=3,
+        others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "63", "--opening-share", "0.99", *FROM_FINISHED),
+        checkpoint=STUDENT_FILE,
+        reference=CAUSAL,
+        budget="--updates 80 --warmup 5 --cooldown 40",
+        start="given-200.safetensors",
     ),
 )
 CONTROLS: tuple[Control, ...] = (

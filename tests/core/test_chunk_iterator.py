@@ -71,7 +71,8 @@ def test_forwards_are_those_announced(mode, frames, size, given):
     chunks = run(model, schedule, frames, size=size, context=latent(1, given) if given else None)
     made = split_frames(frames - given, size)
     assert len(model.calls) == count_forwards(schedule, frames, size, given)
-    assert len(model.calls) == schedule.nfe(len(made)) + len(split_frames(given, size))
+    twice = 2 if mode == "noisy" else 1
+    assert len(model.calls) == schedule.nfe(len(made)) + twice * len(split_frames(given, size))
     assert [chunk.latents.shape[2] for chunk in chunks] == made
     assert [chunk.index for chunk in chunks] == list(range(len(made)))
     assert [chunk.start_frame for chunk in chunks] == [given + sum(made[:k]) for k in range(len(made))]
@@ -124,13 +125,35 @@ def test_the_clean_pass_sees_the_finished_chunk():
     assert torch.equal(model.calls[-1][0], chunks[0].latents)
 
 
-@pytest.mark.parametrize("mode", CONTEXT_MODES)
+@pytest.mark.parametrize("sigma", (0.4, 1.0))
+def test_given_context_enters_a_noisy_cache_as_what_a_forward_finishes_as_it(sigma):
+    """A model that darkens its input by a tenth is shown what it makes the given latents of, to second order."""
+    seen = []
+
+    def darken(x: torch.Tensor, forward: Forward) -> torch.Tensor:
+        clean = (x - forward.sigma * draw(-1, CONTEXT_STEP, 3)) / (1 - forward.sigma) if forward.sigma < 1 else x
+        seen.append((clean, forward))
+        return clean - 0.1
+
+    schedule = DiagonalSchedule(sigmas=((1.0, sigma) if sigma < 1 else (1.0,),))
+    context = latent(3, 3)
+    run(darken, schedule, 6, context=context)
+    written = [clean for clean, at in seen if at.step == CONTEXT_STEP]
+    if sigma == 1:  # such a context tells nothing: the given latents are seen in a pass of their own
+        assert len(written) == 1 == schedule.given_forwards
+        torch.testing.assert_close(written[0], context, rtol=1e-4, atol=1e-5)
+    else:
+        assert len(written) == 2 == schedule.given_forwards
+        torch.testing.assert_close(written[1] - 0.1, context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ("clean", "renoise"))
 def test_given_context_is_cached_with_little_noise_of_its_own(mode):
     schedule = replace(DIAGONAL, context_mode=mode)
     context, model = latent(3, 4), Recorder()
     cache = KVCache(GLOBAL, 10)
     chunks = run(model, schedule, 10, context=context, cache=cache)
-    sigma = {"noisy": 0.1, "clean": 0.0, "renoise": 0.1}[mode]
+    sigma = {"clean": 0.0, "renoise": 0.1}[mode]
     assert model.seen(0) == [(sigma, CONTEXT_STEP)]
     assert model.seen(3) == [(sigma, CONTEXT_STEP)]
     assert model.seen(4)[:4] == [(1.0, 0), (0.9, 1), (0.7, 2), (0.4, 3)]

@@ -107,12 +107,13 @@ def test_last_row_repeats():
 
 @pytest.mark.parametrize(
     ("context_mode", "extra", "cache_pass", "given"),
-    [("noisy", 0, None, 0.1), ("clean", 1, 0.0, 0.0), ("renoise", 1, 0.0625, 0.0625)],
+    [("noisy", 0, None, 0.25), ("clean", 1, 0.0, 0.0), ("renoise", 1, 0.0625, 0.0625)],
 )
 def test_context_modes_count_their_extra_forward(context_mode, extra, cache_pass, given):
     schedule = DiagonalSchedule(sigmas=((1.0, 0.25), (1.0, 0.5)), context_mode=context_mode, context_sigma=0.0625)
     assert schedule.cache_pass_sigma == cache_pass
     assert schedule.given_context_sigma == given
+    assert schedule.given_forwards == (2 if context_mode == "noisy" else 1)
     for chunks in range(6):
         assert schedule.nfe(chunks) == (2 + extra) * chunks
 

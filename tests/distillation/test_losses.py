@@ -19,7 +19,6 @@ from distillation.losses import (
     draw_score_sigmas,
     fake_score_loss,
     guided,
-    level_loss,
     motion_head_losses,
     motion_loss,
     motion_weights,
@@ -375,23 +374,6 @@ def test_the_right_flow_has_no_fake_score_loss() -> None:
     assert fake_score_loss(-flow, noise, generated).item() > 1
 
 
-def test_level_loss_and_its_gradient() -> None:
-    x, target = clips(2)
-
-    def expected(value: np.ndarray) -> float:
-        total = 0.0
-        for b, c, t in np.ndindex(*SHAPE[:3]):
-            total += 0.5 * float((value[b, c, t] - f64(target)[b, c, t]).mean()) ** 2
-        return total / (SHAPE[0] * SHAPE[1] * SHAPE[2])
-
-    loss = level_loss(x, target)
-    near(loss, expected(f64(x)))
-    got = only_gradient(loss, x, target)
-    np.testing.assert_allclose(got, slope(expected, f64(x), step=0.5), **NEAR_GRADIENT)
-    means = (x - target).detach().mean(dim=(3, 4), keepdim=True) / x.numel()
-    np.testing.assert_allclose(got, f64(means.expand(SHAPE)), **NEAR_GRADIENT)
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ode_regression_loss_and_its_gradient(weighted: bool) -> None:
     x, target = clips(2)
@@ -469,7 +451,6 @@ def test_any_dtype_is_computed_in_float32(dtype: torch.dtype) -> None:
         (head, (x,)),
         (lambda *c: torch.stack(motion_head_losses(*c, head, teacher)), (x, real, fake)),
         (fake_score_loss, (x, real, fake)),
-        (level_loss, (x, real)),
         (ode_regression_loss, (x, real)),
         (ode_regression_loss, (x, real, w)),
         (lambda a, b: guided(a, b, 4.0), (x, real)),
@@ -544,7 +525,6 @@ OTHER_B = r"is \[1, 2, 4, 2, 2\]; it must have the shape of {}, \[1, 2, 3, 2, 2\
         (lambda: update_ema_head(HEAD, HEAD, 0.9), "teacher_head is head itself.*copy.deepcopy"),
         (lambda: fake_score_loss(zeros(*A), zeros(*B), zeros(*A)), "noise " + OTHER_B.format("predicted_flow")),
         (lambda: fake_score_loss(zeros(*A), zeros(*A), zeros(*B)), "generated " + OTHER_B.format("predicted_flow")),
-        (lambda: level_loss(zeros(*A), zeros(*B)), "target " + OTHER_B.format("denoised")),
         (lambda: ode_regression_loss(zeros(*A), zeros(*B)), "target " + OTHER_B.format("denoised")),
         (
             lambda: ode_regression_loss(zeros(*A), zeros(*A), zeros(3, 1)),
