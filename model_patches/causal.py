@@ -17,8 +17,9 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
+from comfy.cli_args import args
 from comfy.ldm.flux.math import apply_rope
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, optimized_attention
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock, CausalWanModel
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from comfy.model_patcher import ModelPatcher
@@ -32,6 +33,7 @@ WRAPPER_KEY = "diagonal_causal"
 SETTINGS_KEY = "diagonal_causal_settings"
 RUN_KEY = "diagonal_run"
 FORWARD_KEY = "diagonal_forward"
+ROPE_PATH = "diffusion_model.rope_encode"
 
 
 @dataclass(slots=True)
@@ -132,6 +134,9 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
         known = type(block) in (WanAttentionBlock, CausalWanAttentionBlock)
         if known and getattr(original, "__func__", None) is type(block).forward:  # nobody else has changed it
             patched.add_object_patch(f"{path}.forward", _LeanBlock(block, original, layer))
+    original = patched.get_model_object(ROPE_PATH)
+    original = original.original if isinstance(original, _KnownRotations) else original
+    patched.add_object_patch(ROPE_PATH, _KnownRotations(original))
     patched.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY, _prepare_forward)
     patched.model_options[SETTINGS_KEY] = settings
@@ -256,6 +261,23 @@ class _LeanBlock:
         return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
 
 
+class _KnownRotations:
+    """Stands in for `rope_encode`, which ComfyUI calls in every forward: the rotations that the forward has already.
+
+    Inside a compiled graph the original stays, whose result no layer of ours reads: see `_prepare_forward`.
+    """
+
+    def __init__(self, original: Callable) -> None:
+        self.original = original
+
+    def __call__(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
+        options = {} if transformer_options is None else transformer_options
+        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        if forward is None or kwargs.get("source_id") or torch.compiler.is_compiling():
+            return self.original(*args, transformer_options=options, **kwargs)
+        return forward.freqs
+
+
 class FlowEmbedding:
     """Stands in for `patch_embedding.forward` during one run and adds the current chunk's motion to its tokens.
 
@@ -293,6 +315,16 @@ class FlowEmbedding:
         return out + self._tokens.to(out)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    """ComfyUI's attention. Where it falls back to its own because nobody chose one, PyTorch's in float32 on a CPU.
+
+    There PyTorch's takes half the time; in bfloat16 it takes twice as long, and the fallback stays.
+    """
+    fallback = optimized_attention is attention_sub_quad and not args.use_quad_cross_attention
+    faster = fallback and q.device.type == "cpu" and q.dtype == torch.float32
+    return (attention_pytorch if faster else optimized_attention)(q, k, v, **kwargs)
+
+
 class _CausalSelfAttention(_Patch):
     """Writes the chunk's keys and values to the cache and attends to everything in it."""
 
@@ -311,7 +343,7 @@ class _CausalSelfAttention(_Patch):
             rows = slice(index * samples, (index + 1) * samples)
             keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows])
             outputs.append(
-                optimized_attention(
+                _attention(
                     q[rows].flatten(2),
                     keys.flatten(2),
                     values.flatten(2),
@@ -340,4 +372,4 @@ class _CachedCrossAttention(_Patch):
         key = (self.layer, forward.conditions, context_BLC.shape)
         k, v = forward.run.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
         q = module.norm_q(module.q(x_BLC))
-        return module.o(optimized_attention(q, k, v, heads=module.num_heads, transformer_options=transformer_options))
+        return module.o(_attention(q, k, v, heads=module.num_heads, transformer_options=transformer_options))
