@@ -27,6 +27,7 @@ TRACK_RADIUS_SHARE = 1 / 8
 _HIDDEN_MARGIN = 0.5  # pixels: of two particles in one cell, the one that has moved this much less lies behind
 _HIDDEN_WEIGHT = 1e-4  # what a hidden particle still counts for
 _RESIZED_AT_ONCE = 1 << 20  # numbers of a field that are resized together
+_ONE_WAY = 0.05  # square pixels: ways that differ by less are one
 _KNOWN_WEIGHT = 0.2  # a target pixel that receives less than this share of a pixel is a hole
 
 
@@ -236,12 +237,16 @@ def inside(points: Tensor, height: int, width: int) -> Tensor:
     return (points >= -0.5).all(-1) & (points[..., 0] <= width - 0.5) & (points[..., 1] <= height - 0.5)
 
 
-def sample(picture: Tensor, points: Tensor) -> Tensor:
-    """A picture [C, H, W] read at points [..., 2], bilinearly; beyond its edge the edge continues. [C, ...]."""
+def sample(picture: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
+    """A picture [C, H, W] read at points [..., 2]; beyond its edge the edge continues. [C, ...].
+
+    Args:
+        mode: "bilinear", or "bicubic", which blurs less and may go a little beyond the picture's values.
+    """
     height, width = picture.shape[-2:]
     size = points.new_tensor([max(width - 1, 1), max(height - 1, 1)])
     places = (points * 2 / size - 1).reshape(1, 1, -1, 2)
-    found = F.grid_sample(picture[None], places, mode="bilinear", padding_mode="border", align_corners=True)
+    found = F.grid_sample(picture[None], places, mode=mode, padding_mode="border", align_corners=True)
     return found.reshape(picture.shape[0], *points.shape[:-1])
 
 
@@ -350,6 +355,7 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     passed = torch.zeros_like(origin)  # motion over each place so far: tells what entered from outside
     started = None
     values = picture.reshape(picture.shape[0], -1)
+    low, high = picture.amin((1, 2), keepdim=True), picture.amax((1, 2), keepdim=True)
     for step in range(start, start + count):
         if step < optical_flow.steps:
             motion, known = optical_flow.at(step, points)
@@ -364,8 +370,16 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
         started = commanded if started is None else started
         hidden = _hidden(points, origin, commanded, height, width)
         weight = torch.where(hidden, _HIDDEN_WEIGHT, 1.0)
-        moved, share = splat(torch.cat([values, commanded.to(values.dtype)[None]]), points, weight, height, width)
+        way = (points - origin).T.to(values.dtype)
+        data = torch.cat([values, commanded.to(values.dtype)[None], way, way.square().sum(0, keepdim=True)])
+        moved, share = splat(data, points, weight, height, width)
         arrived = share >= _KNOWN_WEIGHT
+        # What came to a pixel by one way is read where it came from, for the sum of shares blurs: chunk after chunk
+        # a thin shape would fade. At the border of two motions the sum is all there is.
+        moved, way, spread = moved[:-3], moved[-3:-1], moved[-1] - moved[-3:-1].square().sum(0)
+        origins = origin.view(height, width, 2) - way.movedim(0, -1)
+        read = sample(picture, origins, "bicubic").clamp(low, high)
+        moved = torch.cat([torch.where(spread < _ONE_WAY, read, moved[:-1]), moved[-1:]])
         moved = fill_holes(moved[None], arrived[None])[0]
         mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
         entered = ~arrived & ~inside(origin - passed, height, width).view(height, width)

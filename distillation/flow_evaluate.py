@@ -64,7 +64,7 @@ from distillation.samples import decode_frames
 
 log = logging.getLogger("flow_evaluate")
 
-MEASURES_VERSION = 2
+MEASURES_VERSION = 3
 """Raise it when a measure or a mode changes: clips that were scored before are then scored again."""
 MODES = ("none", "reference", "noise", "adapter")
 WORDS = {
@@ -88,12 +88,15 @@ PRECISION = torch.bfloat16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What every clip of a table shares: scenes, pixel frames (4n + 1), seed, and the reference mode's settings."""
+    """What every clip of a table shares: scenes, pixel frames (4n + 1), seed, and the reference mode's settings.
+
+    Mode reference has a row for each start sigma.
+    """
 
     scenes: int = 40
     length: int = 57
     seed: int = 0
-    start_sigma: float = DEFAULT_START_SIGMA
+    start_sigmas: tuple[float, ...] = (DEFAULT_START_SIGMA, 0.5)
     blend: float = 1.0
 
     def __post_init__(self) -> None:
@@ -182,9 +185,10 @@ class Player:
 
     @torch.no_grad()
     def clip(
-        self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, mode: str = "none"
+        self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, row: str = "none"
     ) -> Tensor:
-        """[T, 3, H, W] in 0..255."""
+        """[T, 3, H, W] in 0..255. row: a mode, of mode reference with its start sigma; see `rows_of`."""
+        mode, start_sigma = _mode_of(row)
         schedule, settings, cfg = self.trained.schedule, self.trained.settings, self.trained.cfg
         frames = latent_frames(options.length)
         counts = split_frames(frames, settings.frames_per_chunk)
@@ -195,7 +199,7 @@ class Player:
         if flow is not None and mode == "reference":
             reference = FlowReference(
                 flow.fit(steps, sprites.FRAME_SIZE, sprites.FRAME_SIZE), schedule, counts,
-                decode=self.decode, encode=self.encode, start_sigma=options.start_sigma, blend=options.blend,
+                decode=self.decode, encode=self.encode, start_sigma=start_sigma, blend=options.blend,
             )  # fmt: skip
             schedule = reference.schedule
         elif flow is not None and mode == "noise":
@@ -268,21 +272,37 @@ def _one_copy(alpha: Tensor, centroid: Tensor) -> bool:
 
 
 Results = dict[tuple[str, str], list[Result]]
-"""(command, mode) -> one Result a scene."""
+"""(command, row) -> one Result a scene."""
+
+
+def rows_of(modes: Sequence[str], options: Options) -> list[str]:
+    """The rows of a table: each mode, but "reference SIGMA" for each start sigma of mode reference."""
+    sigmas = [f"reference {sigma:g}" for sigma in options.start_sigmas]
+    return [row for mode in modes for row in (sigmas if mode == "reference" else [mode])]
+
+
+def _mode_of(row: str) -> tuple[str, float]:
+    mode, _, sigma = row.partition(" ")
+    return mode, float(sigma or 1)
+
+
+def _words(row: str) -> str:
+    mode, sigma = _mode_of(row)
+    return WORDS[mode] + (f", start sigma {sigma:g}" if mode == "reference" else "")
 
 
 def evaluate(player: Player, options: Options, out: Path, modes: Sequence[str]) -> Results:
     """Results of each command and mode over the scenes; clips that were scored before are read from `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    found: Results = {(command, mode): [] for command in COMMANDS for mode in modes}
+    found: Results = {(command, row): [] for command in COMMANDS for row in rows_of(modes, options)}
     for index in range(options.scenes):
         spec, commands = scene(index, options.seed)
         caption, first, seed = caption_of((spec,)), player.first_frame(), 1000 * options.seed + index
         plain: tuple[Tensor, float] | None = None
-        for command, mode in found:
-            file = out / f"{_digest(player, options, mode)}-{command}-{mode}-{index}.json"
+        for command, row in found:
+            file = out / f"{_digest(player, options, row)}-{command}-{_mode_of(row)[0]}-{index}.json"
             if file.exists():
-                found[command, mode].append(Result(**json.loads(file.read_text())))
+                found[command, row].append(Result(**json.loads(file.read_text())))
                 continue
             if plain is None:
                 started = time.perf_counter()
@@ -293,22 +313,23 @@ def evaluate(player: Player, options: Options, out: Path, modes: Sequence[str]) 
                 start.nan_to_num(sprites.FRAME_SIZE / 2), *commands[command], frames=options.length - first
             )
             frames, seconds = plain
-            if mode != "none":
+            if row != "none":
                 started = time.perf_counter()
-                frames = player.clip(caption, seed, options, commanded_flow(path, first), mode)
+                frames = player.clip(caption, seed, options, commanded_flow(path, first), row)
                 seconds = time.perf_counter() - started
             result = measure(frames, spec, path, first, seconds)
             write_json(file, asdict(result))
-            log.info("scene %d (%s), %s, %s: %.2f px/frame", index, caption, COMMANDS[command], mode, result.error)
-            found[command, mode].append(result)
+            log.info("scene %d (%s), %s, %s: %.2f px/frame", index, caption, COMMANDS[command], row, result.error)
+            found[command, row].append(result)
     return found
 
 
-def _digest(player: Player, options: Options, mode: str) -> str:
+def _digest(player: Player, options: Options, row: str) -> str:
     """Of all that decides a clip's numbers but its scene and command."""
     parts: list[object] = [MEASURES_VERSION, player.digest, options.length, options.seed]
+    mode, start_sigma = _mode_of(row)
     if mode == "reference":
-        parts += [options.start_sigma, options.blend]
+        parts += [start_sigma, options.blend]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
 
@@ -326,7 +347,7 @@ def table(found: Results, options: Options) -> str:
     blocks = []
     every: dict[str, list[str]] = {}
     for command, words in COMMANDS.items():
-        rows = {mode: results for (which, mode), results in found.items() if which == command}
+        rows = {row: results for (which, row), results in found.items() if which == command}
         usual = rows.get("none", [])
         speed = _mean([result.commanded for results in rows.values() for result in results if result.one])
         lines = [
@@ -336,16 +357,16 @@ def table(found: Results, options: Options) -> str:
             "| colour right | shape right | time of the quickest clip |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for mode, results in rows.items():
+        for row, results in rows.items():
             part, plain = ([result for result in some if result.one] for some in (results, usual))
             lines.append(
-                f"| {WORDS[mode]} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain):.0%} "
+                f"| {_words(row)} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain):.0%} "
                 f"| {_mean([r.place for r in part]):.1f} | {_mean([r.lost for r in part]):.0%} "
                 f"| {_mean([r.colour for r in part]):.0%} | {_mean([r.shape for r in part]):.0%} "
                 f"| {min((r.seconds for r in results), default=float('nan')):.1f} s |"
             )
-            if mode != "none":
-                every.setdefault(mode, []).append(
+            if row != "none":
+                every.setdefault(row, []).append(
                     f"{_of_no_flow(results, usual):.0%} (colour {_mean([r.colour for r in results]):.0%}, shape "
                     f"{_mean([r.shape for r in results]):.0%})"
                 )
@@ -356,7 +377,7 @@ def table(found: Results, options: Options) -> str:
     note = f"{options.scenes} scenes of {options.length} pixel frames, seed {options.seed}"
     if all(one):
         return "\n\n".join([*blocks, f"{note}."])
-    with_all = "; ".join(f"{WORDS[mode]} {' and '.join(values)}" for mode, values in every.items())
+    with_all = "; ".join(f"{_words(row)} {' and '.join(values)}" for row, values in every.items())
     note += (
         f", of which {sum(one)} are in the tables: in the others the first chunk, which nothing is commanded of, ends "
         "with two copies of the sprite or none, and no track begins on it. Error, of no flow, over all "
@@ -368,9 +389,10 @@ def table(found: Results, options: Options) -> str:
 def page(found: Results, options: Options, player: Player, dit: Path | None = None) -> str:
     """docs/evidence/flow.md. dit: the flag's value."""
     chosen = "" if dit is None else f"--dit {dit.as_posix()} "
+    sigmas = " ".join(f"{sigma:g}" for sigma in options.start_sigmas)
     command = (
         f"python -m distillation.flow_evaluate {chosen}--scenes {options.scenes} --length {options.length} --seed "
-        f"{options.seed} --start-sigma {options.start_sigma:g} --blend {options.blend:g}"
+        f"{options.seed} --start-sigma {sigmas} --blend {options.blend:g}"
     )
     steps = ",".join(str(len(row)) for row in player.trained.schedule.sigmas)
     adapter = "with" if player.dit.config.flow_adapter else "without"
@@ -399,7 +421,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=Options().scenes)
     parser.add_argument("--length", type=int, default=Options().length, help="pixel frames of a clip, 4n + 1")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and noise")
-    parser.add_argument("--start-sigma", type=float, default=Options().start_sigma, help="reference: see the node")
+    parser.add_argument(
+        "--start-sigma", type=float, nargs="+", default=Options().start_sigmas, help="reference: see the node"
+    )
     parser.add_argument("--blend", type=float, default=Options().blend, help="reference: see the node")
     parser.add_argument("--modes", help=f"with commas, of {', '.join(MODES)}; default: all that the checkpoint allows")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -412,7 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
             scenes=chosen.scenes,
             length=chosen.length,
             seed=chosen.seed,
-            start_sigma=chosen.start_sigma,
+            start_sigmas=tuple(chosen.start_sigma),
             blend=chosen.blend,
         )
         player = Player(chosen.checkpoint, chosen.dit)

@@ -323,6 +323,9 @@ _WHY: Mapping[int, str] = {
     3: "matching whole clips keeps the speed here without it. A caption names its sprites' speed, which never "
     "changes, and a wrong one is as wrong in the clip as in its differences: with no, half, one or twice the weight "
     "the rows move alike, at 0.92 to 0.93 of the commanded speed, where the causal undistilled model moves at 0.97.",
+    5: "the sweep has the paper's shape, best in the middle and worst at its ends, with its top farther right: the "
+    "demo's flat shapes are still legible at sigma 0.6, where little is left of the errors that a student would "
+    "otherwise copy from its context. No second training budget was tried.",
     6: "fewer operations are all that a schedule can give, and the lines above count them: at the paper's own size and "
     "times its teacher ran at a quarter of its student's operations per second, so that most of the factor is how the "
     "two were run. In the demo, sequences are too short for attention, which grows with their square, to count.",

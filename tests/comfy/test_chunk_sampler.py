@@ -552,6 +552,40 @@ def test_a_block_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt
     assert (plain - without).abs().max() > 0.01
 
 
+def test_rotations_are_computed_once_a_chunk(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    path, calls = "diffusion_model.rope_encode", []
+    counted = tiny_wan.clone()
+    original = counted.get_model_object(path)
+    counted.add_object_patch(path, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model = causal(causal(counted))
+    found = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert len(calls) == 3, "one for each of three chunks, not for each forward"
+    plain = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert torch.equal(found, plain)
+    other = model.model.diffusion_model.rope_encode(3, 4, 4, device="cpu", dtype=torch.float32)
+    assert other.shape[1] == 3 * 2 * 2, "outside of a run the original answers"
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_float32_on_a_cpu_takes_pytorchs_attention_where_comfyui_falls_back(pack_module, monkeypatch, dtype, chosen):
+    from comfy.ldm.modules import attention
+
+    causal = pack_module("model_patches.causal")
+    monkeypatch.setattr(causal.args, "use_quad_cross_attention", chosen)
+    monkeypatch.setattr(causal, "optimized_attention", attention.attention_sub_quad)
+    taken = []
+
+    def override(function, *args, **kwargs):
+        taken.append(function.__name__)
+        return function(*args, **kwargs)
+
+    q, k, v = torch.randn((3, 1, 12, 64), generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = causal._attention(q, k, v, heads=2, transformer_options={"optimized_attention_override": override})
+    assert taken == ["attention_pytorch" if dtype == torch.float32 and not chosen else "attention_sub_quad"]
+    expected = attention.attention_basic(q.float(), k.float(), v.float(), heads=2)
+    assert (out.float() - expected).abs().max() < (EXACT if dtype == torch.float32 else 0.02)
+
+
 def test_wrappers_and_patches_of_other_packs_apply(tiny_wan, causal, prompt, sample_latent, empty_latent):
     from comfy.patcher_extension import WrappersMP
 

@@ -44,11 +44,11 @@ class Obedient:
     def first_frame(self) -> int:
         return FIRST
 
-    def clip(self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, mode: str = "none"):
+    def clip(self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, row: str = "none"):
         self.calls += 1
         (spec,) = parse_caption(caption)
         path = torch.full((options.length, 2), 30.0)
-        if mode == "reference":
+        if row.startswith("reference"):
             assert flow is not None and not flow.valid[:FIRST].any()
             # The middle of the valid disc is the track, but where the frame's edge cuts it.
             for step in range(FIRST, flow.steps):
@@ -91,8 +91,8 @@ def test_clips_that_begin_with_two_copies_are_told_apart_and_left_out() -> None:
     assert not copies.one
     good = measure(draw(spec, whole), spec, path, FIRST, 1.0)
     bad = replace(good, error=9.0, one=False)
-    found = {(command, mode): [good, bad] for command in ("any", "caption") for mode in ("none", "reference")}
-    found["any", "reference"] = [replace(good, error=good.error / 4), bad]
+    found = {(command, mode): [good, bad] for command in ("any", "caption") for mode in ("none", "reference 0.5")}
+    found["any", "reference 0.5"] = [replace(good, error=good.error / 4), bad]
     text = table(found, Options(scenes=2, length=57))
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
     assert row.split("|")[3].strip() == "25%"
@@ -110,10 +110,10 @@ def test_scenes_are_held_out_and_commands_are_what_they_say() -> None:
 
 
 def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
-    options = Options(scenes=2, length=33)
+    options = Options(scenes=2, length=33, start_sigmas=(0.6, 0.5))
     first, second = Obedient(), Obedient()
     found = evaluate(first, options, tmp_path, first.modes)
-    assert first.calls == 2 * (1 + 2)
+    assert first.calls == 2 * (1 + 2 * 2)
     next(tmp_path.glob("*-any-reference-1.json")).unlink()
     again = evaluate(second, options, tmp_path, second.modes)
     assert second.calls == 2, "the missing clip, and the one that its track begins in"
@@ -124,7 +124,8 @@ def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
     assert text.count("| no flow |") == 2 and "adapter | not measured" in text
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
     assert float(row.split("|")[2]) < 0.1
-    assert "--scenes 2 --length 33" in page(found, options, first)
+    assert text.count("start sigma 0.6 |") == text.count("start sigma 0.5 |") == 2
+    assert "--scenes 2 --length 33 --seed 0 --start-sigma 0.6 0.5" in page(found, options, first)
 
 
 def test_options_are_checked(capsys) -> None:
