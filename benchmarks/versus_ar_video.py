@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from models import open_host, random_prompt, random_wan  # first: it makes the repository importable
+from timing import interleaved
 
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.noise import INITIAL_STEP
@@ -43,6 +43,9 @@ class Size(NamedTuple):
     width: int
 
 
+SIZES = [Size(512, 8, 28, 32), Size(256, 4, 8, 8)]
+
+
 def parse_size(text: str) -> Size:
     """A size written as DIMxBLOCKSxHEIGHTxWIDTH."""
     try:
@@ -57,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes",
         type=parse_size,
         nargs="+",
-        default=[Size(512, 8, 28, 32), Size(256, 4, 8, 8)],
+        default=SIZES,
         help="channels (a multiple of 128), blocks, latent height and width: 512x8x28x32",
     )
     parser.add_argument("--frames", type=int, default=21, help="latent frames of the clip")
@@ -129,15 +132,7 @@ def compare(host: Any, size: Size, frames: int, repeats: int) -> None:
     names = list(rows)
     for run, _forwards in rows.values():
         run(noise[:, :, :FRAMES_PER_BLOCK])  # what is prepared at first use counts in no row
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    results: dict[str, torch.Tensor] = {}
-    began = time.perf_counter()
-    while len(seconds[names[0]]) < repeats or time.perf_counter() - began < MIN_SECONDS:
-        for name, (run, _forwards) in rows.items():
-            start = time.perf_counter()
-            results[name] = run()
-            seconds[name].append(time.perf_counter() - start)
-
+    seconds, results = interleaved({name: run for name, (run, _) in rows.items()}, repeats, MIN_SECONDS)
     difference = (results[names[1]] - results[names[2]]).abs().max().item()
     tokens = -(-size.height // 2) * -(-size.width // 2)
     print(f"\ndim {dim}, {size.blocks} blocks, {tokens} tokens a latent frame, {frames} latent frames\n")

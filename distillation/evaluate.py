@@ -91,7 +91,7 @@ def run(chosen: argparse.Namespace) -> None:
         evaluation = Evaluation(options, runs, demo, out, device, retime=chosen.retime)
         for subject in chosen_rows(chosen.rows):
             if evaluation.score(subject) is None:
-                log.info("%s: not trained", subject.name)
+                log.info("%s: not %s", subject.name, "scored yet" if chosen.retime else "trained")
     results = load_scores(out, options)
     options = next(iter(results.values())).options if options is None else options
     claims = build(out, results, options, runs=runs, demo=demo)

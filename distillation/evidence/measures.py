@@ -527,7 +527,7 @@ class Evaluation:
         """Scores a row or a control, or reads its scores if weights, sampling and options are the same as then.
 
         Returns:
-            None if the row is not trained.
+            None if the row is not trained, or was not scored before and only times are asked for.
 
         Raises:
             ValueError: weights whose header says that they were trained otherwise.
@@ -548,6 +548,8 @@ class Evaluation:
                 measured = replace(measured, timing=measure_time(dit, self.parts, subject, self.options.length))
                 measured.save(kept)
             return measured
+        if self.retime:
+            return None
         started = time.perf_counter()
         timing, recipe, long = None, "", self.options.long > 0
         if isinstance(subject, Row):

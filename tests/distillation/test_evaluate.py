@@ -243,7 +243,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3} | MOTION_WEIGHTS
+        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3, SHIPPED: 3} | MOTION_WEIGHTS
         assert recipe.motion_weight == weights.get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
     trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
@@ -506,6 +506,8 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
     timed = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU, retime=True).score(row)
     assert timed.timing != first.timing and replace(timed, timing=first.timing) == first
     first = timed
+    elsewhere = replace(options, seeds=(1,))
+    assert Evaluation(elsewhere, tmp_path, demo, tmp_path / "out", CPU, retime=True).score(row) is None
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
@@ -514,7 +516,7 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
     again = Evaluation(options, tmp_path, demo, tmp_path / "out", CPU)
     assert again.score(row) == first
     with pytest.raises(AssertionError, match="sampled again"):
-        Evaluation(replace(options, seeds=(1,)), tmp_path, demo, tmp_path / "out", CPU).score(row)
+        Evaluation(elsewhere, tmp_path, demo, tmp_path / "out", CPU).score(row)
     with pytest.raises(AssertionError, match="sampled again"):
         again.score(replace(row, cfg=1.0))
     weights = {name: value + 0.01 for name, value in train_demo.load_dit(demo / row.checkpoint).state_dict().items()}
