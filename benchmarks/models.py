@@ -29,34 +29,62 @@ def open_host() -> ModuleType:
     return comfy_host
 
 
-def random_wan(config: WanConfig, *, weight_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32):
+def start_dynamic_vram() -> None:
+    """ComfyUI's DynamicVRAM, as its main.py starts it on an NVIDIA card; before any model is made.
+
+    Raises:
+        SystemExit: it does not work here.
+    """
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    devices = [(device.index, 0) for device in comfy.model_management.get_all_torch_devices()]
+    if not comfy_aimdo.control.init_devices(devices):
+        raise SystemExit("comfy-aimdo does not work here: no DynamicVRAM.")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
+def random_wan(
+    config: WanConfig,
+    *,
+    weight_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    fast_fp8: bool = False,
+):
     """A causal ComfyUI MODEL with random weights.
 
     Args:
         config: the network's sizes.
         weight_dtype: of the state dict that ComfyUI is given.
         dtype: in which ComfyUI keeps the weights; float8_e4m3fn computes in another.
+        fast_fp8: with float8_e4m3fn, products are computed in it too, as fp8_e4m3fn_fast of Load Diffusion Model.
     """
     import comfy.sd
 
     with torch.device("meta"):
         shapes = WanDiT(config).state_dict()
-    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # 14 billion numbers take a CPU minutes
+    generator = torch.Generator(device).manual_seed(0)
     state = {}
     for name, shape in shapes.items():
-        value = torch.empty(shape.shape, dtype=weight_dtype)
+        value = torch.empty(shape.shape, dtype=weight_dtype, device=device)
         if value.ndim < 2:
             value.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
             fan_in = value[0].numel()
             value.normal_(std=0.02 if name.startswith("head") else fan_in**-0.5, generator=generator)
-        state[name] = value
+        state[name] = value.cpu()
     metadata = {"config": f'{{"transformer": {{"causal_ar": true, "text_dim": {config.text_dim}}}}}'}
-    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype}, metadata=metadata)
+    options = {"dtype": dtype, "fp8_optimizations": fast_fp8}
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)
 
 
-def random_taehv():
-    """lighttaew2_1's architecture as ComfyUI loads it, with random weights."""
+def random_taehv(dtype: torch.dtype = torch.float32):
+    """lighttaew2_1's architecture as ComfyUI loads it, with random weights given in `dtype`."""
     import comfy.sd
     from comfy.taesd.taehv import TAEHV
 
@@ -64,7 +92,7 @@ def random_taehv():
     state = {}
     for name, value in TAEHV(latent_channels=16).state_dict().items():
         fan_in = max(1, value[0].numel()) if value.ndim > 1 else 100
-        state[name] = torch.randn(value.shape, generator=generator) / fan_in**0.5
+        state[name] = (torch.randn(value.shape, generator=generator) / fan_in**0.5).to(dtype)
     return comfy.sd.VAE(sd=state)
 
 

@@ -8,6 +8,7 @@ only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sampl
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,6 +110,8 @@ class StreamedChunk:
         history: with a prompt schedule, finished latents in the model's space by start_frame (see sample_chunks).
         live: prompts that the run was given so far.
         flow: FlowRun's snapshot, empty without optical flow.
+        require_finite: raises ValueError if the latents are not finite; on a GPU it waits for them. The sampler does
+            it by itself, on a GPU one forward later.
     """
 
     index: int
@@ -119,6 +122,7 @@ class StreamedChunk:
     history: Mapping[int, Tensor]
     live: tuple[LivePrompt, ...]
     flow: Mapping[str, Tensor]
+    require_finite: Callable[[], None]
 
 
 CONTEXT = -1
@@ -541,7 +545,13 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done, current, history = 0, 0, {}
+        pace, finite = _Pace(noise.device), _FiniteLook(plan.chunks)
         steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
+        # Made before the loop: a copy to the device would wait for it in every forward.
+        levels = {
+            row: torch.tensor([*row, 0.0], device=noise.device)
+            for row in map(plan.schedule.chunk_sigmas, range(min(plan.chunks, len(plan.schedule.sigmas))))
+        }
         if resume is not None:
             cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
@@ -558,7 +568,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if prompt_run is not None:
                 prompt_run.listen()
-            chunk_sigmas = torch.tensor([*plan.schedule.chunk_sigmas(at.chunk), 0.0], device=x.device)
+            pace.wait()
+            chunk_sigmas = levels[plan.schedule.chunk_sigmas(at.chunk)]
             transformer_options["sample_sigmas"] = chunk_sigmas
             model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
             mask = None
@@ -572,10 +583,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if flow_run is not None:
                 flow_run.before(at, x.device)
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
+            pace.mark()
+            finite.settle()
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at)
-            if at.step == 0:
-                steps.clear()
             if at.step >= 0:
                 steps.append((at, denoised))
             done += 1
@@ -599,7 +610,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if step == INITIAL_STEP and not streaming:
                 start = plan.context_frames + chunk * plan.settings.frames_per_chunk
                 return noise[:, :, start : start + frames]
-            return self.noise(chunk, step, frames).to(noise)
+            return _to_device(self.noise(chunk, step, frames), noise)
 
         def source(start: int, frames: int) -> Tensor:
             start = 0 if streaming else start  # a stream's latent is one chunk, and empty
@@ -622,6 +633,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                     history=history,
                     live=() if prompt_run is None else tuple(prompt_run.live),
                     flow={} if flow_run is None else flow_run.snapshot(),
+                    require_finite=finite.settle,
                 )
             )
 
@@ -641,7 +653,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 recache=None if prompt_run is None else recache,
                 history=history,
             ):
-                _require_finite(chunk, plan.chunks, steps)
+                finite.look(chunk, steps)
+                steps = []
                 if flow_run is not None:
                     flow_run.finished(chunk.latents)
                 if streaming:
@@ -650,6 +663,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 output[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
                 if self.on_chunk is not None:
                     self.on_chunk(chunk)
+            finite.settle()
         finally:
             run.free()
             if flow_run is not None:
@@ -718,17 +732,82 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
         )
 
 
-def _require_finite(chunk: Chunk, chunks: int, steps: list[tuple[Forward, Tensor]]) -> None:
-    """One look at a finished chunk, so that a device is waited for once; which step it was is only asked then."""
-    if torch.isfinite(chunk.latents).all():
-        return
-    bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
-    where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"
-    raise ValueError(
-        f"Chunk {chunk.index + 1} of {chunks} (latent frames {chunk.start_frame} to "
-        f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try another "
-        "weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
-    )
+def _to_device(drawn: Tensor, like: Tensor) -> Tensor:
+    """Noise drawn on the CPU, where `like` is and in its dtype; on a GPU nothing waits for the copy."""
+    if like.device.type != "cuda" or drawn.device.type != "cpu":
+        return drawn.to(like)
+    return drawn.pin_memory().to(like, non_blocking=True)
+
+
+class _Pace:
+    """Keeps the host at most one forward ahead of a GPU.
+
+    Nothing in a forward waits for the GPU, so that the host could queue several; Cancel would then stop the host only,
+    and progress would count what is not done. One forward ahead is enough for the GPU never to wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Before a forward is queued: until the one before the last is done."""
+        if self._events is not None and len(self._events) > 1:
+            self._events.popleft().synchronize()
+
+    def mark(self) -> None:
+        """After a forward was queued."""
+        if self._events is not None:
+            self._events.append(torch.cuda.current_stream(self.device).record_event())
+
+
+class _FiniteLook:
+    """Looks at each finished chunk for NaN and infinite values: at once on a CPU, one forward later on a GPU.
+
+    A look at once would leave a GPU idle until the host has queued the next forward. Which step it was is only asked
+    if there is something to tell.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self._waiting: tuple[Chunk, list[tuple[Forward, Tensor]], Tensor, torch.cuda.Event | None] | None = None
+
+    def look(self, chunk: Chunk, steps: list[tuple[Forward, Tensor]]) -> None:
+        """A finished chunk, and the denoised of its steps.
+
+        Raises:
+            ValueError: on a CPU, as `settle`.
+        """
+        finite = torch.isfinite(chunk.latents).all()
+        if finite.device.type != "cuda":
+            self._waiting = (chunk, steps, finite, None)
+            self.settle()
+            return
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(finite, non_blocking=True)
+        self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
+
+    def settle(self) -> None:
+        """Wait for the last look's answer.
+
+        Raises:
+            ValueError: the chunk is not finite; names the chunk and the step at which it began.
+        """
+        if self._waiting is None:
+            return
+        chunk, steps, answer, done = self._waiting
+        self._waiting = None
+        if done is not None:
+            done.synchronize()
+        if answer:
+            return
+        bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
+        where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"
+        raise ValueError(
+            f"Chunk {chunk.index + 1} of {self.chunks} (latent frames {chunk.start_frame} to "
+            f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try "
+            "another weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
+        )
 
 
 def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:

@@ -43,6 +43,8 @@ WAN_MARK = "Rep"
 """What ComfyUI's Wan decoder puts in place of the features of a layer that has seen the first frame only."""
 WAN_ESTIMATE_FRAMES = 5
 """ComfyUI's estimate for Wan's decoder steps up after 4 latent frames, with the caches full; here they stay full."""
+TAEHV_LAYOUT = torch.channels_last
+"""How TAEHV's activations lie on CUDA: as cuDNN's convolutions for tensor cores want them."""
 WINDOW_CONTEXT_FRAMES = 4
 """Latent frames decoded again before the new ones where the decoder's own memory is not known."""
 
@@ -142,7 +144,10 @@ class _WanClip:
 
 
 class _TaehvClip:
-    """TAEHV: latent frame by latent frame; the frames that it makes too many at the start of a clip are dropped."""
+    """TAEHV: latent frame by latent frame; the frames that it makes too many at the start of a clip are dropped.
+
+    The frames that a latent frame grows into go through the layers as one batch, each behind the one before it.
+    """
 
     def __init__(self, model: TAEHV, scale: Callable[[Tensor], Tensor]) -> None:
         self.model = model
@@ -151,25 +156,25 @@ class _TaehvClip:
         self.trim = model.frames_to_trim
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: list[Tensor] = []
-        for frame in self.scale(latents).unbind(2):
-            pixels += self._grow(frame, 0)
+        pixels = torch.cat([self._grow(frame) for frame in self.scale(latents).unbind(2)])
         kept, self.trim = pixels[self.trim :], 0
-        return torch.stack(kept, dim=2)
+        return kept.movedim(0, 1).unsqueeze(0)
 
-    def _grow(self, x: Tensor, start: int) -> list[Tensor]:
-        """One frame x [1, C, h, w] before layer `start` -> the pixel frames [1, 3, H, W] that come of it, in order."""
-        layers = self.model.decoder
-        for index in range(start, len(layers)):
-            layer = layers[index]
+    def _grow(self, x: Tensor) -> Tensor:
+        """One latent frame [1, C, h, w] -> the pixel frames [n, 3, H, W] that come of it, in order."""
+        layout = TAEHV_LAYOUT if x.device.type == "cuda" else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
+        for index, layer in enumerate(self.model.decoder):
             if isinstance(layer, MemBlock):
                 past = self.memory.get(index)
-                self.memory[index], x = x, layer(x, torch.zeros_like(x) if past is None else past)
+                past = torch.zeros_like(x[:1]) if past is None else past
+                self.memory[index] = x[-1:].clone()
+                x = layer(x, torch.cat([past, x[:-1]]))
             elif isinstance(layer, TGrow):
-                return [pixels for frame in layer(x).split(1) for pixels in self._grow(frame, index + 1)]
+                x = layer(x).contiguous(memory_format=layout)
             else:
                 x = layer(x)
-        return [F.pixel_shuffle(x, self.model.patch_size) if self.model.patch_size > 1 else x]
+        return F.pixel_shuffle(x, self.model.patch_size) if self.model.patch_size > 1 else x
 
     def tensors(self) -> Iterator[Tensor]:
         return iter(self.memory.values())

@@ -579,6 +579,7 @@ class _Run:
         )
 
     def _save(self, chunk: StreamedChunk) -> None:
+        chunk.require_finite()
         self._thread.drain()
         mark = self.opened.writer.settle()
         self._thread.report()
