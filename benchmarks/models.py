@@ -29,6 +29,23 @@ def open_host() -> ModuleType:
     return comfy_host
 
 
+def random_state(config: WanConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Random weights of a bare Wan file."""
+    with torch.device("meta"):
+        shapes = WanDiT(config).state_dict()
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        value = torch.empty(shape.shape, dtype=dtype, device=device)
+        if value.ndim < 2:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = value[0].numel()
+            value.normal_(std=0.02 if name.startswith("head") else fan_in**-0.5, generator=generator)
+        state[name] = value
+    return state
+
+
 def random_wan(config: WanConfig, *, weight_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32):
     """A causal ComfyUI MODEL with random weights.
 
@@ -39,18 +56,7 @@ def random_wan(config: WanConfig, *, weight_dtype: torch.dtype = torch.float32, 
     """
     import comfy.sd
 
-    with torch.device("meta"):
-        shapes = WanDiT(config).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        value = torch.empty(shape.shape, dtype=weight_dtype)
-        if value.ndim < 2:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            fan_in = value[0].numel()
-            value.normal_(std=0.02 if name.startswith("head") else fan_in**-0.5, generator=generator)
-        state[name] = value
+    state = random_state(config, weight_dtype)
     metadata = {"config": f'{{"transformer": {{"causal_ar": true, "text_dim": {config.text_dim}}}}}'}
     return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype}, metadata=metadata)
 

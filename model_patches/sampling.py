@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
-from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
+from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
@@ -558,7 +558,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if prompt_run is not None:
                 prompt_run.listen()
-            chunk_sigmas = torch.tensor([*plan.schedule.chunk_sigmas(at.chunk), 0.0], device=x.device)
+            chunk_sigmas = send(torch.tensor([*plan.schedule.chunk_sigmas(at.chunk), 0.0]), x.device)
             transformer_options["sample_sigmas"] = chunk_sigmas
             model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
             mask = None
@@ -599,7 +599,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if step == INITIAL_STEP and not streaming:
                 start = plan.context_frames + chunk * plan.settings.frames_per_chunk
                 return noise[:, :, start : start + frames]
-            return self.noise(chunk, step, frames).to(noise)
+            return send(self.noise(chunk, step, frames), noise.device).to(noise.dtype)
 
         def source(start: int, frames: int) -> Tensor:
             start = 0 if streaming else start  # a stream's latent is one chunk, and empty
