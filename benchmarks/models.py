@@ -48,6 +48,23 @@ def start_dynamic_vram() -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
+def random_state(config: WanConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Random weights of a bare Wan file."""
+    with torch.device("meta"):
+        shapes = WanDiT(config).state_dict()
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        value = torch.empty(shape.shape, dtype=dtype, device=device)
+        if value.ndim < 2:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = value[0].numel()
+            value.normal_(std=0.02 if name.startswith("head") else fan_in**-0.5, generator=generator)
+        state[name] = value
+    return state
+
+
 def random_wan(
     config: WanConfig,
     *,
@@ -65,19 +82,9 @@ def random_wan(
     """
     import comfy.sd
 
-    with torch.device("meta"):
-        shapes = WanDiT(config).state_dict()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # 14 billion numbers take a CPU minutes
-    generator = torch.Generator(device).manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        value = torch.empty(shape.shape, dtype=weight_dtype, device=device)
-        if value.ndim < 2:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            fan_in = value[0].numel()
-            value.normal_(std=0.02 if name.startswith("head") else fan_in**-0.5, generator=generator)
-        state[name] = value.cpu()
+    # Fourteen billion numbers take a CPU minutes.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = {name: value.cpu() for name, value in random_state(config, weight_dtype, device).items()}
     metadata = {"config": f'{{"transformer": {{"causal_ar": true, "text_dim": {config.text_dim}}}}}'}
     options = {"dtype": dtype, "fp8_optimizations": fast_fp8}
     return comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)

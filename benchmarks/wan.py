@@ -112,7 +112,7 @@ class Bench:
         return mock.patch.object(self.causal, "_cudnn_is_faster", lambda device: False)
 
     def waiting_noise(self) -> Any:
-        return mock.patch.object(self.sampling, "_to_device", lambda drawn, like: drawn.to(like))
+        return mock.patch.object(self.sampling, "send", lambda drawn, device: drawn.to(device))
 
     @contextlib.contextmanager
     def look_at_once(self) -> Iterator[None]:

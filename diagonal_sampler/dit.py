@@ -125,6 +125,15 @@ def causal_views(total_frames: int, tokens_per_frame: int, settings: CausalSetti
     return tuple(views)
 
 
+def normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`norm(x)` computed in the weight's dtype, in that of `x`.
+
+    Under autocast `x` is bf16 and the weight float32. Given so, torch has no fused kernel and keeps six float32 copies
+    of `x` for the backward pass.
+    """
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """Attention with RMS-normalised queries and keys (over all heads at once, as Wan does) and rotary positions."""
 
@@ -165,8 +174,8 @@ class SelfAttention(nn.Module):
         cache: ConditionKV | None,
         layer: int,
     ) -> Tensor:
-        q = rotate(self._heads(self.norm_q(self.q(x_BLC))), rope_LP2)
-        k = rotate(self._heads(self.norm_k(self.k(x_BLC))), rope_LP2)
+        q = rotate(self._heads(normalise(self.norm_q, self.q(x_BLC))), rope_LP2)
+        k = rotate(self._heads(normalise(self.norm_k, self.k(x_BLC))), rope_LP2)
         v = self._heads(self.v(x_BLC))
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -177,8 +186,8 @@ class CrossAttention(SelfAttention):
     """Attention from video tokens to text tokens; no positions."""
 
     def forward(self, x_BLC: Tensor, context_BLC: Tensor) -> Tensor:  # type: ignore[override]
-        q = self._heads(self.norm_q(self.q(x_BLC)))
-        k = self._heads(self.norm_k(self.k(context_BLC)))
+        q = self._heads(normalise(self.norm_q, self.q(x_BLC)))
+        k = self._heads(normalise(self.norm_k, self.k(context_BLC)))
         return self.attend(q, k, self._heads(self.v(context_BLC)))
 
 

@@ -12,6 +12,14 @@ INITIAL_STEP = -1
 CONTEXT_STEP = -2
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`. From a CPU to CUDA through pinned memory, so that the copy queues behind the device's work: any
+    other copy halts the host until all of that is done."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class NoiseSource(Protocol):
     """What the chunk iterator draws from. `step` counts from 0; see INITIAL_STEP and CONTEXT_STEP."""
 
@@ -45,4 +53,4 @@ class SeededNoise:
         shape = (batch, channels, frames, height, width)
         # Said in full: torch's default dtype and device may be another pack's.
         noise = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
-        return noise.to(self.device)
+        return send(noise, self.device)

@@ -76,7 +76,8 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
     recipe = run_folder.read_recipe(run)
     found = run_folder.checkpoints(run)
     if not found:
-        raise ValueError(f"{run} has no checkpoint yet; it writes one every {recipe.save_every} updates.")
+        when = f"one every {recipe.save_every} updates" if recipe.save_every else "none: its save_every is 0"
+        raise ValueError(f"{run} has no checkpoint yet; it writes {when}.")
     updates, path = found[-1]
     averaged = run_folder.load_whole(path, "ema/")
     tensors: dict[str, Tensor] = averaged

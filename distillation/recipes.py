@@ -116,7 +116,7 @@ class Recipe:
     compile: bool = option(False, "torch.compile the blocks of teacher and fake score")
 
     # Bookkeeping
-    save_every: int = option(50, "updates between checkpoints")
+    save_every: int = option(50, "updates between checkpoints, and one after the last update; 0: none at all")
     keep: int = option(2, "checkpoints kept")
     sample_every: int = option(0, "updates between sample clips; 0: none")
     sample_prompts: int = option(4, "clips of a sample")
@@ -130,7 +130,7 @@ class Recipe:
         _choice("precision", self.precision, PRECISIONS)
         _choice("preset", self.preset, tuple(PRESETS))
         for name in (
-            "frames", "height", "width", "batch", "micro_batch", "updates", "fake_score_updates", "save_every", "keep",
+            "frames", "height", "width", "batch", "micro_batch", "updates", "fake_score_updates", "keep",
             "ode_clips", "ode_steps", "rollout_frames",
         ):  # fmt: skip
             if getattr(self, name) < 1:
@@ -138,7 +138,7 @@ class Recipe:
         for name in (
             "learning_rate", "fake_score_learning_rate", "motion_head_learning_rate", "weight_decay", "dmd_weight",
             "motion_weight", "motion_scale", "regression_weight", "warmup", "cooldown", "ema_start",
-            "lora_rank", "sample_every", "sample_prompts", "flow_learning_rate",
+            "lora_rank", "save_every", "sample_every", "sample_prompts", "flow_learning_rate",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

@@ -200,7 +200,9 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # Where AdamW itself would put it: the fused step reads it on the device.
+            device = parameter.device if optimizer.defaults["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for moment in _ADAMW:
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         out[f"step/{name}"] = state["step"]

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from diagonal_sampler.captions import caption_of, load_caption_encoder
 from diagonal_sampler.sampler import split_frames
 from distillation import losses, run_folder, sprites
-from distillation.common import generator_at, keep_freed_memory
+from distillation.common import Stopwatch, generator_at, keep_freed_memory
 from distillation.flow_fields import FlowFields
 from distillation.networks import Role, build_networks, local, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
@@ -154,6 +154,8 @@ class Learner:
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
             weight_decay=recipe.weight_decay,
+            # One pass over weights and moments; the usual step makes a temporary copy of the second moments on a GPU.
+            fused=True if all(value.is_cuda for value in parameters.values()) else None,
         )
 
     def step(self, update: int) -> float:
@@ -185,6 +187,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, prompts: PromptSet, folder: Path, ranks: Ranks) -> None:
         self.recipe, self.prompts, self.folder, self.ranks = recipe, prompts, folder, ranks
         self.accumulation = recipe.accumulation(ranks.count)
+        self.stopwatch = Stopwatch(ranks.device)
         self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         if prompts.text_dim != recipe.text_dim:
             raise ValueError(
@@ -390,7 +393,8 @@ class Trainer:
             for part in range(self.accumulation):
                 total += self._fake_score_backward(update, turn, part)
             found["fake_score"] = self._finite("fake_score", total, update)
-            found["fake_score_norm"] = self.fake_score.step(update)
+            with self.stopwatch.part("fake_score_seconds"):
+                found["fake_score_norm"] = self.fake_score.step(update)
         sums: dict[str, Tensor] = {}
         for part in range(self.accumulation):
             for name, value in self._student_backward(update, part).items():
@@ -400,7 +404,8 @@ class Trainer:
         if self.head is not None:
             self._average_gradients(self.head)
             found["motion_head_norm"] = self.head.step(update)
-        found["student_norm"] = self.student.step(update)
+        with self.stopwatch.part("student_seconds"):
+            found["student_norm"] = self.student.step(update)
         if self.head is not None and self.heads is not None:
             losses.update_ema_head(self.heads[1], self.heads[0], self.recipe.ema_decay)
         return found
@@ -414,23 +419,31 @@ class Trainer:
                     parameter.grad /= self.ranks.count
 
     def _fake_score_backward(self, update: int, turn: int, part: int) -> Tensor:
-        rollout, seeds = self.rollout(update, turn, f"fake{turn}", part)
-        with self.networks.student.active() as student:
-            sink, clip = rollout.clip(student)
+        rollout, seeds, sink, clip = self._clip(update, turn, f"fake{turn}", part)
         x, sigma, noise = self.under_noise(clip, seeds)
         role = self.networks.fake_score
         assert role is not None
-        with role.active():
+        with self.stopwatch.part("fake_score_seconds"), role.active():
             x0 = self.score(role, x, sigma, rollout.context, rollout.seen_flow, sink)
             loss = losses.fake_score_loss((x - x0) / spread_sigma(sigma), noise, clip) / self.accumulation
             loss.backward()
         return loss.detach()
 
+    def _clip(self, update: int, turn: int, role: str, part: int) -> tuple[Rollout, list[int], Tensor, Tensor]:
+        """A rollout and its clips' seeds, the finished sink that its scores see, and the clip."""
+        with self.stopwatch.part("rollout_seconds"):
+            rollout, seeds = self.rollout(update, turn, role, part)
+            with self.networks.student.active() as student:
+                sink, clip = rollout.clip(student)
+        return rollout, seeds, sink, clip
+
     def _student_backward(self, update: int, part: int) -> dict[str, Tensor]:
+        rollout, seeds, sink, clip = self._clip(update, self.recipe.fake_score_updates, "student", part)
+        with self.stopwatch.part("student_seconds"):
+            return self._student_losses(rollout, seeds, sink, clip)
+
+    def _student_losses(self, rollout: Rollout, seeds: list[int], sink: Tensor, clip: Tensor) -> dict[str, Tensor]:
         recipe = self.recipe
-        rollout, seeds = self.rollout(update, recipe.fake_score_updates, "student", part)
-        with self.networks.student.active() as student:
-            sink, clip = rollout.clip(student)
         x, sigma, _ = self.under_noise(clip, seeds)
         flow = rollout.seen_flow
         with torch.no_grad():
@@ -596,8 +609,12 @@ def tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def run(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
+def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], bool] | None = None) -> None:
     """Trains to the recipe's last update, from the run's last checkpoint if there is one.
+
+    Args:
+        time_is_up: asked after every update; True ends the run there as if that update were the recipe's last. All
+            ranks must be told the same.
 
     Raises:
         ValueError: bad input, or a loss that is not finite.
@@ -628,7 +645,10 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
             for update in range(first, recipe.updates):
                 started = time.perf_counter()
                 values = trainer.update(update)
-                entry = {"update": update, **values, "seconds": time.perf_counter() - started}
+                parts = trainer.stopwatch.take()
+                entry = {"update": update, **values, "seconds": time.perf_counter() - started, **parts}
+                if ranks.device.type == "cuda":
+                    entry["peak_gb"] = torch.cuda.max_memory_allocated(ranks.device) / 1e9
                 if journal:
                     journal.write(entry)
                 if board:
@@ -637,16 +657,15 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "norm" not in name)
                 bar.update(task, advance=1, losses=shown)
                 done = update + 1
-                if done % recipe.save_every == 0 or done == recipe.updates:
+                last = done == recipe.updates or (time_is_up is not None and time_is_up())
+                if recipe.save_every and (done % recipe.save_every == 0 or last):
                     run_folder.save(folder, done, trainer.tensors(), recipe.keep)
-                if (
-                    recipe.sample_every
-                    and recipe.sample_prompts
-                    and (done % recipe.sample_every == 0 or done == recipe.updates)
-                ):
+                if recipe.sample_every and recipe.sample_prompts and (done % recipe.sample_every == 0 or last):
                     clips, captions = trainer.sample(recipe.sample_prompts)
                     if ranks.main:
                         try_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
+                if last:
+                    break
     finally:
         if journal:
             journal.close()

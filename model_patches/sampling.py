@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
-from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise
+from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
@@ -610,7 +610,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if step == INITIAL_STEP and not streaming:
                 start = plan.context_frames + chunk * plan.settings.frames_per_chunk
                 return noise[:, :, start : start + frames]
-            return _to_device(self.noise(chunk, step, frames), noise)
+            return send(self.noise(chunk, step, frames), noise.device).to(noise.dtype)
 
         def source(start: int, frames: int) -> Tensor:
             start = 0 if streaming else start  # a stream's latent is one chunk, and empty
@@ -730,13 +730,6 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
             f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
             "only. Set positions to window, or to auto, on the causal model, or use a shorter length."
         )
-
-
-def _to_device(drawn: Tensor, like: Tensor) -> Tensor:
-    """Noise drawn on the CPU, where `like` is and in its dtype; on a GPU nothing waits for the copy."""
-    if like.device.type != "cuda" or drawn.device.type != "cpu":
-        return drawn.to(like)
-    return drawn.pin_memory().to(like, non_blocking=True)
 
 
 class _Pace:

@@ -640,3 +640,23 @@ def test_flags_are_the_recipes_fields(inputs, tmp_path):
 def test_only_the_demo_has_a_teacher_stage(tmp_path, capsys):
     assert train.main(["--recipe", "wan_1_3b", "--stage", "teacher", "--out", str(tmp_path)]) == 1
     assert "published one" in capsys.readouterr().err
+
+
+def test_save_every_0_writes_no_checkpoint_and_the_log_says_where_the_time_went(inputs, tmp_path):
+    with train.joined_ranks() as ranks:
+        train.run(tiny_recipe(inputs, updates=1, save_every=0), tmp_path, ranks)
+    assert not run_folder.checkpoints(tmp_path)
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    parts = [line[name] for name in ("rollout_seconds", "fake_score_seconds", "student_seconds")]
+    assert min(parts) > 0
+    assert 0.5 * line["seconds"] < sum(parts) <= line["seconds"]
+
+
+def test_a_run_whose_time_is_up_ends_after_the_update_and_goes_on_later(inputs, tmp_path):
+    asked = []
+    with train.joined_ranks() as ranks:
+        recipe = tiny_recipe(inputs, save_every=50)
+        train.run(recipe, tmp_path, ranks, time_is_up=lambda: asked.append(None) or len(asked) == 2)
+        assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [2]
+        train.run(recipe, tmp_path, ranks)
+    assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [2, 3]
