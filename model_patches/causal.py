@@ -24,6 +24,7 @@ from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, o
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock, CausalWanModel
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from comfy.model_patcher import ModelPatcher
+from comfy.ops import disable_weight_init
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -253,7 +254,24 @@ class _LeanBlock:
         for patch in options.get("patches", {}).get("attn2_patch", ()):
             x = patch({"x": x, "transformer_options": options})
         y = F.layer_norm(x, x.shape[-1:], ffn_scale, ffn_shift, block.norm2.eps)
-        return torch.addcmul(x, block.ffn(y), ffn_gate)
+        return torch.addcmul(x, self._feed_forward(y), ffn_gate)
+
+    def _feed_forward(self, y_BLC: Tensor) -> Tensor:
+        """The feed-forward layers; on CUDA the first product ends in GELU, which saves a pass over its large result.
+
+        Only where ComfyUI would multiply by the weight as it lies: with casts, patches or hooks its own layers stay.
+        """
+        first, activation, second = block_ffn = self.block.ffn
+        plain = (
+            y_BLC.device.type == "cuda"
+            and type(activation) is torch.nn.GELU
+            and activation.approximate == "tanh"
+            and _multiplies_as_it_is(first, y_BLC)
+        )
+        if not plain:
+            return block_ffn(y_BLC)
+        hidden = torch._addmm_activation(first.bias, y_BLC.flatten(0, 1), first.weight.t(), use_gelu=True)
+        return second(hidden.unflatten(0, y_BLC.shape[:2]))
 
     def _modulation(self, e: Tensor) -> tuple[Tensor, ...]:
         """Shift, 1 + scale and gate, [C] each, of attention and of the feed-forward layers; e is [B, 1, 6, C]."""
@@ -261,6 +279,18 @@ class _LeanBlock:
         # All rows of a batch are at one noise level here, so the first stands for all.
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (own + e[0])[0].unbind()
         return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
+
+
+def _multiplies_as_it_is(layer: torch.nn.Module, x: Tensor) -> bool:
+    """Whether a linear layer of ComfyUI's is nothing but F.linear with its own weight and bias, on x's device."""
+    return (
+        type(layer) is disable_weight_init.Linear
+        and not (layer.comfy_cast_weights or layer.weight_function or layer.bias_function)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) or hasattr(layer, "_v"))
+        and layer.bias is not None
+        and layer.weight.dtype == layer.bias.dtype == x.dtype
+        and layer.weight.device == layer.bias.device == x.device
+    )
 
 
 class _KnownRotations:
