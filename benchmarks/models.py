@@ -16,31 +16,34 @@ import comfy_host  # noqa: E402
 from diagonal_sampler.dit import WanConfig, WanDiT  # noqa: E402
 
 
-def open_host() -> ModuleType:
+def open_host(*, dynamic_vram: bool = False) -> ModuleType:
     """Puts ComfyUI on the path and returns the module that loads parts of this pack as ComfyUI does.
 
+    Args:
+        dynamic_vram: start ComfyUI's DynamicVRAM as its main.py does on an NVIDIA card.
+
     Raises:
-        SystemExit: there is no ComfyUI.
+        SystemExit: there is no ComfyUI, or no DynamicVRAM where it is asked for.
     """
     host = comfy_host.find_comfyui()
     if host is None:
         raise SystemExit(comfy_host.NO_COMFYUI)
+    if dynamic_vram:
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()  # its library must be there before ComfyUI's modules look for it
     comfy_host.put_on_path(host)
+    if dynamic_vram:
+        _start_dynamic_vram()
     return comfy_host
 
 
-def start_dynamic_vram() -> None:
-    """ComfyUI's DynamicVRAM, as its main.py starts it on an NVIDIA card; before any model is made.
-
-    Raises:
-        SystemExit: it does not work here.
-    """
+def _start_dynamic_vram() -> None:
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
     import comfy_aimdo.control
 
-    comfy_aimdo.control.init()
     devices = [(device.index, 0) for device in comfy.model_management.get_all_torch_devices()]
     if not comfy_aimdo.control.init_devices(devices):
         raise SystemExit("comfy-aimdo does not work here: no DynamicVRAM.")

@@ -27,7 +27,7 @@ import torch
 if torch.cuda.is_available():
     os.environ["DIAGONAL_TEST_GPU"] = "1"  # the tests' host is a CPU's otherwise
 
-from models import open_host, random_prompt, random_taehv, random_wan, start_dynamic_vram  # first: paths
+from models import open_host, random_prompt, random_taehv, random_wan  # first: it makes the repository importable
 from timing import interleaved
 from torch import Tensor
 
@@ -56,9 +56,7 @@ class Bench:
     """A random model and decoder in ComfyUI, and runs of them."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        host = open_host()
-        if arguments.dynamic_vram:
-            start_dynamic_vram()
+        host = open_host(dynamic_vram=arguments.dynamic_vram)
         host.load_pack()
         self.sampling = host.pack_module("model_patches.sampling")
         self.causal = host.pack_module("model_patches.causal")
@@ -117,6 +115,9 @@ class Bench:
     def waiting_noise(self) -> Any:
         return mock.patch.object(self.sampling, "send", lambda drawn, device: drawn.to(device))
 
+    def prompt_on_the_host(self) -> Any:
+        return mock.patch.object(self.sampling, "_texts_to", lambda model_wrap, device: None)
+
     @contextlib.contextmanager
     def look_at_once(self) -> Iterator[None]:
         look = self.sampling._FiniteLook.look
@@ -130,7 +131,23 @@ class Bench:
 
     @contextlib.contextmanager
     def one_stream(self) -> Iterator[None]:
-        with mock.patch.object(torch.cuda, "Stream", lambda device=None: torch.cuda.current_stream(device)):
+        class Cuda:
+            """torch.cuda for the decoder alone, whose new stream is the sampler's."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(torch.cuda, name)
+
+            @staticmethod
+            def Stream(device: torch.device) -> Any:
+                return torch.cuda.current_stream(device)
+
+        class Torch:
+            cuda = Cuda()
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(torch, name)
+
+        with mock.patch.object(self.decode, "torch", Torch()):
             yield
 
     def channels_first(self) -> Any:
@@ -248,16 +265,19 @@ def print_gains(bench: Bench, repeats: int) -> None:
     """A clip as shipped, and with one thing put back, in turns."""
     plain_blocks = bench.without_patches(lambda path: path.count(".") == 3)
     own_rotations = bench.without_patches(lambda path: path == bench.causal.ROPE_PATH)
+    own_forward = bench.without_patches(lambda path: path == bench.causal.FORWARD_PATH)
     text = mock.patch.object(bench.causal.CausalRun, "text", lambda run, key, make: make())
     runs = {
         SHIPPED: bench.clip,
         "PyTorch's flash attention first, as ComfyUI has it": lambda: bench.clip(bench.flash_first),
         "GELU as a kernel of its own": lambda: bench.clip(bench.gelu_apart),
+        "the prompt copied in every forward": lambda: bench.clip(bench.prompt_on_the_host),
         "noise copied while the host waits": lambda: bench.clip(bench.waiting_noise),
         "chunks looked at for NaN at once": lambda: bench.clip(bench.look_at_once),
         "decoded on the sampler's own stream": lambda: bench.clip(bench.one_stream),
         "TAEHV channels first": lambda: bench.clip(bench.channels_first),
         "modulation in every forward": lambda: bench.clip(model=plain_blocks),
+        "the noise level's and the text's embeddings in every forward": lambda: bench.clip(model=own_forward),
         "rotations in every forward": lambda: bench.clip(model=own_rotations),
         "the text's keys and values in every forward": lambda: bench.clip(lambda: text),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from comfy.cli_args import args
 from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, optimized_attention, wrap_attn
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock, CausalWanModel
-from comfy.ldm.wan.model import WanAttentionBlock, WanModel
+from comfy.ldm.wan.model import WanAttentionBlock, WanModel, sinusoidal_embedding_1d
 from comfy.model_patcher import ModelPatcher
 from comfy.ops import disable_weight_init
 from torch import Tensor
@@ -37,6 +38,9 @@ SETTINGS_KEY = "diagonal_causal_settings"
 RUN_KEY = "diagonal_run"
 FORWARD_KEY = "diagonal_forward"
 ROPE_PATH = "diffusion_model.rope_encode"
+FORWARD_PATH = "diffusion_model.forward_orig"
+NETWORK = -1
+"""Beside the numbers of blocks: what belongs to the network as a whole."""
 
 
 @dataclass(slots=True)
@@ -52,16 +56,16 @@ class CausalRun:
     cache: KVCache
     fixed_weights: bool = True
     sigma: float | None = None
-    _text: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _text: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
     _rope: dict[Hashable, Tensor] = field(default_factory=dict)
-    _modulation: dict[float, dict[int, tuple[Tensor, ...]]] = field(default_factory=dict)
+    _levels: dict[float, dict[int, tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def free(self) -> None:
         """Drop every tensor, also when the run failed."""
         self.cache.free()
         self._text.clear()
         self._rope.clear()
-        self._modulation.clear()
+        self._levels.clear()
 
     def forget_text(self) -> None:
         """The prompt has changed: its keys and values are computed again."""
@@ -75,25 +79,33 @@ class CausalRun:
             self._rope[key] = make()
         return self._rope[key]
 
-    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the text, computed once per prompt and clip."""
+    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What follows from the text alone, keys and values of a layer or its embedding: once per prompt and clip."""
         if not self.fixed_weights:
             return make()
         if key not in self._text:
             self._text[key] = make()
         return self._text[key]
 
-    def modulation(self, layer: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """A block's shifts and scales at the current noise level; a run of few levels computes each once."""
+    def of_level(self, part: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What follows from the current noise level alone: a block's by its number, NETWORK's for all of them.
+
+        A run of few levels computes each once.
+        """
         assert self.sigma is not None
-        if self.sigma not in self._modulation:
-            if len(self._modulation) >= 8:
-                self._modulation.clear()
-            self._modulation[self.sigma] = {}
-        layers = self._modulation[self.sigma]
-        if layer not in layers:
-            layers[layer] = make()
-        return layers[layer]
+        if self.sigma not in self._levels:
+            if len(self._levels) >= 8:
+                self._levels.clear()
+            self._levels[self.sigma] = {}
+        parts = self._levels[self.sigma]
+        if part not in parts:
+            parts[part] = make()
+        return parts[part]
+
+    @property
+    def keeps_levels(self) -> bool:
+        """Whether `of_level` may be used."""
+        return self.fixed_weights and self.sigma is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +149,10 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
         known = type(block) in (WanAttentionBlock, CausalWanAttentionBlock)
         if known and getattr(original, "__func__", None) is type(block).forward:  # nobody else has changed it
             patched.add_object_patch(f"{path}.forward", _LeanBlock(block, original, layer))
+    original = patched.get_model_object(FORWARD_PATH)
+    original = original.original if isinstance(original, _LeanForward) else original
+    if getattr(original, "__func__", None) is WanModel.forward_orig:
+        patched.add_object_patch(FORWARD_PATH, _LeanForward(network, original))
     original = patched.get_model_object(ROPE_PATH)
     original = original.original if isinstance(original, _KnownRotations) else original
     patched.add_object_patch(ROPE_PATH, _KnownRotations(original))
@@ -188,7 +204,8 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     )
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
     options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs)
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    with _cudnn_first(x.device, dtype):
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def exact_positions(dtype: torch.dtype) -> int:
@@ -217,6 +234,61 @@ class _Patch:
         raise NotImplementedError
 
 
+class _LeanForward:
+    """The network's forward with the embeddings of noise level and text kept.
+
+    ComfyUI makes a table for the noise level on the CPU in every forward, and copying it has the host wait for the GPU.
+    """
+
+    def __init__(self, network: WanModel, original: Callable) -> None:
+        self.network, self.original = network, original
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        freqs: Tensor | None = None,
+        transformer_options: dict | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = {} if transformer_options is None else transformer_options
+        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        plain = (
+            forward is not None
+            and forward.run.keeps_levels
+            and clip_fea is None
+            and all(value is None for value in kwargs.values())
+            and "double_block" not in options.get("patches", {})
+            and not options.get("patches_replace", {}).get("dit")
+            and not torch.compiler.is_compiling()
+        )
+        if not plain:
+            return self.original(x, t, context, clip_fea, freqs, transformer_options=options, **kwargs)
+        network, run = self.network, forward.run
+        # In float32, as there: bf16 would round the latents before the first product.
+        tokens = network.patch_embedding(x.float()).to(x.dtype)
+        options["grid_sizes"] = grid = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2)
+        e, e0 = run.of_level(NETWORK, lambda: self._level(t[:1], x.dtype))
+        e, e0 = (level.expand(t.shape[0], *level.shape[1:]) for level in (e, e0))
+        key = (NETWORK, forward.conditions, context.shape)
+        (text,) = run.text(key, lambda: (network.text_embedding(context),))
+        options["total_blocks"], options["block_type"] = len(network.blocks), "double"
+        for index, block in enumerate(network.blocks):
+            options["block_index"] = index
+            tokens = block(tokens, e=e0, freqs=freqs, context=text, transformer_options=options)
+        return network.unpatchify(network.head(tokens, e), grid)
+
+    def _level(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A noise level's embeddings for the head, [1, 1, C], and for the blocks, [1, 1, 6, C]."""
+        network = self.network
+        table = sinusoidal_embedding_1d(network.freq_dim, t.flatten()).to(dtype)
+        e = network.time_embedding(table).reshape(1, 1, -1)
+        return e, network.time_projection(e).unflatten(2, (6, network.dim))
+
+
 class _LeanBlock:
     """A block's forward with its modulation kept and put into the norms: five kernels fewer of 28.
 
@@ -239,12 +311,12 @@ class _LeanBlock:
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         forward: ForwardInfo | None = options.get(FORWARD_KEY)
-        keeps = forward is not None and forward.run.fixed_weights and forward.run.sigma is not None
+        keeps = forward is not None and forward.run.keeps_levels
         one_level = e.ndim == 4 and e.shape[1] == 1 and e.dtype == x_BLC.dtype
         if not keeps or not one_level or torch.compiler.is_compiling():
             return self.original(x_BLC, e, freqs, context, context_img_len, transformer_options=options, **kwargs)
         block = self.block
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = forward.run.modulation(
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = forward.run.of_level(
             self.layer, lambda: self._modulation(e)
         )
         x = x_BLC.contiguous()
@@ -362,12 +434,21 @@ def _cudnn_is_faster(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITIES
 
 
+def _takes_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
+    plain = optimized_attention is attention_pytorch and dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and plain and _cudnn_is_faster(device)
+
+
+def _cudnn_first(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """In it PyTorch's attention takes cuDNN's kernel where `_attention` leaves that to it: once for a whole forward."""
+    return sdpa_kernel(list(CUDNN_FIRST), set_priority=True) if _takes_cudnn(device, dtype) else nullcontext()
+
+
 @wrap_attn
-def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """PyTorch's attention, cuDNN's kernel first; q, k, v and the result are [B, L, heads * D]."""
+def _attention_plain(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+    """PyTorch's attention with whatever kernel it takes; q, k, v and the result are [B, L, heads * D]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(list(CUDNN_FIRST), set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
@@ -377,9 +458,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     long, and the fallback stays. On Hopper it is PyTorch's flash attention, which ComfyUI puts before cuDNN's.
     """
     if q.device.type == "cuda":
-        plain = optimized_attention is attention_pytorch and q.dtype in (torch.bfloat16, torch.float16)
-        chosen = _attention_cudnn if plain and _cudnn_is_faster(q.device) else optimized_attention
-        return chosen(q, k, v, **kwargs)
+        return (_attention_plain if _takes_cudnn(q.device, q.dtype) else optimized_attention)(q, k, v, **kwargs)
     fallback = optimized_attention is attention_sub_quad and not args.use_quad_cross_attention
     faster = fallback and q.device.type == "cpu" and q.dtype == torch.float32
     return (attention_pytorch if faster else optimized_attention)(q, k, v, **kwargs)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.conds
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
@@ -534,6 +535,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
         run = CausalRun(cache, fixed_weights="registered_hooks" not in options)
         transformer_options[RUN_KEY] = run
+        _texts_to(model_wrap, noise.device)
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
         flow_run = self.flow_run
@@ -688,7 +690,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
         def set_context(context: Tensor) -> None:
             for cond in sharing:
-                cond["model_conds"] = {**cond["model_conds"], "c_crossattn": type(text)(context)}
+                cond["model_conds"] = {**cond["model_conds"], "c_crossattn": type(text)(context.to(text.cond))}
             run.forget_text()
 
         patcher = model_wrap.model_patcher
@@ -730,6 +732,18 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
             f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
             "only. Set positions to window, or to auto, on the causal model, or use a shorter length."
         )
+
+
+def _texts_to(model_wrap, device: torch.device) -> None:
+    """Put the prompts' embeddings where the model computes, in its dtype: ComfyUI would copy them in every forward."""
+    dtype = model_wrap.inner_model.get_dtype_inference()
+    moved: dict[int, Any] = {}  # what conditions share stays shared
+    for cond in (cond for conds in model_wrap.conds.values() for cond in conds or ()):
+        text = cond.get("model_conds", {}).get("c_crossattn")
+        if type(text) is comfy.conds.CONDRegular:
+            if id(text) not in moved:
+                moved[id(text)] = type(text)(text.cond.to(device, dtype))
+            cond["model_conds"] = {**cond["model_conds"], "c_crossattn": moved[id(text)]}
 
 
 class _Pace:

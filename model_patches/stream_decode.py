@@ -156,11 +156,11 @@ class _TaehvClip:
         self.trim = model.frames_to_trim
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels = torch.cat([self._grow(frame) for frame in self.scale(latents).unbind(2)])
+        pixels = torch.cat([self._frames(frame) for frame in self.scale(latents).unbind(2)])
         kept, self.trim = pixels[self.trim :], 0
         return kept.movedim(0, 1).unsqueeze(0)
 
-    def _grow(self, x: Tensor) -> Tensor:
+    def _frames(self, x: Tensor) -> Tensor:
         """One latent frame [1, C, h, w] -> the pixel frames [n, 3, H, W] that come of it, in order."""
         layout = TAEHV_LAYOUT if x.device.type == "cuda" else torch.contiguous_format
         x = x.contiguous(memory_format=layout)
@@ -171,7 +171,7 @@ class _TaehvClip:
                 self.memory[index] = x[-1:].clone()
                 x = layer(x, torch.cat([past, x[:-1]]))
             elif isinstance(layer, TGrow):
-                x = layer(x).contiguous(memory_format=layout)
+                x = _grow(layer, x).contiguous(memory_format=layout)
             else:
                 x = layer(x)
         return F.pixel_shuffle(x, self.model.patch_size) if self.model.patch_size > 1 else x
@@ -185,6 +185,12 @@ class _TaehvClip:
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         self.trim = int(snapshot["trim"])
         self.memory = {int(name.removeprefix("memory/")): x for name, x in snapshot.items() if name != "trim"}
+
+
+def _grow(layer: TGrow, x: Tensor) -> Tensor:
+    """TGrow's forward, [N, C, h, w] -> [N*stride, C, h, w], with one copy where x lies channels last."""
+    grown = layer.conv(x).movedim(1, -1).unflatten(-1, (layer.stride, -1))  # [N, h, w, stride, C]
+    return grown.movedim(-2, 1).flatten(0, 1).movedim(-1, 1)
 
 
 class _DemoClip:

@@ -123,16 +123,18 @@ def test_a_recache_is_as_if_the_window_had_always_had_the_prompt(sample, clip, s
 
 
 def test_a_blend_goes_over_in_equal_steps(tiny_wan, sample, clip, schedule):
-    seen = []
+    """The text is embedded once for each prompt that is seen, when its first forward begins."""
+    done, seen = [], []
     embedding = tiny_wan.model.diffusion_model.text_embedding
-    embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    sample(schedule("0: a\nchunk 3: b", "blend", 2))
+    embedding.register_forward_pre_hook(lambda module, args: seen.append((len(done), args[0].clone())))
+    sample(schedule("0: a\nchunk 3: b", "blend", 2), on_progress=done.append)
     a, b = clip("a")[0][0], clip("b")[0][0]
-    forwards = len(seen) // 6
-    assert forwards * 6 == len(seen) == count_forwards(CLEAN, FRAMES, 3)
-    for chunk, text in enumerate([a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, b]):
-        for found in seen[chunk * forwards : (chunk + 1) * forwards]:
-            torch.testing.assert_close(found, text)
+    forwards = count_forwards(CLEAN, FRAMES, 3) // 6
+    assert len(done) == 6 * forwards
+    wanted = {0: a, 2: (2 * a + b) / 3, 3: (a + 2 * b) / 3, 4: b}  # by chunk
+    for (at, found), (chunk, text) in zip(seen, wanted.items(), strict=True):
+        assert at == chunk * forwards
+        torch.testing.assert_close(found, text)
 
 
 def test_every_forward_is_counted(sample, clip, schedule):
