@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -416,7 +417,20 @@ def all_training_scenes(recipe: DitRecipe, pool: Executor) -> Iterator[tuple[spr
     Placing sprites is a minute of one core for the whole set, several times what a GPU needs to draw it.
     """
     starts = range(0, recipe.clips, CLIPS_AT_ONCE)
-    return pool.map(training_scenes, itertools.repeat(recipe), starts, chunksize=16)
+    made = pool.map(_scenes_as_arrays, itertools.repeat(recipe), starts, chunksize=16)  # at once, not at the first use
+    return (
+        (sprites.Scenes(*map(_from_array, scenes)), sprites.Scenes(*map(_from_array, moved))) for scenes, moved in made
+    )
+
+
+def _scenes_as_arrays(recipe: DitRecipe, start: int) -> list[list[Any]]:
+    """`training_scenes`, field by field. Tensors travel between processes as open files, of which there are few."""
+    values = [[getattr(scenes, item.name) for item in fields(scenes)] for scenes in training_scenes(recipe, start)]
+    return [[value.numpy() if isinstance(value, Tensor) else value for value in row] for row in values]
+
+
+def _from_array(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 @torch.no_grad()
