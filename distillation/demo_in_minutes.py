@@ -184,6 +184,8 @@ def make(plan: Plan, out: Path, work: Path, device: torch.device, pool: Executor
     note = f"Ended by the clock after {dit_recipe.seconds:.0f} s on one GPU; openings {dit_recipe.opening_batch} clips"
     train_demo.export(work, out, note, dit_recipe)
     del data
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # 20 GB that a neighbour on the GPU may want
     log.info("teacher done; %.0f s left", clock.left)
 
     scores: dict[str, Any] = {"autoencoder": {"psnr": whole, "psnr_sprites": sprite}, "plan": asdict(plan)}

@@ -255,3 +255,14 @@ def test_scenes_made_by_workers_are_those_made_here() -> None:
         assert scenes.specs == here.specs and torch.equal(scenes.start, here.start)
         assert torch.equal(moved.start, there.start) and torch.equal(moved.background, here.background)
         assert not torch.equal(scenes.start, moved.start)
+
+
+def test_the_command_trains_the_larger_world_for_a_while_and_its_files_say_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_demo, "DitRecipe", lambda: replace(DIT, clips=2, later_clips=2))
+    monkeypatch.setattr(train_demo, "AutoencoderRecipe", lambda **changes: replace(AUTOENCODER, **changes))
+    shared = ["--scale", "2", "--batch-factor", "2", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    train_demo.main([*shared, "--seconds", "1"])
+    train_demo.main([*shared, "--export", str(tmp_path / "demo")])
+    with safe_open(tmp_path / "demo" / train_demo.DIT_FILE, framework="pt") as file:
+        header = file.metadata()
+    assert "at 128x128" in header["data"] and f"{2 * DIT.batch} clips" in header["recipe"]
