@@ -2,6 +2,7 @@
 
     python -m distillation.score --checkpoint demo --captions 64      # the shipped weights, held-out captions
     python -m distillation.score --dit student.safetensors            # another DiT with the demo's other parts
+    python -m distillation.score --scale 2 --checkpoint demo/large --dit demo/large/demo_student.safetensors
     python -m distillation.score --source truth                       # the scorer itself, on rendered clips
     python -m distillation.score --source autoencoder                 # the same clips through the autoencoder
 
@@ -151,11 +152,13 @@ def score_clip(frames: Tensor, caption: str) -> ClipScore:
     """Scores one clip.
 
     Args:
-        frames: [T, 3, H, W] in 0..255, T at least 32.
+        frames: [T, 3, H, W] in 0..255, T at least 32; larger ones than the world's 64x64 are averaged down to it.
         caption: what was asked for.
     """
     specs = parse_caption(caption)
     frames = frames.float()
+    if (scale := frames.shape[-1] // sprites.FRAME_SIZE) > 1:
+        frames = F.avg_pool2d(frames, scale)
     blobs = find_blobs(frames)
     seen_share = {name: float((blobs.area(name) >= SMALLEST_AREA).float().mean()) for name in sprites.RGB}
     present = [name for name, share in seen_share.items() if share >= PRESENT_SHARE]
@@ -297,14 +300,19 @@ def sample_latents(
     *,
     cfg: float,
     seed: int,
+    scale: int = 1,
 ) -> Tensor:
     """Samples clips chunk by chunk with the core's iterator; guidance is against the empty caption.
 
+    Args:
+        scale: of the frames the models were trained on.
+
     Returns:
-        [B, 16, T_lat, 8, 8] standardised latents, the DiT's own space.
+        [B, 16, T_lat, 8 * scale, 8 * scale] standardised latents, the DiT's own space, on its device.
     """
-    side = sprites.FRAME_SIZE // SPACE_FACTOR
-    noise = SeededNoise(seed, (len(captions), LATENT_CHANNELS, side, side))
+    side = scale * sprites.FRAME_SIZE // SPACE_FACTOR
+    device = next(dit.parameters()).device
+    noise = SeededNoise(seed, (len(captions), LATENT_CHANNELS, side, side), device)
     chunks = stream(
         dit,
         encoder.encode(captions),
@@ -359,6 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="shipped weights or a training run")
     parser.add_argument("--dit", type=Path, help="a DiT of the demo's size instead of the checkpoint's")
     parser.add_argument("--source", choices=("model", "autoencoder", "truth"), default="model")
+    parser.add_argument("--scale", type=int, default=1, help="size of a frame: 64 pixels times this")
     parser.add_argument("--captions", type=int, default=64, help="number of held-out captions")
     parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions")
     parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
@@ -382,20 +391,28 @@ def main(arguments: list[str] | None = None) -> None:
     captions = options.caption or sprites.held_out_captions(options.captions, options.caption_seed)
     started = time.perf_counter()
     if options.source == "model":
-        dit, encoder, autoencoder = train_demo.load_models(options.checkpoint)
-        trained = train_demo.trained_for(options.checkpoint / train_demo.DIT_FILE)
-        if options.dit:
-            dit, trained = train_demo.load_dit(options.dit), train_demo.trained_for(options.dit)
+        dit, encoder, autoencoder = train_demo.load_models(options.checkpoint, options.dit)
+        trained = train_demo.trained_for(options.dit or options.checkpoint / train_demo.DIT_FILE)
         schedule, settings, cfg = chosen_sampling(options, trained)
-        latents = sample_latents(dit, encoder, captions, options.length, schedule, settings, cfg=cfg, seed=options.seed)
+        latents = sample_latents(
+            dit,
+            encoder,
+            captions,
+            options.length,
+            schedule,
+            settings,
+            cfg=cfg,
+            seed=options.seed,
+            scale=options.scale,
+        )
         frames = decode_frames(autoencoder, latents)
         title = f"model, {','.join(str(len(row)) for row in schedule.sigmas)} steps a chunk, cfg {cfg:g}"
     else:
         scenes = sprites.make_scenes([parse_caption(caption) for caption in captions], options.seed)
-        drawn = sprites.render(scenes, torch.arange(options.length))
+        drawn = sprites.render(scenes, torch.arange(options.length), options.scale)
         frames = drawn.float()
         if options.source == "autoencoder":
-            autoencoder = train_demo.load_models(options.checkpoint)[2]
+            autoencoder = train_demo.load_models(options.checkpoint, options.dit)[2]
             with torch.no_grad():
                 pixels = autoencoder.decode(autoencoder.encode(sprites.to_pixels(drawn)))
             frames = ((pixels + 1) * 127.5).movedim(1, 2)
@@ -406,7 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(summary, title))
     print(f"\n{made:.0f} s to make {len(captions)} clips of {options.length} frames")
     if options.sheet:
-        contact_sheet(frames[:12], options.sheet)
+        contact_sheet(frames[:12], options.sheet, scale=max(1, 2 // options.scale))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, {"title": title, "summary": summary, "clips": [asdict(clip) for clip in clips]})

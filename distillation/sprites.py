@@ -7,6 +7,7 @@ alone, and frame 810 costs what frame 0 costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from diagonal_sampler.captions import COLOURS, DIRECTIONS, SHAPES, SPEEDS, SpriteSpec, caption_of
 
 FRAME_SIZE = 64
-"""Height and width of a frame in pixels."""
+"""Height and width of the world, in pixels of a frame at scale 1. All lengths and speeds here are in these pixels; a
+frame at scale 2 shows the same world in 128x128."""
 FRAMES_PER_SECOND = 16
 CLIP_FRAMES = 81
 
@@ -40,8 +42,8 @@ RADIUS_RANGE = (7.0, 8.0)
 START_SPREAD = 12.0
 """A sprite starts within this many pixels of the edge it moves away from, so its first second shows where it goes."""
 
-_PATCH = 22
-"""Side of the window a sprite is drawn in: 2 * (largest radius) + soft edge + sub-pixel offset."""
+_PATCH_BORDER = 6
+"""The window a sprite is drawn in is this much wider than its largest diameter: soft edge and sub-pixel offset."""
 _PLACEMENT_TRIES = 24
 
 
@@ -70,6 +72,10 @@ class Scenes:
         tensors = (getattr(self, field.name)[rows] for field in fields(self)[1:])
         return Scenes(tuple(self.specs[row] for row in rows.tolist()), *tensors)
 
+    def to(self, device: torch.device) -> Scenes:
+        """The scenes with their tensors on a device, where they are then drawn."""
+        return Scenes(self.specs, *(getattr(self, field.name).to(device) for field in fields(self)[1:]))
+
 
 def bounce(start: Tensor, velocity: Tensor, radius: Tensor, frames: Tensor) -> Tensor:
     """Centres of sprites that reflect at the frame's edges.
@@ -96,7 +102,7 @@ def positions(scenes: Scenes, frames: Tensor) -> Tensor:
     Args:
         frames: [T] or [N, T] frame numbers.
     """
-    frames = frames.to(scenes.start.dtype)
+    frames = frames.to(scenes.start)
     frames = frames.expand(len(scenes), frames.shape[-1]).unsqueeze(1)
     return bounce(scenes.start, scenes.velocity, scenes.radius, frames)
 
@@ -112,7 +118,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """
     r = radius[:, None, None]
     ax, ay = x.abs(), y.abs()
-    distance = torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=x.dtype)
+    distance = torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=x.dtype, device=x.device)
     for index, name in enumerate(SHAPES):
         rows = shape == index
         if not bool(rows.any()):
@@ -131,34 +137,38 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def render(scenes: Scenes, frames: Tensor) -> Tensor:
+def render(scenes: Scenes, frames: Tensor, scale: int = 1) -> Tensor:
     """Draws frames.
 
     Args:
         frames: [T] or [N, T] frame numbers.
+        scale: pixels of a frame per pixel of the world, each way.
 
     Returns:
-        uint8 [N, T, 3, FRAME_SIZE, FRAME_SIZE]; the first sprite is in front where two cross.
+        uint8 [N, T, 3, scale * FRAME_SIZE, scale * FRAME_SIZE]; the first sprite is in front where two cross.
     """
-    return draw(scenes, positions(scenes, frames))
+    return draw(scenes, positions(scenes, frames), scale)
 
 
-def draw(scenes: Scenes, centres: Tensor) -> Tensor:
+def draw(scenes: Scenes, centres: Tensor, scale: int = 1) -> Tensor:
     """Draws the sprites at given places.
 
     Args:
-        centres: [N, 2, T, 2] as (x, y) in pixels, within the frame.
+        centres: [N, 2, T, 2] as (x, y) in pixels of the world, within it.
+        scale: as `render`.
 
     Returns:
-        as `render`.
+        as `render`, on the device of `scenes`.
     """
     count, length = len(scenes), centres.shape[2]
-    margin = _PATCH // 2
-    side = FRAME_SIZE + 2 * margin
+    centres, radius = scale * centres, scale * scenes.radius
+    patch = 2 * math.ceil(scale * RADIUS_RANGE[1]) + _PATCH_BORDER
+    margin = patch // 2
+    side = scale * FRAME_SIZE + 2 * margin
     # A pixel is four bytes (the last unused) seen as one int32: indexing then moves one element, not three.
     gray = scenes.background.to(torch.uint8).repeat_interleave(length)
     canvas = gray[:, None, None].expand(-1, side * side, 4).contiguous().view(torch.int32)[..., 0]
-    cells = torch.arange(_PATCH)
+    cells = torch.arange(patch, device=centres.device)
     for sprite in (1, 0):
         rows = scenes.present[:, sprite].repeat_interleave(length).nonzero()[:, 0]
         if not len(rows):
@@ -169,7 +179,7 @@ def draw(scenes: Scenes, centres: Tensor) -> Tensor:
         # Pixel i covers [i, i+1), so its centre is at i + 0.5.
         x = corner[:, :1] + cells + 0.5 - centre[:, :1]
         y = corner[:, 1:] + cells + 0.5 - centre[:, 1:]
-        alpha = coverage(scenes.shape[owner, sprite], x[:, None, :], y[:, :, None], scenes.radius[owner, sprite])
+        alpha = coverage(scenes.shape[owner, sprite], x[:, None, :], y[:, :, None], radius[owner, sprite])
         lines = (corner[:, 1:] + margin + cells)[:, :, None]
         where = (lines * side + (corner[:, :1] + margin + cells)[:, None, :]).flatten(1)
         row = rows[:, None]

@@ -4,22 +4,28 @@
     python -m distillation.train_demo --export demo --out runs/demo   # writes the shipped weights
 
 Every random number of update i comes from (seed, i), so a run that was stopped and resumed is the run that was
-not. Checkpoints are written to a temporary name and renamed.
+not. Checkpoints are written to a temporary name and renamed. On a GPU everything lives there: clips are drawn and
+encoded on it, and batches put together.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -72,6 +78,28 @@ def cosine_learning_rate(update: int, *, peak: float, warmup: int, total: int, f
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+class Pace:
+    """How long a training is: so many updates or, with `seconds`, as many as fit from now on."""
+
+    def __init__(self, first: int, updates: int, seconds: float) -> None:
+        self.first, self.updates, self.seconds = first, updates, seconds
+        self.started = time.perf_counter()
+
+    def total(self, update: int) -> int:
+        """Updates that the whole training will have, as far as it is known before `update`."""
+        if not self.seconds:
+            return self.updates
+        elapsed = time.perf_counter() - self.started
+        return self.first + math.ceil((update - self.first + 1) * self.seconds / elapsed)
+
+    def updates_until(self, last: int) -> Iterator[int]:
+        """The updates that are left until `last`, or until the time is up."""
+        for update in itertools.count(self.first) if self.seconds else range(self.first, last):
+            if self.seconds and time.perf_counter() - self.started > self.seconds:
+                return
+            yield update
+
+
 class Ema:
     """Exponential moving average of a module's state, warmed up so that early averages are not the initial noise."""
 
@@ -82,11 +110,14 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, update: int) -> None:
         decay = min(self.decay, (1 + update) / (10 + update))
+        averages, values = [], []
         for name, value in module.state_dict().items():
             if value.is_floating_point():
-                self.state[name].lerp_(value.detach(), 1 - decay)
+                averages.append(self.state[name])
+                values.append(value)
             else:
                 self.state[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -143,26 +174,26 @@ class Orthogonal(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                directions = []
                 for parameter in parameters:
-                    state = self.state[parameter]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                    directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                    if "momentum" not in self.state[parameter]:
+                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 updates = self.orthogonalise(torch.stack(directions).flatten(2))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
-                        update.view_as(parameter), alpha=-scale
-                    )
+                steps = [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)]
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, steps, alpha=-scale)
 
 
 def make_optimizers(
     matrices: list[Tensor], others: list[Tensor], *, matrix_rate: float, rate: float, weight_decay: float = 0.01
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak learning rates: orthogonalised updates for `matrices`, AdamW for the rest."""
-    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    fused = all(parameter.is_cuda for parameter in others)
+    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
     return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
 
 
@@ -175,8 +206,10 @@ class AutoencoderRecipe:
     """Options of the autoencoder's training; `updates` decides the length of the cosine."""
 
     config: DemoAutoencoderConfig = DemoAutoencoderConfig()
+    scale: int = 1  # pixels of a frame per pixel of the sprite world
     seed: int = 1
     updates: int = 400
+    seconds: float = 0.0  # wall clock after which it ends instead; 0: none
     batch: int = 24  # groups of four frames
     learning_rate: float = 3e-3
     warmup: int = 50
@@ -189,14 +222,14 @@ class AutoencoderRecipe:
 
 
 def autoencoder_batch(recipe: AutoencoderRecipe, scenes: sprites.Scenes, update: int) -> tuple[Tensor, Tensor]:
-    """Groups [N, 12, H, W] in [-1, 1] and pixel weights [N, 1, H, W] of an update."""
+    """Groups [N, 12, H, W] in [-1, 1] and pixel weights [N, 1, H, W] of an update, on the device of the scenes."""
     generator = generator_at(recipe.seed, 1, update)
     rows = torch.randint(len(scenes), (recipe.batch,), generator=generator)
     start = torch.randint(2 * sprites.CLIP_FRAMES, (recipe.batch, 1), generator=generator)
     frozen = torch.rand(recipe.batch, 1, generator=generator) < recipe.first_frame_share
     times = start + torch.where(frozen, 0, torch.arange(4))
     chosen = scenes.take(rows)
-    pixels = sprites.to_pixels(sprites.render(chosen, times))
+    pixels = sprites.to_pixels(sprites.render(chosen, times, recipe.scale))
     gray = (chosen.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
     touched = ((pixels - gray).abs().amax((1, 2)) > 0.05).unsqueeze(1).float()
     weight = 1 + (recipe.sprite_weight - 1) * F.max_pool2d(touched, 3, stride=1, padding=1)
@@ -215,7 +248,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
     path = out / "autoencoder.pt"
     saved = load_checkpoint(path)
     last = min(recipe.updates, stop if stop is not None else recipe.updates)
-    if saved is not None and saved["update"] >= last:
+    if saved is not None and (saved["update"] >= last or saved.get("complete")):
         return path
     torch.manual_seed(recipe.seed)
     model = DemoAutoencoder(recipe.config).to(device).train()
@@ -226,7 +259,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
         matrix_rate=recipe.learning_rate,
         rate=recipe.learning_rate,
     )
-    scenes = sprites.sample_scenes(recipe.scenes, recipe.seed)
+    scenes = sprites.sample_scenes(recipe.scenes, recipe.seed).to(device)
     first = 0
     if saved is not None:
         first = saved["update"]
@@ -242,18 +275,21 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
     if saved is not None:
         ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
 
-    def save(update: int) -> None:
+    def save(update: int, complete: bool = False) -> None:
         states = [optimizer.state_dict() for optimizer, _ in optimizers]
         state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
-        save_checkpoint(path, state)
+        save_checkpoint(path, state | ({"complete": True} if complete else {}))
 
-    bar = progress(range(first, last), "autoencoder")
+    pace = Pace(first, recipe.updates, recipe.seconds)
+    update = first - 1
+    bar = progress(pace.updates_until(last), "autoencoder")
     for update in bar:
-        groups, weight = (x.to(device) for x in autoencoder_batch(recipe, scenes, update))
+        groups, weight = autoencoder_batch(recipe, scenes, update)
         shape = (recipe.batch, 16, groups.shape[-2] // 8, groups.shape[-1] // 8)
         noise = torch.randn(shape, generator=generator_at(recipe.seed, 2, update)).to(device)
+        total = pace.total(update)
         for optimizer, peak in optimizers:
-            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=recipe.updates)
+            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
         with autocast(device):
@@ -268,7 +304,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
             bar.set_postfix(loss=f"{loss.item():.5f}")
         if (update + 1) % recipe.save_every == 0:
             save(update + 1)
-    save(last)
+    save(update + 1, complete=bool(recipe.seconds))
     return path
 
 
@@ -283,10 +319,10 @@ def load_trained_autoencoder(path: Path, config: DemoAutoencoderConfig) -> DemoA
 
 
 @torch.no_grad()
-def autoencoder_psnr(model: DemoAutoencoder, count: int = 16, seed: int = 9) -> tuple[float, float]:
+def autoencoder_psnr(model: DemoAutoencoder, count: int = 16, seed: int = 9, *, scale: int = 1) -> tuple[float, float]:
     """PSNR in dB over whole frames, and over the pixels a sprite touches, on fresh clips."""
-    scenes = sprites.sample_scenes(count, seed)
-    pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(sprites.CLIP_FRAMES)))
+    scenes = sprites.sample_scenes(count, seed).to(model.wan_mean.device)
+    pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(sprites.CLIP_FRAMES), scale))
     error = (model.decode(model.encode(pixels)) - pixels).square()
     gray = (scenes.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
     touched = ((pixels - gray).abs().amax(1, keepdim=True) > 0.05).expand_as(error)
@@ -313,8 +349,10 @@ class DitRecipe:
 
     model: WanConfig = field(default_factory=lambda: WanConfig(dim=256, ffn_dim=1024, num_layers=4, text_dim=128))
     encoder: CaptionEncoderConfig = CaptionEncoderConfig()
+    scale: int = 1  # pixels of a frame per pixel of the sprite world
     seed: int = 2
     updates: int = 11400
+    seconds: float = 0.0  # wall clock after which it ends instead; 0: none
     batch: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 3e-3
@@ -357,26 +395,76 @@ class LatentSet:
     sprites: Tensor
 
 
+CLIPS_AT_ONCE = 16
+"""Clips that are drawn and encoded together."""
+
+
+def training_scenes(recipe: DitRecipe, start: int) -> tuple[sprites.Scenes, sprites.Scenes]:
+    """The scenes from `start` on that are encoded together, and the same with the sprites in other places."""
+    scenes = sprites.sample_scenes(min(CLIPS_AT_ONCE, recipe.clips - start), recipe.seed, start)
+    moved = replace(sprites.make_scenes(scenes.specs, recipe.seed + 1, start), background=scenes.background)
+    return scenes, moved
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes for what is plain Python; spawned, because one that has touched CUDA cannot be forked."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def all_training_scenes(recipe: DitRecipe, pool: Executor) -> Iterator[tuple[sprites.Scenes, sprites.Scenes]]:
+    """`training_scenes` of the whole set, in order and made ahead of use.
+
+    Placing sprites is a minute of one core for the whole set, several times what a GPU needs to draw it.
+    """
+    starts = range(0, recipe.clips, CLIPS_AT_ONCE)
+    made = pool.map(_scenes_as_arrays, itertools.repeat(recipe), starts, chunksize=16)  # at once, not at the first use
+    return (
+        (sprites.Scenes(*map(_from_array, scenes)), sprites.Scenes(*map(_from_array, moved))) for scenes, moved in made
+    )
+
+
+def _scenes_as_arrays(recipe: DitRecipe, start: int) -> list[list[Any]]:
+    """`training_scenes`, field by field. Tensors travel between processes as open files, of which there are few."""
+    values = [[getattr(scenes, item.name) for item in fields(scenes)] for scenes in training_scenes(recipe, start)]
+    return [[value.numpy() if isinstance(value, Tensor) else value for value in row] for row in values]
+
+
+def _from_array(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
 @torch.no_grad()
-def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Path, device: torch.device) -> LatentSet:
-    """Renders and encodes the training clips, or reads them from `path` if they are there."""
-    if (saved := load_checkpoint(path)) is not None:
+def encode_latent_set(
+    recipe: DitRecipe,
+    autoencoder: DemoAutoencoder,
+    path: Path | None,
+    device: torch.device,
+    made: Iterator[tuple[sprites.Scenes, sprites.Scenes]] | None = None,
+) -> LatentSet:
+    """Renders and encodes the training clips, or reads them from `path` if they are there.
+
+    Args:
+        path: where they are kept; None does not keep them, as a GPU draws them sooner than a disk reads them.
+        device: a GPU holds the whole set itself: 270 KB a clip at scale 2.
+        made: from `all_training_scenes`; None makes them here.
+    """
+    if path is not None and (saved := load_checkpoint(path)) is not None:
         return LatentSet(**saved)
     autoencoder = autoencoder.to(device).eval()
     clips, later, ids, layers = [], [], [], []
-    step = 16
     rng = generator_at(recipe.seed, 3)
     later_pixels = 4 * recipe.later_frames
 
     def encode(scenes: sprites.Scenes, frames: Tensor) -> Tensor:
-        groups = rearrange(sprites.to_pixels(sprites.render(scenes, frames)), "n c (t f) h w -> (n t) (f c) h w", f=4)
+        drawn = sprites.render(scenes, frames, recipe.scale)
+        groups = rearrange(sprites.to_pixels(drawn), "n c (t f) h w -> (n t) (f c) h w", f=4)
         with autocast(device):
-            latent = autoencoder.encode_groups(groups.to(device))
-        return rearrange(latent, "(n t) c h w -> n c t h w", n=len(scenes)).half().cpu()
+            latent = autoencoder.encode_groups(groups)
+        return rearrange(latent, "(n t) c h w -> n c t h w", n=len(scenes)).half()
 
     def encode_layers(scenes: sprites.Scenes, frames: Tensor) -> Tensor:
         """[N, 2, 16, T, h, w]: the encoder is linear, so a picture is its background and what each sprite adds."""
-        first = scenes.present & torch.tensor([True, False])
+        first = scenes.present & torch.tensor([True, False], device=device)
         whole, alone, empty = (
             encode(replace(scenes, present=present), frames).float()
             for present in (scenes.present, first, torch.zeros_like(first))
@@ -384,21 +472,23 @@ def encode_latent_set(recipe: DitRecipe, autoencoder: DemoAutoencoder, path: Pat
         return torch.stack([alone - empty, whole - alone], dim=1).half()
 
     first_frame_and_rest = torch.cat([torch.zeros(3, dtype=torch.int64), torch.arange(sprites.CLIP_FRAMES)])
-    for start in progress(range(0, recipe.clips, step), "encoding clips"):
-        scenes = sprites.sample_scenes(min(step, recipe.clips - start), recipe.seed, start)
+    starts = range(0, recipe.clips, CLIPS_AT_ONCE)
+    if made is None:
+        made = (training_scenes(recipe, start) for start in starts)
+    for start, places in zip(progress(starts, "encoding clips"), made, strict=True):
+        scenes, moved = (place.to(device) for place in places)
         clips.append(encode(scenes, first_frame_and_rest))
         ids.append(tokenize_captions(scenes.captions))
-        moved = replace(sprites.make_scenes(scenes.specs, recipe.seed + 1, start), background=scenes.background)
         opening = first_frame_and_rest[: 4 * recipe.frames_per_chunk]
         layers.append(torch.stack([encode_layers(place, opening) for place in (scenes, moved)], dim=1))
         if start < recipe.later_clips:
             # A latent frame after the first covers pixel frames 4k+1 .. 4k+4.
             group = torch.randint(10, 400, (len(scenes), 1), generator=rng)
             later.append(encode(scenes, 4 * group + 1 + torch.arange(later_pixels)))
-    tensors = {"clips": clips, "later": later, "ids": ids, "sprites": layers}
-    saved = {name: torch.cat(parts) for name, parts in tensors.items()}
-    save_checkpoint(path, saved)
-    return LatentSet(**saved)
+    data = LatentSet(torch.cat(clips), torch.cat(later), torch.cat(ids).to(device), torch.cat(layers))
+    if path is not None:
+        save_checkpoint(path, {item.name: getattr(data, item.name) for item in fields(LatentSet)})
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,16 +517,25 @@ class DitBatch:
         return DitBatch(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
 
 
+LOSSES_READ_EVERY = 50
+"""Updates between looks at the losses on a GPU, which each look halts."""
 SMALLEST_TRAINED_SIGMA = 0.02
 """Below this the input holds no usable noise, the flow cannot be predicted, and nobody asks for it."""
 
 
 def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
-    """The batch of an update; depends on (seed, update) only."""
-    generator = generator_at(recipe.seed, 4, update)
+    """The batch of an update, made where the data is; depends on (seed, update) and the kind of device only."""
+    device = data.clips.device
+    # What Python decides comes from the CPU, so that nothing waits for a GPU; tensors are drawn where they are used.
+    deciding = drawing = generator_at(recipe.seed, 4, update)
+    if device.type != "cpu":
+        drawing = generator_at(recipe.seed, 5, update, device=device)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(shape, generator=drawing, device=device)
+
+    def decide() -> float:
+        return float(torch.rand(1, generator=deciding))
 
     size = recipe.frames_per_chunk
     shares = {
@@ -445,22 +544,22 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         "opening": recipe.opening_share,
         "continuation": recipe.continuation_share,
     }
-    draw, kind = float(uniform(1)), "causal"
+    draw, kind = decide(), "causal"
     for name, share in shares.items():
         if 0 <= draw < share:
             kind = name
         draw -= share
     is_bidirectional, is_later = kind == "bidirectional", kind == "later"
     batch = {"opening": recipe.opening_batch, "continuation": recipe.continuation_batch}.get(kind, recipe.batch)
-    rows = torch.randint(len(data.later if is_later else data.clips), (batch,), generator=generator)
+    rows = torch.randint(len(data.later if is_later else data.clips), (batch,), generator=drawing, device=device)
     clean = data.clips[rows].float()
     if kind == "opening":
         clean = clean[:, :, :size]
     elif kind == "continuation":
         places = clean.shape[2] // size - 1
-        first = size * int(torch.randint(places, (1,), generator=generator))
+        first = size * int(torch.randint(places, (1,), generator=deciding))
         clean = clean[:, :, first : first + 2 * size]
-    elif kind == "causal" and float(uniform(1)) < recipe.short_share:
+    elif kind == "causal" and decide() < recipe.short_share:
         clean = clean[:, :, : recipe.window]
     if is_later:
         clean = torch.cat([clean[:, :, :size], data.later[rows].float()], dim=2)
@@ -476,7 +575,7 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         current = torch.where(uniform(batch, 1) < recipe.clean_context_share, current, 0)
         choice = uniform(batch, 1)
         context = torch.where(choice < 0.6, 0.0, torch.where(choice < 0.8, 0.357, 0.4 * uniform(batch, chunks)))
-        per_chunk = torch.where(torch.arange(chunks) < current, context, per_chunk)
+        per_chunk = torch.where(torch.arange(chunks, device=device) < current, context, per_chunk)
         if is_later or kind == "continuation":  # the first chunk is always context
             per_chunk[:, :1] = context.expand(batch, chunks)[:, :1]
     sigma = per_chunk.repeat_interleave(size, dim=1)[:, :frames]
@@ -485,7 +584,7 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         weight[:, : 2 * size] = 0
     elif kind == "continuation":
         weight[:, :size] = 0
-    noise = torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(clean.shape, generator=drawing, device=device)
     level = sigma[:, None, :, None, None]
     mixed, flow = clean, noise - clean
     if kind == "opening":
@@ -498,7 +597,7 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         mixed = clean + error
         flow = flow + error * (1 - level) / level.clamp(min=recipe.ghost_sigma)
     keep = uniform(batch) >= recipe.empty_caption_share
-    windowed = is_later or (not is_bidirectional and float(uniform(1)) < recipe.window_share)
+    windowed = is_later or (not is_bidirectional and decide() < recipe.window_share)
     return DitBatch(
         noisy=torch.lerp(mixed, noise, level),
         sigma=sigma,
@@ -511,6 +610,13 @@ def dit_batch(recipe: DitRecipe, data: LatentSet, update: int) -> DitBatch:
         sink=recipe.sink if windowed else 0,
         kind=kind,
     )
+
+
+def enlarged(recipe: DitRecipe, factor: float) -> DitRecipe:
+    """The recipe with batches of every kind `factor` times as large."""
+    names = ("batch", "opening_batch", "continuation_batch")
+    sizes = {name: max(1, round(factor * getattr(recipe, name))) for name in names}
+    return replace(recipe, **sizes)
 
 
 class DemoModel(nn.Module):
@@ -602,13 +708,26 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
         state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
         save_checkpoint(path, state)
 
-    bar = progress(range(first, last), "dit")
+    pace = Pace(first, recipe.updates, recipe.seconds)
+    update = first - 1
+    bar = progress(pace.updates_until(last), "dit")
     running = dict.fromkeys(("opening", "continuation", "causal", "later", "bidirectional"), math.nan)
+    unread: list[tuple[int, str, Tensor]] = []
+    read_every = 1 if device.type == "cpu" else LOSSES_READ_EVERY
+
+    def read_losses() -> None:
+        values = torch.stack([loss for _, _, loss in unread]).tolist() if unread else []
+        for (at, kind, _), value in zip(unread, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"loss is {value} at update {at}; lower learning_rate or resume from a checkpoint")
+            running[kind] = value if math.isnan(running[kind]) else 0.97 * running[kind] + 0.03 * value
+        unread.clear()
+
     for update in bar:
-        batch = dit_batch(recipe, data, update)
-        batch = batch.to(device)
+        batch = dit_batch(recipe, data, update).to(device)
+        total = pace.total(update)
         for optimizer, peak in optimizers:
-            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=recipe.updates)
+            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
         with autocast(device):
@@ -619,16 +738,17 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(model, update)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(f"loss is {value} at update {update}; lower learning_rate or resume from a checkpoint")
-        running[batch.kind] = value if math.isnan(running[batch.kind]) else 0.97 * running[batch.kind] + 0.03 * value
+        unread.append((update, batch.kind, loss.detach()))
+        if update % read_every == 0:
+            read_losses()
         if update % 10 == 0:
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.items()})
         if (update + 1) % recipe.save_every == 0:
+            read_losses()
             save(update + 1)
             log.info("update %d: %s", update + 1, ", ".join(f"{k} {v:.4f}" for k, v in running.items()))
-    save(last)
+    read_losses()
+    save(update + 1)
     return path
 
 
@@ -676,15 +796,18 @@ def load_dit(path: Path) -> WanDiT:
     return dit.eval().requires_grad_(False)
 
 
-def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
+def load_models(folder: Path, dit: Path | None = None) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
     """Shipped weights if `folder` holds them, else the EMA weights of a training run; eval mode, no gradients.
+
+    Args:
+        dit: a file to take instead of the folder's teacher, which need not be there then.
 
     Raises:
         ValueError: if the folder holds neither.
     """
-    if (folder / DIT_FILE).exists():
+    if (folder / (TEXT_ENCODER_FILE if dit else DIT_FILE)).exists():
         encoder = load_caption_encoder(folder / TEXT_ENCODER_FILE)
-        return load_dit(folder / DIT_FILE), encoder, load_demo_autoencoder(folder / AUTOENCODER_FILE)
+        return load_dit(dit or folder / DIT_FILE), encoder, load_demo_autoencoder(folder / AUTOENCODER_FILE)
     saved = load_checkpoint(folder / "dit.pt")
     if saved is None:
         raise ValueError(
@@ -695,12 +818,13 @@ def load_models(folder: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
     model.load_state_dict(saved["ema"])
     model.eval().requires_grad_(False)
     autoencoder = load_trained_autoencoder(folder / "autoencoder.pt", AutoencoderRecipe().config)
-    return model.dit, model.encoder, autoencoder
+    return load_dit(dit) if dit else model.dit, model.encoder, autoencoder
 
 
 def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
     """Header entries of the shipped DiT: DESIGN's provenance keys, the mark of a causal model, and the cfg."""
     schedule = DiagonalSchedule.uniform(SHIPPED_STEPS)
+    side = recipe.scale * sprites.FRAME_SIZE
     provenance = Provenance(
         frames_per_chunk=recipe.frames_per_chunk,
         steps_per_chunk=(SHIPPED_STEPS,),
@@ -716,7 +840,7 @@ def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
         ),
         data=(
             f"sprite world of distillation.sprites, {recipe.clips} clips of {sprites.CLIP_FRAMES} frames at "
-            f"{sprites.FRAME_SIZE}x{sprites.FRAME_SIZE}, seed {recipe.seed}"
+            f"{side}x{side}, seed {recipe.seed}"
         ),
         git_commit=git_commit(),
     )
@@ -724,12 +848,14 @@ def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
     return {**provenance.to_metadata(), "config": config, "cfg": str(SHIPPED_CFG), NOISE_KEY: KEPT_NOISE}
 
 
-def export(run: Path, folder: Path, note: str = "") -> None:
+def export(run: Path, folder: Path, note: str = "", recipe: DitRecipe | None = None) -> None:
     """Writes the EMA weights of a run as the three files of the demo, each under a temporary name first.
 
-    `note` goes behind the recipe in the header: what a run did that the recipe does not say.
+    Args:
+        note: goes behind the recipe in the header: what a run did that the recipe does not say.
+        recipe: what the run was trained with; None is the default.
     """
-    recipe = DitRecipe()
+    recipe = recipe or DitRecipe()
     dit, encoder, autoencoder = load_models(run)
     saved = load_checkpoint(run / "dit.pt")
     assert saved is not None
@@ -752,24 +878,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the files' headers")
+    parser.add_argument("--scale", type=int, default=1, help="size of a frame: 64 pixels times this")
+    parser.add_argument("--batch-factor", type=float, default=1, help="batches of the DiT this many times as large")
+    parser.add_argument("--seconds", type=float, default=0.0, help="train the DiT for this long; default: its updates")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    recipe = AutoencoderRecipe(scale=options.scale)
+    dit = enlarged(DitRecipe(), options.batch_factor)
+    dit = replace(dit, scale=options.scale, seconds=options.seconds)
     if options.export:
-        export(options.out, options.export, options.note)
+        export(options.out, options.export, options.note, dit)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = AutoencoderRecipe()
+    on_cpu = device.type == "cpu"
     started = time.perf_counter()
-    path = train_autoencoder(recipe, options.out, device)
-    autoencoder = load_trained_autoencoder(path, recipe.config)
     if options.stage == "autoencoder":
-        whole, sprite = autoencoder_psnr(autoencoder)
+        autoencoder = load_trained_autoencoder(train_autoencoder(recipe, options.out, device), recipe.config)
+        whole, sprite = autoencoder_psnr(autoencoder, scale=options.scale)
         log.info("autoencoder: %.1f dB, %.1f dB on sprites, %.0f s", whole, sprite, time.perf_counter() - started)
         return
-    dit = DitRecipe()
-    data = encode_latent_set(dit, autoencoder, options.out / "latents.pt", device)
+    with nullcontext() if on_cpu else worker_pool(options.threads) as pool:
+        scenes = pool and all_training_scenes(dit, pool)
+        path = train_autoencoder(recipe, options.out, device)
+        autoencoder = load_trained_autoencoder(path, recipe.config)
+        data = encode_latent_set(dit, autoencoder, options.out / "latents.pt" if on_cpu else None, device, scenes)
     train_dit(dit, data, options.out, device)
 
 

@@ -124,3 +124,18 @@ def test_a_sprite_that_vanishes_is_not_right() -> None:
     frames = sprites.render(scenes, torch.arange(81))[0]
     frames[30:] = frames[0, 0, 0, 0]
     assert not score_clip(frames, "a red circle moves right").sprites[0].colour_right
+
+
+def test_a_larger_scale_shows_the_same_world() -> None:
+    scenes = sprites.sample_scenes(8, seed=7, held_out=True)
+    frames = torch.arange(81)
+    small, large = (sprites.render(scenes, frames, scale).float() for scale in (1, 2))
+    assert large.shape == (8, 81, 3, 128, 128)
+    averaged = torch.nn.functional.avg_pool2d(large.flatten(0, 1), 2).view(small.shape)
+    assert (averaged - small).abs().mean() < 0.1, "they differ along slanted edges only"
+    for clip, caption in zip(large, scenes.captions, strict=True):
+        score = score_clip(clip, caption)
+        assert score.count_right
+        for sprite in score.sprites:
+            assert sprite.colour_right and sprite.direction_right and sprite.shape_right
+            assert sprite.speed == pytest.approx(sprites.PIXELS_PER_FRAME[sprite.spec.speed], rel=0.05)

@@ -214,3 +214,55 @@ def test_exported_files_load_equal_and_say_where_they_come_from(tmp_path, monkey
 def test_an_empty_folder_is_refused_by_name(tmp_path) -> None:
     with pytest.raises(ValueError, match="neither"):
         train_demo.load_models(tmp_path)
+
+
+def test_a_training_with_a_time_limit_ends_then_and_its_cosine_with_it(tmp_path, monkeypatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(train_demo.time, "perf_counter", lambda: next(now))
+    rates = []
+    cosine = train_demo.cosine_learning_rate
+    monkeypatch.setattr(
+        train_demo, "cosine_learning_rate", lambda *args, **kwargs: rates.append(cosine(*args, **kwargs)) or rates[-1]
+    )
+    path = train_demo.train_dit(replace(DIT, updates=1, seconds=80), latents(), tmp_path, CPU)
+    done = train_demo.load_checkpoint(path)["update"]
+    assert 30 < done < 50, "two looks at the clock an update"
+    matrices = rates[1::2]
+    assert max(matrices) == pytest.approx(DIT.matrix_learning_rate, rel=0.02)
+    assert matrices[-1] < 0.05 * DIT.matrix_learning_rate
+    assert all(later <= earlier for earlier, later in zip(matrices[2:], matrices[3:], strict=False))
+
+
+def test_the_larger_world_has_larger_latents_and_the_same_scenes(tmp_path) -> None:
+    recipe = replace(AUTOENCODER, scale=2)
+    model = train_demo.load_trained_autoencoder(train_demo.train_autoencoder(recipe, tmp_path, CPU), recipe.config)
+    dit = replace(DIT, clips=2, later_clips=2, scale=2)
+    made = train_demo.encode_latent_set(dit, model, None, CPU)
+    assert made.clips.shape == (2, 16, 21, 16, 16) and made.sprites.shape == (2, 2, 2, 16, 3, 16, 16)
+    assert torch.equal(made.ids, train_demo.tokenize_captions(sprites.sample_scenes(2, dit.seed).captions))
+    assert not list(tmp_path.glob("latents*"))
+    pixels = sprites.to_pixels(sprites.render(sprites.sample_scenes(2, dit.seed), torch.arange(81), 2))
+    encoded = (model.encode(pixels) - model.wan_mean.view(1, -1, 1, 1, 1)) / model.wan_std.view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(made.clips.float(), encoded, rtol=0.02, atol=0.05)
+
+
+def test_scenes_made_by_workers_are_those_made_here() -> None:
+    recipe = replace(DIT, clips=20)
+    with train_demo.worker_pool(1) as pool:
+        made = list(train_demo.all_training_scenes(recipe, pool))
+    for (scenes, moved), start in zip(made, (0, 16), strict=True):
+        here, there = train_demo.training_scenes(recipe, start)
+        assert scenes.specs == here.specs and torch.equal(scenes.start, here.start)
+        assert torch.equal(moved.start, there.start) and torch.equal(moved.background, here.background)
+        assert not torch.equal(scenes.start, moved.start)
+
+
+def test_the_command_trains_the_larger_world_for_a_while_and_its_files_say_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_demo, "DitRecipe", lambda: replace(DIT, clips=2, later_clips=2))
+    monkeypatch.setattr(train_demo, "AutoencoderRecipe", lambda **changes: replace(AUTOENCODER, **changes))
+    shared = ["--scale", "2", "--batch-factor", "2", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    train_demo.main([*shared, "--seconds", "1"])
+    train_demo.main([*shared, "--export", str(tmp_path / "demo")])
+    with safe_open(tmp_path / "demo" / train_demo.DIT_FILE, framework="pt") as file:
+        header = file.metadata()
+    assert "at 128x128" in header["data"] and f"{2 * DIT.batch} clips" in header["recipe"]
