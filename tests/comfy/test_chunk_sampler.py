@@ -552,6 +552,49 @@ def test_a_block_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt
     assert (plain - without).abs().max() > 0.01
 
 
+def test_noise_levels_and_text_are_embedded_once(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    path = "diffusion_model.forward_orig"
+    network, calls = tiny_wan.model.diffusion_model, {"time": 0, "text": 0}
+    network.time_embedding.register_forward_pre_hook(lambda *_: calls.update(time=calls["time"] + 1))
+    network.text_embedding.register_forward_pre_hook(lambda *_: calls.update(text=calls["text"] + 1))
+    lean, theirs = causal(causal(tiny_wan)), causal(tiny_wan)
+    del theirs.object_patches[path]
+
+    def run(model, **options):
+        calls.update(time=0, text=0)
+        latent = empty_latent(batch=2)
+        out = sample_latent(model, prompt(), prompt(1), latent, DIAGONAL, seed=1, **options)["samples"]
+        return out, tuple(calls.values())
+
+    for options in ({}, {"cfg": 3.0}):
+        found, few = run(lean, **options)
+        expected, many = run(theirs, **options)
+        assert (found - expected).abs().max() < EXACT and expected.std() > 0.1
+        assert few == (4, 1) and many == (DIAGONAL.nfe(3), DIAGONAL.nfe(3))
+
+
+def test_a_forward_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    path, calls = "diffusion_model.forward_orig", []
+    theirs = tiny_wan.clone()
+    original = theirs.get_model_object(path)
+    theirs.add_object_patch(path, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model = causal(theirs)
+    assert model.object_patches[path] is theirs.object_patches[path]
+    found = sample_latent(model, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert len(calls) == DIAGONAL.nfe(3)
+    plain = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert (found - plain).abs().max() < EXACT
+
+    after, replaced = causal(tiny_wan), causal(tiny_wan)
+    after.set_model_patch(lambda extra: {"img": extra["img"].flip(-1)}, "double_block")
+    replaced.set_model_patch_replace(
+        lambda args, extra: {"img": extra["original_block"](args)["img"].flip(-1)}, "dit", "double_block", 1
+    )
+    for changed in (after, replaced):
+        other = sample_latent(changed, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+        assert (plain - other).abs().max() > 0.01
+
+
 def test_rotations_are_computed_once_a_chunk(tiny_wan, causal, prompt, sample_latent, empty_latent):
     path, calls = "diffusion_model.rope_encode", []
     counted = tiny_wan.clone()
