@@ -49,6 +49,8 @@ CLIP_LATENTS = 21
 FRAMES_OF_A_CHUNK = 12  # pixel frames
 WARM_CHUNKS = 6
 """Chunks until the window is full and every shape has been seen: they are left out of the steady figures."""
+STEADY_FORWARDS = 8
+"""The last forwards of a clip, in which the window is full."""
 SHIPPED = "as shipped"
 
 
@@ -197,6 +199,9 @@ def print_figures(bench: Bench, arguments: argparse.Namespace) -> None:
         p50, p99 = statistics.median(steps), steps[min(len(steps) - 1, int(0.99 * len(steps)))]
         print(f"| steady frames a second, over {arguments.long} latent frames | {FRAMES_OF_A_CHUNK / p50:.1f} |")
         print(f"| seconds a chunk, p50 and p99 | {p50:.4f}, {p99:.4f} ({p99 / p50:.2f}x) |")
+    forwards = time_forwards(bench, CLIP_LATENTS)
+    host, device = (statistics.median(values) for values in zip(*forwards[-STEADY_FORWARDS:], strict=True))
+    print(f"| a forward with the window full: until the host has queued it, on the GPU | {host:.1f}, {device:.1f} ms |")
     if CUDA:
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         print(f"| peak VRAM, allocated and reserved | {peak / 1e9:.2f}, {reserved / 1e9:.2f} GB |", flush=True)
@@ -234,11 +239,7 @@ def time_forwards(bench: Bench, latent_frames: int) -> list[Forward]:
 
 
 def print_profile(bench: Bench) -> None:
-    """Host and GPU time of a forward, and the GPU's time of a clip by kind of kernel."""
-    forwards = time_forwards(bench, CLIP_LATENTS)
-    host, device = (statistics.median(values) for values in zip(*forwards[-8:], strict=True))
-    print(f"\nA forward with the window full: {host:.1f} ms until the host has queued it, {device:.1f} ms on the GPU.")
-    print("All forwards, ms on the GPU: " + ", ".join(f"{forward.device:.1f}" for forward in forwards))
+    """The GPU's time of a clip by kind of kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
