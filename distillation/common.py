@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 
 
-def generator_at(seed: int, *position: int) -> torch.Generator:
-    """A generator that depends on the seed and a position only (an update's number, say)."""
+def generator_at(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the seed and a position only (an update's number, say).
+
+    Args:
+        device: where it draws; another kind of device draws other numbers.
+    """
     state = seed & 0xFFFFFFFF
     for part in position:  # a linear congruential mix: any two positions give unrelated Philox/MT seeds
         state = (state * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(state)
+    return torch.Generator(device).manual_seed(state)
 
 
 def autocast(device: torch.device) -> AbstractContextManager:

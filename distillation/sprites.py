@@ -65,6 +65,16 @@ class Scenes:
     def captions(self) -> list[str]:
         return [caption_of(specs) for specs in self.specs]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scenes]) -> Scenes:
+        """All scenes of several, in order."""
+        tensors = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)[1:])
+        return cls(tuple(spec for part in parts for spec in part.specs), *tensors)
+
+    def to(self, device: torch.device) -> Scenes:
+        """The same on a device."""
+        return Scenes(self.specs, *(getattr(self, field.name).to(device) for field in fields(self)[1:]))
+
     def take(self, rows: Tensor) -> Scenes:
         """The scenes at `rows` (int64 [M]), in that order."""
         tensors = (getattr(self, field.name)[rows] for field in fields(self)[1:])
@@ -112,7 +122,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """
     r = radius[:, None, None]
     ax, ay = x.abs(), y.abs()
-    distance = torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=x.dtype)
+    distance = torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=x.dtype, device=x.device)
     for index, name in enumerate(SHAPES):
         rows = shape == index
         if not bool(rows.any()):
@@ -147,10 +157,10 @@ def draw(scenes: Scenes, centres: Tensor) -> Tensor:
     """Draws the sprites at given places.
 
     Args:
-        centres: [N, 2, T, 2] as (x, y) in pixels, within the frame.
+        centres: [N, 2, T, 2] as (x, y) in pixels, within the frame; on the scenes' device.
 
     Returns:
-        as `render`.
+        as `render`, on that device.
     """
     count, length = len(scenes), centres.shape[2]
     margin = _PATCH // 2
@@ -158,7 +168,7 @@ def draw(scenes: Scenes, centres: Tensor) -> Tensor:
     # A pixel is four bytes (the last unused) seen as one int32: indexing then moves one element, not three.
     gray = scenes.background.to(torch.uint8).repeat_interleave(length)
     canvas = gray[:, None, None].expand(-1, side * side, 4).contiguous().view(torch.int32)[..., 0]
-    cells = torch.arange(_PATCH)
+    cells = torch.arange(_PATCH, device=centres.device)
     for sprite in (1, 0):
         rows = scenes.present[:, sprite].repeat_interleave(length).nonzero()[:, 0]
         if not len(rows):

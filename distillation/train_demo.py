@@ -82,11 +82,14 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, update: int) -> None:
         decay = min(self.decay, (1 + update) / (10 + update))
+        averaged, values = [], []
         for name, value in module.state_dict().items():
             if value.is_floating_point():
-                self.state[name].lerp_(value.detach(), 1 - decay)
+                averaged.append(self.state[name])
+                values.append(value.detach())
             else:
                 self.state[name].copy_(value)
+        torch._foreach_lerp_(averaged, values, 1 - decay)  # one kernel for many tensors on a GPU
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -102,10 +105,10 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def progress(updates: Iterator[int] | range, description: str) -> Any:
+def progress(updates: Iterator[Any] | range, description: str, total: int | None = None) -> Any:
     from tqdm import tqdm
 
-    return tqdm(updates, desc=description, mininterval=5, smoothing=0.05, dynamic_ncols=True)
+    return tqdm(updates, desc=description, total=total, mininterval=5, smoothing=0.05, dynamic_ncols=True)
 
 
 class Orthogonal(torch.optim.Optimizer):
@@ -143,26 +146,36 @@ class Orthogonal(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                directions = []
+                gradients, momenta = [], []
                 for parameter in parameters:
                     state = self.state[parameter]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                    directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                    gradients.append(parameter.grad)
+                    momenta.append(state["momentum"])
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 updates = self.orthogonalise(torch.stack(directions).flatten(2))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
-                        update.view_as(parameter), alpha=-scale
-                    )
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(
+                    parameters,
+                    [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)],
+                    alpha=-scale,
+                )
+
+
+def make_adamw(parameters: list[Tensor], rate: float, *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as all trainings of the demo use it; on a GPU in one kernel."""
+    fused = True if parameters[0].is_cuda else None
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
 
 
 def make_optimizers(
     matrices: list[Tensor], others: list[Tensor], *, matrix_rate: float, rate: float, weight_decay: float = 0.01
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak learning rates: orthogonalised updates for `matrices`, AdamW for the rest."""
-    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    adamw = make_adamw(others, rate, weight_decay=weight_decay)
     return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
 
 
