@@ -301,10 +301,10 @@ def sample_latents(
     """Samples clips chunk by chunk with the core's iterator; guidance is against the empty caption.
 
     Returns:
-        [B, 16, T_lat, 8, 8] standardised latents, the DiT's own space.
+        [B, 16, T_lat, 8, 8] standardised latents, the DiT's own space, where the models are.
     """
     side = sprites.FRAME_SIZE // SPACE_FACTOR
-    noise = SeededNoise(seed, (len(captions), LATENT_CHANNELS, side, side))
+    noise = SeededNoise(seed, (len(captions), LATENT_CHANNELS, side, side), encoder.position.device)
     chunks = stream(
         dit,
         encoder.encode(captions),
@@ -375,6 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions do not change")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="that makes the clips of a model: cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the scores here")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 12 clips here")
     options = parser.parse_args(arguments)
@@ -386,9 +387,11 @@ def main(arguments: list[str] | None = None) -> None:
         trained = train_demo.trained_for(options.checkpoint / train_demo.DIT_FILE)
         if options.dit:
             dit, trained = train_demo.load_dit(options.dit), train_demo.trained_for(options.dit)
+        for model in (dit, encoder, autoencoder):
+            model.to(options.device)
         schedule, settings, cfg = chosen_sampling(options, trained)
         latents = sample_latents(dit, encoder, captions, options.length, schedule, settings, cfg=cfg, seed=options.seed)
-        frames = decode_frames(autoencoder, latents)
+        frames = decode_frames(autoencoder, latents).cpu()
         title = f"model, {','.join(str(len(row)) for row in schedule.sigmas)} steps a chunk, cfg {cfg:g}"
     else:
         scenes = sprites.make_scenes([parse_caption(caption) for caption in captions], options.seed)
