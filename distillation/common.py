@@ -13,7 +13,11 @@ import torch
 
 
 def generator_at(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the seed and a position only (an update's number, say), and the kind of device."""
+    """A generator that depends on the seed and a position only (an update's number, say).
+
+    Args:
+        device: where it draws; another kind of device draws other numbers.
+    """
     state = seed & 0xFFFFFFFF
     for part in position:  # a linear congruential mix: any two positions give unrelated Philox/MT seeds
         state = (state * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF

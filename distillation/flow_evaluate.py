@@ -162,7 +162,7 @@ def commanded_flow(path: Tensor, first_frame: int) -> OpticalFlow:
 class Player:
     """Makes clips with the demo, with and without motion to follow."""
 
-    def __init__(self, folder: Path, dit: Path | None) -> None:
+    def __init__(self, folder: Path, dit: Path | None, device: torch.device | str = "cpu") -> None:
         self.dit: WanDiT
         self.encoder: CaptionEncoder
         self.autoencoder: DemoAutoencoder
@@ -170,6 +170,9 @@ class Player:
         file = dit if dit is not None else folder / train_demo.DIT_FILE
         if dit is not None:
             self.dit = train_demo.load_dit(dit)
+        for model in (self.dit, self.encoder, self.autoencoder):
+            model.to(device)
+        self.device = torch.device(device)
         self.trained = train_demo.trained_for(file)
         self.digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
         self.modes = tuple(mode for mode in MODES if mode != "adapter" or self.dit.config.flow_adapter)
@@ -180,20 +183,23 @@ class Player:
 
     def encode(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] in 0..1 -> standardised latents."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_LATENT_MEAN, WAN_LATENT_STD))
+        mean, std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (WAN_LATENT_MEAN, WAN_LATENT_STD)
+        )
         return (self.autoencoder.encode(2 * frames - 1) - mean) / std
 
     @torch.no_grad()
     def clip(
         self, caption: str, seed: int, options: Options, flow: OpticalFlow | None = None, row: str = "none"
     ) -> Tensor:
-        """[T, 3, H, W] in 0..255. row: a mode, of mode reference with its start sigma; see `rows_of`."""
+        """[T, 3, H, W] in 0..255, on the CPU. row: a mode, of mode reference with its start sigma; see `rows_of`."""
         mode, start_sigma = _mode_of(row)
         schedule, settings, cfg = self.trained.schedule, self.trained.settings, self.trained.cfg
         frames = latent_frames(options.length)
         counts = split_frames(frames, settings.frames_per_chunk)
         side = sprites.FRAME_SIZE // SPACE_FACTOR
-        noise: NoiseSource = SeededNoise(seed, (1, LATENT_CHANNELS, side, side))
+        noise: NoiseSource = SeededNoise(seed, (1, LATENT_CHANNELS, side, side), self.device)
         steps = TIME_FACTOR * (frames - 1)
         reference, features = None, None
         if flow is not None and mode == "reference":
@@ -206,7 +212,7 @@ class Player:
             # As in the node with first_chunk 1: the first chunk has no valid motion, so its noise is as usual.
             noise = FlowNoise(noise, flow.fit(steps, side, side).composed(), counts)
         elif flow is not None and mode == "adapter":
-            features = adapter_features(flow, frames, side, side)
+            features = adapter_features(flow, frames, side, side).to(self.device)
         positive, negative = self.encoder.encode([caption]), self.encoder.encode([""])
         cache = KVCache(settings, frames)
 
@@ -234,7 +240,7 @@ class Player:
                     reference.finished(chunk.latents)
         finally:
             cache.free()
-        return decode_frames(self.autoencoder, torch.cat(chunks, dim=2))[0]
+        return decode_frames(self.autoencoder, torch.cat(chunks, dim=2))[0].cpu()
 
     def first_frame(self) -> int:
         """The last pixel frame of the first chunk: motion is commanded from it on."""
@@ -427,6 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blend", type=float, default=Options().blend, help="reference: see the node")
     parser.add_argument("--modes", help=f"with commas, of {', '.join(MODES)}; default: all that the checkpoint allows")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="that makes the clips: cpu, which the times are of, or cuda")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table as a page, docs/evidence/flow.md")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -439,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
             start_sigmas=tuple(chosen.start_sigma),
             blend=chosen.blend,
         )
-        player = Player(chosen.checkpoint, chosen.dit)
+        player = Player(chosen.checkpoint, chosen.dit, chosen.device)
         modes = player.modes if chosen.modes is None else tuple(mode.strip() for mode in chosen.modes.split(","))
         unknown = [mode for mode in modes if mode not in player.modes]
         if unknown:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diagonal_sampler.captions import parse_caption
 from diagonal_sampler.demo_autoencoder import pixel_frames
-from diagonal_sampler.flow import OpticalFlow, camera_flow, tracks_flow
+from diagonal_sampler.flow import ADAPTER_CHANNELS, OpticalFlow, camera_flow, tracks_flow
 from distillation import sprite_motion, sprites
 from distillation.common import generator_at
 
@@ -110,12 +110,29 @@ class FlowFields:
         Raises:
             ValueError: a flow file that cannot be used.
         """
-        out = []
+        out = torch.zeros(len(seeds), ADAPTER_CHANNELS, frames, self.height, self.width)
+        kept = [
+            place
+            for place, seed in enumerate(seeds)
+            if float(torch.rand((), generator=generator_at(seed, _DROPOUT))) >= self.dropout
+        ]
+        if self.source == SPRITES and kept and frames > 1:
+            out[kept] = self._of_sprites([rows[place] for place in kept], [seeds[place] for place in kept], frames)
+            return out
+        for place in kept:
+            field = self._field(rows[place], seeds[place], pixel_frames(frames))
+            out[place] = sprite_motion.features_of(field, frames, self.height, self.width)[0]
+        return out
+
+    def _of_sprites(self, rows: Sequence[int], seeds: Sequence[int], frames: int) -> Tensor:
+        """The features of paths of the sprites that captions name, [B, 4, frames, height, width]."""
+        scenes, told = [], []
         for row, seed in zip(rows, seeds, strict=True):
-            dropped = float(torch.rand((), generator=generator_at(seed, _DROPOUT))) < self.dropout
-            field = None if dropped else self._field(row, seed, pixel_frames(frames))
-            out.append(sprite_motion.features_of(field, frames, self.height, self.width))
-        return torch.cat(out)
+            own = seed & 0xFFFFFFFF
+            scenes.append(sprites.make_scenes([parse_caption(self.prompts[row])], own))
+            told.append(sprite_motion.commands(scenes[-1], own, frames=pixel_frames(frames)))
+        everyone = sprites.Scenes.joined(scenes)
+        return sprite_motion.features(sprite_motion.Commands.joined(told), everyone, frames, self.height, self.width)
 
     def _field(self, row: int, seed: int, length: int) -> OpticalFlow | None:
         """The field of a clip of `length` pixel frames, None where it has none."""
@@ -123,10 +140,6 @@ class FlowFields:
             return None
         if self.folder is not None:
             return self._read(row)
-        if self.source == SPRITES:
-            scene_seed = seed & 0xFFFFFFFF
-            scenes = sprites.make_scenes([parse_caption(self.prompts[row])], scene_seed)
-            return sprite_motion.command(scenes, scene_seed, frames=length).fields[0]
         generator = generator_at(seed, _DRAW)
         return synthetic_flow(length - 1, 2 * self.height, 2 * self.width, generator)
 

@@ -39,10 +39,12 @@ class BatchNoise:
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
-        self.sources = [SeededNoise(seed, (1, *shape), device) for seed in seeds]
+        self.sources = [SeededNoise(seed, (1, *shape)) for seed in seeds]
+        self.device = device
 
     def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
-        return torch.cat([source(chunk, step, frames) for source in self.sources])
+        # One copy to the device, not one a clip.
+        return torch.cat([source(chunk, step, frames) for source in self.sources]).to(self.device)
 
 
 def exit_steps(schedule: DiagonalSchedule, chunks: int, seed: int, *, last: bool = False) -> list[int]:

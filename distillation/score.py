@@ -384,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the captions do not change")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="that makes the clips of a model: cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the scores here")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 12 clips here")
     options = parser.parse_args(arguments)
@@ -392,6 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     if options.source == "model":
         dit, encoder, autoencoder = train_demo.load_models(options.checkpoint, options.dit)
+        for model in (dit, encoder, autoencoder):
+            model.to(options.device)
         trained = train_demo.trained_for(options.dit or options.checkpoint / train_demo.DIT_FILE)
         schedule, settings, cfg = chosen_sampling(options, trained)
         latents = sample_latents(
@@ -405,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=options.seed,
             scale=options.scale,
         )
-        frames = decode_frames(autoencoder, latents)
+        frames = decode_frames(autoencoder, latents).cpu()
         title = f"model, {','.join(str(len(row)) for row in schedule.sigmas)} steps a chunk, cfg {cfg:g}"
     else:
         scenes = sprites.make_scenes([parse_caption(caption) for caption in captions], options.seed)

@@ -1,29 +1,33 @@
 """Motion in the demo's world: paths that no caption decides, and their optical flow as people would give it.
 
 A caption says where a sprite goes until it bounces. A command says otherwise: here sprites turn at random moments, so
-that flow and caption disagree and a model must learn which of them to follow. The true flow is known; what the model is
+that flow and caption disagree and a model must learn which of them to follow. They turn only where the command says so:
+of turns that nobody told it a model would learn the mean, which is a blur. The true flow is known; what the model is
 given is that flow as it comes from a mask, a drawn track, a measured video or a moving camera, more or less precise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, latent_frames
-from diagonal_sampler.flow import ADAPTER_CHANNELS, NothingValid, OpticalFlow, adapter_features, grid
+from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, TIME_FACTOR, latent_frames
+from diagonal_sampler.flow import ADAPTER_CHANNELS, NothingValid, OpticalFlow, adapter_features
 from distillation import sprites
 from distillation.sprites import FRAME_SIZE, Scenes
 
 FASTEST = 2.75
 """Pixels per frame; the fastest word of the captions is 2.25."""
 TURNING_SHARE = 0.7
-"""Of clips, whose sprites leave their caption's motion at some frame."""
-FIRST_TURN_SHARE = 0.3
-"""Of turning sprites, which do so from the start."""
+"""Of clips, whose commanded sprites leave their caption's motion at some frame."""
+FIRST_TURN_SHARE = 0.5
+"""Of turning sprites, which do so as soon as they are commanded."""
 NEXT_TURN = (6, 24)
 """Pixel frames from a turn to the next, if there is one."""
 AGAIN_SHARE = 0.7
@@ -32,18 +36,65 @@ RESTING_SHARE = 0.1
 """Of turns, after which a sprite stays where it is."""
 ONE_OF_TWO_SHARE = 0.2
 """Of clips with two sprites, in which one of them is free."""
-LATE_SHARE = 0.3
-"""Of clips, in which nothing is commanded before a random frame; of clips, in which nothing is after one."""
+LATE_SHARE = 0.5
+"""Of clips, in which nothing is commanded before some frame."""
+AT_A_CHUNK_SHARE = 0.5
+"""Of these, in which that frame ends a chunk, as where a command goes on from a finished one."""
+CHUNK_STEPS = 12
+"""Pixel frames of a chunk; the first has three fewer."""
+EARLY_END_SHARE = 0.2
+"""Of clips, in which nothing is commanded after some frame."""
 DISC_RANGE = (6.0, 14.0)
 """Pixels around a track that move with it; a sprite's bounding box has half sides of 7 to 8."""
 KINDS = {"mask": 0.2, "disc": 0.55, "video": 0.15, "camera": 0.1}
 """How a field is given, and how often: within a sprite's outline, in a disc around its track, with a background that is
 known to rest, or with a background that moves along (of a single sprite)."""
-COARSE_SHARE = 0.3
+DISC, CAMERA = list(KINDS).index("disc"), list(KINDS).index("camera")
+FIRST_WHOLE_KIND = list(KINDS).index("video")
+"""This kind and those after it say something of every pixel."""
+COARSE_SHARE = 0.15
 """Of clips, whose path is known at every COARSE_STEP-th frame only and straight between them."""
 COARSE_STEP = 8
-JITTER_SHARE, JITTER = 0.3, 0.3
+JITTER_SHARE, JITTER = 0.15, 0.2
 """Of clips, whose vectors are off; by how much, in pixels per frame (deviation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What N clips are told, in numbers; `fields` draws them, on any device.
+
+    Attributes:
+        centres: [N, 2, T, 2] where the sprites are, in pixels.
+        motion: [N, 2, T - 1, 2] as it is given, more or less precise, in pixels per pixel frame.
+        moved: bool [N, 2], the sprites that the field moves.
+        kind: int64 [N], index into KINDS.
+        radius: [N] of a disc, in pixels.
+        first, last: int64 [N]; the steps from first up to last, without it, are commanded.
+    """
+
+    centres: Tensor
+    motion: Tensor
+    moved: Tensor
+    kind: Tensor
+    radius: Tensor
+    first: Tensor
+    last: Tensor
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Commands]) -> Commands:
+        """All clips of several, in order."""
+        return cls(*(torch.cat([getattr(part, item.name) for part in parts]) for item in fields_of(cls)))
+
+    def to(self, device: torch.device) -> Commands:
+        """The same on a device."""
+        return Commands(*(getattr(self, item.name).to(device) for item in fields_of(self)))
+
+    def take(self, rows: Tensor | slice) -> Commands:
+        """The clips at `rows`, in that order."""
+        return Commands(*(getattr(self, item.name)[rows] for item in fields_of(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,85 +131,154 @@ def command(scenes: Scenes, seed: int, first_index: int = 0, *, frames: int = sp
     Args:
         frames: pixel frames T, at least 5.
     """
-    centres, fields = [], []
-    for row in range(len(scenes)):
-        rng = np.random.default_rng([seed, first_index + row, 0xF10A])
-        present = [sprite for sprite in (0, 1) if bool(scenes.present[row, sprite])]
-        path = _path(scenes, row, frames, rng)
-        centres.append(path)
-        fields.append(_field(scenes, row, present, path, rng))
-    return Commanded(torch.stack(centres), fields)
+    drawn = commands(scenes, seed, first_index, frames=frames)
+    flow, valid = fields(drawn, scenes)
+    rows = zip(flow, valid, strict=True)
+    return Commanded(drawn.centres, [OpticalFlow(*row) if bool(row[1].any()) else None for row in rows])
 
 
-def _path(scenes: Scenes, row: int, frames: int, rng: np.random.Generator) -> Tensor:
-    """[2, T, 2] centres of a scene's sprites, bouncing; some turn, once or often."""
-    paths = []
-    turning = rng.random() < TURNING_SHARE
-    for sprite in (0, 1):
-        radius = scenes.radius[row, sprite]
-        at, velocity, point = 0, scenes.velocity[row, sprite], scenes.start[row, sprite]
-        turns: list[int] = []
-        if turning:
-            turns = [0 if rng.random() < FIRST_TURN_SHARE else int(rng.integers(1, max(2, frames * 2 // 3)))]
-            while turns[-1] < frames and rng.random() < AGAIN_SHARE:
-                turns.append(turns[-1] + int(rng.integers(*NEXT_TURN)))
-        pieces = []
-        for end in (*(turn for turn in turns if turn < frames - 1), frames - 1):
-            # `end` belongs to the next piece, but for the last one.
-            points = sprites.bounce(point, velocity, radius, torch.arange(end - at + 1).float())
-            pieces.append(points if end == frames - 1 else points[:-1])
-            angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, FASTEST) * (rng.random() >= RESTING_SHARE)
-            velocity = torch.tensor([np.cos(angle) * speed, np.sin(angle) * speed], dtype=torch.float32)
-            at, point = end, points[-1]
-        paths.append(torch.cat(pieces))
-    return torch.stack(paths)
+def commands(scenes: Scenes, seed: int, first_index: int = 0, *, frames: int = sprites.CLIP_FRAMES) -> Commands:
+    """What `command` tells, before it is drawn: little work, and none of it a device's."""
+    return _stack([_command(scenes, row, frames, seed, first_index + row) for row in range(len(scenes))])
 
 
-def _field(scenes: Scenes, row: int, present: list[int], path: Tensor, rng: np.random.Generator) -> OpticalFlow | None:
+def _stack(rows: list[tuple]) -> Commands:
+    return Commands(*(torch.stack([torch.as_tensor(value) for value in column]) for column in zip(*rows, strict=True)))
+
+
+def _command(scenes: Scenes, row: int, frames: int, seed: int, index: int) -> tuple:
+    """One clip's values of Commands, in its order."""
+    rng = np.random.default_rng([seed, index, 0xF10A])
+    steps = frames - 1
+    present = [sprite for sprite in (0, 1) if bool(scenes.present[row, sprite])]
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     if kind == "camera" and len(present) > 1:
         kind = "video"
     if kind in ("mask", "disc") and len(present) > 1 and rng.random() < ONE_OF_TWO_SHARE:
         present = [present[rng.integers(len(present))]]
-    steps = path.shape[1] - 1
-    place = path[:, :-1]
-    if rng.random() < COARSE_SHARE:
-        path = _coarse(path)
-    motion = path.diff(dim=1)  # [2, steps, 2]
+    first, last = 0, steps
+    if rng.random() < LATE_SHARE:
+        first = int(rng.integers(max(1, steps * 2 // 3)))
+        if rng.random() < AT_A_CHUNK_SHARE:
+            first = min(steps - 1, max(1, first // CHUNK_STEPS) * CHUNK_STEPS - TIME_FACTOR)
+    if rng.random() < EARLY_END_SHARE:
+        last = int(rng.integers(steps // 3, steps))
+    turning = rng.random() < TURNING_SHARE and last > first
+    paths = []
+    for sprite in (0, 1):
+        # What nothing is said of goes on as it did: nobody could know another way.
+        turns = _turns(first, last, rng) if turning and sprite in present else []
+        paths.append(_path(scenes, row, sprite, turns, frames, rng))
+    centres = torch.stack(paths)
+    given = _coarse(centres) if rng.random() < COARSE_SHARE else centres
+    motion = given.diff(dim=1)
     if rng.random() < JITTER_SHARE:
         motion = motion + torch.from_numpy(rng.normal(0, JITTER, motion.shape)).float()
-    flow = torch.zeros(steps, FRAME_SIZE, FRAME_SIZE, 2)
-    valid = torch.zeros(steps, FRAME_SIZE, FRAME_SIZE, dtype=torch.bool)
-    if kind in ("video", "camera"):
-        valid[:] = True
-    if kind == "camera":
-        flow += motion[present[0]][:, None, None]
-    else:
-        radius = float(rng.uniform(*DISC_RANGE)) if kind == "disc" else None
-        for sprite in reversed(present):  # the first is in front
-            inside = _outline(scenes, row, sprite, place[sprite], radius)
-            flow = torch.where(inside[..., None], motion[sprite][:, None, None], flow)
-            valid |= inside
-    if rng.random() < LATE_SHARE:
-        valid[: int(rng.integers(max(1, steps * 2 // 3)))] = False
-    if rng.random() < LATE_SHARE:
-        valid[int(rng.integers(steps // 3, steps)) :] = False
-    return OpticalFlow(flow, valid) if bool(valid.any()) else None
+    moved = torch.tensor([sprite in present for sprite in (0, 1)])
+    return centres, motion, moved, list(KINDS).index(kind), float(rng.uniform(*DISC_RANGE)), first, last
 
 
-def _outline(scenes: Scenes, row: int, sprite: int, place: Tensor, radius: float | None) -> Tensor:
-    """[steps, 64, 64] bool: the pixels of a sprite at its places [steps, 2], or those within a radius."""
-    away = grid(FRAME_SIZE, FRAME_SIZE) + 0.5 - place[:, None, None]
-    if radius is not None:
-        return away.square().sum(-1) <= radius**2
-    count = len(place)
-    covered = sprites.coverage(
-        scenes.shape[row, sprite].expand(count),
-        away[:, :1, :, 0],
-        away[:, :, :1, 1],
-        scenes.radius[row, sprite].expand(count),
-    )
-    return covered > 0.5
+def _turns(first: int, last: int, rng: np.random.Generator) -> list[int]:
+    """Pixel frames at which a sprite that is commanded in the steps first..last turns."""
+    turns = [first if rng.random() < FIRST_TURN_SHARE else int(rng.integers(first, last))]
+    while rng.random() < AGAIN_SHARE:
+        turns.append(turns[-1] + int(rng.integers(*NEXT_TURN)))
+    return [turn for turn in turns if turn < last]
+
+
+def _path(scenes: Scenes, row: int, sprite: int, turns: list[int], frames: int, rng: np.random.Generator) -> Tensor:
+    """[T, 2] centres of a sprite, bouncing, that leaves its caption's motion at some frames."""
+    radius = scenes.radius[row, sprite]
+    at, velocity, point = 0, scenes.velocity[row, sprite], scenes.start[row, sprite]
+    pieces = []
+    for end in (*turns, frames - 1):
+        # `end` belongs to the next piece, but for the last one.
+        points = sprites.bounce(point, velocity, radius, torch.arange(end - at + 1).float())
+        pieces.append(points if end == frames - 1 else points[:-1])
+        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, FASTEST) * (rng.random() >= RESTING_SHARE)
+        velocity = torch.tensor([np.cos(angle) * speed, np.sin(angle) * speed], dtype=torch.float32)
+        at, point = end, points[-1]
+    return torch.cat(pieces)
+
+
+def fields(told: Commands, scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """The fields of clips, on the device of both: flow [N, T - 1, 64, 64, 2] and where it is valid."""
+    masks, everywhere = _masks(told, scenes), _everywhere(told)
+    flow = everywhere[:, :, None, None]
+    for sprite, mask in enumerate(masks):
+        flow = torch.where(mask[..., None], told.motion[:, sprite, :, None, None], flow)
+    whole = told.kind >= FIRST_WHOLE_KIND
+    valid = masks[0] | masks[1] | whole[:, None, None, None]
+    return flow, valid & _in_time(told)[:, :, None, None]
+
+
+def features(told: Commands, scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
+    """What the adapter is given of many clips at once, [N, 4, frames, height, width], on their device.
+
+    But for rounding it is `adapter_features` of each clip's field. A sprite moves as a whole: only its outline has to
+    be made smaller, and not its field.
+
+    Args:
+        frames: latent frames; T must be 4 * frames - 3.
+        height, width: of the latent.
+    """
+    if frames == 1:
+        return told.motion.new_zeros(len(told), ADAPTER_CHANNELS, 1, height, width)
+    masks = torch.stack([mask.flatten(0, 1).float() for mask in _masks(told, scenes)], dim=1)
+    small = F.interpolate(masks, (height, width), mode="bilinear", antialias=True).unflatten(0, (len(told), -1))
+    whole = (told.kind >= FIRST_WHOLE_KIND)[:, None, None, None, None]
+    share = small.sum(2, keepdim=True)
+    rest = torch.where(whole, 1 - share, 0.0)  # moves with the camera, or is known to rest
+    known = ((share + rest >= 0.5) & _in_time(told)[:, :, None, None, None]).float()  # [N, T - 1, 1, height, width]
+    motion = _everywhere(told)[..., None, None] * rest
+    for sprite in (0, 1):
+        motion = motion + told.motion[:, sprite, :, :, None, None] * small[:, :, sprite, None]
+    scale = motion.new_tensor([width, height])[:, None, None] / FRAME_SIZE
+    motion = motion / (share + rest).clamp(min=0.5) * known * scale
+    # The clip's first latent frame has the first step, each other one the four that lead to it.
+    parts = []
+    for rows, steps in ((slice(0, 1), 1), (slice(0, None), TIME_FACTOR)):
+        motions, knowns = (values[:, rows].unflatten(1, (-1, steps)) for values in (motion, known))
+        total = knowns.sum(2)
+        parts.append(torch.cat([TIME_FACTOR * motions.sum(2) / total.clamp(min=1), total / steps], dim=2))
+    found = torch.cat(parts, dim=1).movedim(1, 2)
+    assert found.shape[2] == frames
+    return torch.cat([found, found[:, :2].norm(dim=1, keepdim=True)], dim=1)
+
+
+def _in_time(told: Commands) -> Tensor:
+    """bool [N, T - 1], the steps that are commanded."""
+    step = torch.arange(told.motion.shape[2], device=told.motion.device)
+    return (step >= told.first[:, None]) & (step < told.last[:, None])
+
+
+def _everywhere(told: Commands) -> Tensor:
+    """[N, T - 1, 2], what all pixels do that belong to no sprite: with a camera, as its single sprite does."""
+    rows = torch.arange(len(told), device=told.motion.device)
+    of_sprite = told.motion[rows, (~told.moved[:, 0]).long()]
+    return of_sprite * (told.kind == CAMERA)[:, None, None]
+
+
+def _masks(told: Commands, scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """bool [N, T - 1, 64, 64] of each sprite: the pixels that move with it; none under a camera, where all do."""
+    place = told.centres[:, :, :-1]
+    apart = told.moved & (told.kind != CAMERA)[:, None]
+    front, behind = (_outline(told, scenes, i, place[:, i]) & apart[:, i, None, None, None] for i in (0, 1))
+    return front, behind & ~front
+
+
+def _outline(told: Commands, scenes: Scenes, sprite: int, place: Tensor) -> Tensor:
+    """[N, T - 1, 64, 64] bool: the pixels of a sprite at its places [N, T - 1, 2], or those within a disc's radius."""
+    axis = torch.arange(FRAME_SIZE, device=place.device) + 0.5
+    x, y = (axis - place[..., 0, None]).unsqueeze(-2), (axis - place[..., 1, None]).unsqueeze(-1)
+    inside = x.square() + y.square() <= told.radius[:, None, None, None].square()
+    rows = (told.kind != DISC).nonzero()[:, 0]
+    if len(rows):
+        of_step = rows.repeat_interleave(place.shape[1])
+        shape, radius = scenes.shape[of_step, sprite], scenes.radius[of_step, sprite]
+        covered = sprites.coverage(shape, x[rows].flatten(0, 1), y[rows].flatten(0, 1), radius)
+        inside[rows] = (covered > 0.5).unflatten(0, (len(rows), -1))
+    return inside
 
 
 def _coarse(path: Tensor) -> Tensor:
@@ -173,7 +293,10 @@ def _coarse(path: Tensor) -> Tensor:
 
 
 def encode_clips(autoencoder, scenes: Scenes, centres: Tensor) -> Tensor:
-    """Standardised latents [N, 16, T_lat, 8, 8] of clips whose sprites are at `centres`; T must be 4n + 1."""
+    """Standardised latents [N, 16, T_lat, 8, 8] of clips whose sprites are at `centres`; T must be 4n + 1.
+
+    All on one device, where the result is.
+    """
     groups = sprites.to_pixels(sprites.draw(scenes, centres))
     groups = torch.cat([groups[:, :, :1].expand(-1, -1, 3, -1, -1), groups], dim=2)
     count, frames = len(scenes), latent_frames(centres.shape[2])

@@ -67,6 +67,12 @@ class Scenes:
     def captions(self) -> list[str]:
         return [caption_of(specs) for specs in self.specs]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scenes]) -> Scenes:
+        """All scenes of several, in order."""
+        tensors = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)[1:])
+        return cls(tuple(spec for part in parts for spec in part.specs), *tensors)
+
     def take(self, rows: Tensor) -> Scenes:
         """The scenes at `rows` (int64 [M]), in that order."""
         tensors = (getattr(self, field.name)[rows] for field in fields(self)[1:])

@@ -133,10 +133,10 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def progress(updates: Iterator[int] | range, description: str) -> Any:
+def progress(updates: Iterator[Any] | range, description: str, total: int | None = None) -> Any:
     from tqdm import tqdm
 
-    return tqdm(updates, desc=description, mininterval=5, smoothing=0.05, dynamic_ncols=True)
+    return tqdm(updates, desc=description, total=total, mininterval=5, smoothing=0.05, dynamic_ncols=True)
 
 
 class Orthogonal(torch.optim.Optimizer):
@@ -183,17 +183,25 @@ class Orthogonal(torch.optim.Optimizer):
                 directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 updates = self.orthogonalise(torch.stack(directions).flatten(2))
-                steps = [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, steps, alpha=-scale)
+                torch._foreach_add_(
+                    parameters,
+                    [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)],
+                    alpha=-scale,
+                )
+
+
+def make_adamw(parameters: list[Tensor], rate: float, *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as all trainings of the demo use it; on a GPU in one kernel."""
+    fused = True if parameters[0].is_cuda else None
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
 
 
 def make_optimizers(
     matrices: list[Tensor], others: list[Tensor], *, matrix_rate: float, rate: float, weight_decay: float = 0.01
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak learning rates: orthogonalised updates for `matrices`, AdamW for the rest."""
-    fused = all(parameter.is_cuda for parameter in others)
-    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
+    adamw = make_adamw(others, rate, weight_decay=weight_decay)
     return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
 
 

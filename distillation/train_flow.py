@@ -18,17 +18,22 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import multiprocessing
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import CaptionEncoder, tokenize_captions
-from diagonal_sampler.demo_autoencoder import DemoAutoencoder, latent_frames
+from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, DemoAutoencoder, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
@@ -39,6 +44,8 @@ from distillation.common import autocast, generator_at, git_commit, keep_freed_m
 log = logging.getLogger("train_flow")
 
 CHECKPOINT, CLIPS = "flow.pt", "flow_clips.pt"
+READ_EVERY = 20
+"""Updates after which losses are looked at: reading them waits for a GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +98,89 @@ class FlowClips:
     flow: Tensor  # [N, 4, T, h, w] what the adapter is given, fp16
     ids: Tensor  # int64 [N, 2, 4]
 
+    def to(self, device: torch.device) -> FlowClips:
+        """The same on a device."""
+        return FlowClips(*(getattr(self, item.name).to(device) for item in fields(self)))
+
+
+class ClipsRecipe(Protocol):
+    """What decides the training clips."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def clips(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+CLIPS_AT_ONCE = {"cpu": 16, "cuda": 256}
+"""Clips that are drawn and encoded together."""
+
 
 @torch.no_grad()
-def encode_flow_clips(recipe: FlowRecipe, autoencoder: DemoAutoencoder, path: Path) -> FlowClips:
-    """Renders and encodes the training clips, or reads them from `path` if they are there."""
+def encode_flow_clips(
+    recipe: ClipsRecipe,
+    autoencoder: DemoAutoencoder,
+    path: Path,
+    device: torch.device | None = None,
+    *,
+    workers: int = 0,
+) -> FlowClips:
+    """Renders and encodes the training clips, or reads them from `path` if they are there.
+
+    Args:
+        device: that draws and encodes; default: the CPU. The clips are the same but for rounding.
+        workers: processes that think out scenes and paths beside this one, which is most of the work on a GPU.
+
+    Returns:
+        clips on the CPU.
+    """
     if (saved := train_demo.load_checkpoint(path)) is not None:
         return FlowClips(**saved)
+    device = torch.device("cpu") if device is None else device
+    autoencoder = autoencoder.to(device)
+    frames, side = latent_frames(recipe.length), sprites.FRAME_SIZE // SPACE_FACTOR
     clips, flows, ids = [], [], []
-    step = 16
-    for start in train_demo.progress(range(0, recipe.clips, step), "encoding clips"):
-        scenes = sprites.sample_scenes(min(step, recipe.clips - start), recipe.seed, start)
-        commanded = sprite_motion.command(scenes, recipe.seed, start, frames=recipe.length)
-        clips.append(sprite_motion.encode_clips(autoencoder, scenes, commanded.centres).half())
-        flows.append(commanded.features(latent_frames(recipe.length)).half())
+    step = CLIPS_AT_ONCE[device.type]
+    parts = [(recipe.seed, at, min(step, recipe.clips - at), recipe.length) for at in range(0, recipe.clips, step)]
+    for specs, *numbers in train_demo.progress(_thought_out(parts, workers), "encoding clips", total=len(parts)):
+        of_scenes = len(fields(sprites.Scenes)) - 1
+        tensors = [torch.from_numpy(value).to(device) for value in numbers]
+        scenes = sprites.Scenes(specs, *tensors[:of_scenes])
+        told = sprite_motion.Commands(*tensors[of_scenes:])
+        clips.append(sprite_motion.encode_clips(autoencoder, scenes, told.centres).half().cpu())
+        flows.append(sprite_motion.features(told, scenes, frames, side, side).half().cpu())
         ids.append(tokenize_captions(scenes.captions))
     saved = {"clips": torch.cat(clips), "flow": torch.cat(flows), "ids": torch.cat(ids)}
     train_demo.save_checkpoint(path, saved)
     return FlowClips(**saved)
+
+
+def _thought_out(parts: Sequence[tuple[int, int, int, int]], workers: int) -> Iterator[tuple]:
+    """`_think_out` of all parts, in order."""
+    if workers < 1:
+        yield from map(_think_out, parts)
+        return
+    # A fresh interpreter each: a fork of a process that has used a GPU or threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(_think_out, parts)
+
+
+def _think_out(part: tuple[int, int, int, int]) -> tuple:
+    """Scenes and commands of some clips: the sprites, then all numbers as arrays, which travel between processes."""
+    seed, first, count, length = part
+    scenes = sprites.sample_scenes(count, seed, first)
+    told = sprite_motion.commands(scenes, seed, first, frames=length)
+    tensors = [getattr(scenes, item.name) for item in fields(scenes)[1:]]
+    tensors += [getattr(told, item.name) for item in fields(told)]
+    return scenes.specs, *(tensor.numpy() for tensor in tensors)
+
+
+def numpy_generator(seed: int, row: int) -> np.random.Generator:
+    """Of the captions that a training without clips is made of."""
+    return np.random.default_rng([seed, row, 0xCAB])
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,37 +198,40 @@ class FlowBatch:
 def flow_batch(
     recipe: FlowRecipe, data: FlowClips, trained: train_demo.TrainedFor, update: int, *, kept: bool = False
 ) -> FlowBatch:
-    """The batch of an update; depends on (seed, update, kept) only.
+    """The batch of an update, where the clips are; depends on (seed, update, kept) and the kind of device only.
 
     Args:
         trained: how the network is sampled.
         kept: the batch beside it, which is looked at without its flow.
     """
-    generator = generator_at(recipe.seed, 5, update, int(kept))
+    position, device = (recipe.seed, 5, update, int(kept)), data.clips.device
+    # What decides shapes is drawn on the CPU, or a GPU would be waited for.
+    deciding = generator_at(*position)
+    generator = deciding if device.type == "cpu" else generator_at(*position, device=device)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(shape, generator=generator, device=device)
 
     size = trained.settings.frames_per_chunk
-    draw, batch = float(uniform(1)), recipe.kept_batch if kept else recipe.batch
+    draw, batch = float(torch.rand(1, generator=deciding)), recipe.kept_batch if kept else recipe.batch
     total = data.clips.shape[2] // size * size
-    first, frames, given = size * int(torch.randint(total // size - 1, (1,), generator=generator)), 2 * size, 1
+    first, frames, given = size * int(torch.randint(total // size - 1, (1,), generator=deciding)), 2 * size, 1
     if draw < recipe.causal_share:  # as many tokens as a continuation
         first, frames, given, batch = 0, total, 0, max(1, batch * 2 * size // total)
     elif draw < recipe.causal_share + recipe.opening_share * (3 if kept else 1):  # what a caption decides is kept there
         first, frames, given, batch = 0, size, 0, 2 * batch
-    rows = torch.randint(len(data.clips), (batch,), generator=generator)
+    rows = torch.randint(len(data.clips), (batch,), generator=generator, device=device)
     window = slice(first, first + frames)
     clean, flow = data.clips[rows, :, window].float(), data.flow[rows, :, window].float()
     chunks = frames // size
     per_chunk, context = _sigmas(recipe, trained.schedule, uniform, batch, range(first // size, first // size + chunks))
     # As in sampling: the chunks before a random one are context.
-    current = torch.full((batch, 1), given) if given else (uniform(batch, 1) * chunks).floor()
-    per_chunk = torch.where(torch.arange(chunks) < current, context, per_chunk)
+    current = torch.full((batch, 1), given, device=device) if given else (uniform(batch, 1) * chunks).floor()
+    per_chunk = torch.where(torch.arange(chunks, device=device) < current, context, per_chunk)
     sigma = per_chunk.repeat_interleave(size, dim=1)
     weight = (sigma >= train_demo.SMALLEST_TRAINED_SIGMA).float()
     weight[:, : given * size] = 0
-    noise = torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator, device=device)
     spoken = uniform(batch) >= recipe.empty_caption_share * (2 if kept else 1)
     return FlowBatch(
         noisy=torch.lerp(clean, noise, sigma[:, None, :, None, None]),
@@ -175,7 +251,7 @@ def _sigmas(
     if not recipe.few_steps:
         context = torch.where(uniform(batch, 1) < 0.7, 0.0, 0.4 * uniform(batch, 1))
         return shift_sigma(draws, recipe.shift), context.expand(-1, len(chunks))
-    rows = [torch.tensor(schedule.chunk_sigmas(chunk)) for chunk in chunks]
+    rows = [torch.tensor(schedule.chunk_sigmas(chunk), device=draws.device) for chunk in chunks]
     per_chunk = torch.stack([row[(draw * len(row)).long()] for row, draw in zip(rows, draws.T, strict=True)], dim=1)
     last = torch.stack([row[-1] for row in rows])
     return per_chunk, (last if schedule.context_mode == "noisy" else torch.zeros_like(last)).expand(batch, -1)
@@ -222,7 +298,19 @@ def add_change(dit: WanDiT, before: WanDiT, after: WanDiT) -> None:
         value += new[name] - old.get(name, torch.zeros_like(value))
 
 
-def _optimizers(dit: WanDiT, recipe: FlowRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+class RatesRecipe(Protocol):
+    """The learning rates of a fine-tune: of the blocks' matrices, of the adapter, and of everything else."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def matrix_learning_rate(self) -> float: ...
+    @property
+    def adapter_learning_rate(self) -> float: ...
+
+
+def flow_optimizers(dit: WanDiT, recipe: RatesRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their peak learning rates."""
     matrices, others, adapter = [], [], []
     for name, parameter in dit.named_parameters():
         if name.startswith("flow_embedding."):
@@ -232,8 +320,67 @@ def _optimizers(dit: WanDiT, recipe: FlowRecipe) -> list[tuple[torch.optim.Optim
     optimizers = train_demo.make_optimizers(
         matrices, others, matrix_rate=recipe.matrix_learning_rate, rate=recipe.learning_rate, weight_decay=0.0
     )
-    own = torch.optim.AdamW(adapter, recipe.adapter_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    own = train_demo.make_adamw(adapter, recipe.adapter_learning_rate, weight_decay=0.0)
     return [*optimizers, (own, recipe.adapter_learning_rate)]
+
+
+class Pace:
+    """How far a run is, and its learning rates: a linear warm-up, then a cosine over the rest.
+
+    Args:
+        updates: after which a run is done.
+        seconds: from now on, after which it is done as well; None is no limit.
+    """
+
+    def __init__(self, updates: int, warmup: int, seconds: float | None = None) -> None:
+        self.updates, self.warmup = updates, warmup
+        self.started = time.perf_counter()
+        self.seconds = seconds
+
+    def done(self, update: int) -> float:
+        """Part of the run that is done before an update, 1 at its end."""
+        done = update / self.updates
+        if self.seconds is not None:
+            done = max(done, (time.perf_counter() - self.started) / max(1e-9, self.seconds))
+        return min(1.0, done)
+
+    def set_rates(self, optimizers: list[tuple[torch.optim.Optimizer, float]], update: int, done: float) -> None:
+        """Sets the learning rates of an update."""
+        for optimizer, peak in optimizers:
+            rate = train_demo.cosine_learning_rate(update, peak=peak, warmup=self.warmup, total=self.updates)
+            if self.seconds is not None:
+                falling = train_demo.cosine_learning_rate(round(1e6 * done), peak=peak, warmup=0, total=1_000_000)
+                rate = min(rate, falling) if update < self.warmup else falling
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+
+class Losses:
+    """Means of losses since they were last read; nothing waits for the device in between."""
+
+    def __init__(self, *names: str) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.names, self.count = names, 0
+
+    def add(self, **values: Tensor) -> None:
+        """The losses of an update."""
+        for name in self.names:
+            value = values[name].detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def read(self, update: int) -> str:
+        """The means as text, and begins again.
+
+        Raises:
+            ValueError: one that is not finite.
+        """
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise ValueError(f"the loss ({name}) is {mean} by update {update}; lower the learning rates")
+        return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
 
 def train_flow(
@@ -244,7 +391,10 @@ def train_flow(
     *,
     network: str = "teacher",
     learned: Path | None = None,
+    clips: Path | None = None,
+    workers: int = 0,
     stop: int | None = None,
+    seconds: float | None = None,
 ) -> Path:
     """Fine-tunes a network of `start`, or resumes, until `stop` updates (default: all); the checkpoint's path.
 
@@ -253,10 +403,14 @@ def train_flow(
         network: teacher or student.
         learned: folder of a teacher that has learned from the teacher in `start`; what it learned is added to the
             network before the first update.
+        clips: file of encoded clips to share with other runs; default: one in `out`. Made if it is not there.
+        workers: processes that prepare clips beside this one.
+        seconds: end after them, clips counted in, with the cosine; an update then depends on the machine's speed.
 
     Raises:
         ValueError: no models in `start`, or a loss that is not finite.
     """
+    entered = time.perf_counter()
     path = out / CHECKPOINT
     teacher, encoder, autoencoder = train_demo.load_models(start)
     before = train_demo.load_dit(start / FILES[network])
@@ -264,9 +418,9 @@ def train_flow(
     dit = with_adapter(before)
     if learned is not None:
         add_change(dit, teacher, train_demo.load_dit(learned / train_demo.DIT_FILE))
-    data = encode_flow_clips(recipe, autoencoder, out / CLIPS)
+    data = encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     before, encoder, dit = before.to(device), encoder.to(device), dit.to(device)
-    optimizers = _optimizers(dit, recipe)
+    optimizers = flow_optimizers(dit, recipe)
     ema = train_demo.Ema(dit, recipe.ema_decay)
     first = 0
     if (saved := train_demo.load_checkpoint(path)) is not None:
@@ -285,13 +439,16 @@ def train_flow(
 
     size = trained.settings.frames_per_chunk
     bar = train_demo.progress(range(first, last), "flow")
-    running = {"flow": math.nan, "kept": math.nan}
+    losses = Losses("flow", "kept")
+    pace = Pace(recipe.updates, recipe.warmup, None if seconds is None else seconds - (time.perf_counter() - entered))
+    finished = last
     for update in bar:
-        batch, kept = (_to(flow_batch(recipe, data, trained, update, kept=kept), device) for kept in (False, True))
-        for optimizer, peak in optimizers:
-            rate = train_demo.cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=recipe.updates)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        done = pace.done(update)
+        if done >= 1:
+            finished = update
+            break
+        batch, kept = (flow_batch(recipe, data, trained, update, kept=kept) for kept in (False, True))
+        pace.set_rates(optimizers, update, done)
         with autocast(device):
             predicted = _predict(dit, encoder, batch, size, with_flow=True)
             loss = _error(predicted, batch.target, batch, of_x0=recipe.few_steps)
@@ -306,20 +463,16 @@ def train_flow(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(dit, update)
-        for name, value in (("flow", loss.item()), ("kept", other.item())):
-            if not math.isfinite(value):
-                raise ValueError(f"the loss ({name}) is {value} at update {update}; lower the learning rates")
-            running[name] = value if math.isnan(running[name]) else 0.96 * running[name] + 0.04 * value
-        bar.set_postfix({name: f"{value:.4f}" for name, value in running.items()})
-        if (update + 1) % recipe.save_every == 0:
-            save(update + 1)
-            log.info("update %d: %s", update + 1, ", ".join(f"{k} {v:.4f}" for k, v in running.items()))
-    save(last)
+        losses.add(flow=loss, kept=other)
+        if (update + 1) % READ_EVERY == 0 or update + 1 == last:
+            found = losses.read(update)
+            bar.set_postfix_str(found)
+            if (update + 1) % recipe.save_every == 0:
+                save(update + 1)
+                log.info("update %d: %s", update + 1, found)
+    losses.read(finished)
+    save(finished)
     return path
-
-
-def _to(batch: FlowBatch, device: torch.device) -> FlowBatch:
-    return FlowBatch(*(getattr(batch, name).to(device) for name in FlowBatch.__dataclass_fields__))
 
 
 def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network: str = "teacher") -> Path:
@@ -349,26 +502,68 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     return file
 
 
+RUN_FIELDS = (
+    "seed", "updates", "clips", "length", "batch", "kept_batch", "kept_weight", "learning_rate", "matrix_learning_rate",
+    "adapter_learning_rate", "warmup", "ema_decay", "save_every",
+)  # fmt: skip
+"""Fields of both recipes (this file's and train_follow's) that are flags."""
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that this program and train_follow share."""
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare clips; 16 for a GPU's machine")
+    parser.add_argument("--clips-file", type=Path, metavar="FILE", help="encoded clips, to share them; made if missing")
+    parser.add_argument(
+        "--seconds", type=float, help="end after them, with the cosine: give many --updates; not to be resumed"
+    )
+    group = parser.add_argument_group("fields of the recipe; a GPU takes batches of hundreds")
+    for name in RUN_FIELDS:
+        group.add_argument(f"--{name.replace('_', '-')}", type=int if name in _WHOLE else float, metavar="VALUE")
+
+
+_WHOLE = ("seed", "updates", "clips", "length", "batch", "kept_batch", "warmup", "save_every")
+
+
+def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The fields that flags set."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def begin(options: argparse.Namespace) -> torch.device:
+    """Logging, threads and memory as the flags say; the device."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
     parser.add_argument("--network", choices=tuple(RECIPES), default="teacher", help="which learns")
     parser.add_argument("--learned", type=Path, help="student: folder of the teacher that learned before it")
-    parser.add_argument("--updates", type=int, help="if not the recipe's")
     parser.add_argument("--out", type=Path, default=Path("runs/flow"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
+    add_run_flags(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    device = begin(options)
     if options.export:
         export_flow(options.out, options.start, options.export, options.note, network=options.network)
         return
-    recipe = RECIPES[options.network](**({} if options.updates is None else {"updates": options.updates}))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_flow(recipe, options.start, options.out, device, network=options.network, learned=options.learned)
+    recipe = RECIPES[options.network](**given(options, RUN_FIELDS))
+    train_flow(
+        recipe,
+        options.start,
+        options.out,
+        device,
+        network=options.network,
+        learned=options.learned,
+        clips=options.clips_file,
+        workers=options.workers,
+        seconds=options.seconds,
+    )
 
 
 if __name__ == "__main__":

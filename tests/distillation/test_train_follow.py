@@ -1,0 +1,149 @@
+"""The student's training in its own rollouts: what it sees is what the sampler saw, and a run resumes exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
+from distillation import sprite_motion, sprites, train_demo, train_flow, train_follow
+from distillation.common import generator_at
+from distillation.flow_evaluate import Player
+from distillation.recipes import DEMO
+from distillation.train_follow import FollowRecipe, Sampling, Windows
+
+CPU = torch.device("cpu")
+STUDENT = DEMO / train_flow.FILES["student"]
+CHUNKS = 7
+TINY = FollowRecipe(
+    updates=2, clips=4, pool=2, pool_updates=1, batch=2, kept_clips=3, kept_batch=2, warmup=1, save_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    _, encoder, autoencoder = train_demo.load_models(DEMO)
+    return train_demo.load_dit(STUDENT), encoder, autoencoder, train_demo.trained_for(STUDENT)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train_follow.train_follow(TINY, DEMO, folder, CPU)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(parts) -> train_follow.States:
+    dit, encoder, _, trained = parts
+    return train_follow.kept_states(TINY, dit, encoder, trained, CPU)
+
+
+def test_one_causal_forward_answers_as_the_samplers_cache_did(parts, kept):
+    dit, encoder, _, trained = parts
+    dit = train_flow.with_adapter(dit).eval()
+    sampling = Sampling(trained, CHUNKS, CPU)
+    seen = set()
+    for draw in range(4):
+        windows = sampling.draw(kept, 3, generator_at(0, draw))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            error = train_follow.window_error(dit, encoder(windows.ids), windows, sampling.size)
+        error = error / windows.weight.clamp(min=1e-6)
+        late = (windows.chunk[:, -1] > 3)[:, None].expand_as(error)
+        asked = windows.weight > 0
+        assert float(error[asked & ~late].sum()) < 2e-2
+        if (asked & late).any():
+            # Its context's keys were made when that saw more: not the same, but near.
+            assert float(error[asked & late].mean()) < 2e-2
+        seen |= set(windows.sigma.unique().tolist())
+        assert (windows.weight[windows.sigma == 1] <= 1).all() and windows.weight.any()
+    assert {1.0} < seen
+
+
+def test_a_window_that_lies_late_begins_with_the_first_chunk(parts, kept):
+    sampling = Sampling(parts[3], CHUNKS, CPU)
+    windows = sampling.draw(kept, 64, generator_at(0, 9))
+    for chunks in windows.chunk.tolist():
+        assert chunks == [0, 1, 2, 3] or (chunks[0] == 0 and chunks[1:] == list(range(chunks[1], chunks[1] + 3)))
+    assert {chunks[-1] for chunks in windows.chunk.tolist()} == {3, 4, 5, 6}
+
+
+def test_rollouts_go_on_from_true_chunks_and_are_trained_towards_the_clip(parts, tmp_path):
+    dit, encoder, autoencoder, trained = parts
+    dit = train_flow.with_adapter(dit)
+    data = train_flow.encode_flow_clips(TINY, autoencoder, tmp_path / "clips.pt")
+    states = train_follow.followed_states(TINY, dit, encoder, trained, data, 0, own_share=1.0)
+    # The last input of the first chunk is the true one with noise, at the schedule's last level.
+    sigma = trained.schedule.chunk_sigmas(0)[-1]
+    noise = (states.inputs[:, 0, 3] - (1 - sigma) * states.wanted[:, 0, 0]) / sigma
+    assert abs(float(noise.std()) - 1) < 0.05
+    sampling = Sampling(trained, CHUNKS, CPU)
+    windows = train_follow.followed_windows(sampling, states, replace(TINY, batch=64), generator_at(0, 1))
+    opening = windows.weight[:, :3][(windows.sigma[:, :3] > train_follow.OPENING_SIGMA)]
+    assert not opening.any(), "no clip says what an opening shows"
+    assert windows.weight[:, 3:].any()
+
+
+def test_some_openings_are_told_a_flow_and_stay(parts, kept):
+    sampling = Sampling(parts[3], CHUNKS, CPU)
+    flow = torch.ones(5, 4, 21, 8, 8)
+    recipe = replace(TINY, kept_batch=64, led_share=0.5)
+    windows = train_follow.kept_windows(sampling, kept, recipe, generator_at(0, 2), flow)
+    led = windows.optical_flow.flatten(1).abs().amax(1) > 0
+    assert 0.2 < float(led.float().mean()) < 0.8
+    assert not windows.weight[led][:, 3:].any() and windows.weight[~led][:, 3:].any()
+    assert isinstance(windows.with_(windows), Windows) and len(windows.with_(windows).noisy) == 128
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
+    train_follow.train_follow(TINY, DEMO, tmp_path, CPU, stop=1)
+    path = train_follow.train_follow(TINY, DEMO, tmp_path, CPU)
+    one, other = (train_demo.load_checkpoint(folder / train_follow.CHECKPOINT) for folder in (path.parent, run))
+    assert one["update"] == other["update"] == 2
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+
+
+def test_what_is_written_is_the_student_with_an_adapter(run, tmp_path):
+    train_follow.main(
+        ["--start", str(DEMO), "--out", str(run), "--export", str(tmp_path), "--note", "note", "--threads", "1"]
+    )
+    file = tmp_path / train_flow.FILES["student"]
+    assert set(FLOW_ADAPTER_KEYS) <= load_file(file).keys()
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    assert "distillation.train_follow, seed 6, 2 updates" in header["recipe"] and header["recipe"].endswith(". note")
+    player = Player(DEMO, file)
+    assert [len(row) for row in player.trained.schedule.sigmas] == [4, 3, 2] and "adapter" in player.modes
+
+
+def test_seconds_end_a_run(tmp_path):
+    path = train_follow.train_follow(replace(TINY, updates=1000), DEMO, tmp_path, CPU, seconds=0.0)
+    assert train_demo.load_checkpoint(path)["update"] == 0
+
+
+def test_features_of_many_clips_are_those_of_each_ones_field():
+    scenes = sprites.sample_scenes(12, seed=5)
+    told = sprite_motion.commands(scenes, 5, frames=33)
+    found = sprite_motion.features(told, scenes, 9, 8, 8)
+    expected = sprite_motion.command(scenes, 5, frames=33).features(9)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(set(told.kind.tolist())) > 2
+
+
+def test_processes_think_out_the_same_clips(parts, tmp_path):
+    alone = train_flow.encode_flow_clips(TINY, parts[2], tmp_path / "a.pt")
+    shared = train_flow.encode_flow_clips(TINY, parts[2], tmp_path / "b.pt", workers=1)
+    assert all(torch.equal(getattr(alone, name), getattr(shared, name)) for name in ("clips", "flow", "ids"))
+
+
+def test_a_network_with_clean_context_is_refused():
+    with pytest.raises(ValueError, match="sampled with clean context"):
+        Sampling(train_demo.trained_for(DEMO / train_demo.DIT_FILE), CHUNKS, CPU)
+    with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
+        FollowRecipe(save_every=50, pool_updates=8)
