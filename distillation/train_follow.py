@@ -9,7 +9,8 @@ say what it said before, at the very inputs that its sampler meets.
 
 - Followed: the student rolls out clips whose sprites turn against their captions (distillation.sprite_motion), from a
   true first chunk, with their flow. Every input that its sampler met on the way, noise and its own mistakes, is trained
-  on, towards the true clip. In some clips more chunks than the first are true ones: early on, all.
+  on, towards the true clip. A prediction that has left its course by more than a pixel or two is replaced by the true
+  one: at first nearly all, and later few. (A sprite that is far from where it belongs can only be faded out and in.)
 - Kept: the student in START rolls out captions without flow, once. At these inputs the new one is to say the same; and
   in the first chunk also where it is told a flow that it cannot follow yet, for nothing is there to be moved.
 
@@ -66,8 +67,7 @@ class FollowRecipe:
     kept_weight: float = 3.0
     led_share: float = 0.2  # of kept windows of the first chunk, which are told a flow all the same
     free_first_share: float = 0.4  # of clips, whose flow begins after the first chunk
-    own_share: float = 0.7  # of clips, of which only the first chunk is true
-    own_after: float = 0.15  # part of the training after which that share is reached
+    course: float = 0.15  # mean squared error of a chunk's x0 up to which a rollout goes on from it; 2 pixels: 0.2
     learning_rate: float = 2e-4
     matrix_learning_rate: float = 1e-3
     adapter_learning_rate: float = 1e-2
@@ -130,15 +130,15 @@ def roll_out(
     *,
     optical_flow: Tensor | None = None,
     truth: Tensor | None = None,
-    forced: Tensor | None = None,
+    course: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Samples clips as at inference without guidance; the inputs and the x0 of all forwards, as in States.
 
     Args:
         text: [B, tokens, text_dim].
         optical_flow: [B, 4, chunks * size, H, W].
-        truth: [B, C, chunks * size, H, W] clips, and forced: int64 [B], of how many of its chunks each clip goes on
-            from the true ones whatever the network says.
+        truth: [B, C, chunks * size, H, W] clips; each goes on from its true first chunk whatever the network says.
+        course: largest mean squared error of a later chunk's x0 that a clip goes on from, instead of the true one.
     """
     size, schedule = trained.settings.frames_per_chunk, trained.schedule
     batch, channels, height, width = noise.shape
@@ -152,9 +152,10 @@ def roll_out(
         x0 = predict_x0(
             dit, x, at.sigma, text, PRECISION, cache=cache.condition("positive"), optical_flow=flow_of(optical_flow, at)
         )
-        if truth is not None and forced is not None:
-            own = truth[:, :, at.start_frame : at.start_frame + at.frames]
-            x0 = torch.where((forced > at.chunk)[:, None, None, None, None], own, x0)
+        if truth is not None:
+            true = truth[:, :, at.start_frame : at.start_frame + at.frames]
+            left = (x0 - true).square().mean((1, 2, 3, 4)) > (course if at.chunk else -1)
+            x0 = torch.where(left[:, None, None, None, None], true, x0)
         if at.step >= 0:
             inputs[:, at.chunk, at.step], found[:, at.chunk, at.step] = x, x0
         return x0
@@ -204,7 +205,6 @@ def followed_states(
     trained: train_demo.TrainedFor,
     data: FlowClips,
     pool: int,
-    own_share: float,
 ) -> States:
     """What the network `dit` meets where it is told the flow of true clips; depends on (seed, pool) and its weights."""
     device = data.clips.device
@@ -212,8 +212,6 @@ def followed_states(
     size = trained.settings.frames_per_chunk
     chunks = data.clips.shape[2] // size
     rows = torch.randint(len(data.clips), (recipe.pool,), generator=generator, device=device)
-    own = torch.rand(recipe.pool, generator=generator, device=device) < own_share
-    deeper = torch.randint(1, chunks + 1, (recipe.pool,), generator=generator, device=device)
     begins_late = torch.rand(recipe.pool, generator=generator, device=device) < recipe.free_first_share
     truth = data.clips[rows, :, : chunks * size].float()
     flow = data.flow[rows, :, : chunks * size].float()
@@ -223,9 +221,7 @@ def followed_states(
     dit.eval()
     with torch.no_grad():
         text = encoder(ids)
-    inputs, _ = roll_out(
-        dit, text, noise, trained, chunks, optical_flow=flow, truth=truth, forced=torch.where(own, 1, deeper)
-    )
+    inputs, _ = roll_out(dit, text, noise, trained, chunks, optical_flow=flow, truth=truth, course=recipe.course)
     dit.train()
     return States(inputs, truth.unflatten(2, (chunks, size)).movedim(2, 1).unsqueeze(2), ids, flow)
 
@@ -446,9 +442,7 @@ def train_follow(
         if done >= 1:
             break
         if followed is None or update % recipe.pool_updates == 0:
-            own_share = recipe.own_share * min(1.0, done / max(1e-9, recipe.own_after))
-            pool = update // recipe.pool_updates
-            followed = followed_states(recipe, dit, encoder, trained, data, pool, own_share)
+            followed = followed_states(recipe, dit, encoder, trained, data, update // recipe.pool_updates)
         pace.set_rates(optimizers, update, done)
         generator = generator_at(recipe.seed, _BATCH_DRAWS, update, device=device)
         windows = followed_windows(sampling, followed, recipe, generator).with_(
@@ -500,7 +494,7 @@ def export_follow(
 
 OWN_FIELDS = {
     "pool": int, "pool_updates": int, "kept_clips": int, "led_share": float, "free_first_share": float,
-    "own_share": float, "own_after": float,
+    "course": float,
 }  # fmt: skip
 """Fields of the recipe that are flags here and not in train_flow."""
 

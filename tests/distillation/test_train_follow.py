@@ -77,7 +77,7 @@ def test_rollouts_go_on_from_true_chunks_and_are_trained_towards_the_clip(parts,
     dit, encoder, autoencoder, trained = parts
     dit = train_flow.with_adapter(dit)
     data = train_flow.encode_flow_clips(TINY, autoencoder, tmp_path / "clips.pt")
-    states = train_follow.followed_states(TINY, dit, encoder, trained, data, 0, own_share=1.0)
+    states = train_follow.followed_states(TINY, dit, encoder, trained, data, 0)
     # The last input of the first chunk is the true one with noise, at the schedule's last level.
     sigma = trained.schedule.chunk_sigmas(0)[-1]
     noise = (states.inputs[:, 0, 3] - (1 - sigma) * states.wanted[:, 0, 0]) / sigma
