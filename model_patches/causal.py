@@ -23,13 +23,14 @@ from comfy.cli_args import args
 from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, optimized_attention, wrap_attn
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock, CausalWanModel
-from comfy.ldm.wan.model import WanAttentionBlock, WanModel, sinusoidal_embedding_1d
+from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from comfy.model_patcher import ModelPatcher
 from comfy.ops import disable_weight_init
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.dit import timestep_embedding
 from ..diagonal_sampler.flow import adapter_tokens
 from ..diagonal_sampler.settings import CausalSettings
 
@@ -237,7 +238,8 @@ class _Patch:
 class _LeanForward:
     """The network's forward with the embeddings of noise level and text kept.
 
-    ComfyUI makes a table for the noise level on the CPU in every forward, and copying it has the host wait for the GPU.
+    ComfyUI makes a table for the noise level on the CPU in every forward, and copying it has the host wait for the GPU:
+    the core's is the same, made on the device.
     """
 
     def __init__(self, network: WanModel, original: Callable) -> None:
@@ -284,7 +286,7 @@ class _LeanForward:
     def _level(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A noise level's embeddings for the head, [1, 1, C], and for the blocks, [1, 1, 6, C]."""
         network = self.network
-        table = sinusoidal_embedding_1d(network.freq_dim, t.flatten()).to(dtype)
+        table = timestep_embedding(t.flatten(), network.freq_dim).to(dtype)
         e = network.time_embedding(table).reshape(1, 1, -1)
         return e, network.time_projection(e).unflatten(2, (6, network.dim))
 

@@ -10,21 +10,13 @@ from ..model_patches.previews import PREVIEW_ATTACHMENT
 from .common import CATEGORY
 
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo"
-LARGE_STUDENT = "student 128x128"
 WEIGHTS = {
     "student": "demo_student.safetensors",
     "teacher": "demo_teacher.safetensors",
-    LARGE_STUDENT: "large/demo_student.safetensors",
+    "follower": "demo_follower.safetensors",
 }
-# Beside the weights, in the same folder.
-DEMO_TEXT_ENCODER = "demo_text_encoder.safetensors"
 DEMO_VAE = "demo_autoencoder.safetensors"
-
-
-def demo_files(weights: str) -> tuple[Path, Path, Path]:
-    """DiT, text encoder and autoencoder of a choice of weights."""
-    dit = DEMO_DIRECTORY / WEIGHTS[weights]
-    return dit, dit.with_name(DEMO_TEXT_ENCODER), dit.with_name(DEMO_VAE)
+SHARED_FILES = ("demo_text_encoder.safetensors", DEMO_VAE)
 
 
 class DiagonalDemoLoader(io.ComfyNode):
@@ -38,16 +30,15 @@ class DiagonalDemoLoader(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="The small model that ships with this pack, to try everything without a download. It draws one "
             f"or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move {', '.join(DIRECTIONS)}, slowly or "
-            'fast: "a red circle moves right and a blue square moves up slowly". 64x64 pixels (or 128x128, by '
-            "weights of their own), 16 frames a second.",
+            'fast: "a red circle moves right and a blue square moves up slowly". 64x64 pixels, 16 frames a second.',
             inputs=[
                 io.Combo.Input(
                     "weights",
                     options=list(WEIGHTS),
                     default="student",
                     tooltip="student: distilled for the diagonal 4-3-2 schedule at cfg 1. teacher: the undistilled "
-                    "model it was made from, for the undistilled preset (12 steps a chunk) at cfg 5. "
-                    f"{LARGE_STUDENT}: a student of the same schedule for videos of 128x128 pixels.",
+                    "model it was made from, for the undistilled preset (12 steps a chunk) at cfg 5. follower: the "
+                    "student with an adapter for Diagonal Flow Conditioning.",
                 ),
             ],
             outputs=[
@@ -59,13 +50,14 @@ class DiagonalDemoLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str) -> io.NodeOutput:
-        dit, text_encoder, autoencoder = files = demo_files(weights)
-        missing = [path.relative_to(DEMO_DIRECTORY).as_posix() for path in files if not path.is_file()]
+        files = (WEIGHTS[weights], *SHARED_FILES)
+        missing = [name for name in files if not (DEMO_DIRECTORY / name).is_file()]
         if missing:
             raise ValueError(
-                f"The files of the demo's {weights} are missing from the pack's demo folder: {', '.join(missing)}. "
-                "Clone the repository again, or train them: see demo/README.md."
+                f"The demo's files are missing from the pack's demo folder: {', '.join(missing)}. Clone the repository "
+                "again, or train them: see demo/README.md."
             )
+        dit, text_encoder, autoencoder = (DEMO_DIRECTORY / name for name in files)
         model = load_demo_model(dit)
         model.set_attachments(PREVIEW_ATTACHMENT, demo_preview(autoencoder))
         return io.NodeOutput(model, load_demo_clip(text_encoder), load_demo_vae(autoencoder))

@@ -107,7 +107,6 @@ def _model_path(query: Mapping[str, str]) -> str:
 
 def _decoder(query: Mapping[str, str], frames: int) -> DecoderFacts | None:
     if query.get("vae_node") == DEMO_NODE:
-        # The decoders of all its weights have one size.
         return decoder_facts(DEMO_DIRECTORY / DEMO_VAE, frames, demo=True)
     if query.get("vae"):
         return decoder_facts(full_path(("vae", "vae_approx"), query["vae"], "vae"), frames)

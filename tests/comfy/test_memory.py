@@ -173,21 +173,6 @@ def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
     assert not without_gpu["fits"] and without_gpu["waiting"] == 0
 
 
-def test_weights_of_the_demo_that_are_missing_are_named(pack_module, monkeypatch, tmp_path):
-    loader = pack_module("nodes.demo_loader")
-    monkeypatch.setattr(loader, "DEMO_DIRECTORY", tmp_path)
-    for weights, file in loader.WEIGHTS.items():
-        with pytest.raises(ValueError, match=f"(?s){weights}.*{file}.*demo/README.md"):
-            loader.DiagonalDemoLoader.execute(weights)
-
-
-def test_each_size_of_the_demo_has_its_own_text_encoder_and_decoder(pack_module):
-    loader = pack_module("nodes.demo_loader")
-    small, large = (loader.demo_files(weights) for weights in ("student", loader.LARGE_STUDENT))
-    assert not set(small) & set(large)
-    assert [path.name for path in small] == [path.name for path in large]
-
-
 def test_the_demo_and_its_decoder(predict):
     reply = predict(node="DiagonalDemoLoader", file="student", vae_node="DiagonalDemoLoader", width="64", height="64")
     assert reply["fits"] and reply["parts"]["decoder"] > 0
