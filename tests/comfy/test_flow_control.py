@@ -182,6 +182,29 @@ def test_noise_equals_the_core_and_warns(tiny_wan, tiny_wan_path, causal, sample
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
 
 
+def test_the_demos_follower_goes_where_it_is_told(pack_module, sample_latent, control):
+    """A caption says right; the flow, from the second chunk on, says up (the camera goes down)."""
+    attachment = pack_module("model_patches.loading").FLOW_ADAPTER_ATTACHMENT
+    loader = pack_module("nodes.demo_loader").DiagonalDemoLoader
+    assert loader.execute("student").result[0].get_attachment(attachment) is None
+    model, clip, vae = loader.execute("follower").result
+    assert model.get_attachment(attachment) is not None
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize("a red square moves right"))
+    flow = camera_flow(4 * 11, 64, 64, pan=(0, 0.5))
+
+    def centre(optical_flow):
+        latent = {"samples": torch.zeros(1, 16, 12, 8, 8)}
+        found = sample_latent(model, positive, [], latent, DIAGONAL, seed=3, optical_flow=optical_flow)["samples"]
+        last = vae.decode(found)[0, -1]  # [H, W, 3]
+        weight = (last[..., 0] - last[..., 1:].amax(-1) > 0.4).float()
+        return torch.stack([(weight * torch.arange(64.0)).sum(), (weight.T * torch.arange(64.0)).sum()]) / weight.sum()
+
+    told = control.FlowConditioning(optical_flow=flow, first_chunk=1)
+    (x, y), (free_x, free_y) = centre(told), centre(None)
+    assert free_x - x > 10 and free_y - y > 8, (x, y, free_x, free_y)
+    comfy.model_management.unload_all_models()
+
+
 def test_auto_takes_the_adapter_where_there_is_one(with_adapter, tiny_wan, causal, sample, control, demo_vae):
     conditioning = control.FlowConditioning(optical_flow=PAN, vae=demo_vae)
     model = causal(with_adapter(0.5)[0], **SETTINGS)
