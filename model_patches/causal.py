@@ -10,6 +10,7 @@ Shape suffixes: B batch (conditions times samples), L tokens, N heads, D channel
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -421,19 +422,20 @@ class FlowEmbedding:
         return out + self._tokens.to(out)
 
 
-CUDNN_FIRST = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
+CUDNN_FIRST = [
+    getattr(SDPBackend, name)
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    if hasattr(SDPBackend, name)  # an old torch has not all of them
+]
 CUDNN_CAPABILITIES = (9, 10)
 """Compute capabilities, Hopper and the Blackwell of data centres, whose cuDNN kernel is faster than PyTorch's flash."""
 
 
 @functools.cache
 def _cudnn_is_faster(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITIES
+    ordered = "set_priority" in inspect.signature(sdpa_kernel).parameters and len(CUDNN_FIRST) == 4
+    known = torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITIES
+    return ordered and known
 
 
 def _takes_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
@@ -443,7 +445,7 @@ def _takes_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _cudnn_first(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """In it PyTorch's attention takes cuDNN's kernel where `_attention` leaves that to it: once for a whole forward."""
-    return sdpa_kernel(list(CUDNN_FIRST), set_priority=True) if _takes_cudnn(device, dtype) else nullcontext()
+    return sdpa_kernel(CUDNN_FIRST, set_priority=True) if _takes_cudnn(device, dtype) else nullcontext()
 
 
 @wrap_attn
