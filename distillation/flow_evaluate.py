@@ -392,13 +392,21 @@ def table(found: Results, options: Options) -> str:
     return "\n\n".join([*blocks, note])
 
 
-def page(found: Results, options: Options, player: Player, dit: Path | None = None) -> str:
-    """docs/evidence/flow.md. dit: the flag's value."""
+def page(
+    found: Results,
+    options: Options,
+    player: Player,
+    dit: Path | None = None,
+    *,
+    to: Path = Path("docs/evidence/flow.md"),
+    modes: str | None = None,
+) -> str:
+    """The page with the table, as docs/evidence/flow.md. dit, to and modes: the flags' values."""
     chosen = "" if dit is None else f"--dit {dit.as_posix()} "
     sigmas = " ".join(f"{sigma:g}" for sigma in options.start_sigmas)
     command = (
         f"python -m distillation.flow_evaluate {chosen}--scenes {options.scenes} --length {options.length} --seed "
-        f"{options.seed} --start-sigma {sigmas} --blend {options.blend:g}"
+        f"{options.seed} --start-sigma {sigmas} --blend {options.blend:g}{'' if modes is None else f' --modes {modes}'}"
     )
     steps = ",".join(str(len(row)) for row in player.trained.schedule.sigmas)
     adapter = "with" if player.dit.config.flow_adapter else "without"
@@ -406,7 +414,7 @@ def page(found: Results, options: Options, player: Player, dit: Path | None = No
         [
             "# Does the video move as it is told?",
             "",
-            f"Made by `{command} --write docs/evidence/flow.md`; weights {player.digest}, {adapter} an adapter; "
+            f"Made by `{command} --write {to.as_posix()}`; weights {player.digest}, {adapter} an adapter; "
             f"{steps} steps a chunk, cfg {player.trained.cfg:g}.",
             "",
             "One sprite with a held-out caption; the first chunk is as usual, then the sprite is told where to go by a "
@@ -455,7 +463,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(found, options))
         if chosen.write:
             chosen.write.parent.mkdir(parents=True, exist_ok=True)
-            chosen.write.write_text(page(found, options, player, chosen.dit))
+            chosen.write.write_text(page(found, options, player, chosen.dit, to=chosen.write, modes=chosen.modes))
     except (ValueError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

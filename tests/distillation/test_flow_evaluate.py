@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,8 @@ def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
     assert float(row.split("|")[2]) < 0.1
     assert text.count("start sigma 0.6 |") == text.count("start sigma 0.5 |") == 2
     assert "--scenes 2 --length 33 --seed 0 --start-sigma 0.6 0.5" in page(found, options, first)
+    elsewhere = page(found, options, first, to=Path("docs/other.md"), modes="none,adapter")
+    assert "--blend 1 --modes none,adapter --write docs/other.md`" in elsewhere
 
 
 def test_options_are_checked(capsys) -> None:
