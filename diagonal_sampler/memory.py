@@ -107,9 +107,9 @@ def keys_values_bytes(network: NetworkFacts, clip: ClipSize) -> int:
 
 
 def text_bytes(network: NetworkFacts, clip: ClipSize) -> int:
-    """Bytes of the text's keys and values, which are kept for the whole run."""
+    """Bytes of the text's keys and values and of its embedding, which are kept for the whole run."""
     tokens = clip.batch * clip.conditions * clip.text_tokens
-    return 2 * network.layers * tokens * network.width * network.element_bytes
+    return (2 * network.layers + 1) * tokens * network.width * network.element_bytes
 
 
 def forecast(network: NetworkFacts, clip: ClipSize, decoder: DecoderFacts | None = None) -> Forecast:
