@@ -427,8 +427,8 @@ CUDNN_FIRST = [
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     if hasattr(SDPBackend, name)  # an old torch has not all of them
 ]
-CUDNN_CAPABILITIES = (9, 10)
-"""Compute capabilities, Hopper and the Blackwell of data centres, whose cuDNN kernel is faster than PyTorch's flash."""
+CUDNN_CAPABILITIES = (9,)
+"""Major compute capabilities on which cuDNN's kernel was measured to be faster than PyTorch's flash: Hopper."""
 
 
 @functools.cache
