@@ -397,7 +397,8 @@ def test_memory_request_is_one_chunk_and_the_window(tiny_wan, causal, prompt, sa
     cache = KVCache.bytes_needed(
         CausalSettings(window=6, sink=3), 90, layers=2, tokens_per_frame=4, width=128, element_bytes=4, conditions=2
     )
-    text = 2 * 2 * (2 * 16) * 128 * 4  # keys and values, layers, two prompts of 16 tokens, width, bytes
+    # Keys and values of two layers and the embedding itself; two prompts of 16 tokens, width, bytes.
+    text = (2 * 2 + 1) * (2 * 16) * 128 * 4
     assert short[1] == pytest.approx(chunk + cache + text)
     assert short[0] == pytest.approx(2 * chunk + cache + text)
 
