@@ -139,8 +139,12 @@ def _trained(
     budget: str = "",
     start: str = INITIAL,
     paper: str = "",
+    sampled: str = "",
 ) -> Row:
-    """A trained row: its flags and its schedule are written from the same values; `others` are flags as they are."""
+    """A trained row: its flags and its schedule are written from the same values; `others` are flags as they are.
+
+    sampled: a preset with other noise levels than those of the training.
+    """
     flags = ["--preset", preset, "--steps", steps, "--context-mode", context_mode]
     if context_mode == "renoise":
         flags += ["--context-sigma", repr(context_sigma)]
@@ -151,7 +155,7 @@ def _trained(
         checkpoint=checkpoint or f"{name}.safetensors",
         schedule=DiagonalSchedule.from_steps(
             parse_steps(steps),
-            times=PRESETS[preset].times,
+            times=PRESETS[sampled or preset].times,
             context_mode=context_mode,
             context_sigma=context_sigma,
         ),
@@ -306,6 +310,7 @@ ROWS: tuple[Row, ...] = (
         reference=CAUSAL,
         budget="--updates 80 --warmup 5 --cooldown 40",
         start="given-200.safetensors",
+        sampled="demo 4-3-2",
     ),
 )
 CONTROLS: tuple[Control, ...] = (
