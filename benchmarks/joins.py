@@ -58,7 +58,7 @@ def main() -> None:
     model = demo.load_demo_model(arguments.dit)
     clip = demo.load_demo_clip(DEMO / "demo_text_encoder.safetensors")
     vae = demo.load_demo_vae(DEMO / "demo_autoencoder.safetensors")
-    schedule = DiagonalSchedule.preset("demo 4-3-2")
+    schedule = DiagonalSchedule.preset("diagonal 4-3-2")
 
     def make(caption: str, seed: int, context: dict | None = None) -> Tensor:
         """[1, T, 64, 64, 3] in [0, 1]."""

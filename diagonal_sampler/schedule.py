@@ -40,7 +40,7 @@ def unshift_sigma(sigma: float, shift: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A sampling recipe: a published one, or the bundled demo's.
+    """A published sampling recipe.
 
     Attributes:
         times: the full list of uniform times u in (0, 1], descending; the shift turns them into sigmas. EVEN_TIMES
@@ -64,12 +64,8 @@ EVEN_TIMES = None
 # The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
 _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
-# Sigmas 1, 0.75, 0.5 and 0.357. A small picture is decided at lower noise: at 64x64 the release's levels leave the
-# opening chunk of the bundled student undecided between two places too often (benchmarks/noise_levels.py).
-_DEMO = (1.0, 0.375, 1 / 6, 0.1)
 PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),
-    "demo 4-3-2": Preset(_DEMO, (4, 3, 2), "noisy"),
     "diagonal 4-2": Preset(_DIAGONAL, (4, 2), "noisy"),
     "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
@@ -245,7 +241,7 @@ class DiagonalSchedule:
 
     @classmethod
     def preset(cls, name: str, *, steps: tuple[int, ...] | None = None, shift: float | None = None) -> DiagonalSchedule:
-        """A recipe of PRESETS by name, with other steps or another shift if given.
+        """A published recipe by name, with other steps or another shift if given.
 
         Raises:
             ValueError: an unknown name.

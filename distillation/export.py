@@ -2,13 +2,9 @@
 
     python -m distillation.export --run runs/student --to ComfyUI/models/diffusion_models/student.safetensors
     python -m distillation.export --run runs/lora --to ComfyUI/models/loras/student.safetensors
-    python -m distillation.export --file student.safetensors --preset "demo 4-3-2" --to resampled.safetensors
 
 The averaged (EMA) weights of the last checkpoint, under bare Wan names, with the provenance and ComfyUI's mark of a
 causal model in the header. A run with adapters gives a LoRA in ComfyUI's layout, or, with --merge, whole weights.
-
-With --file the weights of a finished file stay as they are, and the header says that they are to be sampled at a
-preset's noise levels: for levels that were found to serve better than those of the training.
 """
 
 from __future__ import annotations
@@ -18,15 +14,13 @@ import json
 import logging
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diagonal_sampler.provenance import Provenance
-from diagonal_sampler.schedule import PRESETS, DiagonalSchedule
 from diagonal_sampler.weight_files import write_weights
 from distillation import run_folder
 from distillation.common import git_commit
@@ -97,38 +91,6 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
     log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
 
 
-def resample(source: Path, target: Path, preset: str) -> None:
-    """Writes a finished file again, with the noise levels of a preset in its header.
-
-    Raises:
-        ValueError: a target that is no .safetensors file, or a preset whose steps or context are not the file's.
-    """
-    if target.suffix != ".safetensors":
-        raise ValueError(f"to is {os.fspath(target)!r}; name a .safetensors file.")
-    with safe_open(source, framework="pt") as file:
-        header = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    before = Provenance.from_metadata(header, source.name)
-    if before.sigmas is None:
-        raise ValueError(f"file is {os.fspath(source)!r}, whose header has no noise levels to change.")
-    schedule = DiagonalSchedule.preset(preset)
-    wrong = before.contradictions(
-        steps_per_chunk=tuple(len(row) for row in schedule.sigmas), context_mode=schedule.context_mode
-    )
-    if wrong:
-        raise ValueError(f"preset is {preset!r}, which is not what {source.name} was trained for: {'; '.join(wrong)}.")
-    levels = ", ".join(f"{sigma:.3g}" for sigma in before.sigmas[0])
-    sampled = replace(
-        before,
-        sigmas=schedule.sigmas,
-        shift=schedule.shift,
-        recipe=". ".join(part for part in (before.recipe, f"Trained at the noise levels {levels}") if part),
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, tensors, header | sampled.to_metadata())
-    log.info("%s: to be sampled as preset %s", target, preset)
-
-
 def merged(recipe: Recipe, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The student's base weights with up @ down added to every adapted layer."""
     tensors = dict(read_wan(recipe.student_weights, recipe.model).state_dict())
@@ -142,22 +104,14 @@ def merged(recipe: Recipe, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(arguments: list[str] | None = None) -> int:
     """Exports; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="folder given to train --out")
-    source.add_argument("--file", type=Path, help="a finished file, to be sampled at other noise levels")
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="with --file: whose noise levels")
+    parser.add_argument("--run", type=Path, required=True, help="folder given to train --out")
     parser.add_argument("--to", type=Path, required=True, help=".safetensors file to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--merge", action="store_true", help="adapters: write whole weights instead of a LoRA")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        if (options.file is None) != (options.preset is None):
-            raise ValueError("file and preset go together: a finished file, and whose noise levels it is sampled at.")
-        if options.file is not None:
-            resample(options.file, options.to, options.preset)
-        else:
-            export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
+        export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

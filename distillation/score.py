@@ -349,7 +349,7 @@ def chosen_sampling(
     schedule, settings = trained.schedule, trained.settings
     steps = parse_steps(options.steps) if options.steps else None
     if options.preset or steps or options.shift:
-        preset = options.preset or ("demo 4-3-2" if schedule.fresh_noise else "undistilled")
+        preset = options.preset or ("diagonal 4-3-2" if schedule.fresh_noise else "undistilled")
         schedule = DiagonalSchedule.preset(preset, steps=steps, shift=options.shift)
     if options.context_mode:
         schedule = replace(schedule, context_mode=options.context_mode)

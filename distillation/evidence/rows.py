@@ -40,7 +40,6 @@ class Row:
         budget: flags of its own budget of updates; empty: the one that all rows share.
         start: weights in the folder of runs that its training begins with.
         paper: what the paper says about it.
-        sampled: the preset whose noise levels its finished file is given, where they are not those of its training.
 
     Raises:
         ValueError: a name that is no file name, an unknown attention, guidance below 0.
@@ -58,7 +57,6 @@ class Row:
     budget: str = ""
     start: str = INITIAL
     paper: str = ""
-    sampled: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
@@ -141,7 +139,6 @@ def _trained(
     budget: str = "",
     start: str = INITIAL,
     paper: str = "",
-    sampled: str = "",
 ) -> Row:
     """A trained row: its flags and its schedule are written from the same values; `others` are flags as they are."""
     flags = ["--preset", preset, "--steps", steps, "--context-mode", context_mode]
@@ -154,7 +151,7 @@ def _trained(
         checkpoint=checkpoint or f"{name}.safetensors",
         schedule=DiagonalSchedule.from_steps(
             parse_steps(steps),
-            times=PRESETS[sampled or preset].times,
+            times=PRESETS[preset].times,
             context_mode=context_mode,
             context_sigma=context_sigma,
         ),
@@ -163,7 +160,6 @@ def _trained(
         budget=budget,
         start=start,
         paper=paper,
-        sampled=sampled,
     )
 
 
@@ -310,7 +306,6 @@ ROWS: tuple[Row, ...] = (
         reference=CAUSAL,
         budget="--updates 80 --warmup 5 --cooldown 40",
         start="given-200.safetensors",
-        sampled="demo 4-3-2",
     ),
 )
 CONTROLS: tuple[Control, ...] = (
@@ -357,17 +352,10 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     run = shlex.quote(os.fspath(runs / row.name))
     shared = "" if updates is None else f" --updates {updates}"
     budget = f" {row.budget}" if row.budget else shared
-    target = shlex.quote(os.fspath(runs / row.checkpoint))
-    exported = f"python -m distillation.export --run {run} --to {target}"
-    if row.sampled:
-        trained = shlex.quote(os.fspath(runs / f"{row.name}-trained.safetensors"))
-        exported = (
-            f"python -m distillation.export --run {run} --to {trained} && \\\n"
-            f"python -m distillation.export --file {trained} --preset {shlex.quote(row.sampled)} --to {target}"
-        )
     return (
         f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
-        f"--student {shlex.quote(os.fspath(runs / row.start))} {row.training}{budget} && \\\n" + exported
+        f"--student {shlex.quote(os.fspath(runs / row.start))} {row.training}{budget} && \\\n"
+        f"python -m distillation.export --run {run} --to {shlex.quote(os.fspath(runs / row.checkpoint))}"
     )
 
 

@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import make_inputs, tiny_recipe, train_here
 
 from diagonal_sampler.provenance import causal_settings
-from diagonal_sampler.schedule import DiagonalSchedule
 from distillation import export, train
-from distillation.recipes import DEMO
 from distillation.samples import to_host_scale
 
 EXACT = 1e-4
@@ -75,24 +73,6 @@ def test_an_exported_student_makes_the_trainers_clips_in_comfyui(inputs, tmp_pat
     assert (found - expected).abs().max() < EXACT
     teacher = pack_module("model_patches.loading").load_wan(Path(recipe.teacher))[0]
     assert (sampled(teacher, trainer, make_causal, sample_latent, settings) - expected).abs().max() > 100 * EXACT
-
-
-def test_a_finished_file_is_told_to_be_sampled_at_other_noise_levels(tmp_path, pack_module, capsys):
-    student, target = DEMO / "demo_student.safetensors", tmp_path / "resampled.safetensors"
-    before, _ = pack_module("model_patches.loading").load_wan(student)
-    arguments = ["--file", str(student), "--to", str(target), "--preset"]
-    assert export.main([*arguments, "diagonal 4-3-2"]) == 0
-    after, info = pack_module("model_patches.loading").load_wan(target)
-    assert info.provenance.sigmas == DiagonalSchedule.preset("diagonal 4-3-2").sigmas
-    assert info.suggested_preset == "diagonal 4-3-2" and info.causal_marker == "header"
-    assert "noise levels 1, 0.75, 0.5, 0.357" in info.provenance.recipe
-    weights = after.model.diffusion_model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in before.model.diffusion_model.state_dict().items())
-    target.unlink()
-    assert export.main([*arguments, "self forcing"]) == 1
-    assert "not what demo_student.safetensors was trained for" in capsys.readouterr().err
-    assert export.main(arguments[:-1]) == 1 and not target.exists()
-    assert "go together" in capsys.readouterr().err
 
 
 def test_plain_comfyui_opens_an_exported_student_as_causal(inputs, tmp_path):

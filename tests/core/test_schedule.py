@@ -39,7 +39,7 @@ def flat(rows) -> list[float]:
 
 
 def test_every_preset_is_checked():
-    assert set(PUBLISHED) | {"demo 4-3-2", "undistilled"} == set(PRESETS)
+    assert set(PUBLISHED) | {"undistilled"} == set(PRESETS)
     assert DEFAULT_PRESET == "diagonal 4-3-2"
 
 
@@ -53,13 +53,6 @@ def test_preset_has_the_published_timesteps(name):
     assert schedule.context_mode == context_mode
     assert schedule.frames_per_chunk == frames_per_chunk
     assert schedule.nfe(7) == nfe
-
-
-def test_the_demos_preset_steps_down_through_middle_noise():
-    schedule = DiagonalSchedule.preset("demo 4-3-2")
-    rows = [1000, 750, 500, 357.143], [1000, 750, 357.143], [1000, 357.143]
-    assert flat([1000 * sigma for sigma in row] for row in schedule.sigmas) == pytest.approx(flat(rows), abs=1e-3)
-    assert (schedule.context_mode, schedule.nfe(7)) == ("noisy", 17)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

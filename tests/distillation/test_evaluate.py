@@ -242,16 +242,10 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         assert known or f"--to {row.start}\n" in commands
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
-        levels = recipe.schedule if not row.sampled else DiagonalSchedule.preset(row.sampled)
-        assert (levels, recipe.settings) == (row.schedule, row.settings)
+        assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
         weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3, SHIPPED: 3} | MOTION_WEIGHTS
         assert recipe.motion_weight == weights.get(row.name, 1)
-        if row.sampled:
-            export, resample = export[: export.index("&&")], export[export.index("&&") + 1 :]
-            assert resample[3:] == ["--file", export[-1], "--preset", row.sampled, "--to", f"runs/e/{row.checkpoint}"]
-            assert export[-4:-1] == ["--run", run, "--to"]
-        else:
-            assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
+        assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
     trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
     assert len(set(trainings)) == len(trainings)  # nothing is trained twice
 
@@ -626,7 +620,7 @@ def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     assert evaluate.main(["--commands", "--runs", str(tmp_path), "--demo", str(tmp_path), "--updates", "30"]) == 0
     printed = capsys.readouterr().out
     trained = sum(row.training is not None for row in ROWS)
-    assert printed.count("distillation.train ") == printed.count("distillation.export --run ") == trained + 1
+    assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
     assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in ROWS)
     assert printed.count("--updates 380 --cooldown 80") == 2
     initial = shlex.split(initial_command(tmp_path, teacher=Path("t")))
