@@ -1,0 +1,73 @@
+"""Which noise levels does a student's opening need? The demo's clips at several tables of sigmas.
+
+    python benchmarks/noise_levels.py                                           # the table of demo/README.md
+    python benchmarks/noise_levels.py --sigmas "1,.8,.6,.357; 1,.357" --seeds 1,2
+
+A few-step student's denoised is a mean over what is still undecided. Where its levels jump past the noise at which a
+sprite's place is decided, the mean of two places stays: a pale second copy. So the levels are tried, with the same
+weights, captions and noise, and clips of 33 frames are scored with the measures of `distillation.evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import models  # noqa: F401  makes the repository importable
+import torch
+
+from diagonal_sampler.schedule import parse_sigmas
+from distillation import sprites, train_demo
+from distillation.evaluate import parse_seeds
+from distillation.evidence import measures
+from distillation.evidence.rows import SHIPPED, row_named
+from distillation.recipes import DEMO
+
+LENGTH = 33  # pixel frames: the scorer's shortest
+FAR = 0.5  # px a frame; an error above it is a sprite that goes elsewhere, or is there twice
+TABLES = (
+    "1, .933, .733, .357; 1, .933, .357; 1, .357",
+    "1, .9, .65, .357; 1, .933, .357; 1, .357",
+    "1, .85, .6, .357; 1, .933, .357; 1, .357",
+    "1, .8, .6, .357; 1, .933, .357; 1, .357",
+    "1, .75, .5, .357; 1, .75, .357; 1, .357",
+    "1, .7, .45, .357; 1, .933, .357; 1, .357",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
+    parser.add_argument("--sigmas", action="append", help="a table, chunks split by semicolons (repeatable)")
+    parser.add_argument("--captions", type=int, default=96, help="held-out captions")
+    parser.add_argument("--seeds", default="1,2", help="of the noise")
+    chosen = parser.parse_args()
+    torch.set_grad_enabled(False)
+    parts, dit, row = (
+        measures.load_parts(DEMO, torch.device("cpu")),
+        train_demo.load_dit(chosen.dit),
+        row_named(SHIPPED),
+    )
+    captions, seeds = sprites.held_out_captions(chosen.captions), parse_seeds(chosen.seeds)
+    print(f"{chosen.captions} captions, seeds {chosen.seeds}, {LENGTH} frames\n")
+    print("| sigmas | colours | shapes | directions | everything | end-point error | farther than 0.5 |")
+    print("|---|---|---|---|---|---|---|")
+    for table in chosen.sigmas or TABLES:
+        sampled = replace(row, schedule=replace(row.schedule, sigmas=parse_sigmas(table)))
+        make = measures.sampled_clips(dit, parts, sampled)
+        found: dict[str, list[float]] = {name: [] for name in measures.PER_CAPTION}
+        for seed in seeds:
+            for caption, frames in zip(captions, make(captions, seed, LENGTH), strict=True):
+                for name, values in measures.clip_values(frames, caption).items():
+                    found[name] += values
+        shares = (sum(found[name]) / len(found[name]) for name in ("colour", "shape", "direction", "everything"))
+        errors = torch.tensor(found["endpoint"])
+        cells = [f"{share:.1%}" for share in shares]
+        print(
+            f"| {table} | {' | '.join(cells)} | {errors.mean():.3f} | {(errors > FAR).float().mean():.1%} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
