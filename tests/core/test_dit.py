@@ -252,6 +252,9 @@ def test_state_dict_has_wans_names():
 
 
 def test_the_1_3b_model_has_its_size(monkeypatch):
+    # A device's mode lists torch's constructors once and for all at its first use: with the true randn among them.
+    with torch.device("meta"):
+        torch.empty(0)
     # Drawing and scaling numbers on `meta` would load torch's compiler, seconds of it; only shapes are wanted here.
     monkeypatch.setattr(torch, "randn", torch.empty)
     monkeypatch.setattr(torch.Tensor, "__truediv__", lambda self, other: self)
