@@ -29,7 +29,7 @@ from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, Sprite
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
+from diagonal_sampler.schedule import CONTEXT_MODES, DEFAULT_PRESET, PRESETS, DiagonalSchedule, parse_steps
 from diagonal_sampler.settings import CausalSettings
 from distillation import sprites, train_demo
 from distillation.rollout import stream
@@ -94,19 +94,33 @@ class Blobs:
         return torch.stack([(alpha.sum(1) * axis).sum(1) / area, (alpha.sum(2) * axis).sum(1) / area], dim=1)
 
 
-def find_blobs(frames: Tensor) -> Blobs:
-    """frames: [T, 3, H, W] in 0..255. Every foreground pixel goes to the colour whose hue explains it best."""
+def split_from_ground(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes every pixel for a mixture of the ground and the colour of the world whose hue explains it best.
+
+    Args:
+        frames: [T, 3, H, W] in 0..255.
+
+    Returns:
+        The ground [T, 3], a frame's median; the share of each colour [T, colours, H, W] in [0, 1], of which at most one
+        is above 0; each pixel's distance from the ground [T, H, W], in RGB.
+    """
     background = frames.flatten(2).median(dim=2).values
     offset = frames - background[:, :, None, None]
     distance = offset.square().sum(1).sqrt()
-    names = list(sprites.RGB)
-    ends = torch.tensor([sprites.RGB[name] for name in names], dtype=torch.float32)
+    ends = torch.tensor(list(sprites.RGB.values()), dtype=torch.float32, device=frames.device)
     toward = ends[None] - background[:, None]  # [T, colours, 3]
     along = torch.einsum("tchw,tkc->tkhw", offset, toward)
     length = toward.norm(dim=2)[:, :, None, None]
-    nearest = (along / length).argmax(dim=1)
-    alpha = (along / length.square()).clamp(0, 1) * (distance > FOREGROUND_DISTANCE).unsqueeze(1)
-    return Blobs({name: alpha[:, k] * (nearest == k) for k, name in enumerate(names)}, background)
+    nearest = (along / length).argmax(dim=1, keepdim=True)
+    share = (along / length.square()).clamp(0, 1)
+    return background, torch.zeros_like(share).scatter(1, nearest, share.gather(1, nearest)), distance
+
+
+def find_blobs(frames: Tensor) -> Blobs:
+    """frames: [T, 3, H, W] in 0..255."""
+    background, share, distance = split_from_ground(frames)
+    alpha = share * (distance > FOREGROUND_DISTANCE).unsqueeze(1)
+    return Blobs({name: alpha[:, k] for k, name in enumerate(sprites.RGB)}, background)
 
 
 def _shape_of(alpha: Tensor, centroid: Tensor) -> str:
@@ -349,7 +363,8 @@ def chosen_sampling(
     schedule, settings = trained.schedule, trained.settings
     steps = parse_steps(options.steps) if options.steps else None
     if options.preset or steps or options.shift:
-        preset = options.preset or ("diagonal 4-3-2" if schedule.fresh_noise else "undistilled")
+        its_own = (name for name in PRESETS if DiagonalSchedule.preset(name).sigmas == schedule.sigmas)
+        preset = options.preset or next(its_own, DEFAULT_PRESET if schedule.fresh_noise else "undistilled")
         schedule = DiagonalSchedule.preset(preset, steps=steps, shift=options.shift)
     if options.context_mode:
         schedule = replace(schedule, context_mode=options.context_mode)

@@ -281,14 +281,22 @@ class Sampling:
         # Where a chunk has fewer steps its last is repeated: never asked for.
         self.sigmas = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in rows], device=device)
 
-    def draw(self, states: States, count: int, generator: torch.Generator) -> Windows:
+    def draw(
+        self, states: States, count: int, generator: torch.Generator, *, often: int = 0, often_share: float = 0.0
+    ) -> Windows:
         """Windows that end with a random chunk at a random step, or go on behind its last one.
 
         A chunk beyond the window sees the first chunk and those before it: what a rolling cache with a sink holds.
+
+        Args:
+            often: a chunk that `often_share` of the windows end with, beside those that chance gives it.
         """
         device = states.inputs.device
         rows = torch.randint(len(states.inputs), (count,), generator=generator, device=device)
         chunk = torch.randint(self.chunks, (count,), generator=generator, device=device)
+        if often_share:
+            chosen = torch.rand(count, generator=generator, device=device) < often_share
+            chunk = torch.where(chosen, often, chunk)
         step = (torch.rand(count, generator=generator, device=device) * self.steps[chunk]).long()
         at = torch.arange(self.window, device=device)
         late = (chunk >= self.window)[:, None]
@@ -357,18 +365,28 @@ def _replaced(windows: Windows, **changes: Tensor) -> Windows:
     return Windows(*(changes.get(name, getattr(windows, name)) for name in windows.__dataclass_fields__))
 
 
-def window_error(dit: WanDiT, text: Tensor, windows: Windows, size: int) -> Tensor:
-    """Weighted squared error of x0, [B, T]."""
+def window_error(dit: WanDiT, text: Tensor, windows: Windows, size: int, *, mean_weight: float = 0.0) -> Tensor:
+    """Weighted squared error of x0, [B, T].
+
+    Args:
+        text: [B, tokens, text_dim].
+        size: latent frames a chunk.
+        mean_weight: of the squared error of a frame's mean in every channel, beside the mean squared error.
+    """
     flow = dit(
         windows.noisy,
         1000 * windows.sigma,
         text,
         frames_per_chunk=size,
         window=GLOBAL_WINDOW,
-        optical_flow=windows.optical_flow,
+        optical_flow=windows.optical_flow if dit.config.flow_adapter else None,
     ).float()
     x0 = windows.noisy - spread_sigma(windows.sigma) * flow
-    return (x0 - windows.wanted).square().mean((1, 3, 4)) * windows.weight
+    error = x0 - windows.wanted
+    squared = error.square().mean((1, 3, 4))
+    if mean_weight:
+        squared = squared + mean_weight * error.mean((3, 4)).square().mean(1)
+    return squared * windows.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------

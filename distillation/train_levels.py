@@ -1,0 +1,489 @@
+"""Moves the demo's student to other noise levels, in its own rollouts.
+
+    python -m distillation.train_levels --start demo --out runs/levels                                     # resumes
+    python -m distillation.train_levels --start demo --out runs/levels --export runs/levels/demo_student.safetensors
+
+A distilled student answers well at the levels that it was trained at, and nearly as well at others: what a sprite looks
+like, it says there too. What it does not keep is the ground. Guidance has taught it to darken that a little wherever
+noise is high, and levels that are close to each other add it up. So the student rolls out captions at the new levels,
+and at every input that its sampler met there it is told what to answer:
+
+- in the first chunk below pure noise: where the teacher's guided path ends from there, a finished picture and not a
+  mean of two places, its ground painted as one of the world's;
+- elsewhere what the student in START says to the same input, its ground painted as the first chunk's: of the first
+  chunk at pure noise as one of the world's, and behind frames that are given as theirs.
+
+Which of the world's grounds it is, the noise decides, as it did before: of the clips of a pool, the quarter that began
+with the darkest noise gets the darkest level. (Ranked by the grounds that the student makes, captions come to decide
+it: what they add a little of confirms itself.) All chunks of a window are seen in one causal forward, as in
+distillation.train_follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
+from diagonal_sampler.demo_autoencoder import (
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    DemoAutoencoder,
+    latent_frames,
+    pixel_frames,
+)
+from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.schedule import DiagonalSchedule, parse_sigmas, shift_sigma, unshift_sigma
+from diagonal_sampler.weight_files import write_weights
+from distillation import sprites, train_demo, train_flow
+from distillation.common import autocast, generator_at, git_commit
+from distillation.losses import guided
+from distillation.rollout import predict_x0
+from distillation.score import split_from_ground
+from distillation.train_follow import PRECISION, DrawnNoise, Sampling, States, window_error
+
+log = logging.getLogger("train_levels")
+
+CHECKPOINT = "levels.pt"
+_POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelsRecipe:
+    """Options of the training; `updates` decides the length of the cosine."""
+
+    seed: int = 7
+    updates: int = 288
+    sigmas: str = "1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357"  # the levels to move to, a chunk each
+    length: int = 81  # pixel frames of a rollout
+    going_on_chunks: int = 3  # of a rollout behind given frames
+    pool: int = 48  # captions rolled out together
+    pool_updates: int = 16  # updates that use them
+    batch: int = 28  # windows an update
+    first_share: float = 0.45  # of windows, which ask for the first chunk
+    going_on_share: float = 0.5  # of windows, which go on from given frames
+    teacher_steps: int = 8  # Euler steps of the teacher's path from where the student stands
+    teacher_cfg: float = 5.0
+    mean_weight: float = 8.0  # of the error of a frame's mean, in which a ground that is a little off shows
+    learning_rate: float = 1.5e-4
+    warmup: int = 10
+    ema_decay: float = 0.97
+    save_every: int = 32
+
+    def __post_init__(self) -> None:
+        if self.save_every % self.pool_updates:
+            raise ValueError(
+                f"save_every is {self.save_every} and pool_updates {self.pool_updates}; a run resumes with a new pool, "
+                "so save_every must be a multiple of pool_updates."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The ground
+
+
+def _groups(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
+    """Standardised latents [B, C, T, h, w] -> frames [B, T, 4, 3, H, W] in [-1, 1]."""
+    with autocast(latents.device):
+        groups = autoencoder.decode_groups(rearrange(latents, "b c t h w -> (b t) c h w"))
+    return rearrange(groups.float().clamp(-1, 1), "(b t) (f c) h w -> b t f c h w", b=len(latents), f=TIME_FACTOR)
+
+
+@torch.no_grad()
+def ground_of(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
+    """Level of the ground, [B], 0 to 255: the mean over frames and channels of each frame's median.
+
+    Args:
+        latents: [B, C, T, h, w] standardised.
+    """
+    frames = (_groups(autoencoder, latents) + 1) * 127.5
+    return frames.flatten(-2).median(dim=-1).values.mean((1, 2, 3))
+
+
+@torch.no_grad()
+def paint_ground(autoencoder: DemoAutoencoder, latents: Tensor, level: Tensor) -> Tensor:
+    """The latents with another ground, sprites as they are.
+
+    A pixel moves by the part of it that is ground, so that soft edges and pale copies keep their share. The encoder is
+    linear: what the pixels' change encodes to is added to the latents, and nothing is lost in decoding.
+
+    Args:
+        latents: [B, C, T, h, w] standardised.
+        level: [B] of 0 to 255, a gray.
+    """
+    batch, _, length = latents.shape[:3]
+    frames = (_groups(autoencoder, latents).flatten(0, 2) + 1) * 127.5
+    ground, alpha, _ = split_from_ground(frames)
+    moved = level.repeat_interleave(length * TIME_FACTOR)[:, None] - ground  # [B * T * 4, 3]
+    change = (1 - alpha.sum(1, keepdim=True)) * moved[:, :, None, None] / 127.5
+    change = rearrange(change, "(n f) c h w -> n (f c) h w", f=TIME_FACTOR)
+    coded = autoencoder.encode_groups(change) - autoencoder.encode_groups(torch.zeros_like(change[:1]))
+    return latents + rearrange(coded, "(b t) c h w -> b c t h w", b=batch)
+
+
+@torch.no_grad()
+def lightness(autoencoder: DemoAutoencoder, noise: Tensor) -> Tensor:
+    """How light a ground noise hints at, [B]: its mean along the direction in which a latent frame gets lighter.
+
+    Args:
+        noise: [B, C, T, h, w].
+    """
+    height, width = (SPACE_FACTOR * side for side in noise.shape[-2:])
+    plain = torch.stack([torch.full((3 * TIME_FACTOR, height, width), value) for value in (-1.0, 1.0)])
+    black, white = autoencoder.encode_groups(plain.to(noise))
+    return torch.einsum("bcthw,chw->b", noise, white - black)
+
+
+def world_levels(light: Tensor) -> Tensor:
+    """One of the world's grounds for each clip, [B]: the order stays, and as many clips get each level.
+
+    Args:
+        light: [B] numbers to rank.
+    """
+    levels = torch.tensor(sprites.BACKGROUND_LEVELS, dtype=light.dtype, device=light.device)
+    rank = light.argsort().argsort()
+    return levels[rank * len(levels) // len(light)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the sampler meets, and what is to be answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """What a pool is made with; all but the student are frozen.
+
+    Attributes:
+        student: as it is now.
+        before: as it was in START.
+    """
+
+    student: WanDiT
+    before: WanDiT
+    teacher: WanDiT
+    encoder: CaptionEncoder
+    autoencoder: DemoAutoencoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.wan_mean.device
+
+
+@torch.no_grad()
+def roll_out(
+    network: WanDiT,
+    text: Tensor,
+    noise: DrawnNoise,
+    trained: train_demo.TrainedFor,
+    chunks: int,
+    *,
+    given: Tensor | None = None,
+    asked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Samples clips as at inference; the inputs and the x0 of all forwards, as in States.
+
+    Args:
+        text: [B, tokens, text_dim].
+        chunks: to make.
+        given: [B, C, size, H, W] a finished chunk to go on from; it counts as the first of those that come back.
+        asked: inputs of another network's rollout, to be asked instead of those that this one comes to.
+    """
+    size, schedule = trained.settings.frames_per_chunk, trained.schedule
+    frames = (chunks if given is None else 1 + chunks) * size
+    batch, channels, height, width = noise.shape
+    steps = max(schedule.steps(chunk) for chunk in range(chunks))
+    inputs, found = (
+        torch.zeros(batch, frames // size, steps, channels, size, height, width, device=text.device) for _ in range(2)
+    )
+    cache = KVCache(trained.settings, frames)
+
+    def denoise(x: Tensor, at: Forward) -> Tensor:
+        # A given chunk has two forwards, of which the last is what later chunks see.
+        place = (slice(None), at.start_frame // size, max(0, at.step))
+        inputs[place] = x if asked is None else asked[place]
+        found[place] = predict_x0(network, inputs[place], at.sigma, text, PRECISION, cache=cache.condition("positive"))
+        return found[place]
+
+    try:
+        for _ in sample_chunks(denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, context=given):
+            pass
+    finally:
+        cache.free()
+    return inputs, found
+
+
+def finished(found: Tensor, schedule: DiagonalSchedule) -> Tensor:
+    """The clip [B, C, T, H, W] of a rollout's x0."""
+    last = [found[:, chunk, schedule.steps(chunk) - 1] for chunk in range(found.shape[1])]
+    return torch.cat(last, dim=2)
+
+
+@torch.no_grad()
+def teacher_end(
+    networks: Networks, x: Tensor, sigma: float, text: Tensor, recipe: LevelsRecipe, shift: float
+) -> Tensor:
+    """Where the teacher's guided path ends from a first chunk's input, by Euler's method; x0, the shape of `x`.
+
+    Args:
+        x: [B, C, size, H, W] at noise level `sigma`.
+        shift: of the times that the steps are even in.
+    """
+    empty = networks.encoder.encode([""]).expand(len(text), -1, -1)
+    start = unshift_sigma(sigma, shift)
+    count = recipe.teacher_steps
+    levels = [shift_sigma(start * (count - step) / count, shift) for step in range(count + 1)]
+    for level, following in pairwise(levels):
+        x0, without = (predict_x0(networks.teacher, x, level, words, PRECISION) for words in (text, empty))
+        x0 = guided(x0, without, recipe.teacher_cfg)
+        x = x0 + (x - x0) * (following / level)
+    return x
+
+
+@torch.no_grad()
+def opening_states(
+    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int
+) -> tuple[States, Tensor]:
+    """Clips from pure noise: what the student is asked and is to answer; and the clips that it made.
+
+    Depends on (seed, pool) and the student's weights.
+
+    Returns:
+        The states, and the clips [B, C, T, H, W].
+    """
+    schedule, size, device = trained.schedule, trained.settings.frames_per_chunk, networks.device
+    generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 0, device=device)
+    rows = range(pool * recipe.pool, (pool + 1) * recipe.pool)
+    specs = [sprites.sample_specs(train_flow.numpy_generator(recipe.seed, row)) for row in rows]
+    ids = tokenize_captions([caption_of(each) for each in specs]).to(device)
+    text, noise = networks.encoder(ids), _noise(generator, len(ids))
+    chunks = latent_frames(recipe.length) // size
+    inputs, found = roll_out(networks.student, text, noise, trained, chunks)
+    _, wanted = roll_out(networks.before, text, noise, trained, chunks, asked=inputs)
+    clips = finished(found, schedule)
+    ground = ground_of(networks.autoencoder, clips[:, :, :size])
+    for step, sigma in enumerate(schedule.chunk_sigmas(0)):
+        if step:
+            wanted[:, 0, step] = teacher_end(networks, inputs[:, 0, step], sigma, text, recipe, schedule.shift)
+    for chunk in range(chunks):
+        level = ground if chunk else world_levels(lightness(networks.autoencoder, inputs[:, 0, 0]))
+        for step in range(schedule.steps(chunk)):
+            wanted[:, chunk, step] = paint_ground(networks.autoencoder, wanted[:, chunk, step], level)
+    return _states(inputs, wanted, ids), clips
+
+
+@torch.no_grad()
+def going_on_states(
+    recipe: LevelsRecipe,
+    networks: Networks,
+    trained: train_demo.TrainedFor,
+    pool: int,
+    clips: Tensor,
+    ids: Tensor,
+) -> States:
+    """Clips behind given frames, as an extension is made: the last frames of `clips`, cut anywhere, encoded again.
+
+    Args:
+        clips: [B, C, T, H, W], T at least twice a chunk.
+        ids: their captions.
+    """
+    size, device = trained.settings.frames_per_chunk, networks.device
+    generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 1, device=device)
+    frames = _groups(networks.autoencoder, clips).flatten(1, 2)  # [B, 4 * T, 3, H, W]
+    length = pixel_frames(size)
+    ends = torch.randint(2 * length, frames.shape[1] + 1, (len(clips),), generator=generator, device=device)
+    taken = ends[:, None] - length + torch.arange(length, device=device)
+    shown = frames[torch.arange(len(clips), device=device)[:, None], taken].movedim(2, 1)
+    given = standardised(networks.autoencoder, shown)
+    ground = ground_of(networks.autoencoder, given)
+    text, noise = networks.encoder(ids), _noise(generator, len(ids))
+    inputs, _ = roll_out(networks.student, text, noise, trained, recipe.going_on_chunks, given=given)
+    _, wanted = roll_out(networks.before, text, noise, trained, recipe.going_on_chunks, given=given, asked=inputs)
+    for chunk in range(1 + recipe.going_on_chunks):
+        for step in range(behind_given(trained).schedule.steps(chunk)):
+            wanted[:, chunk, step] = paint_ground(networks.autoencoder, wanted[:, chunk, step], ground)
+    return _states(inputs, wanted, ids)
+
+
+def behind_given(trained: train_demo.TrainedFor) -> train_demo.TrainedFor:
+    """How clips behind a given chunk are sampled, with that as a first chunk of one step."""
+    schedule = trained.schedule
+    given = (schedule.given_context_sigma,)
+    return replace(trained, schedule=replace(schedule, sigmas=(given, *schedule.sigmas)))
+
+
+def standardised(autoencoder: DemoAutoencoder, pixels: Tensor) -> Tensor:
+    """Frames [B, 3, T, H, W] in [-1, 1] -> latents in the model's own scale, [B, C, (T - 1) // 4 + 1, H / 8, W / 8]."""
+    mean, std = (value.view(1, -1, 1, 1, 1) for value in (autoencoder.wan_mean, autoencoder.wan_std))
+    return (autoencoder.encode(pixels) - mean) / std
+
+
+def _noise(generator: torch.Generator, batch: int) -> DrawnNoise:
+    side = sprites.FRAME_SIZE // SPACE_FACTOR
+    return DrawnNoise(generator, (batch, LATENT_CHANNELS, side, side))
+
+
+def _states(inputs: Tensor, wanted: Tensor, ids: Tensor) -> States:
+    """Without flow."""
+    batch, chunks, _, _, size, height, width = inputs.shape
+    return States(inputs, wanted, ids, inputs.new_zeros(batch, 4, chunks * size, height, width))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def train_levels(
+    recipe: LevelsRecipe,
+    start: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    student: Path | None = None,
+    stop: int | None = None,
+) -> Path:
+    """Trains a student, or resumes, until `stop` updates (default: all); the checkpoint's path.
+
+    Args:
+        start: folder of finished models.
+        student: weights to begin with instead of the folder's.
+
+    Raises:
+        ValueError: no models in `start`, a student that is sampled with guidance or a context that is not noisy, or a
+            loss that is not finite.
+    """
+    started = time.perf_counter()
+    path = out / CHECKPOINT
+    file = student or start / train_flow.FILES["student"]
+    teacher, encoder, autoencoder = (model.to(device) for model in train_demo.load_models(start))
+    before = train_demo.load_dit(file).to(device)
+    dit = train_demo.load_dit(file).to(device).train().requires_grad_(True)
+    found = train_demo.trained_for(file)
+    trained = replace(found, schedule=replace(found.schedule, sigmas=parse_sigmas(recipe.sigmas)))
+    networks = Networks(student=dit, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
+    size = trained.settings.frames_per_chunk
+    openings = Sampling(trained, latent_frames(recipe.length) // size, device)
+    extensions = Sampling(behind_given(trained), 1 + recipe.going_on_chunks, device)
+    optimizer = train_demo.make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
+    ema = train_demo.Ema(dit, recipe.ema_decay)
+    first = 0
+    if (saved := train_demo.load_checkpoint(path)) is not None:
+        first = saved["update"]
+        dit.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
+        log.info("resumed %s at update %d", path, first)
+    last = min(recipe.updates, recipe.updates if stop is None else stop)
+
+    def save(update: int) -> None:
+        state = {"update": update, "model": dit.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state}
+        train_demo.save_checkpoint(path, {**state, "recipe": asdict(recipe)})
+
+    pace = train_flow.Pace(recipe.updates, recipe.warmup)
+    losses = train_flow.Losses("opening", "going_on")
+    opening: States | None = None
+    behind: States | None = None
+    going_on = round(recipe.going_on_share * recipe.batch)
+    for update in range(first, last):
+        if opening is None or behind is None or update % recipe.pool_updates == 0:
+            dit.eval()
+            pool = update // recipe.pool_updates
+            opening, clips = opening_states(recipe, networks, trained, pool)
+            behind = going_on_states(recipe, networks, trained, pool, clips, opening.ids)
+            dit.train()
+        pace.set_rates([(optimizer, recipe.learning_rate)], update, pace.done(update))
+        generator = generator_at(recipe.seed, _BATCH_DRAWS, update, device=device)
+        parts = (
+            openings.draw(opening, recipe.batch - going_on, generator, often_share=recipe.first_share),
+            extensions.draw(behind, going_on, generator, often=1, often_share=recipe.first_share),
+        )
+        means = []
+        for windows in parts:
+            with torch.no_grad():
+                text = encoder(windows.ids)
+            with autocast(device):
+                error = window_error(dit, text, windows, size, mean_weight=recipe.mean_weight)
+            mean = error.sum() / windows.weight.sum().clamp(min=1)
+            (mean * len(windows.ids) / recipe.batch).backward()
+            means.append(mean)
+        nn.utils.clip_grad_norm_(dit.parameters(), train_demo.GRADIENT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(dit, update)
+        losses.add(opening=means[0], going_on=means[1])
+        if (update + 1) % recipe.save_every == 0:
+            text_of = losses.read(update)
+            save(update + 1)
+            log.info("update %d, %.0f s: %s", update + 1, time.perf_counter() - started, text_of)
+    losses.read(last)
+    save(last)
+    return path
+
+
+def export_levels(run: Path, student: Path, target: Path, note: str = "") -> Path:
+    """Writes the averaged weights of a run, with the header of the student that it began with and the new noise levels.
+
+    Raises:
+        ValueError: no run in the folder.
+    """
+    saved = train_demo.load_checkpoint(run / CHECKPOINT)
+    if saved is None:
+        raise ValueError(f"out={os.fspath(run)!r} holds no {CHECKPOINT}; train it first")
+    recipe = LevelsRecipe(**saved["recipe"])
+    with safe_open(student, framework="pt") as before:
+        header = dict(before.metadata() or {})
+    done = (
+        f"distillation.train_levels, sigmas {recipe.sigmas}, seed {recipe.seed}, {saved['update']} updates of "
+        f"{recipe.batch} windows, EMA {recipe.ema_decay}"
+    )
+    header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
+    header["sigmas"] = json.dumps(parse_sigmas(recipe.sigmas))
+    header["git_commit"] = git_commit()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, {name: value.half().cpu() for name, value in saved["ema"].items()}, header)
+    log.info("%s: %.1f MB", target, target.stat().st_size / 1e6)
+    return target
+
+
+FIELDS = ("seed", "updates", "pool", "pool_updates", "batch", "warmup", "save_every", "teacher_steps")
+REAL_FIELDS = ("first_share", "going_on_share", "teacher_cfg", "mean_weight", "learning_rate", "ema_decay")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
+    parser.add_argument("--student", type=Path, metavar="FILE", help="weights to begin with; default: START's student")
+    parser.add_argument("--out", type=Path, default=Path("runs/levels"))
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights of --out there, then stop")
+    parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    group = parser.add_argument_group("fields of the recipe")
+    group.add_argument("--sigmas", help="levels to move to, chunks split by semicolons; as many a chunk as before")
+    for name in (*FIELDS, *REAL_FIELDS):
+        kind = int if name in FIELDS else float
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")
+    options = parser.parse_args(arguments)
+    device = train_flow.begin(options)
+    if options.export:
+        student = options.student or options.start / train_flow.FILES["student"]
+        export_levels(options.out, student, options.export, options.note)
+        return
+    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", *FIELDS, *REAL_FIELDS)))
+    train_levels(recipe, options.start, options.out, device, student=options.student)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The move to other noise levels: grounds are painted and nothing else, rollouts are asked as sampled, runs resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.schedule import parse_sigmas
+from distillation import score, sprites, train_demo, train_flow, train_follow, train_levels
+from distillation.common import generator_at
+from distillation.recipes import DEMO
+from distillation.samples import decode_frames
+from distillation.train_follow import Sampling
+from distillation.train_levels import LevelsRecipe, Networks
+
+CPU = torch.device("cpu")
+STUDENT = DEMO / train_flow.FILES["student"]
+TINY = LevelsRecipe(
+    updates=2, pool=4, pool_updates=1, batch=3, length=33, going_on_chunks=2, teacher_steps=2, warmup=1, save_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    teacher, encoder, autoencoder = train_demo.load_models(DEMO)
+    student, before = (train_demo.load_dit(STUDENT) for _ in range(2))
+    return Networks(student=student, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
+
+
+@pytest.fixture(scope="module")
+def trained() -> train_demo.TrainedFor:
+    found = train_demo.trained_for(STUDENT)
+    return replace(found, schedule=replace(found.schedule, sigmas=parse_sigmas(TINY.sigmas)))
+
+
+@pytest.fixture(scope="module")
+def opening(networks, trained):
+    return train_levels.opening_states(TINY, networks, trained, 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train_levels.train_levels(TINY, DEMO, folder, CPU)
+    return folder
+
+
+def true_latents(networks: Networks, count: int, frames: int = 9) -> torch.Tensor:
+    scenes = sprites.sample_scenes(count, seed=31)
+    return train_levels.standardised(
+        networks.autoencoder, sprites.to_pixels(sprites.render(scenes, torch.arange(frames)))
+    )
+
+
+def test_another_ground_leaves_the_sprites_as_they_are(networks):
+    latents = true_latents(networks, 6)
+    wanted = torch.tensor([0.0, 84, 56, 28, 84, 0])
+    painted = train_levels.paint_ground(networks.autoencoder, latents, wanted)
+    torch.testing.assert_close(train_levels.ground_of(networks.autoencoder, painted), wanted, atol=4, rtol=0)
+    before, after = (decode_frames(networks.autoencoder, each) for each in (latents, painted))
+    for old, new in zip(before, after, strict=True):
+        old, new = score.find_blobs(old), score.find_blobs(new)
+        for colour in sprites.RGB:
+            if float(old.area(colour).mean()) > score.SMALLEST_AREA:
+                torch.testing.assert_close(new.centroid(colour), old.centroid(colour), atol=1.0, rtol=0)
+                torch.testing.assert_close(new.area(colour), old.area(colour), atol=0, rtol=0.25)
+
+
+def test_a_ground_that_is_there_already_changes_nothing(networks):
+    latents = true_latents(networks, 4)
+    level = train_levels.ground_of(networks.autoencoder, latents)
+    again = train_levels.paint_ground(networks.autoencoder, latents, level)
+    assert float((again - latents).square().mean()) < 1e-3 * float(latents.square().mean())
+
+
+def test_as_many_clips_get_each_of_the_worlds_grounds_and_the_order_stays():
+    light = torch.tensor([70.0, 3, 41, 12, 99, 20, 8, -55])
+    levels = train_levels.world_levels(light)
+    assert levels[light.argsort()].tolist() == [0, 0, 28, 28, 56, 56, 84, 84]
+
+
+def test_a_lighter_picture_is_lighter(networks):
+    noise = torch.randn(3, 16, 3, 8, 8, generator=generator_at(0, 8))
+    plain = sprites.to_pixels(torch.full((1, 9, 3, 64, 64), 40, dtype=torch.uint8))
+    dark, light = (train_levels.standardised(networks.autoencoder, plain + more) for more in (0, 0.5))
+    found = train_levels.lightness(networks.autoencoder, noise)
+    assert (train_levels.lightness(networks.autoencoder, noise + light - dark) > found).all()
+    assert len(set(found.tolist())) == 3
+
+
+def test_what_a_rollout_was_asked_can_be_asked_again(networks, trained):
+    text = networks.encoder.encode(["a red circle moves right", "a blue cross moves up"])
+    given = true_latents(networks, 2)
+
+    def make(seed, **options):
+        noise = train_follow.DrawnNoise(generator_at(0, seed), (2, 16, 8, 8))
+        return train_levels.roll_out(networks.student, text, noise, trained, 2, given=given, **options)
+
+    inputs, found = make(1)
+    again, said = make(2, asked=inputs)
+    torch.testing.assert_close(again, inputs)
+    torch.testing.assert_close(said, found, atol=1e-2, rtol=0)  # bf16
+    # The answer to a given chunk's input is the given chunk, nearly.
+    assert float((found[:, 0, 0] - given).square().mean()) < 0.2 * float(given.square().mean())
+
+
+def test_one_causal_forward_answers_as_the_cache_behind_given_frames_did(networks, trained):
+    text = networks.encoder.encode(["a red circle moves right", "a blue cross moves up"])
+    ids = train_levels.tokenize_captions(["a red circle moves right", "a blue cross moves up"])
+    noise = train_follow.DrawnNoise(generator_at(0, 5), (2, 16, 8, 8))
+    given = true_latents(networks, 2)
+    inputs, found = train_levels.roll_out(networks.student, text, noise, trained, 2, given=given)
+    states = train_levels._states(inputs, found, ids)
+    sampling = Sampling(train_levels.behind_given(trained), 3, CPU)
+    windows = sampling.draw(states, 6, generator_at(0, 6), often=1, often_share=0.5)
+    assert {0.357, 0.6, 0.8, 1.0} & {round(sigma, 3) for sigma in windows.sigma.unique().tolist()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        error = train_follow.window_error(networks.student, networks.encoder(windows.ids), windows, sampling.size)
+    assert windows.weight.any() and float(error.max()) < 2e-2
+
+
+def test_a_ground_that_is_off_counts_more_than_its_squared_error(networks, trained, opening):
+    states, _ = opening
+    sampling = Sampling(trained, 3, CPU)
+    windows = sampling.draw(states, 2, generator_at(0, 7))
+    text = networks.encoder(windows.ids)
+
+    def error(**changes):
+        asked = train_follow._replaced(windows, weight=torch.ones_like(windows.weight))
+        with torch.no_grad():
+            return train_follow.window_error(networks.student, text, asked, sampling.size, **changes)
+
+    plain, more = error(), error(mean_weight=8.0)
+    assert (more > plain).all()
+    x0 = windows.noisy  # at no noise the network's answer is its input
+    windows = train_follow._replaced(windows, sigma=torch.zeros_like(windows.sigma), wanted=x0 + 0.1)
+    torch.testing.assert_close(error(), torch.full_like(plain, 0.01))
+    torch.testing.assert_close(error(mean_weight=8.0), torch.full_like(plain, 0.09))
+
+
+def test_openings_are_told_the_worlds_grounds_and_later_chunks_the_first_ones(networks, trained, opening):
+    states, clips = opening
+    size = trained.settings.frames_per_chunk
+    assert states.wanted.shape[:3] == (4, latent_frames(TINY.length) // size, 4)
+    ground = train_levels.ground_of(networks.autoencoder, clips[:, :, :size])
+    for step in range(4):
+        told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, step])
+        light = train_levels.lightness(networks.autoencoder, states.inputs[:, 0, 0])
+        torch.testing.assert_close(told, train_levels.world_levels(light), atol=8, rtol=0)
+    later = train_levels.ground_of(networks.autoencoder, states.wanted[:, 1, 2])
+    torch.testing.assert_close(later, ground, atol=8, rtol=0)
+
+
+def test_behind_given_frames_the_ground_is_theirs(networks, trained, opening):
+    states, clips = opening
+    behind = train_levels.going_on_states(TINY, networks, trained, 0, clips, states.ids)
+    given = train_levels.ground_of(networks.autoencoder, behind.wanted[:, 0, 0])
+    for chunk, step in ((1, 0), (1, 3), (2, 2)):
+        told = train_levels.ground_of(networks.autoencoder, behind.wanted[:, chunk, step])
+        torch.testing.assert_close(told, given, atol=8, rtol=0)
+
+
+def test_the_teachers_path_ends_in_a_finished_picture(networks, trained, opening):
+    """At its end the teacher has nothing to add: the noise that was in the student's input is gone."""
+    inputs = opening[0].inputs[:, 0, 1]
+    text = networks.encoder(opening[0].ids)
+    recipe = replace(TINY, teacher_steps=8)
+    with torch.no_grad():
+        end = train_levels.teacher_end(networks, inputs, 0.8, text, recipe, trained.schedule.shift)
+        frames = decode_frames(networks.autoencoder, end)
+    coded = train_levels.standardised(networks.autoencoder, frames.movedim(1, 2) / 127.5 - 1)
+    noise_left = (coded[:, :14] - end[:, :14]).square().mean()
+    assert float(noise_left) < 0.1 * float((inputs - end).square().mean())
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
+    train_levels.train_levels(TINY, DEMO, tmp_path, CPU, stop=1)
+    path = train_levels.train_levels(TINY, DEMO, tmp_path, CPU)
+    one, other = (train_demo.load_checkpoint(folder / train_levels.CHECKPOINT) for folder in (path.parent, run))
+    assert one["update"] == other["update"] == 2
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    started = train_demo.load_dit(STUDENT).state_dict()
+    assert any(not torch.equal(value, started[name]) for name, value in one["model"].items())
+
+
+def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
+    file = tmp_path / "moved.safetensors"
+    train_levels.main(
+        ["--start", str(DEMO), "--out", str(run), "--export", str(file), "--note", "note", "--threads", "1"]
+    )
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    assert (
+        "distillation.train_levels, sigmas 1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357, seed 7, 2 updates"
+        in header["recipe"]
+    )
+    assert header["recipe"].endswith(". note")
+    assert train_demo.trained_for(file).schedule.sigmas == parse_sigmas(TINY.sigmas)
+    assert train_demo.trained_for(file).settings == train_demo.trained_for(STUDENT).settings
+
+
+def test_bad_options_say_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
+        LevelsRecipe(save_every=50, pool_updates=8)
+    with pytest.raises(ValueError, match="Write numbers"):
+        train_levels.train_levels(replace(TINY, sigmas="none"), DEMO, tmp_path, CPU)
+    with pytest.raises(ValueError, match="holds no levels.pt"):
+        train_levels.main(["--start", str(DEMO), "--out", str(tmp_path), "--export", str(tmp_path / "a.safetensors")])
