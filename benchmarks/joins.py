@@ -19,10 +19,10 @@ import torch
 from models import open_host  # first: it makes the repository importable
 from torch import Tensor
 
-from diagonal_sampler.schedule import DiagonalSchedule
 from distillation import sprites
 from distillation.recipes import DEMO
 from distillation.score import score_clip
+from distillation.train_demo import trained_for
 
 LATENT_FRAMES = 21
 SIDE = 8  # latent height and width
@@ -58,7 +58,7 @@ def main() -> None:
     model = demo.load_demo_model(arguments.dit)
     clip = demo.load_demo_clip(DEMO / "demo_text_encoder.safetensors")
     vae = demo.load_demo_vae(DEMO / "demo_autoencoder.safetensors")
-    schedule = DiagonalSchedule.preset("diagonal 4-3-2")
+    schedule = trained_for(arguments.dit).schedule
 
     def make(caption: str, seed: int, context: dict | None = None) -> Tensor:
         """[1, T, 64, 64, 3] in [0, 1]."""

@@ -32,6 +32,13 @@ def decode_frames(autoencoder: DemoAutoencoder, standardised: Tensor) -> Tensor:
     return ((pixels + 1) * 127.5).clamp(0, 255).movedim(1, 2)
 
 
+@torch.no_grad()
+def encode_frames(autoencoder: DemoAutoencoder, pixels: Tensor) -> Tensor:
+    """Frames [B, 3, T, H, W] in [-1, 1] -> latents [B, 16, (T - 1) // 4 + 1, H / 8, W / 8] in the model's own scale."""
+    mean, std = (value.view(1, -1, 1, 1, 1) for value in (autoencoder.wan_mean, autoencoder.wan_std))
+    return (autoencoder.encode(pixels) - mean) / std
+
+
 def write_video(path: Path, frames: Tensor, *, scale: int = VIDEO_SCALE, fps: int = FRAMES_PER_SECOND) -> None:
     """Writes H.264 MP4. frames: [T, 3, H, W] in 0..255."""
     import imageio_ffmpeg

@@ -29,7 +29,7 @@ from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, Sprite
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.schedule import CONTEXT_MODES, DEFAULT_PRESET, PRESETS, DiagonalSchedule, parse_steps
+from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
 from diagonal_sampler.settings import CausalSettings
 from distillation import sprites, train_demo
 from distillation.rollout import stream
@@ -363,8 +363,7 @@ def chosen_sampling(
     schedule, settings = trained.schedule, trained.settings
     steps = parse_steps(options.steps) if options.steps else None
     if options.preset or steps or options.shift:
-        its_own = (name for name in PRESETS if DiagonalSchedule.preset(name).sigmas == schedule.sigmas)
-        preset = options.preset or next(its_own, DEFAULT_PRESET if schedule.fresh_noise else "undistilled")
+        preset = options.preset or ("diagonal 4-3-2" if schedule.fresh_noise else "undistilled")
         schedule = DiagonalSchedule.preset(preset, steps=steps, shift=options.shift)
     if options.context_mode:
         schedule = replace(schedule, context_mode=options.context_mode)

@@ -51,6 +51,15 @@ PRECISION = torch.bfloat16
 _CLIP_DRAWS, _KEPT_DRAWS, _BATCH_DRAWS = 41, 42, 43  # positions of this module's random numbers under its seed
 
 
+def require_whole_pools(save_every: int, pool_updates: int) -> None:
+    """Raises ValueError where a checkpoint could lie within a pool: a run resumes with a new one."""
+    if save_every % pool_updates:
+        raise ValueError(
+            f"save_every is {save_every} and pool_updates {pool_updates}; a run resumes with a new pool, so save_every "
+            "must be a multiple of pool_updates."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowRecipe:
     """Options of the training; `updates` decides the length of the cosine."""
@@ -76,11 +85,7 @@ class FollowRecipe:
     save_every: int = 48
 
     def __post_init__(self) -> None:
-        if self.save_every % self.pool_updates:
-            raise ValueError(
-                f"save_every is {self.save_every} and pool_updates {self.pool_updates}; a run resumes with a new pool, "
-                "so save_every must be a multiple of pool_updates."
-            )
+        require_whole_pools(self.save_every, self.pool_updates)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,24 +136,33 @@ def roll_out(
     optical_flow: Tensor | None = None,
     truth: Tensor | None = None,
     course: float = 0.0,
+    given: Tensor | None = None,
+    asked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Samples clips as at inference without guidance; the inputs and the x0 of all forwards, as in States.
 
     Args:
         text: [B, tokens, text_dim].
+        chunks: to make.
         optical_flow: [B, 4, chunks * size, H, W].
         truth: [B, C, chunks * size, H, W] clips; each goes on from its true first chunk whatever the network says.
         course: largest mean squared error of a later chunk's x0 that a clip goes on from, instead of the true one.
+        given: [B, C, size, H, W] a finished chunk to go on from; it counts as the first of those that come back.
+        asked: inputs of another network's rollout, to be asked instead of those that this one comes to.
     """
     size, schedule = trained.settings.frames_per_chunk, trained.schedule
+    frames = (chunks if given is None else 1 + chunks) * size
     batch, channels, height, width = noise.shape
     steps = max(schedule.steps(chunk) for chunk in range(chunks))
     inputs, found = (
-        torch.zeros(batch, chunks, steps, channels, size, height, width, device=text.device) for _ in range(2)
+        torch.zeros(batch, frames // size, steps, channels, size, height, width, device=text.device) for _ in range(2)
     )
-    cache = KVCache(trained.settings, chunks * size)
+    cache = KVCache(trained.settings, frames)
 
     def denoise(x: Tensor, at: Forward) -> Tensor:
+        # A given chunk has two forwards, of which the last is what later chunks see.
+        place = (slice(None), at.start_frame // size, max(0, at.step))
+        x = x if asked is None else asked[place]
         x0 = predict_x0(
             dit, x, at.sigma, text, PRECISION, cache=cache.condition("positive"), optical_flow=flow_of(optical_flow, at)
         )
@@ -156,12 +170,11 @@ def roll_out(
             true = truth[:, :, at.start_frame : at.start_frame + at.frames]
             left = (x0 - true).square().mean((1, 2, 3, 4)) > (course if at.chunk else -1)
             x0 = torch.where(left[:, None, None, None, None], true, x0)
-        if at.step >= 0:
-            inputs[:, at.chunk, at.step], found[:, at.chunk, at.step] = x, x0
+        inputs[place], found[place] = x, x0
         return x0
 
     try:
-        for _ in sample_chunks(denoise, noise, schedule, cache, frames=chunks * size, frames_per_chunk=size):
+        for _ in sample_chunks(denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, context=given):
             pass
     finally:
         cache.free()

@@ -35,7 +35,6 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
 from diagonal_sampler.demo_autoencoder import (
     LATENT_CHANNELS,
@@ -46,15 +45,23 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule, parse_sigmas, shift_sigma, unshift_sigma
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites, train_demo, train_flow
 from distillation.common import autocast, generator_at, git_commit
 from distillation.losses import guided
 from distillation.rollout import predict_x0
+from distillation.samples import encode_frames
 from distillation.score import split_from_ground
-from distillation.train_follow import PRECISION, DrawnNoise, Sampling, States, window_error
+from distillation.train_follow import (
+    PRECISION,
+    DrawnNoise,
+    Sampling,
+    States,
+    require_whole_pools,
+    roll_out,
+    window_error,
+)
 
 log = logging.getLogger("train_levels")
 
@@ -85,11 +92,7 @@ class LevelsRecipe:
     save_every: int = 32
 
     def __post_init__(self) -> None:
-        if self.save_every % self.pool_updates:
-            raise ValueError(
-                f"save_every is {self.save_every} and pool_updates {self.pool_updates}; a run resumes with a new pool, "
-                "so save_every must be a multiple of pool_updates."
-            )
+        require_whole_pools(self.save_every, self.pool_updates)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -183,49 +186,6 @@ class Networks:
         return self.autoencoder.wan_mean.device
 
 
-@torch.no_grad()
-def roll_out(
-    network: WanDiT,
-    text: Tensor,
-    noise: DrawnNoise,
-    trained: train_demo.TrainedFor,
-    chunks: int,
-    *,
-    given: Tensor | None = None,
-    asked: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Samples clips as at inference; the inputs and the x0 of all forwards, as in States.
-
-    Args:
-        text: [B, tokens, text_dim].
-        chunks: to make.
-        given: [B, C, size, H, W] a finished chunk to go on from; it counts as the first of those that come back.
-        asked: inputs of another network's rollout, to be asked instead of those that this one comes to.
-    """
-    size, schedule = trained.settings.frames_per_chunk, trained.schedule
-    frames = (chunks if given is None else 1 + chunks) * size
-    batch, channels, height, width = noise.shape
-    steps = max(schedule.steps(chunk) for chunk in range(chunks))
-    inputs, found = (
-        torch.zeros(batch, frames // size, steps, channels, size, height, width, device=text.device) for _ in range(2)
-    )
-    cache = KVCache(trained.settings, frames)
-
-    def denoise(x: Tensor, at: Forward) -> Tensor:
-        # A given chunk has two forwards, of which the last is what later chunks see.
-        place = (slice(None), at.start_frame // size, max(0, at.step))
-        inputs[place] = x if asked is None else asked[place]
-        found[place] = predict_x0(network, inputs[place], at.sigma, text, PRECISION, cache=cache.condition("positive"))
-        return found[place]
-
-    try:
-        for _ in sample_chunks(denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, context=given):
-            pass
-    finally:
-        cache.free()
-    return inputs, found
-
-
 def finished(found: Tensor, schedule: DiagonalSchedule) -> Tensor:
     """The clip [B, C, T, H, W] of a rollout's x0."""
     last = [found[:, chunk, schedule.steps(chunk) - 1] for chunk in range(found.shape[1])]
@@ -307,7 +267,7 @@ def going_on_states(
     ends = torch.randint(2 * length, frames.shape[1] + 1, (len(clips),), generator=generator, device=device)
     taken = ends[:, None] - length + torch.arange(length, device=device)
     shown = frames[torch.arange(len(clips), device=device)[:, None], taken].movedim(2, 1)
-    given = standardised(networks.autoencoder, shown)
+    given = encode_frames(networks.autoencoder, shown)
     ground = ground_of(networks.autoencoder, given)
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
     inputs, _ = roll_out(networks.student, text, noise, trained, recipe.going_on_chunks, given=given)
@@ -323,12 +283,6 @@ def behind_given(trained: train_demo.TrainedFor) -> train_demo.TrainedFor:
     schedule = trained.schedule
     given = (schedule.given_context_sigma,)
     return replace(trained, schedule=replace(schedule, sigmas=(given, *schedule.sigmas)))
-
-
-def standardised(autoencoder: DemoAutoencoder, pixels: Tensor) -> Tensor:
-    """Frames [B, 3, T, H, W] in [-1, 1] -> latents in the model's own scale, [B, C, (T - 1) // 4 + 1, H / 8, W / 8]."""
-    mean, std = (value.view(1, -1, 1, 1, 1) for value in (autoencoder.wan_mean, autoencoder.wan_std))
-    return (autoencoder.encode(pixels) - mean) / std
 
 
 def _noise(generator: torch.Generator, batch: int) -> DrawnNoise:
@@ -362,8 +316,8 @@ def train_levels(
         student: weights to begin with instead of the folder's.
 
     Raises:
-        ValueError: no models in `start`, a student that is sampled with guidance or a context that is not noisy, or a
-            loss that is not finite.
+        ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, or a loss
+            that is not finite.
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
