@@ -42,8 +42,11 @@ class Drawing:
     def words(self, kind: str) -> str:
         return self.page.locator(f".diagonal-schedule .{kind}").inner_text()
 
-    def column(self, chunk: int) -> tuple[float, float]:
-        box = self.page.locator(f".diagonal-schedule [data-chunk='{chunk}']").bounding_box()
+    def point_at(self, chunk: int) -> tuple[float, float]:
+        """Moves the mouse onto a chunk's column, once that stands still; where that is."""
+        column = self.page.locator(f".diagonal-schedule [data-chunk='{chunk}']")
+        column.hover(timeout=20_000)
+        box = column.bounding_box()
         return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
     def pixels_per_step(self) -> float:
@@ -86,8 +89,7 @@ def test_a_preset_is_drawn_with_its_cache_pass(drawing):
 
 def test_dragging_a_chunk_changes_the_text_and_the_text_changes_the_drawing(drawing):
     page = drawing.page
-    x, y = drawing.column(2)
-    page.mouse.move(x, y)
+    x, y = drawing.point_at(2)
     page.mouse.down()
     page.mouse.move(x, y - 3 * drawing.pixels_per_step(), steps=4)
     page.mouse.up()

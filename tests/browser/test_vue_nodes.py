@@ -78,13 +78,17 @@ def test_a_run_is_shown_and_a_chunk_is_dragged(vue):
     vue.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
     page = vue.page
     page.evaluate("() => { app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [200, 120]; }")
+    # The drawing of the graph before may still be there, and the canvas moves a frame or two later.
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.diagonal-schedule .count')].map((t) => t.textContent).join('') "
+        "=== '4322222'",
+        timeout=20_000,
+    )
     column = page.locator(".diagonal-schedule [data-chunk='2']")
-    column.wait_for(state="visible", timeout=20_000)
+    column.hover(timeout=20_000)
     box = column.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x, y - 60, steps=4)
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 60, steps=4)
     page.mouse.up()
     steps = page.evaluate(
         """() => app.graph.nodes.find((node) => node.type === "DiagonalSchedule")
