@@ -17,6 +17,7 @@ from diagonal_sampler.checkpoints import load_checkpoint
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
 from diagonal_sampler.weight_files import listed
+from distillation.common import fast_bf16
 from distillation.lora import adapter_parameters, add_adapters, using_adapter
 from distillation.recipes import Recipe
 
@@ -107,13 +108,18 @@ class Networks:
     fake_score: Role | None
 
 
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of matrix products and of frozen weights: what the recipe asks for; float32 where a CPU only emulates bf16."""
+    return torch.bfloat16 if recipe.precision == "bf16" and fast_bf16(device) else torch.float32
+
+
 def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> Networks:
     """Reads the files once each, adds adapters where the recipe asks for them, and spreads all over the ranks.
 
     Raises:
         ValueError: as `read_wan`.
     """
-    frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    frozen = precision_of(recipe, device)
     needs_teacher, needs_fake_score = recipe.stage != "forcing", recipe.distils
     # Scores that know nothing of the flow would teach the student to ignore it. LoRA leaves the adapter as it is.
     teacher = partial(read_wan, recipe.teacher, recipe.model, needs_flow_adapter=True)
@@ -163,7 +169,7 @@ def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMe
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
-    if recipe.precision == "bf16":
+    if precision_of(recipe, device) == torch.bfloat16:
         # Inputs stay float32: a timestep or a rotation rounded to bf16 is another one. Autocast does the rest.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.blocks:

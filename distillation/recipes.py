@@ -111,7 +111,7 @@ class Recipe:
     ode_steps: int = option(50, "Euler steps of the teacher")
 
     # Engine
-    precision: str = option("bf16", "bf16 (float32 master weights) or float32")
+    precision: str = option("bf16", "bf16 (float32 master weights; float32 on a CPU with AVX2 only) or float32")
     activation_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     compile: bool = option(False, "torch.compile the blocks of teacher and fake score")
 

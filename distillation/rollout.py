@@ -21,6 +21,7 @@ from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
+from distillation.common import autocast
 from distillation.losses import guided
 
 
@@ -192,7 +193,7 @@ def predict_x0(
             "window": settings.window,
             "sink": settings.sink,
         }
-    with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+    with autocast(x.device, precision):
         flow = network(x, 1000 * sigma, context, cache=cache, **options)
     return x - spread_sigma(sigma) * flow.float()
 

@@ -32,7 +32,7 @@ from diagonal_sampler.sampler import split_frames
 from distillation import losses, run_folder, sprites
 from distillation.common import Stopwatch, generator_at, keep_freed_memory
 from distillation.flow_fields import FlowFields
-from distillation.networks import Role, build_networks, local, whole
+from distillation.networks import Role, build_networks, local, precision_of, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
 from distillation.recipes import RECIPES, Recipe, parse_field
 from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
@@ -188,7 +188,7 @@ class Trainer:
         self.recipe, self.prompts, self.folder, self.ranks = recipe, prompts, folder, ranks
         self.accumulation = recipe.accumulation(ranks.count)
         self.stopwatch = Stopwatch(ranks.device)
-        self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.precision = precision_of(recipe, ranks.device)
         if prompts.text_dim != recipe.text_dim:
             raise ValueError(
                 f"the prompts' embeddings have {prompts.text_dim} channels and text_dim is {recipe.text_dim}; embed "

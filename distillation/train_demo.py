@@ -54,7 +54,7 @@ from diagonal_sampler.schedule import DEFAULT_SHIFT, DiagonalSchedule, shift_sig
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites
-from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
+from distillation.common import autocast, fast_bf16, generator_at, git_commit, keep_freed_memory
 
 log = logging.getLogger("train_demo")
 
@@ -158,9 +158,9 @@ class Orthogonal(torch.optim.Optimizer):
         """[N, rows, columns] -> nearly orthogonal matrices of the same shape (singular values near 1)."""
         a, b, c = cls.ITERATION
         flip = matrices.shape[1] > matrices.shape[2]
-        x = matrices.bfloat16()
+        x = matrices.bfloat16() if fast_bf16(matrices.device) else matrices.float()
         x = x.mT if flip else x
-        x = x / (x.float().norm(dim=(1, 2), keepdim=True).bfloat16() + 1e-7)
+        x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
         for _ in range(cls.STEPS):
             gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x

@@ -13,10 +13,10 @@ and at every input that its sampler met there it is told what to answer:
 - elsewhere what the student in START says to the same input, its ground painted as the first chunk's: of the first
   chunk at pure noise as one of the world's, and behind frames that are given as theirs.
 
-Which of the world's grounds it is, the noise decides, as it did before: of the clips of a pool, the quarter that began
-with the darkest noise gets the darkest level. (Ranked by the grounds that the student makes, captions come to decide
-it: what they add a little of confirms itself.) All chunks of a window are seen in one causal forward, as in
-distillation.train_follow.
+Which of the world's grounds it is, the noise decides, as it did before: the darkest quarter of all noise gets the
+darkest level. (Ranked by the grounds that the student makes, captions come to decide it: what they add a little of
+confirms itself. Ranked among the clips that are rolled out together, the same noise gets another level beside others.)
+All chunks of a window are seen in one causal forward, as in distillation.train_follow.
 """
 
 from __future__ import annotations
@@ -140,26 +140,26 @@ def paint_ground(autoencoder: DemoAutoencoder, latents: Tensor, level: Tensor) -
 
 @torch.no_grad()
 def lightness(autoencoder: DemoAutoencoder, noise: Tensor) -> Tensor:
-    """How light a ground noise hints at, [B]: its mean along the direction in which a latent frame gets lighter.
+    """How light a ground pure noise hints at, [B], standard normal: its part along the way that frames get lighter.
 
     Args:
-        noise: [B, C, T, h, w].
+        noise: [B, C, T, h, w] of standard normal numbers.
     """
     height, width = (SPACE_FACTOR * side for side in noise.shape[-2:])
     plain = torch.stack([torch.full((3 * TIME_FACTOR, height, width), value) for value in (-1.0, 1.0)])
     black, white = autoencoder.encode_groups(plain.to(noise))
-    return torch.einsum("bcthw,chw->b", noise, white - black)
+    way = (white - black) / torch.linalg.vector_norm(white - black)
+    return torch.einsum("bcthw,chw->b", noise, way) / noise.shape[2] ** 0.5
 
 
 def world_levels(light: Tensor) -> Tensor:
-    """One of the world's grounds for each clip, [B]: the order stays, and as many clips get each level.
+    """One of the world's grounds for each clip, [B]: the lighter the lighter, and each for as many numbers.
 
     Args:
-        light: [B] numbers to rank.
+        light: [B] standard normal numbers.
     """
     levels = torch.tensor(sprites.BACKGROUND_LEVELS, dtype=light.dtype, device=light.device)
-    rank = light.argsort().argsort()
-    return levels[rank * len(levels) // len(light)]
+    return levels[(torch.special.ndtr(light) * len(levels)).long().clamp(max=len(levels) - 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from diagonal_sampler.demo_autoencoder import DemoAutoencoderConfig
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.provenance import Provenance
 from distillation import sprites, train_demo
+from distillation.common import autocast, fast_bf16
+from distillation.networks import precision_of
+from distillation.recipes import demo
 from distillation.train_demo import AutoencoderRecipe, DemoModel, DitRecipe, LatentSet, Orthogonal
 
 CPU = torch.device("cpu")
@@ -176,6 +179,19 @@ def test_orthogonalised_updates_are_nearly_orthogonal() -> None:
     for shape in [(3, 32, 64), (2, 64, 32), (1, 48, 128)]:
         singular = torch.linalg.svdvals(Orthogonal.orthogonalise(torch.randn(shape)))
         assert singular.min() > 0.4 and singular.max() < 1.4
+
+
+@pytest.mark.parametrize(("cpu", "fast"), [("AVX2", False), ("DEFAULT", False), ("AVX512", True), ("SVE256", True)])
+def test_products_are_in_bf16_only_where_the_cpu_does_not_emulate_them(cpu, fast, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    matrix, device = torch.ones(2, 2), torch.device("cpu")
+    with autocast(device):
+        assert (matrix @ matrix).dtype == (torch.bfloat16 if fast else torch.float32)
+    with autocast(device, torch.float32):
+        assert (matrix @ matrix).dtype == torch.float32
+    assert fast_bf16(torch.device("cuda"))
+    assert precision_of(demo(), device) == (torch.bfloat16 if fast else torch.float32)
+    assert precision_of(demo(precision="float32"), device) == torch.float32
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
 from distillation import sprite_motion, sprites, train_demo, train_flow, train_follow
-from distillation.common import generator_at
+from distillation.common import autocast, generator_at
 from distillation.flow_evaluate import Player
 from distillation.recipes import DEMO
 from distillation.train_follow import FollowRecipe, Sampling, Windows
@@ -51,7 +51,7 @@ def test_one_causal_forward_answers_as_the_samplers_cache_did(parts, kept):
     seen = set()
     for draw in range(4):
         windows = sampling.draw(kept, 3, generator_at(0, draw))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast(torch.device("cpu")):
             error = train_follow.window_error(dit, encoder(windows.ids), windows, sampling.size)
         error = error / windows.weight.clamp(min=1e-6)
         late = (windows.chunk[:, -1] > 3)[:, None].expand_as(error)

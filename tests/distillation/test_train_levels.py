@@ -12,7 +12,7 @@ from safetensors import safe_open
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
 from distillation import score, sprites, train_demo, train_flow, train_follow, train_levels
-from distillation.common import generator_at
+from distillation.common import autocast, generator_at
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
 from distillation.train_follow import Sampling
@@ -76,10 +76,17 @@ def test_a_ground_that_is_there_already_changes_nothing(networks):
     assert float((again - latents).square().mean()) < 1e-3 * float(latents.square().mean())
 
 
-def test_as_many_clips_get_each_of_the_worlds_grounds_and_the_order_stays():
-    light = torch.tensor([70.0, 3, 41, 12, 99, 20, 8, -55])
+def test_noise_gets_each_of_the_worlds_grounds_as_often_and_the_same_whatever_is_beside_it(networks):
+    noise = torch.randn(4000, 16, 3, 8, 8, generator=generator_at(0, 9))
+    light = train_levels.lightness(networks.autoencoder, noise)
+    assert abs(float(light.mean())) < 4 / 4000**0.5 and abs(float(light.var()) - 1) < 4 * (2 / 4000) ** 0.5
     levels = train_levels.world_levels(light)
-    assert levels[light.argsort()].tolist() == [0, 0, 28, 28, 56, 56, 84, 84]
+    assert set(levels.tolist()) == set(sprites.BACKGROUND_LEVELS)
+    for level in sprites.BACKGROUND_LEVELS:
+        assert abs(int((levels == level).sum()) - 1000) < 4 * (4000 * 3 / 16) ** 0.5
+    assert levels[light.argsort()].diff().min() >= 0
+    torch.testing.assert_close(train_levels.world_levels(light[:3]), levels[:3])
+    assert train_levels.world_levels(torch.tensor([-40.0, 40.0])).tolist() == [0, 84]
 
 
 def test_a_lighter_picture_is_lighter(networks):
@@ -117,7 +124,7 @@ def test_one_causal_forward_answers_as_the_cache_behind_given_frames_did(network
     sampling = Sampling(train_levels.behind_given(trained), 3, CPU)
     windows = sampling.draw(states, 6, generator_at(0, 6), often=1, often_share=0.5)
     assert {0.8, 0.6} & {round(sigma, 3) for sigma in windows.sigma[:, 3:6].unique().tolist()}  # of the 4-step chunk
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(torch.device("cpu")):
         error = train_follow.window_error(networks.student, networks.encoder(windows.ids), windows, sampling.size)
     assert windows.weight.any() and float(error.max()) < 2e-2
 
