@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from models import open_host  # first: it makes the repository importable
 
-from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule
 from distillation import sprites
 from distillation.evidence.measures import saturation_and_sharpness
 from distillation.evidence.statistics import bootstrap
@@ -149,7 +149,7 @@ def main() -> None:
             )
             started = time.perf_counter()
             with torch.inference_mode():
-                schedule = DiagonalSchedule.preset("diagonal 4-3-2")
+                schedule = DiagonalSchedule.preset(DEMO_PRESET)
                 result = streaming.stream_video(model, positive, [], vae, schedule, options, on_frames=watch)
             taken += time.perf_counter() - started
             size += result.path.stat().st_size
@@ -157,7 +157,7 @@ def main() -> None:
 
     minutes = arguments.seconds // 60
     shown = f'"{captions[0]}"' if len(captions) == 1 else f"{len(captions)} held-out captions"
-    print(f"{shown}, seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, diagonal 4-3-2")
+    print(f"{shown}, seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, {DEMO_PRESET}")
     frames = len(captions) * arguments.seconds * FPS
     print(f"{arguments.seconds} s of video in {taken / len(captions):.0f} s ({frames / taken:.0f} frames/s), ", end="")
     print(f"{size / len(captions) / 1e6:.1f} MB; {torch.get_num_threads()} threads, ", end="")

@@ -23,7 +23,7 @@ import torch
 
 from .provenance import PROVENANCE_KEYS, Provenance
 from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_quantization
-from .schedule import PRESETS, DiagonalSchedule
+from .schedule import PRESETS, DiagonalSchedule, same_levels
 from .settings import CausalSettings
 from .wan_layout import (
     FLOW_ADAPTER_KEYS,
@@ -66,7 +66,6 @@ COMPANIONS = ("vae", "first_stage_model", "text_encoders", "cond_stage_model", "
 WAN22_5B_CHANNELS = 48
 
 CONFIG_KEY = "config"
-TABLE_STEP = 1e-3
 """Published sigmas are entries of a table of 1000 timesteps."""
 
 _SIGNATURE = (
@@ -280,17 +279,8 @@ def _agrees(name: str, provenance: Provenance) -> bool:
         and preset.context_mode == provenance.context_mode
         and (preset.frames_per_chunk or default) == (provenance.frames_per_chunk or default)
         and provenance.shift in (None, preset.shift)
-        and (provenance.sigmas is None or _close(provenance.sigmas, schedule.sigmas))
+        and (provenance.sigmas is None or same_levels(provenance.sigmas, schedule.sigmas))
     )
-
-
-def _close(left: tuple[tuple[float, ...], ...], right: tuple[tuple[float, ...], ...]) -> bool:
-    """Whether two sigma tables agree to the 1000-entry timestep table; the last row repeats."""
-    for chunk in range(max(len(left), len(right))):
-        a, b = left[min(chunk, len(left) - 1)], right[min(chunk, len(right) - 1)]
-        if len(a) != len(b) or any(abs(x - y) > TABLE_STEP for x, y in zip(a, b, strict=True)):
-            return False
-    return True
 
 
 # --- finding the weights ---

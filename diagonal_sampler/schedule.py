@@ -16,11 +16,13 @@ DEFAULT_CONTEXT_SIGMA = 0.357142857
 GIVEN_CONTEXT_SIGMA = 0.1
 """The most noise that frames from outside enter the cache with in a pass of their own."""
 MAX_STEPS = 1000
+TABLE_STEP = 1 / MAX_STEPS  # of Wan's table of timesteps
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
 UNINFORMATIVE_SIGMA = 0.9
 
 
 Time = TypeVar("Time", float, "Tensor")
+Levels = tuple[tuple[float, ...], ...]
 
 
 def shift_sigma(u: Time, shift: float) -> Time:
@@ -63,9 +65,12 @@ class Preset:
 EVEN_TIMES = None
 # The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
 _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
+# Noise levels 1, 0.8, 0.6 and 0.357: the demo's student (distillation.train_levels).
+_DEMO = (1.0, 4 / 9, 3 / 13, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
 PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),
+    "demo 4-3-2": Preset(_DEMO, (4, 3, 2), "noisy"),
     "diagonal 4-2": Preset(_DIAGONAL, (4, 2), "noisy"),
     "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
@@ -76,6 +81,7 @@ PRESETS: dict[str, Preset] = {
     "undistilled": Preset(EVEN_TIMES, (12,), "clean", fresh_noise=False),
 }
 DEFAULT_PRESET = "diagonal 4-3-2"
+DEMO_PRESET = "demo 4-3-2"
 
 
 def select_times(times: tuple[float, ...] | None, steps: int) -> tuple[float, ...]:
@@ -129,7 +135,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
     return steps
 
 
-def parse_sigmas(text: str) -> tuple[tuple[float, ...], ...]:
+def parse_sigmas(text: str) -> Levels:
     """Read "1, 0.93, 0.36; 1, 0.36" as sigmas per chunk: a list a chunk, split by semicolons or lines.
 
     Raises:
@@ -143,6 +149,20 @@ def parse_sigmas(text: str) -> tuple[tuple[float, ...], ...]:
             f"sigmas is {text!r}. Write numbers in (0, 1] with commas, and a semicolon between chunks, such as "
             "1, 0.93, 0.36; 1, 0.36 (the last chunk repeats)."
         ) from None
+
+
+def same_levels(left: Levels, right: Levels) -> bool:
+    """Whether the noise levels of two schedules agree to the 1000-entry timestep table; the last chunk repeats."""
+    for chunk in range(max(len(left), len(right))):
+        a, b = left[min(chunk, len(left) - 1)], right[min(chunk, len(right) - 1)]
+        if len(a) != len(b) or any(abs(x - y) > TABLE_STEP for x, y in zip(a, b, strict=True)):
+            return False
+    return True
+
+
+def levels_text(levels: Levels) -> str:
+    """Noise levels as `parse_sigmas` reads them, to three digits: "1, 0.933, 0.357; 1, 0.357"."""
+    return "; ".join(", ".join(f"{sigma:.3g}" for sigma in row) for row in levels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.schedule import DiagonalSchedule, parse_sigmas, shift_sigma, unshift_sigma
+from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, parse_sigmas, shift_sigma, unshift_sigma
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites, train_demo, train_flow
 from distillation.common import autocast, generator_at, git_commit
@@ -74,8 +74,8 @@ class LevelsRecipe:
     """Options of the training; `updates` decides the length of the cosine."""
 
     seed: int = 7
-    updates: int = 288
-    sigmas: str = "1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357"  # the levels to move to, a chunk each
+    updates: int = 416
+    sigmas: str = ""  # the levels to move to, chunks split by semicolons; empty: those of the preset DEMO_PRESET
     length: int = 81  # pixel frames of a rollout
     going_on_chunks: int = 3  # of a rollout behind given frames
     pool: int = 48  # captions rolled out together
@@ -88,11 +88,16 @@ class LevelsRecipe:
     mean_weight: float = 8.0  # of the error of a frame's mean, in which a ground that is a little off shows
     learning_rate: float = 1.5e-4
     warmup: int = 10
-    ema_decay: float = 0.97
+    ema_decay: float = 0.985
     save_every: int = 32
 
     def __post_init__(self) -> None:
         require_whole_pools(self.save_every, self.pool_updates)
+
+    @property
+    def levels(self) -> tuple[tuple[float, ...], ...]:
+        """Noise levels to move to, a chunk each; the last repeats."""
+        return parse_sigmas(self.sigmas) if self.sigmas else DiagonalSchedule.preset(DEMO_PRESET).sigmas
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def train_levels(
     before = train_demo.load_dit(file).to(device)
     dit = train_demo.load_dit(file).to(device).train().requires_grad_(True)
     found = train_demo.trained_for(file)
-    trained = replace(found, schedule=replace(found.schedule, sigmas=parse_sigmas(recipe.sigmas)))
+    trained = replace(found, schedule=replace(found.schedule, sigmas=recipe.levels))
     networks = Networks(student=dit, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
     size = trained.settings.frames_per_chunk
     openings = Sampling(trained, latent_frames(recipe.length) // size, device)
@@ -400,11 +405,11 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "") -> Pat
     with safe_open(student, framework="pt") as before:
         header = dict(before.metadata() or {})
     done = (
-        f"distillation.train_levels, sigmas {recipe.sigmas}, seed {recipe.seed}, {saved['update']} updates of "
-        f"{recipe.batch} windows, EMA {recipe.ema_decay}"
+        f"distillation.train_levels, sigmas {recipe.sigmas or DEMO_PRESET}, seed {recipe.seed}, "
+        f"{saved['update']} updates of {recipe.batch} windows, EMA {recipe.ema_decay}"
     )
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
-    header["sigmas"] = json.dumps(parse_sigmas(recipe.sigmas))
+    header["sigmas"] = json.dumps(recipe.levels)
     header["git_commit"] = git_commit()
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, {name: value.half().cpu() for name, value in saved["ema"].items()}, header)
@@ -425,7 +430,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     group = parser.add_argument_group("fields of the recipe")
-    group.add_argument("--sigmas", help="levels to move to, chunks split by semicolons; as many a chunk as before")
+    levels = f"levels to move to, chunks split by semicolons, as many a chunk as before; default: {DEMO_PRESET}"
+    group.add_argument("--sigmas", help=levels)
     for name in (*FIELDS, *REAL_FIELDS):
         kind = int if name in FIELDS else float
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")

@@ -14,7 +14,14 @@ from safetensors import safe_open
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.sampler import count_forwards
-from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA, DEFAULT_PRESET, PRESETS, DiagonalSchedule, parse_steps
+from diagonal_sampler.schedule import (
+    DEFAULT_CONTEXT_SIGMA,
+    DEFAULT_PRESET,
+    DEMO_PRESET,
+    PRESETS,
+    DiagonalSchedule,
+    parse_steps,
+)
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from distillation import train_demo
 from distillation.recipes import ATTENTIONS
@@ -37,6 +44,7 @@ class Row:
         attention: "causal", or "bidirectional": the whole clip is one chunk.
         reference: the row it is compared with, or empty.
         training: flags of distillation.train that make it; None for the shared initialisation.
+        moved: made by distillation.train_levels instead, with these flags.
         budget: flags of its own budget of updates; empty: the one that all rows share.
         start: weights in the folder of runs that its training begins with.
         paper: what the paper says about it.
@@ -54,6 +62,7 @@ class Row:
     attention: str = "causal"
     reference: str = ""
     training: str | None = None
+    moved: bool = False
     budget: str = ""
     start: str = INITIAL
     paper: str = ""
@@ -112,7 +121,7 @@ STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
-SHIPPED = "shipped"
+GIVEN, LEVELS_512, SHIPPED = "given-280", "levels-512", "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
@@ -160,6 +169,20 @@ def _trained(
         budget=budget,
         start=start,
         paper=paper,
+    )
+
+
+def _moved(name: str, text: str, flags: str, *, checkpoint: str = "", start: str) -> Row:
+    """A row that distillation.train_levels made, with its flags."""
+    return Row(
+        name=name,
+        text=text,
+        checkpoint=checkpoint or f"{name}.safetensors",
+        schedule=DiagonalSchedule.preset(DEMO_PRESET),
+        reference=CAUSAL,
+        training=flags,
+        moved=True,
+        start=start,
     )
 
 
@@ -298,14 +321,26 @@ ROWS: tuple[Row, ...] = (
         start=f"{LOW_GUIDANCE_220}.safetensors",
     ),
     _trained(
-        SHIPPED,
-        f"the shipped student: {LOW_GUIDANCE_340}, 280 updates more, half of them from finished chunks",
+        GIVEN,
+        f"{LOW_GUIDANCE_340}, 280 updates more, half of them from finished chunks",
         motion_weight=3,
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "63", "--opening-share", "0.99", *FROM_FINISHED),
-        checkpoint=STUDENT_FILE,
         reference=CAUSAL,
         budget="--updates 80 --warmup 5 --cooldown 40",
         start="given-200.safetensors",
+    ),
+    _moved(
+        SHIPPED,
+        f"the shipped student: {GIVEN}, moved to noise levels 1, 0.8, 0.6, 0.36 by regression in its own rollouts",
+        "--updates 416",
+        checkpoint=STUDENT_FILE,
+        start=f"{GIVEN}.safetensors",
+    ),
+    _moved(
+        LEVELS_512,
+        "the shipped student, 96 updates more",
+        "--updates 96 --seed 8 --learning-rate 1e-4 --going-on-share 0.57",
+        start=STUDENT_FILE,
     ),
 )
 CONTROLS: tuple[Control, ...] = (
@@ -349,13 +384,16 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     """
     if row.training is None:
         raise ValueError(f"row is {row.name!r}, the shared initialisation; it is made by distillation.train_demo.")
-    run = shlex.quote(os.fspath(runs / row.name))
+    run, start, target = (shlex.quote(os.fspath(runs / name)) for name in (row.name, row.start, row.checkpoint))
+    if row.moved:
+        command = f"python -m distillation.train_levels --start demo --student {start} --out {run}"
+        return f"{command} {row.training} && \\\n{command} --export {target}"
     shared = "" if updates is None else f" --updates {updates}"
     budget = f" {row.budget}" if row.budget else shared
     return (
         f"python -m distillation.train --recipe demo --out {run} --teacher {shlex.quote(os.fspath(teacher))} "
-        f"--student {shlex.quote(os.fspath(runs / row.start))} {row.training}{budget} && \\\n"
-        f"python -m distillation.export --run {run} --to {shlex.quote(os.fspath(runs / row.checkpoint))}"
+        f"--student {start} {row.training}{budget} && \\\n"
+        f"python -m distillation.export --run {run} --to {target}"
     )
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.noise import INITIAL_STEP, SeededNoise
+from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.sampler import sample_chunks
-from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 
 DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
@@ -666,3 +667,22 @@ def test_wrappers_and_patches_of_other_packs_apply(tiny_wan, causal, prompt, sam
     overridden.model_options["transformer_options"]["optimized_attention_override"] = attention
     assert torch.equal(sample_latent(overridden, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"], plain)
     assert max(seen) == 9 * 4, "self-attention reads every cached latent frame"
+
+
+def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, causal, prompt, sample_latent, caplog):
+    model = causal(tiny_wan)
+    own = DiagonalSchedule.preset(DEMO_PRESET)
+    model.set_attachments("diagonal_provenance", Provenance(steps_per_chunk=(4, 3, 2), sigmas=own.sigmas))
+    latent = {"samples": torch.ones(1, 16, 6, 4, 6)}
+    sentence = (
+        "sigmas are 1, 0.933, 0.733, 0.357; 1, 0.933, 0.357; 1, 0.357, but the file was trained with "
+        "1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357 (preset 'demo 4-3-2')"
+    )
+    sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7)
+    assert [record.getMessage() for record in caplog.records if "sigmas" in record.getMessage()] == [sentence]
+    caplog.clear()
+    sample_latent(model, prompt(), [], latent, own, seed=7)
+    sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7, denoise=0.9)
+    sample_latent(model, prompt(), [], latent, UNIFORM, seed=7)  # other steps: that is what it says
+    told = [record.getMessage() for record in caplog.records]
+    assert not any("sigmas" in line for line in told) and any("steps_per_chunk is set to" in line for line in told)

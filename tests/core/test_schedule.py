@@ -8,6 +8,7 @@ import pytest
 from diagonal_sampler.schedule import (
     CONTEXT_MODES,
     DEFAULT_PRESET,
+    DEMO_PRESET,
     MAX_STEPS,
     PRESETS,
     DiagonalSchedule,
@@ -39,7 +40,7 @@ def flat(rows) -> list[float]:
 
 
 def test_every_preset_is_checked():
-    assert set(PUBLISHED) | {"undistilled"} == set(PRESETS)
+    assert set(PUBLISHED) | {"undistilled", DEMO_PRESET} == set(PRESETS)
     assert DEFAULT_PRESET == "diagonal 4-3-2"
 
 
@@ -77,6 +78,13 @@ def test_more_steps_than_the_list_pass_through_its_entries():
     times = PRESETS["diagonal 4-3-2"].times
     assert select_times(times, 7)[::2] == times
     assert select_times(times, 4) == times
+
+
+def test_the_demos_preset_has_its_students_levels():
+    schedule = DiagonalSchedule.preset(DEMO_PRESET)
+    levels = [1, 0.8, 0.6, 0.357142857], [1, 0.8, 0.357142857], [1, 0.357142857]
+    assert [list(row) for row in schedule.sigmas] == [pytest.approx(row) for row in levels]
+    assert schedule.context_mode == "noisy" and schedule.nfe(7) == 17
 
 
 def test_shift_of_known_values():

@@ -30,6 +30,7 @@ from distillation.evidence.rows import (
     CONTEXT_SIGMAS,
     CONTROLS,
     FULL,
+    GIVEN,
     INITIAL,
     LONG_SELF_FORCING,
     LOW_GUIDANCE_340,
@@ -54,6 +55,7 @@ from distillation.evidence.rows import (
 from distillation.evidence.statistics import ClipFeatures, bootstrap
 from distillation.recipes import parse_field
 from distillation.rollout import BatchNoise, stream
+from distillation.train_levels import LevelsRecipe
 
 CPU = torch.device("cpu")
 SMALL = Options(captions=3, seeds=(0,), length=33, long=0)
@@ -225,6 +227,7 @@ def test_a_rollout_that_fades_into_another_colour_drifts() -> None:
 def test_every_trained_row_is_what_its_flags_train() -> None:
     names = {field: field.replace("_", "-") for field in recipes.Recipe.__dataclass_fields__}
     fields = {flag: field for field, flag in names.items()}
+    fields_of_levels = {f"--{field.replace('_', '-')}": field for field in LevelsRecipe.__dataclass_fields__}
     commands = (Path(evaluate.__file__).parents[1] / "demo" / "README.md").read_text(encoding="utf-8")
     for row in ROWS:
         if row.training is None:
@@ -234,6 +237,17 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
         train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
         flags = dict(zip(train[3::2], train[4::2], strict=True))
+        if row.moved:
+            assert train[2] == export[2] == "distillation.train_levels"
+            assert flags.pop("--start") == "demo" and flags.pop("--student") == f"runs/e/{row.start}"
+            assert row.start in [other.checkpoint for other in ROWS] and export[-2:] == [
+                "--export",
+                f"runs/e/{row.checkpoint}",
+            ]
+            assert flags.pop("--out") == export[export.index("--out") + 1]
+            recipe = LevelsRecipe(**{fields_of_levels[flag]: json.loads(value) for flag, value in flags.items()})
+            assert (recipe.levels, row.settings) == (row.schedule.sigmas, CausalSettings())
+            continue
         own = shlex.split(row.budget)
         assert flags.pop("--recipe") == "demo" and flags["--updates"] == (own[1] if own else "7")
         run = flags.pop("--out")
@@ -243,7 +257,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3, SHIPPED: 3} | MOTION_WEIGHTS
+        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3, GIVEN: 3} | MOTION_WEIGHTS
         assert recipe.motion_weight == weights.get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
     trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
