@@ -633,7 +633,9 @@ def test_weights_of_another_training_are_refused(tmp_path) -> None:
 def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     assert evaluate.main(["--commands", "--runs", str(tmp_path), "--demo", str(tmp_path), "--updates", "30"]) == 0
     printed = capsys.readouterr().out
-    trained = sum(row.training is not None for row in ROWS)
+    trained = sum(row.training is not None and not row.moved for row in ROWS)
+    moved = sum(row.moved for row in ROWS)
+    assert printed.count("distillation.train_levels ") == 2 * moved == 2 * printed.count(" --export ") > 0
     assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
     assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in ROWS)
     assert printed.count("--updates 380 --cooldown 80") == 2

@@ -21,7 +21,16 @@ from distillation.train_levels import LevelsRecipe, Networks
 CPU = torch.device("cpu")
 STUDENT = DEMO / train_flow.FILES["student"]
 TINY = LevelsRecipe(
-    updates=2, pool=4, pool_updates=1, batch=3, length=33, going_on_chunks=2, teacher_steps=2, warmup=1, save_every=1
+    sigmas="1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3",
+    updates=2,
+    pool=4,
+    pool_updates=1,
+    batch=3,
+    length=33,
+    going_on_chunks=2,
+    teacher_steps=2,
+    warmup=1,
+    save_every=1,
 )
 
 
@@ -35,7 +44,7 @@ def networks() -> Networks:
 @pytest.fixture(scope="module")
 def trained() -> train_demo.TrainedFor:
     found = train_demo.trained_for(STUDENT)
-    return replace(found, schedule=replace(found.schedule, sigmas=parse_sigmas(TINY.sigmas)))
+    return replace(found, schedule=replace(found.schedule, sigmas=TINY.levels))
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +211,10 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     assert (
-        "distillation.train_levels, sigmas 1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357, seed 7, 2 updates"
-        in header["recipe"]
+        "distillation.train_levels, sigmas 1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3, seed 7, 2 updates" in header["recipe"]
     )
     assert header["recipe"].endswith(". note")
-    assert train_demo.trained_for(file).schedule.sigmas == parse_sigmas(TINY.sigmas)
+    assert train_demo.trained_for(file).schedule.sigmas == TINY.levels == parse_sigmas(TINY.sigmas)
     assert train_demo.trained_for(file).settings == train_demo.trained_for(STUDENT).settings
 
 
