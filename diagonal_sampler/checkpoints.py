@@ -66,7 +66,6 @@ COMPANIONS = ("vae", "first_stage_model", "text_encoders", "cond_stage_model", "
 WAN22_5B_CHANNELS = 48
 
 CONFIG_KEY = "config"
-"""Published sigmas are entries of a table of 1000 timesteps."""
 
 _SIGNATURE = (
     "patch_embedding.weight",

@@ -16,7 +16,8 @@ DEFAULT_CONTEXT_SIGMA = 0.357142857
 GIVEN_CONTEXT_SIGMA = 0.1
 """The most noise that frames from outside enter the cache with in a pass of their own."""
 MAX_STEPS = 1000
-TABLE_STEP = 1 / MAX_STEPS  # of Wan's table of timesteps
+TABLE_STEP = 1 / MAX_STEPS
+"""Of Wan's table of timesteps: published sigmas are entries of it."""
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
 UNINFORMATIVE_SIGMA = 0.9
 

@@ -45,7 +45,7 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, parse_sigmas, shift_sigma, unshift_sigma
+from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, Levels, parse_sigmas, shift_sigma, unshift_sigma
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites, train_demo, train_flow
 from distillation.common import autocast, generator_at, git_commit
@@ -95,7 +95,7 @@ class LevelsRecipe:
         require_whole_pools(self.save_every, self.pool_updates)
 
     @property
-    def levels(self) -> tuple[tuple[float, ...], ...]:
+    def levels(self) -> Levels:
         """Noise levels to move to, a chunk each; the last repeats."""
         return parse_sigmas(self.sigmas) if self.sigmas else DiagonalSchedule.preset(DEMO_PRESET).sigmas
 
