@@ -240,10 +240,8 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         if row.moved:
             assert train[2] == export[2] == "distillation.train_levels"
             assert flags.pop("--start") == "demo" and flags.pop("--student") == f"runs/e/{row.start}"
-            assert row.start in [other.checkpoint for other in ROWS] and export[-2:] == [
-                "--export",
-                f"runs/e/{row.checkpoint}",
-            ]
+            assert row.start in [other.checkpoint for other in ROWS]
+            assert export[-2:] == ["--export", f"runs/e/{row.checkpoint}"]
             assert flags.pop("--out") == export[export.index("--out") + 1]
             recipe = LevelsRecipe(**{fields_of_levels[flag]: json.loads(value) for flag, value in flags.items()})
             assert (recipe.levels, row.settings) == (row.schedule.sigmas, CausalSettings())
