@@ -13,22 +13,32 @@ and at every input that its sampler met there it is told what to answer:
 - elsewhere what the student in START says to the same input, its ground painted as the first chunk's: of the first
   chunk at pure noise as one of the world's, and behind frames that are given as theirs.
 
+With `--copies removed` there is one of each sprite in what a first chunk is to be: the teacher's paths end in two
+copies as often as the student's forwards do (distillation.copies). With `--ends student` the student in START finishes
+a first chunk instead of the teacher: a tenth of the time. `--first-pool` and `--first-batch` add windows of first
+chunks alone.
+
 Which of the world's grounds it is, the noise decides, as it did before: the darkest quarter of all noise gets the
-darkest level. (Ranked by the grounds that the student makes, captions come to decide it: what they add a little of
-confirms itself. Ranked among the clips that are rolled out together, the same noise gets another level beside others.)
+darkest level. Below pure noise it is the level that is nearest to what the student said there. (Ranked by the grounds
+that the student makes, captions come to decide it: what they add a little of confirms itself. Ranked among the clips
+that are rolled out together, the same noise gets another level beside others.)
 All chunks of a window are seen in one causal forward, as in distillation.train_follow.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -45,10 +55,19 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, Levels, parse_sigmas, shift_sigma, unshift_sigma
+from diagonal_sampler.schedule import (
+    DEMO_PRESET,
+    DiagonalSchedule,
+    Levels,
+    levels_text,
+    parse_sigmas,
+    shift_sigma,
+    unshift_sigma,
+)
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites, train_demo, train_flow
 from distillation.common import autocast, generator_at, git_commit
+from distillation.copies import remove_copies
 from distillation.losses import guided
 from distillation.rollout import predict_x0
 from distillation.samples import encode_frames
@@ -67,6 +86,9 @@ log = logging.getLogger("train_levels")
 
 CHECKPOINT = "levels.pt"
 _POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
+_FIRST_ROWS = 1_000_000  # captions of first chunks alone are numbered from here
+Ends = Literal["teacher", "student"]
+Copies = Literal["kept", "removed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +104,11 @@ class LevelsRecipe:
     pool_updates: int = 16  # updates that use them
     batch: int = 28  # windows an update
     first_share: float = 0.45  # of windows, which ask for the first chunk
+    first_pool: int = 0  # captions beside `pool` of which only the first chunk is rolled out
+    first_batch: int = 0  # windows of those an update, beside `batch`
     going_on_share: float = 0.5  # of windows, which go on from given frames
+    ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START
+    copies: Copies = "kept"  # of a sprite, in what a first chunk is to be
     teacher_steps: int = 8  # Euler steps of the teacher's path from where the student stands
     teacher_cfg: float = 5.0
     mean_weight: float = 8.0  # of the error of a frame's mean, in which a ground that is a little off shows
@@ -93,6 +119,10 @@ class LevelsRecipe:
 
     def __post_init__(self) -> None:
         require_whole_pools(self.save_every, self.pool_updates)
+        if bool(self.first_pool) != bool(self.first_batch):
+            raise ValueError(
+                f"first_pool is {self.first_pool} and first_batch {self.first_batch}; give both, or neither."
+            )
 
     @property
     def levels(self) -> Levels:
@@ -167,6 +197,12 @@ def world_levels(light: Tensor) -> Tensor:
     return levels[(torch.special.ndtr(light) * len(levels)).long().clamp(max=len(levels) - 1)]
 
 
+def nearest_level(ground: Tensor) -> Tensor:
+    """The world's ground that is nearest to each of `ground`, [B] in 0..255."""
+    levels = torch.tensor(sprites.BACKGROUND_LEVELS, dtype=ground.dtype, device=ground.device)
+    return levels[(ground[:, None] - levels).abs().argmin(dim=1)]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What the sampler meets, and what is to be answered
 
@@ -219,34 +255,68 @@ def teacher_end(
 
 
 @torch.no_grad()
+def student_end(
+    networks: Networks, x0: Tensor, later: Sequence[float], text: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Where the student in START ends from an answer to a first chunk's input; x0, the shape of `x0`.
+
+    Args:
+        x0: [B, C, size, H, W].
+        later: noise levels of the forwards that follow.
+    """
+    for sigma in later:
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        x0 = predict_x0(networks.before, (1 - sigma) * x0 + sigma * noise, sigma, text, PRECISION)
+    return x0
+
+
+def _as_it_is(x0: Tensor) -> Tensor:
+    return x0
+
+
+@torch.no_grad()
 def opening_states(
-    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int
+    recipe: LevelsRecipe,
+    networks: Networks,
+    trained: train_demo.TrainedFor,
+    rows: range,
+    chunks: int,
+    generator: torch.Generator,
 ) -> tuple[States, Tensor]:
     """Clips from pure noise: what the student is asked and is to answer; and the clips that it made.
 
-    Depends on (seed, pool) and the student's weights.
+    Depends on the recipe's seed, the rows, the generator and the student's weights.
+
+    Args:
+        rows: numbers of the captions.
+        chunks: of each clip.
 
     Returns:
         The states, and the clips [B, C, T, H, W].
     """
     schedule, size, device = trained.schedule, trained.settings.frames_per_chunk, networks.device
-    generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 0, device=device)
-    rows = range(pool * recipe.pool, (pool + 1) * recipe.pool)
     specs = [sprites.sample_specs(train_flow.numpy_generator(recipe.seed, row)) for row in rows]
     ids = tokenize_captions([caption_of(each) for each in specs]).to(device)
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
-    chunks = latent_frames(recipe.length) // size
     inputs, found = roll_out(networks.student, text, noise, trained, chunks)
     _, wanted = roll_out(networks.before, text, noise, trained, chunks, asked=inputs)
     clips = finished(found, schedule)
     ground = ground_of(networks.autoencoder, clips[:, :, :size])
-    for step, sigma in enumerate(schedule.chunk_sigmas(0)):
-        if step:
-            wanted[:, 0, step] = teacher_end(networks, inputs[:, 0, step], sigma, text, recipe, schedule.shift)
-    for chunk in range(chunks):
-        level = ground if chunk else world_levels(lightness(networks.autoencoder, inputs[:, 0, 0]))
+    single = partial(remove_copies, networks.autoencoder, captions=specs) if recipe.copies == "removed" else _as_it_is
+    sigmas = schedule.chunk_sigmas(0)
+    level = world_levels(lightness(networks.autoencoder, inputs[:, 0, 0]))
+    for step, sigma in enumerate(sigmas):
+        answer = single(wanted[:, 0, step])
+        if step and recipe.ends == "student":
+            answer = single(student_end(networks, answer, sigmas[step + 1 :], text, generator))
+        elif step:
+            answer = single(teacher_end(networks, inputs[:, 0, step], sigma, text, recipe, schedule.shift))
+        wanted[:, 0, step] = paint_ground(networks.autoencoder, answer, level)
+        if not step:
+            level = nearest_level(ground_of(networks.autoencoder, found[:, 0, 0]))  # what it said itself
+    for chunk in range(1, chunks):
         for step in range(schedule.steps(chunk)):
-            wanted[:, chunk, step] = paint_ground(networks.autoencoder, wanted[:, chunk, step], level)
+            wanted[:, chunk, step] = paint_ground(networks.autoencoder, wanted[:, chunk, step], ground)
     return _states(inputs, wanted, ids), clips
 
 
@@ -283,6 +353,22 @@ def going_on_states(
     return _states(inputs, wanted, ids)
 
 
+def fresh_pools(
+    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int, chunks: int
+) -> list[States]:
+    """Clips from pure noise, clips behind given frames, and first chunks alone if the recipe asks for them."""
+    device = networks.device
+    rows = range(pool * recipe.pool, (pool + 1) * recipe.pool)
+    generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 0, device=device)
+    opening, clips = opening_states(recipe, networks, trained, rows, chunks, generator)
+    pools = [opening, going_on_states(recipe, networks, trained, pool, clips, opening.ids)]
+    if recipe.first_pool:
+        rows = range(_FIRST_ROWS + pool * recipe.first_pool, _FIRST_ROWS + (pool + 1) * recipe.first_pool)
+        generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 2, device=device)
+        pools.append(opening_states(recipe, networks, trained, rows, 1, generator)[0])
+    return pools
+
+
 def behind_given(trained: train_demo.TrainedFor) -> train_demo.TrainedFor:
     """How clips behind a given chunk are sampled, with that as a first chunk of one step."""
     schedule = trained.schedule
@@ -312,6 +398,8 @@ def train_levels(
     device: torch.device,
     *,
     student: Path | None = None,
+    mean_with: Path | None = None,
+    mean_share: float = 0.5,
     stop: int | None = None,
 ) -> Path:
     """Trains a student, or resumes, until `stop` updates (default: all); the checkpoint's path.
@@ -319,6 +407,8 @@ def train_levels(
     Args:
         start: folder of finished models.
         student: weights to begin with instead of the folder's.
+        mean_with: other weights; the run begins with the mean of both. No updates: that is what it makes.
+        mean_share: weight of the student in that mean, 0 to 1.
 
     Raises:
         ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, or a loss
@@ -329,12 +419,18 @@ def train_levels(
     file = student or start / train_flow.FILES["student"]
     teacher, encoder, autoencoder = (model.to(device) for model in train_demo.load_models(start))
     before = train_demo.load_dit(file).to(device)
-    dit = train_demo.load_dit(file).to(device).train().requires_grad_(True)
+    if mean_with is not None:
+        other = train_demo.load_dit(mean_with).to(device).state_dict()
+        before.load_state_dict(
+            {name: torch.lerp(other[name], own, mean_share) for name, own in before.state_dict().items()}
+        )
+    dit = copy.deepcopy(before).train().requires_grad_(True)
     found = train_demo.trained_for(file)
     trained = replace(found, schedule=replace(found.schedule, sigmas=recipe.levels))
     networks = Networks(student=dit, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
     size = trained.settings.frames_per_chunk
-    openings = Sampling(trained, latent_frames(recipe.length) // size, device)
+    chunks = latent_frames(recipe.length) // size
+    openings, firsts = Sampling(trained, chunks, device), Sampling(trained, 1, device)
     extensions = Sampling(behind_given(trained), 1 + recipe.going_on_chunks, device)
     optimizer = train_demo.make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
     ema = train_demo.Ema(dit, recipe.ema_decay)
@@ -352,23 +448,23 @@ def train_levels(
         train_demo.save_checkpoint(path, {**state, "recipe": asdict(recipe)})
 
     pace = train_flow.Pace(recipe.updates, recipe.warmup)
-    losses = train_flow.Losses("opening", "going_on")
-    opening: States | None = None
-    behind: States | None = None
+    names = ("opening", "going_on", *(("first",) if recipe.first_batch else ()))
+    losses = train_flow.Losses(*names)
+    pools: list[States] = []
     going_on = round(recipe.going_on_share * recipe.batch)
     for update in range(first, last):
-        if opening is None or behind is None or update % recipe.pool_updates == 0:
+        if not pools or update % recipe.pool_updates == 0:
             dit.eval()
-            pool = update // recipe.pool_updates
-            opening, clips = opening_states(recipe, networks, trained, pool)
-            behind = going_on_states(recipe, networks, trained, pool, clips, opening.ids)
+            pools = fresh_pools(recipe, networks, trained, update // recipe.pool_updates, chunks)
             dit.train()
+        opening, behind, *alone = pools
         pace.set_rates([(optimizer, recipe.learning_rate)], update, pace.done(update))
         generator = generator_at(recipe.seed, _BATCH_DRAWS, update, device=device)
-        parts = (
+        parts = [
             openings.draw(opening, recipe.batch - going_on, generator, often_share=recipe.first_share),
             extensions.draw(behind, going_on, generator, often=1, often_share=recipe.first_share),
-        )
+            *(firsts.draw(states, recipe.first_batch, generator) for states in alone),
+        ]
         means = []
         for windows in parts:
             with torch.no_grad():
@@ -376,13 +472,13 @@ def train_levels(
             with autocast(device):
                 error = window_error(dit, text, windows, size, mean_weight=recipe.mean_weight)
             mean = error.sum() / windows.weight.sum().clamp(min=1)
-            (mean * len(windows.ids) / recipe.batch).backward()
+            (mean * len(windows.ids) / (recipe.batch + recipe.first_batch)).backward()
             means.append(mean)
         nn.utils.clip_grad_norm_(dit.parameters(), train_demo.GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(dit, update)
-        losses.add(opening=means[0], going_on=means[1])
+        losses.add(**dict(zip(names, means, strict=True)))
         if (update + 1) % recipe.save_every == 0:
             text_of = losses.read(update)
             save(update + 1)
@@ -392,8 +488,13 @@ def train_levels(
     return path
 
 
-def export_levels(run: Path, student: Path, target: Path, note: str = "") -> Path:
+def export_levels(
+    run: Path, student: Path, target: Path, note: str = "", mean_with: Path | None = None, mean_share: float = 0.5
+) -> Path:
     """Writes the averaged weights of a run, with the header of the student that it began with and the new noise levels.
+
+    Args:
+        mean_with, mean_share: as given to `train_levels`.
 
     Raises:
         ValueError: no run in the folder.
@@ -404,9 +505,12 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "") -> Pat
     recipe = LevelsRecipe(**saved["recipe"])
     with safe_open(student, framework="pt") as before:
         header = dict(before.metadata() or {})
+    windows = recipe.batch + recipe.first_batch
+    mean = "" if mean_with is None else f"begun with {mean_share:g} of these weights and else {mean_with.stem}'s, "
     done = (
-        f"distillation.train_levels, sigmas {recipe.sigmas or DEMO_PRESET}, seed {recipe.seed}, "
-        f"{saved['update']} updates of {recipe.batch} windows, EMA {recipe.ema_decay}"
+        f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {recipe.ends}'s ends, "
+        f"copies {recipe.copies}, seed {recipe.seed}, {saved['update']} updates of {windows} windows, "
+        f"EMA {recipe.ema_decay}"
     )
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
     header["sigmas"] = json.dumps(recipe.levels)
@@ -417,7 +521,10 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "") -> Pat
     return target
 
 
-FIELDS = ("seed", "updates", "pool", "pool_updates", "batch", "warmup", "save_every", "teacher_steps")
+FIELDS = (
+    *("seed", "updates", "pool", "pool_updates", "batch", "first_pool", "first_batch"),
+    *("warmup", "save_every", "teacher_steps"),
+)
 REAL_FIELDS = ("first_share", "going_on_share", "teacher_cfg", "mean_weight", "learning_rate", "ema_decay")
 
 
@@ -425,6 +532,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
     parser.add_argument("--student", type=Path, metavar="FILE", help="weights to begin with; default: START's student")
+    parser.add_argument("--mean-with", type=Path, metavar="FILE", help="begin with the mean of the student and these")
+    parser.add_argument("--mean-share", type=float, default=0.5, help="weight of the student in that mean")
     parser.add_argument("--out", type=Path, default=Path("runs/levels"))
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
@@ -432,6 +541,8 @@ def main(arguments: list[str] | None = None) -> None:
     group = parser.add_argument_group("fields of the recipe")
     levels = f"levels to move to, chunks split by semicolons, as many a chunk as before; default: {DEMO_PRESET}"
     group.add_argument("--sigmas", help=levels)
+    group.add_argument("--ends", choices=get_args(Ends), help="who finishes a first chunk; student: the one in START")
+    group.add_argument("--copies", choices=get_args(Copies), help="of a sprite, in what a first chunk is to be")
     for name in (*FIELDS, *REAL_FIELDS):
         kind = int if name in FIELDS else float
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")
@@ -439,10 +550,10 @@ def main(arguments: list[str] | None = None) -> None:
     device = train_flow.begin(options)
     if options.export:
         student = options.student or options.start / train_flow.FILES["student"]
-        export_levels(options.out, student, options.export, options.note)
+        export_levels(options.out, student, options.export, options.note, options.mean_with, options.mean_share)
         return
-    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", *FIELDS, *REAL_FIELDS)))
-    train_levels(recipe, options.start, options.out, device, student=options.student)
+    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", "ends", "copies", *FIELDS, *REAL_FIELDS)))
+    train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
-from distillation import score, sprites, train_demo, train_flow, train_follow, train_levels
+from distillation import copies, score, sprites, train_demo, train_flow, train_follow, train_levels
 from distillation.common import autocast, generator_at
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
@@ -32,6 +32,7 @@ TINY = LevelsRecipe(
     warmup=1,
     save_every=1,
 )
+OWN_ENDS = replace(TINY, ends="student", copies="removed", first_pool=5, first_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,19 @@ def trained() -> train_demo.TrainedFor:
 
 @pytest.fixture(scope="module")
 def opening(networks, trained):
-    return train_levels.opening_states(TINY, networks, trained, 0)
+    return make_opening(TINY, networks, trained)
+
+
+def make_opening(recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor):
+    chunks = latent_frames(recipe.length) // trained.settings.frames_per_chunk
+    generator = generator_at(recipe.seed, 3)
+    return train_levels.opening_states(recipe, networks, trained, range(recipe.pool), chunks, generator)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train_levels.train_levels(TINY, DEMO, folder, CPU)
+    train_levels.train_levels(OWN_ENDS, DEMO, folder, CPU)
     return folder
 
 
@@ -96,6 +103,11 @@ def test_noise_gets_each_of_the_worlds_grounds_as_often_and_the_same_whatever_is
     assert levels[light.argsort()].diff().min() >= 0
     torch.testing.assert_close(train_levels.world_levels(light[:3]), levels[:3])
     assert train_levels.world_levels(torch.tensor([-40.0, 40.0])).tolist() == [0, 84]
+
+
+def test_a_ground_is_rounded_to_the_worlds_nearest():
+    rounded = train_levels.nearest_level(torch.tensor([-3.0, 13, 15, 43, 57, 200]))
+    assert rounded.tolist() == [0, 0, 28, 56, 56, 84]
 
 
 def test_a_lighter_picture_is_lighter(networks):
@@ -162,10 +174,9 @@ def test_openings_are_told_the_worlds_grounds_and_later_chunks_the_first_ones(ne
     size = trained.settings.frames_per_chunk
     assert states.wanted.shape[:3] == (4, latent_frames(TINY.length) // size, 4)
     ground = train_levels.ground_of(networks.autoencoder, clips[:, :, :size])
-    for step in range(4):
-        told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, step])
-        light = train_levels.lightness(networks.autoencoder, states.inputs[:, 0, 0])
-        torch.testing.assert_close(told, train_levels.world_levels(light), atol=8, rtol=0)
+    told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, 0])
+    light = train_levels.lightness(networks.autoencoder, states.inputs[:, 0, 0])
+    torch.testing.assert_close(told, train_levels.world_levels(light), atol=8, rtol=0)
     later = train_levels.ground_of(networks.autoencoder, states.wanted[:, 1, 2])
     torch.testing.assert_close(later, ground, atol=8, rtol=0)
 
@@ -192,15 +203,67 @@ def test_the_teachers_path_ends_in_a_finished_picture(networks, trained, opening
     assert float(noise_left) < 0.1 * float((inputs - end).square().mean())
 
 
+@pytest.mark.parametrize("ends", ["teacher", "student"])
+def test_without_copies_there_is_one_of_each(networks, trained, ends):
+    """The states are those of the other recipe; of what is to be answered only the first chunk differs."""
+    recipe = replace(TINY, ends=ends, teacher_steps=6)
+    kept, _ = make_opening(recipe, networks, trained)
+    removed, _ = make_opening(replace(recipe, copies="removed"), networks, trained)
+    torch.testing.assert_close(removed.inputs, kept.inputs)
+    torch.testing.assert_close(removed.wanted[:, 1:], kept.wanted[:, 1:])
+    captions = [sprites.sample_specs(train_flow.numpy_generator(TINY.seed, row)) for row in range(TINY.pool)]
+
+    def change(told: torch.Tensor) -> float:
+        again = copies.remove_copies(networks.autoencoder, told, captions)
+        return float((again - told).square().mean() / told.square().mean())
+
+    for step in range(1, 4):  # finished pictures
+        assert change(removed.wanted[:, 0, step]) < 0.02, step
+    assert max(change(kept.wanted[:, 0, step]) for step in range(1, 4)) > 0.02
+
+
+def test_below_pure_noise_the_ground_is_the_nearest_to_the_students_own(networks, trained, opening):
+    states, _ = opening
+    text, noise = networks.encoder(states.ids), train_follow.DrawnNoise(generator_at(TINY.seed, 3), (4, 16, 8, 8))
+    _, found = train_follow.roll_out(networks.student, text, noise, trained, 1)
+    own = train_levels.nearest_level(train_levels.ground_of(networks.autoencoder, found[:, 0, 0]))
+    for step in range(1, 4):
+        told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, step])
+        torch.testing.assert_close(told, own, atol=8, rtol=0)
+
+
+def test_first_chunks_alone_are_captions_of_their_own(networks, trained):
+    opening, behind, first = train_levels.fresh_pools(OWN_ENDS, networks, trained, 0, 3)
+    assert first.inputs.shape[:3] == (5, 1, 4) and opening.inputs.shape[:3] == (4, 3, 4)
+    assert behind.inputs.shape[:3] == (4, 3, 4)
+    assert not {tuple(ids.flatten().tolist()) for ids in first.ids} & {
+        tuple(ids.flatten().tolist()) for ids in opening.ids
+    }
+    assert len(train_levels.fresh_pools(TINY, networks, trained, 0, 3)) == 2
+
+
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
-    train_levels.train_levels(TINY, DEMO, tmp_path, CPU, stop=1)
-    path = train_levels.train_levels(TINY, DEMO, tmp_path, CPU)
+    train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU, stop=1)
+    path = train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU)
     one, other = (train_demo.load_checkpoint(folder / train_levels.CHECKPOINT) for folder in (path.parent, run))
     assert one["update"] == other["update"] == 2
     for part in ("model", "ema"):
         assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
     started = train_demo.load_dit(STUDENT).state_dict()
     assert any(not torch.equal(value, started[name]) for name, value in one["model"].items())
+
+
+def test_a_run_can_begin_with_the_mean_of_two(tmp_path):
+    other = DEMO / train_demo.DIT_FILE
+    nothing = replace(TINY, updates=0)
+    train_levels.train_levels(nothing, DEMO, tmp_path, CPU, mean_with=other, mean_share=0.75)
+    began = train_demo.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["model"]
+    one, two = (train_demo.load_dit(file).state_dict() for file in (STUDENT, other))
+    for name, value in began.items():
+        torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
+    target = train_levels.export_levels(tmp_path, STUDENT, tmp_path / "mean.safetensors", "", other, 0.75)
+    with safe_open(target, framework="pt") as opened:
+        assert "begun with 0.75 of these weights and else demo_teacher's, " in opened.metadata()["recipe"]
 
 
 def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
@@ -210,9 +273,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
     )
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    assert (
-        "distillation.train_levels, sigmas 1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3, seed 7, 2 updates" in header["recipe"]
-    )
+    made = "sigmas 1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3, student's ends, copies removed, seed 7"
+    assert f"distillation.train_levels, {made}, 2 updates of 7 windows" in header["recipe"]
     assert header["recipe"].endswith(". note")
     assert train_demo.trained_for(file).schedule.sigmas == TINY.levels == parse_sigmas(TINY.sigmas)
     assert train_demo.trained_for(file).settings == train_demo.trained_for(STUDENT).settings
@@ -221,6 +283,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
 def test_bad_options_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
         LevelsRecipe(save_every=50, pool_updates=8)
+    with pytest.raises(ValueError, match="give both, or neither"):
+        LevelsRecipe(first_batch=8)
     with pytest.raises(ValueError, match="Write numbers"):
         train_levels.train_levels(replace(TINY, sigmas="none"), DEMO, tmp_path, CPU)
     with pytest.raises(ValueError, match="holds no levels.pt"):
