@@ -66,8 +66,8 @@ class Preset:
 EVEN_TIMES = None
 # The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
 _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
-# Noise levels 1, 0.8, 0.6 and 0.357: the demo's student (distillation.train_levels).
-_DEMO = (1.0, 4 / 9, 3 / 13, 0.1)
+# Noise levels 1, 0.75, 0.5 and 0.357: the demo's student (distillation.train_levels).
+_DEMO = (1.0, 3 / 8, 1 / 6, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
 PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),

@@ -47,6 +47,8 @@ class Row:
         moved: made by distillation.train_levels instead, with these flags.
         budget: flags of its own budget of updates; empty: the one that all rows share.
         start: weights in the folder of runs that its training begins with.
+        mean_with: others there; the training begins with a mean of both.
+        mean_share: weight of `start` in it.
         paper: what the paper says about it.
 
     Raises:
@@ -65,6 +67,8 @@ class Row:
     moved: bool = False
     budget: str = ""
     start: str = INITIAL
+    mean_with: str = ""
+    mean_share: float = 0.5
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -121,12 +125,18 @@ STEPS_4_2 = "steps-4-2"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
-GIVEN, LEVELS_512, SHIPPED = "given-280", "levels-512", "shipped"
+GIVEN, LEVELS_416, LEVELS_512 = "given-280", "levels-416", "levels-512"
+ONE_OF_EACH, ONE_OF_EACH_512, ONE_OF_EACH_704 = "one-of-each", "one-of-each-512", "one-of-each-704"
+SHIPPED = "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
 STUDENT_FILE = "demo_student.safetensors"
 LONG_BUDGET = "--updates 380 --cooldown 80"
+DEMO_SCHEDULE = DiagonalSchedule.preset(DEMO_PRESET)
+FIRST_MOVE = DiagonalSchedule.from_steps((4, 3, 2), times=(1.0, 4 / 9, 3 / 13, 0.1))
+"""Noise levels 1, 0.8, 0.6 and 0.357."""
+ONE_EACH = "--copies removed --pool 24 --first-batch 32 --batch 12 --first-share 0.2 --save-every 16"
 LONG_STAGE = ("--stage", "long", "--cfg", "4")
 LOW_NOISE = ("--cfg-high", "0.8")
 FROM_FINISHED = ("--given-share", "0.5")
@@ -172,17 +182,30 @@ def _trained(
     )
 
 
-def _moved(name: str, text: str, flags: str, *, checkpoint: str = "", start: str) -> Row:
+def _moved(
+    name: str,
+    text: str,
+    flags: str,
+    *,
+    schedule: DiagonalSchedule = DEMO_SCHEDULE,
+    checkpoint: str = "",
+    start: str,
+    mean_with: str = "",
+    mean_share: float = 0.5,
+) -> Row:
     """A row that distillation.train_levels made, with its flags."""
+    levels = "; ".join(", ".join(map(repr, row)) for row in schedule.sigmas)
     return Row(
         name=name,
         text=text,
         checkpoint=checkpoint or f"{name}.safetensors",
-        schedule=DiagonalSchedule.preset(DEMO_PRESET),
+        schedule=schedule,
         reference=CAUSAL,
-        training=flags,
+        training=f"{flags} --sigmas {shlex.quote(levels)}",
         moved=True,
         start=start,
+        mean_with=mean_with,
+        mean_share=mean_share,
     )
 
 
@@ -330,17 +353,47 @@ ROWS: tuple[Row, ...] = (
         start="given-200.safetensors",
     ),
     _moved(
-        SHIPPED,
-        f"the shipped student: {GIVEN}, moved to noise levels 1, 0.8, 0.6, 0.36 by regression in its own rollouts",
+        LEVELS_416,
+        f"{GIVEN}, moved to noise levels 1, 0.8, 0.6, 0.36 by regression in its own rollouts",
         "--updates 416",
-        checkpoint=STUDENT_FILE,
+        schedule=FIRST_MOVE,
         start=f"{GIVEN}.safetensors",
     ),
     _moved(
         LEVELS_512,
-        "the shipped student, 96 updates more",
+        f"{LEVELS_416}, 96 updates more",
         "--updates 96 --seed 8 --learning-rate 1e-4 --going-on-share 0.57",
-        start=STUDENT_FILE,
+        schedule=FIRST_MOVE,
+        start=f"{LEVELS_416}.safetensors",
+    ),
+    _moved(
+        ONE_OF_EACH,
+        f"{LEVELS_416}, 320 updates more, mostly of first chunks, which the student finishes with one of each sprite",
+        f"--updates 320 --seed 9 --first-pool 64 --ends student {ONE_EACH}",
+        schedule=FIRST_MOVE,
+        start=f"{LEVELS_416}.safetensors",
+    ),
+    _moved(
+        ONE_OF_EACH_512,
+        f"{ONE_OF_EACH}, 192 updates more, at noise levels 1, 0.75, 0.5, 0.36",
+        f"--updates 192 --seed 10 --first-pool 64 --ends student {ONE_EACH}",
+        start=f"{ONE_OF_EACH}.safetensors",
+    ),
+    _moved(
+        ONE_OF_EACH_704,
+        f"the mean of {ONE_OF_EACH_512} and {LEVELS_416}, 192 updates more, which the teacher finishes",
+        f"--updates 192 --seed 11 --first-pool 48 {ONE_EACH}",
+        start=f"{ONE_OF_EACH_512}.safetensors",
+        mean_with=f"{LEVELS_416}.safetensors",
+    ),
+    _moved(
+        SHIPPED,
+        f"the shipped student: two thirds of {ONE_OF_EACH_704} and one of {LEVELS_416}, at the former's noise levels",
+        "--updates 0",
+        checkpoint=STUDENT_FILE,
+        start=f"{ONE_OF_EACH_704}.safetensors",
+        mean_with=f"{LEVELS_416}.safetensors",
+        mean_share=0.667,
     ),
 )
 CONTROLS: tuple[Control, ...] = (
@@ -387,6 +440,8 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     run, start, target = (shlex.quote(os.fspath(runs / name)) for name in (row.name, row.start, row.checkpoint))
     if row.moved:
         command = f"python -m distillation.train_levels --start demo --student {start} --out {run}"
+        if row.mean_with:
+            command += f" --mean-with {shlex.quote(os.fspath(runs / row.mean_with))} --mean-share {row.mean_share:g}"
         return f"{command} {row.training} && \\\n{command} --export {target}"
     shared = "" if updates is None else f" --updates {updates}"
     budget = f" {row.budget}" if row.budget else shared

@@ -676,7 +676,7 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     latent = {"samples": torch.ones(1, 16, 6, 4, 6)}
     sentence = (
         "sigmas are 1, 0.933, 0.733, 0.357; 1, 0.933, 0.357; 1, 0.357, but the file was trained with "
-        "1, 0.8, 0.6, 0.357; 1, 0.8, 0.357; 1, 0.357 (preset 'demo 4-3-2')"
+        "1, 0.75, 0.5, 0.357; 1, 0.75, 0.357; 1, 0.357 (preset 'demo 4-3-2')"
     )
     sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7)
     assert [record.getMessage() for record in caplog.records if "sigmas" in record.getMessage()] == [sentence]

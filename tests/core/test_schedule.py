@@ -82,7 +82,7 @@ def test_more_steps_than_the_list_pass_through_its_entries():
 
 def test_the_demos_preset_has_its_students_levels():
     schedule = DiagonalSchedule.preset(DEMO_PRESET)
-    levels = [1, 0.8, 0.6, 0.357142857], [1, 0.8, 0.357142857], [1, 0.357142857]
+    levels = [1, 0.75, 0.5, 0.357142857], [1, 0.75, 0.357142857], [1, 0.357142857]
     assert [list(row) for row in schedule.sigmas] == [pytest.approx(row) for row in levels]
     assert schedule.context_mode == "noisy" and schedule.nfe(7) == 17
 
