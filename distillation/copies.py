@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from diagonal_sampler.captions import SpriteSpec
 from diagonal_sampler.demo_autoencoder import TIME_FACTOR, DemoAutoencoder
 from distillation import sprites
+from distillation.samples import add_to_frames, decode_groups
 from distillation.score import FOREGROUND_DISTANCE, SMALLEST_AREA, split_from_ground
 
 REACH = 12
@@ -34,7 +34,7 @@ def heaviest_start(alpha: Tensor, velocity: tuple[float, float], times: Tensor) 
         velocity: (x, y) pixels per frame.
         times: [T] frame numbers.
     """
-    weight = F.avg_pool2d(alpha[None], _BOX, stride=1, padding=_BOX // 2, count_include_pad=True)[0]
+    weight = F.avg_pool2d(alpha[None], _BOX, stride=1, padding=_BOX // 2)[0]
     height, width = weight.shape[1:]
     found = torch.zeros_like(weight[0])
     for frame, time in zip(weight, times.tolist(), strict=True):
@@ -47,9 +47,7 @@ def heaviest_start(alpha: Tensor, velocity: tuple[float, float], times: Tensor) 
     return x, y
 
 
-def kept_region(
-    share: Tensor, specs: Sequence[SpriteSpec], times: Tensor, reach: int = REACH
-) -> tuple[Tensor, Tensor] | None:
+def kept_region(share: Tensor, specs: Sequence[SpriteSpec], times: Tensor) -> tuple[Tensor, Tensor] | None:
     """Which pixels are the sprites that were asked for.
 
     Args:
@@ -70,8 +68,8 @@ def kept_region(
         speed = sprites.PIXELS_PER_FRAME[spec.speed]
         vx, vy = (speed * component for component in sprites.VELOCITY[spec.direction])
         x, y = heaviest_start(share[:, colour], (vx, vy), times)
-        beside_x = (x_axis - (x + vx * times)[:, None]).abs() <= reach
-        beside_y = (y_axis - (y + vy * times)[:, None]).abs() <= reach
+        beside_x = (x_axis - (x + vx * times)[:, None]).abs() <= REACH
+        beside_y = (y_axis - (y + vy * times)[:, None]).abs() <= REACH
         box = beside_y[:, :, None] & beside_x[:, None, :]
         if float((share[:, colour] * box).sum((1, 2)).min()) < SMALLEST_AREA:
             return None
@@ -81,25 +79,20 @@ def kept_region(
 
 
 @torch.no_grad()
-def remove_copies(
-    autoencoder: DemoAutoencoder, latents: Tensor, captions: Sequence[Sequence[SpriteSpec]], reach: int = REACH
-) -> Tensor:
+def remove_copies(autoencoder: DemoAutoencoder, latents: Tensor, captions: Sequence[Sequence[SpriteSpec]]) -> Tensor:
     """A clip's first chunk with one of each sprite that was asked for, and ground where anything else was.
 
-    Clips in which a sprite is missing or moves otherwise come back as they are. The encoder is linear: what the pixels'
-    change encodes to is added to the latents, and nothing is lost in decoding.
+    Clips in which a sprite is missing or moves otherwise come back as they are.
 
     Args:
         latents: [B, C, T, h, w] standardised, a clip's first latent frames.
         captions: the sprites that each of the B clips should show.
-        reach: half the side of the box kept around each, in pixels.
     """
     if len(latents) > _TOGETHER:
         parts = (slice(start, start + _TOGETHER) for start in range(0, len(latents), _TOGETHER))
-        return torch.cat([remove_copies(autoencoder, latents[part], captions[part], reach) for part in parts])
+        return torch.cat([remove_copies(autoencoder, latents[part], captions[part]) for part in parts])
     length = latents.shape[2]
-    groups = autoencoder.decode_groups(rearrange(latents, "b c t h w -> (b t) c h w")).float().clamp(-1, 1)
-    frames = (rearrange(groups, "n (f c) h w -> (n f) c h w", f=TIME_FACTOR) + 1) * 127.5
+    frames = (decode_groups(autoencoder, latents).flatten(0, 2) + 1) * 127.5
     ground, share, distance = split_from_ground(frames)
     share = share * (distance > FOREGROUND_DISTANCE).unsqueeze(1)
     # All frames of the first group are the clip's first.
@@ -107,13 +100,11 @@ def remove_copies(
     change = (ground[:, :, None, None] - frames) / 127.5
     for clip, specs in enumerate(captions):
         rows = slice(clip * len(times), (clip + 1) * len(times))
-        found = kept_region(share[rows], specs, times, reach)
+        found = kept_region(share[rows], specs, times)
         if found is None:
             change[rows] = 0
             continue
         boxes, colours = found
         own = (share[rows][:, colours] > 0) & ~boxes  # a commanded colour, elsewhere
         change[rows] *= (own.any(1) | ~boxes.any(1)).unsqueeze(1)
-    coded = autoencoder.encode_groups(rearrange(change, "(n f) c h w -> n (f c) h w", f=TIME_FACTOR))
-    coded = coded - autoencoder.encode_groups(torch.zeros_like(groups[:1]))
-    return latents + rearrange(coded, "(b t) c h w -> b c t h w", t=length)
+    return add_to_frames(autoencoder, latents, change.unflatten(0, (len(latents), length, TIME_FACTOR)))

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diagonal_sampler.demo_autoencoder import WAN_LATENT_MEAN, WAN_LATENT_STD, DemoAutoencoder, load_demo_autoencoder
+from diagonal_sampler.demo_autoencoder import (
+    TIME_FACTOR,
+    WAN_LATENT_MEAN,
+    WAN_LATENT_STD,
+    DemoAutoencoder,
+    load_demo_autoencoder,
+)
+from distillation.common import autocast
 
 VIDEO_SCALE = 4  # the demo's 64 pixels are hard to see
 FRAMES_PER_SECOND = 16
@@ -37,6 +45,31 @@ def encode_frames(autoencoder: DemoAutoencoder, pixels: Tensor) -> Tensor:
     """Frames [B, 3, T, H, W] in [-1, 1] -> latents [B, 16, (T - 1) // 4 + 1, H / 8, W / 8] in the model's own scale."""
     mean, std = (value.view(1, -1, 1, 1, 1) for value in (autoencoder.wan_mean, autoencoder.wan_std))
     return (autoencoder.encode(pixels) - mean) / std
+
+
+@torch.no_grad()
+def decode_groups(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
+    """Latents in the model's own scale [B, C, T, h, w] -> frames [B, T, 4, 3, H, W] in [-1, 1].
+
+    A clip's first latent frame is decoded as four too.
+    """
+    with autocast(latents.device):
+        groups = autoencoder.decode_groups(rearrange(latents, "b c t h w -> (b t) c h w"))
+    return rearrange(groups.float().clamp(-1, 1), "(b t) (f c) h w -> b t f c h w", b=len(latents), f=TIME_FACTOR)
+
+
+@torch.no_grad()
+def add_to_frames(autoencoder: DemoAutoencoder, latents: Tensor, change: Tensor) -> Tensor:
+    """Latents [B, C, T, h, w] whose frames are changed.
+
+    The encoder is linear: what the change encodes to is added, and nothing is lost in decoding.
+
+    Args:
+        change: [B, T, 4, 3, H, W], of frames in [-1, 1].
+    """
+    groups = rearrange(change, "b t f c h w -> (b t) (f c) h w")
+    coded = autoencoder.encode_groups(groups) - autoencoder.encode_groups(torch.zeros_like(groups[:1]))
+    return latents + rearrange(coded, "(b t) c h w -> b c t h w", b=len(latents))
 
 
 def write_video(path: Path, frames: Tensor, *, scale: int = VIDEO_SCALE, fps: int = FRAMES_PER_SECOND) -> None:

@@ -35,13 +35,11 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -70,7 +68,7 @@ from distillation.common import autocast, generator_at, git_commit
 from distillation.copies import remove_copies
 from distillation.losses import guided
 from distillation.rollout import predict_x0
-from distillation.samples import encode_frames
+from distillation.samples import add_to_frames, decode_groups, encode_frames
 from distillation.score import split_from_ground
 from distillation.train_follow import (
     PRECISION,
@@ -134,13 +132,6 @@ class LevelsRecipe:
 # The ground
 
 
-def _groups(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
-    """Standardised latents [B, C, T, h, w] -> frames [B, T, 4, 3, H, W] in [-1, 1]."""
-    with autocast(latents.device):
-        groups = autoencoder.decode_groups(rearrange(latents, "b c t h w -> (b t) c h w"))
-    return rearrange(groups.float().clamp(-1, 1), "(b t) (f c) h w -> b t f c h w", b=len(latents), f=TIME_FACTOR)
-
-
 @torch.no_grad()
 def ground_of(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
     """Level of the ground, [B], 0 to 255: the mean over frames and channels of each frame's median.
@@ -148,7 +139,7 @@ def ground_of(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
     Args:
         latents: [B, C, T, h, w] standardised.
     """
-    frames = (_groups(autoencoder, latents) + 1) * 127.5
+    frames = (decode_groups(autoencoder, latents) + 1) * 127.5
     return frames.flatten(-2).median(dim=-1).values.mean((1, 2, 3))
 
 
@@ -156,21 +147,18 @@ def ground_of(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
 def paint_ground(autoencoder: DemoAutoencoder, latents: Tensor, level: Tensor) -> Tensor:
     """The latents with another ground, sprites as they are.
 
-    A pixel moves by the part of it that is ground, so that soft edges and pale copies keep their share. The encoder is
-    linear: what the pixels' change encodes to is added to the latents, and nothing is lost in decoding.
+    A pixel moves by the part of it that is ground, so that soft edges and pale copies keep their share.
 
     Args:
         latents: [B, C, T, h, w] standardised.
         level: [B] of 0 to 255, a gray.
     """
-    batch, _, length = latents.shape[:3]
-    frames = (_groups(autoencoder, latents).flatten(0, 2) + 1) * 127.5
+    length = latents.shape[2]
+    frames = (decode_groups(autoencoder, latents).flatten(0, 2) + 1) * 127.5
     ground, alpha, _ = split_from_ground(frames)
     moved = level.repeat_interleave(length * TIME_FACTOR)[:, None] - ground  # [B * T * 4, 3]
     change = (1 - alpha.sum(1, keepdim=True)) * moved[:, :, None, None] / 127.5
-    change = rearrange(change, "(n f) c h w -> n (f c) h w", f=TIME_FACTOR)
-    coded = autoencoder.encode_groups(change) - autoencoder.encode_groups(torch.zeros_like(change[:1]))
-    return latents + rearrange(coded, "(b t) c h w -> b c t h w", b=batch)
+    return add_to_frames(autoencoder, latents, change.unflatten(0, (len(latents), length, TIME_FACTOR)))
 
 
 @torch.no_grad()
@@ -270,10 +258,6 @@ def student_end(
     return x0
 
 
-def _as_it_is(x0: Tensor) -> Tensor:
-    return x0
-
-
 @torch.no_grad()
 def opening_states(
     recipe: LevelsRecipe,
@@ -302,16 +286,19 @@ def opening_states(
     _, wanted = roll_out(networks.before, text, noise, trained, chunks, asked=inputs)
     clips = finished(found, schedule)
     ground = ground_of(networks.autoencoder, clips[:, :, :size])
-    single = partial(remove_copies, networks.autoencoder, captions=specs) if recipe.copies == "removed" else _as_it_is
+
+    def one_of_each(x0: Tensor) -> Tensor:
+        return x0 if recipe.copies == "kept" else remove_copies(networks.autoencoder, x0, specs)
+
     sigmas = schedule.chunk_sigmas(0)
     level = world_levels(lightness(networks.autoencoder, inputs[:, 0, 0]))
     for step, sigma in enumerate(sigmas):
-        answer = single(wanted[:, 0, step])
+        answer = wanted[:, 0, step]
         if step and recipe.ends == "student":
-            answer = single(student_end(networks, answer, sigmas[step + 1 :], text, generator))
+            answer = student_end(networks, one_of_each(answer), sigmas[step + 1 :], text, generator)
         elif step:
-            answer = single(teacher_end(networks, inputs[:, 0, step], sigma, text, recipe, schedule.shift))
-        wanted[:, 0, step] = paint_ground(networks.autoencoder, answer, level)
+            answer = teacher_end(networks, inputs[:, 0, step], sigma, text, recipe, schedule.shift)
+        wanted[:, 0, step] = paint_ground(networks.autoencoder, one_of_each(answer), level)
         if not step:
             level = nearest_level(ground_of(networks.autoencoder, found[:, 0, 0]))  # what it said itself
     for chunk in range(1, chunks):
@@ -337,7 +324,7 @@ def going_on_states(
     """
     size, device = trained.settings.frames_per_chunk, networks.device
     generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 1, device=device)
-    frames = _groups(networks.autoencoder, clips).flatten(1, 2)  # [B, 4 * T, 3, H, W]
+    frames = decode_groups(networks.autoencoder, clips).flatten(1, 2)  # [B, 4 * T, 3, H, W]
     length = pixel_frames(size)
     ends = torch.randint(2 * length, frames.shape[1] + 1, (len(clips),), generator=generator, device=device)
     taken = ends[:, None] - length + torch.arange(length, device=device)
@@ -411,14 +398,16 @@ def train_levels(
         mean_share: weight of the student in that mean, 0 to 1.
 
     Raises:
-        ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, or a loss
-            that is not finite.
+        ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, a mean_share
+            out of range, or a loss that is not finite.
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
     file = student or start / train_flow.FILES["student"]
     teacher, encoder, autoencoder = (model.to(device) for model in train_demo.load_models(start))
     before = train_demo.load_dit(file).to(device)
+    if not 0 <= mean_share <= 1:
+        raise ValueError(f"mean_share is {mean_share}; it is the student's weight in a mean, 0 to 1.")
     if mean_with is not None:
         other = train_demo.load_dit(mean_with).to(device).state_dict()
         before.load_state_dict(

@@ -281,6 +281,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
 
 
 def test_bad_options_say_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="mean_share is 2"):
+        train_levels.train_levels(TINY, DEMO, tmp_path, CPU, mean_with=STUDENT, mean_share=2)
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
         LevelsRecipe(save_every=50, pool_updates=8)
     with pytest.raises(ValueError, match="give both, or neither"):
