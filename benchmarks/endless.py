@@ -2,6 +2,7 @@
 
     python benchmarks/endless.py                        # 600 s of the demo, as in docs/benchmarks.md
     python benchmarks/endless.py --captions 24          # the same for 24 held-out captions, one after another
+    python benchmarks/endless.py --captions 8 --steps 4,3
     python benchmarks/endless.py --seconds 60 --caption "a green cross moves up slowly"
 
 Streams the bundled student to a temporary MP4 through Diagonal Stream Video's own function, with a state after every
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from models import open_host  # first: it makes the repository importable
 
-from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule
+from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, parse_steps
 from distillation import sprites
 from distillation.evidence.measures import saturation_and_sharpness
 from distillation.evidence.statistics import bootstrap
@@ -107,6 +108,9 @@ def main() -> None:
     parser.add_argument("--caption", default="a red circle moves right and a blue square moves down slowly")
     parser.add_argument("--captions", type=int, help="held-out captions, in place of --caption")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=parse_steps, help="denoising steps per chunk, such as 4,3; default: the preset's"
+    )
     parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
     arguments = parser.parse_args()
     if arguments.seconds < 60 or arguments.seconds % 60:
@@ -149,7 +153,7 @@ def main() -> None:
             )
             started = time.perf_counter()
             with torch.inference_mode():
-                schedule = DiagonalSchedule.preset(DEMO_PRESET)
+                schedule = DiagonalSchedule.preset(DEMO_PRESET, steps=arguments.steps)
                 result = streaming.stream_video(model, positive, [], vae, schedule, options, on_frames=watch)
             taken += time.perf_counter() - started
             size += result.path.stat().st_size
@@ -157,7 +161,8 @@ def main() -> None:
 
     minutes = arguments.seconds // 60
     shown = f'"{captions[0]}"' if len(captions) == 1 else f"{len(captions)} held-out captions"
-    print(f"{shown}, seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, {DEMO_PRESET}")
+    steps = f", steps {','.join(map(str, arguments.steps))}" if arguments.steps else ""
+    print(f"{shown}, seed {arguments.seed}, {SIZE}x{SIZE}, {FPS} fps, {DEMO_PRESET}{steps}")
     frames = len(captions) * arguments.seconds * FPS
     print(f"{arguments.seconds} s of video in {taken / len(captions):.0f} s ({frames / taken:.0f} frames/s), ", end="")
     print(f"{size / len(captions) / 1e6:.1f} MB; {torch.get_num_threads()} threads, ", end="")

@@ -109,6 +109,7 @@ class LevelsRecipe:
     copies: Copies = "kept"  # of a sprite, in what a first chunk is to be
     teacher_steps: int = 8  # Euler steps of the teacher's path from where the student stands
     teacher_cfg: float = 5.0
+    mean_share: float = 0.5  # weight of the student where a run begins with the mean of it and others
     mean_weight: float = 8.0  # of the error of a frame's mean, in which a ground that is a little off shows
     learning_rate: float = 1.5e-4
     warmup: int = 10
@@ -121,6 +122,8 @@ class LevelsRecipe:
             raise ValueError(
                 f"first_pool is {self.first_pool} and first_batch {self.first_batch}; give both, or neither."
             )
+        if not 0 <= self.mean_share <= 1:
+            raise ValueError(f"mean_share is {self.mean_share}; it is the student's weight in a mean, 0 to 1.")
 
     @property
     def levels(self) -> Levels:
@@ -386,7 +389,6 @@ def train_levels(
     *,
     student: Path | None = None,
     mean_with: Path | None = None,
-    mean_share: float = 0.5,
     stop: int | None = None,
 ) -> Path:
     """Trains a student, or resumes, until `stop` updates (default: all); the checkpoint's path.
@@ -394,24 +396,21 @@ def train_levels(
     Args:
         start: folder of finished models.
         student: weights to begin with instead of the folder's.
-        mean_with: other weights; the run begins with the mean of both. No updates: that is what it makes.
-        mean_share: weight of the student in that mean, 0 to 1.
+        mean_with: other weights; the run begins with the recipe's mean of both. No updates: that is what it makes.
 
     Raises:
-        ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, a mean_share
-            out of range, or a loss that is not finite.
+        ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, or a
+            loss that is not finite.
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
     file = student or start / train_flow.FILES["student"]
     teacher, encoder, autoencoder = (model.to(device) for model in train_demo.load_models(start))
     before = train_demo.load_dit(file).to(device)
-    if not 0 <= mean_share <= 1:
-        raise ValueError(f"mean_share is {mean_share}; it is the student's weight in a mean, 0 to 1.")
     if mean_with is not None:
         other = train_demo.load_dit(mean_with).to(device).state_dict()
         before.load_state_dict(
-            {name: torch.lerp(other[name], own, mean_share) for name, own in before.state_dict().items()}
+            {name: torch.lerp(other[name], own, recipe.mean_share) for name, own in before.state_dict().items()}
         )
     dit = copy.deepcopy(before).train().requires_grad_(True)
     found = train_demo.trained_for(file)
@@ -477,13 +476,11 @@ def train_levels(
     return path
 
 
-def export_levels(
-    run: Path, student: Path, target: Path, note: str = "", mean_with: Path | None = None, mean_share: float = 0.5
-) -> Path:
+def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_with: Path | None = None) -> Path:
     """Writes the averaged weights of a run, with the header of the student that it began with and the new noise levels.
 
     Args:
-        mean_with, mean_share: as given to `train_levels`.
+        mean_with: as given to `train_levels`.
 
     Raises:
         ValueError: no run in the folder.
@@ -495,7 +492,9 @@ def export_levels(
     with safe_open(student, framework="pt") as before:
         header = dict(before.metadata() or {})
     windows = recipe.batch + recipe.first_batch
-    mean = "" if mean_with is None else f"begun with {mean_share:g} of these weights and else {mean_with.stem}'s, "
+    mean = ""
+    if mean_with is not None:
+        mean = f"begun with {recipe.mean_share:g} of these weights and else {mean_with.stem}'s, "
     done = (
         f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {recipe.ends}'s ends, "
         f"copies {recipe.copies}, seed {recipe.seed}, {saved['update']} updates of {windows} windows, "
@@ -514,7 +513,10 @@ FIELDS = (
     *("seed", "updates", "pool", "pool_updates", "batch", "first_pool", "first_batch"),
     *("warmup", "save_every", "teacher_steps"),
 )
-REAL_FIELDS = ("first_share", "going_on_share", "teacher_cfg", "mean_weight", "learning_rate", "ema_decay")
+REAL_FIELDS = (
+    *("first_share", "going_on_share", "teacher_cfg", "mean_share", "mean_weight"),
+    *("learning_rate", "ema_decay"),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -522,7 +524,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
     parser.add_argument("--student", type=Path, metavar="FILE", help="weights to begin with; default: START's student")
     parser.add_argument("--mean-with", type=Path, metavar="FILE", help="begin with the mean of the student and these")
-    parser.add_argument("--mean-share", type=float, default=0.5, help="weight of the student in that mean")
     parser.add_argument("--out", type=Path, default=Path("runs/levels"))
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
@@ -539,7 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = train_flow.begin(options)
     if options.export:
         student = options.student or options.start / train_flow.FILES["student"]
-        export_levels(options.out, student, options.export, options.note, options.mean_with, options.mean_share)
+        export_levels(options.out, student, options.export, options.note, options.mean_with)
         return
     recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", "ends", "copies", *FIELDS, *REAL_FIELDS)))
     train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)

@@ -388,12 +388,11 @@ ROWS: tuple[Row, ...] = (
     ),
     _moved(
         SHIPPED,
-        f"the shipped student: two thirds of {ONE_OF_EACH_704} and one of {LEVELS_416}, at the former's noise levels",
+        f"the shipped student: the mean of {ONE_OF_EACH_704} and {LEVELS_416}, at the former's noise levels",
         "--updates 0",
         checkpoint=STUDENT_FILE,
         start=f"{ONE_OF_EACH_704}.safetensors",
         mean_with=f"{LEVELS_416}.safetensors",
-        mean_share=0.667,
     ),
 )
 CONTROLS: tuple[Control, ...] = (

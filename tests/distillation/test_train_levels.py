@@ -255,13 +255,14 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
 
 def test_a_run_can_begin_with_the_mean_of_two(tmp_path):
     other = DEMO / train_demo.DIT_FILE
-    nothing = replace(TINY, updates=0)
-    train_levels.train_levels(nothing, DEMO, tmp_path, CPU, mean_with=other, mean_share=0.75)
+    target = tmp_path / "mean.safetensors"
+    command = ["--start", str(DEMO), "--out", str(tmp_path), "--mean-with", str(other), "--threads", "1"]
+    train_levels.main([*command, "--mean-share", "0.75", "--updates", "0"])
+    train_levels.main([*command, "--export", str(target)])
     began = train_demo.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["model"]
     one, two = (train_demo.load_dit(file).state_dict() for file in (STUDENT, other))
     for name, value in began.items():
         torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
-    target = train_levels.export_levels(tmp_path, STUDENT, tmp_path / "mean.safetensors", "", other, 0.75)
     with safe_open(target, framework="pt") as opened:
         assert "begun with 0.75 of these weights and else demo_teacher's, " in opened.metadata()["recipe"]
 
@@ -282,7 +283,7 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
 
 def test_bad_options_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="mean_share is 2"):
-        train_levels.train_levels(TINY, DEMO, tmp_path, CPU, mean_with=STUDENT, mean_share=2)
+        LevelsRecipe(mean_share=2)
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
         LevelsRecipe(save_every=50, pool_updates=8)
     with pytest.raises(ValueError, match="give both, or neither"):
