@@ -27,7 +27,7 @@ from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
-from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, levels_text, same_levels, shift_sigma
+from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
 from .flow_control import FlowConditioning, FlowRun
@@ -475,13 +475,13 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     if provenance is None:
         return ()
     steps = tuple(len(row) for row in schedule.sigmas)
+    trained = provenance.sigmas
     found = provenance.contradictions(
         frames_per_chunk=schedule.frames_per_chunk,
-        steps_per_chunk=steps,
+        steps_per_chunk=None if trained is not None and _only_more_steps(schedule.sigmas, trained) else steps,
         shift=schedule.shift,
         context_mode=schedule.context_mode,
     )
-    trained = provenance.sigmas
     # Other numbers of steps are said already, and `denoise` lowers every level on purpose.
     if trained is None or steps != tuple(map(len, trained)) or schedule.sigmas[0][0] != trained[0][0]:
         return found
@@ -491,6 +491,15 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     preset = next((f" (preset {name!r})" for name in same), "")
     levels = f"sigmas are {levels_text(schedule.sigmas)}, but the file was trained with {levels_text(trained)}{preset}"
     return (*found, levels)
+
+
+def _only_more_steps(levels: Levels, trained: Levels) -> bool:
+    """Whether every chunk has levels that some chunk was trained with, and no fewer than its own."""
+    for chunk in range(max(len(levels), len(trained))):
+        row, own = (table[min(chunk, len(table) - 1)] for table in (levels, trained))
+        if len(row) < len(own) or not any(same_levels((row,), (other,)) for other in trained):
+            return False
+    return True
 
 
 def _made_frames(plan: ClipPlan) -> list[int]:

@@ -683,6 +683,13 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     caplog.clear()
     sample_latent(model, prompt(), [], latent, own, seed=7)
     sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7, denoise=0.9)
+    # More steps on later chunks, as a first or second one was trained with.
+    more = DiagonalSchedule.preset(DEMO_PRESET, steps=(4, 3))
+    sample_latent(model, prompt(), [], latent, more, seed=7)
+    assert not [record for record in caplog.records if "steps_per_chunk" in record.getMessage()]
     sample_latent(model, prompt(), [], latent, UNIFORM, seed=7)  # other steps: that is what it says
+    fewer = DiagonalSchedule.preset(DEMO_PRESET, steps=(4, 2))
+    sample_latent(model, prompt(), [], latent, fewer, seed=7)
     told = [record.getMessage() for record in caplog.records]
-    assert not any("sigmas" in line for line in told) and any("steps_per_chunk is set to" in line for line in told)
+    assert not any("sigmas" in line for line in told)
+    assert len([line for line in told if "steps_per_chunk is set to" in line]) == 2
