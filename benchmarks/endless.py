@@ -2,7 +2,7 @@
 
     python benchmarks/endless.py                        # 600 s of the demo, as in docs/benchmarks.md
     python benchmarks/endless.py --captions 24          # the same for 24 held-out captions, one after another
-    python benchmarks/endless.py --captions 8 --steps 4,3
+    python benchmarks/endless.py --captions 12 --steps 4,3   # three steps on later chunks
     python benchmarks/endless.py --seconds 60 --caption "a green cross moves up slowly"
 
 Streams the bundled student to a temporary MP4 through Diagonal Stream Video's own function, with a state after every

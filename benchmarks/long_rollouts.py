@@ -4,7 +4,7 @@
     python benchmarks/long_rollouts.py --captions 32 --sigmas "1, .75, .5, .357; 1, .75, .357"
     python benchmarks/long_rollouts.py --dit student.safetensors --caption-seed 5    # other captions
 
-What a chunk loses of a sprite the next ones do not get back. So the same weights, captions and noise are rolled out at
+What a chunk loses of a sprite the next ones seldom get back. So the same weights, captions and noise are rolled out at
 tables of noise levels that differ in the chunks which repeat, and the share of sprites with colour and shape right is
 measured in each tenth, with the measures of `distillation.evaluate`.
 """

@@ -47,8 +47,7 @@ class Row:
         moved: made by distillation.train_levels instead, with these flags.
         budget: flags of its own budget of updates; empty: the one that all rows share.
         start: weights in the folder of runs that its training begins with.
-        mean_with: others there; the training begins with a mean of both.
-        mean_share: weight of `start` in it.
+        mean_with: others there; the training begins with the mean of both.
         paper: what the paper says about it.
 
     Raises:
@@ -68,7 +67,6 @@ class Row:
     budget: str = ""
     start: str = INITIAL
     mean_with: str = ""
-    mean_share: float = 0.5
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -191,7 +189,6 @@ def _moved(
     checkpoint: str = "",
     start: str,
     mean_with: str = "",
-    mean_share: float = 0.5,
 ) -> Row:
     """A row that distillation.train_levels made, with its flags."""
     levels = "; ".join(", ".join(map(repr, row)) for row in schedule.sigmas)
@@ -205,7 +202,6 @@ def _moved(
         moved=True,
         start=start,
         mean_with=mean_with,
-        mean_share=mean_share,
     )
 
 
@@ -440,7 +436,7 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
     if row.moved:
         command = f"python -m distillation.train_levels --start demo --student {start} --out {run}"
         if row.mean_with:
-            command += f" --mean-with {shlex.quote(os.fspath(runs / row.mean_with))} --mean-share {row.mean_share:g}"
+            command += f" --mean-with {shlex.quote(os.fspath(runs / row.mean_with))}"
         return f"{command} {row.training} && \\\n{command} --export {target}"
     shared = "" if updates is None else f" --updates {updates}"
     budget = f" {row.budget}" if row.budget else shared
