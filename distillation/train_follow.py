@@ -24,7 +24,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, latent_frames
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.sampler import Forward, mix, sample_chunks
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites, train_demo, train_flow
@@ -138,6 +138,7 @@ def roll_out(
     course: float = 0.0,
     given: Tensor | None = None,
     asked: Tensor | None = None,
+    between: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Samples clips as at inference without guidance; the inputs and the x0 of all forwards, as in States.
 
@@ -149,6 +150,8 @@ def roll_out(
         course: largest mean squared error of a later chunk's x0 that a clip goes on from, instead of the true one.
         given: [B, C, size, H, W] a finished chunk to go on from; it counts as the first of those that come back.
         asked: inputs of another network's rollout, to be asked instead of those that this one comes to.
+        between: noise levels of more forwards behind the first of every chunk that has others before it; what comes
+            back as the first one's x0 is the last of theirs.
     """
     size, schedule = trained.settings.frames_per_chunk, trained.schedule
     frames = (chunks if given is None else 1 + chunks) * size
@@ -159,13 +162,18 @@ def roll_out(
     )
     cache = KVCache(trained.settings, frames)
 
+    def predict(x: Tensor, sigma: float, at: Forward) -> Tensor:
+        told = flow_of(optical_flow, at)
+        return predict_x0(dit, x, sigma, text, PRECISION, cache=cache.condition("positive"), optical_flow=told)
+
     def denoise(x: Tensor, at: Forward) -> Tensor:
         # A given chunk has two forwards, of which the last is what later chunks see.
         place = (slice(None), at.start_frame // size, max(0, at.step))
         x = x if asked is None else asked[place]
-        x0 = predict_x0(
-            dit, x, at.sigma, text, PRECISION, cache=cache.condition("positive"), optical_flow=flow_of(optical_flow, at)
-        )
+        x0 = predict(x, at.sigma, at)
+        if at.start_frame and at.step == 0:
+            for sigma in between:
+                x0 = predict(mix(x0, noise(at.chunk, at.step, at.frames), sigma), sigma, at)
         if truth is not None:
             true = truth[:, :, at.start_frame : at.start_frame + at.frames]
             left = (x0 - true).square().mean((1, 2, 3, 4)) > (course if at.chunk else -1)

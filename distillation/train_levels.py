@@ -15,8 +15,12 @@ and at every input that its sampler met there it is told what to answer:
 
 With `--copies removed` there is one of each sprite in what a first chunk is to be: the teacher's paths end in two
 copies as often as the student's forwards do (distillation.copies). With `--ends student` the student in START finishes
-a first chunk instead of the teacher: a tenth of the time. `--first-pool` and `--first-batch` add windows of first
-chunks alone.
+a first chunk instead of the teacher: a tenth of the time. With `--ends none` a first chunk stays as START answers.
+`--first-pool` and `--first-batch` add windows of first chunks alone.
+
+With `--between 0.75` a later chunk's first forward learns to say what START says with a forward at that level more:
+where a sprite is pale in the first answer, the second makes it good. A later chunk follows from those before it, so
+that a regression does not blur it. What goes wrong in long clips has to be met there: `--length` of a rollout.
 
 Which of the world's grounds it is, the noise decides, as it did before: the darkest quarter of all noise gets the
 darkest level. Below pure noise it is the level that is nearest to what the student said there. (Ranked by the grounds
@@ -85,7 +89,7 @@ log = logging.getLogger("train_levels")
 CHECKPOINT = "levels.pt"
 _POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
 _FIRST_ROWS = 1_000_000  # captions of first chunks alone are numbered from here
-Ends = Literal["teacher", "student"]
+Ends = Literal["teacher", "student", "none"]
 Copies = Literal["kept", "removed"]
 
 
@@ -105,7 +109,8 @@ class LevelsRecipe:
     first_pool: int = 0  # captions beside `pool` of which only the first chunk is rolled out
     first_batch: int = 0  # windows of those an update, beside `batch`
     going_on_share: float = 0.5  # of windows, which go on from given frames
-    ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START
+    ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START; "none": START's answers
+    between: str = ""  # noise levels of START's forwards behind the first of a later chunk
     copies: Copies = "kept"  # of a sprite, in what a first chunk is to be
     teacher_steps: int = 8  # Euler steps of the teacher's path from where the student stands
     teacher_cfg: float = 5.0
@@ -124,11 +129,18 @@ class LevelsRecipe:
             )
         if not 0 <= self.mean_share <= 1:
             raise ValueError(f"mean_share is {self.mean_share}; it is the student's weight in a mean, 0 to 1.")
+        if any(not 0 < sigma < 1 for sigma in self.more_levels):
+            raise ValueError(f"between is {self.between!r}; noise levels lie between 0 and 1.")
 
     @property
     def levels(self) -> Levels:
         """Noise levels to move to, a chunk each; the last repeats."""
         return parse_sigmas(self.sigmas) if self.sigmas else DiagonalSchedule.preset(DEMO_PRESET).sigmas
+
+    @property
+    def more_levels(self) -> tuple[float, ...]:
+        """Noise levels of the forwards in `between`."""
+        return tuple(sigma for row in parse_sigmas(self.between) for sigma in row)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,7 +298,7 @@ def opening_states(
     ids = tokenize_captions([caption_of(each) for each in specs]).to(device)
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
     inputs, found = roll_out(networks.student, text, noise, trained, chunks)
-    _, wanted = roll_out(networks.before, text, noise, trained, chunks, asked=inputs)
+    _, wanted = roll_out(networks.before, text, noise, trained, chunks, asked=inputs, between=recipe.more_levels)
     clips = finished(found, schedule)
     ground = ground_of(networks.autoencoder, clips[:, :, :size])
 
@@ -295,7 +307,7 @@ def opening_states(
 
     sigmas = schedule.chunk_sigmas(0)
     level = world_levels(lightness(networks.autoencoder, inputs[:, 0, 0]))
-    for step, sigma in enumerate(sigmas):
+    for step, sigma in enumerate(sigmas if recipe.ends != "none" else ()):
         answer = wanted[:, 0, step]
         if step and recipe.ends == "student":
             answer = student_end(networks, one_of_each(answer), sigmas[step + 1 :], text, generator)
@@ -335,8 +347,9 @@ def going_on_states(
     given = encode_frames(networks.autoencoder, shown)
     ground = ground_of(networks.autoencoder, given)
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
-    inputs, _ = roll_out(networks.student, text, noise, trained, recipe.going_on_chunks, given=given)
-    _, wanted = roll_out(networks.before, text, noise, trained, recipe.going_on_chunks, given=given, asked=inputs)
+    chunks, levels = recipe.going_on_chunks, recipe.more_levels
+    inputs, _ = roll_out(networks.student, text, noise, trained, chunks, given=given)
+    _, wanted = roll_out(networks.before, text, noise, trained, chunks, given=given, asked=inputs, between=levels)
     for chunk in range(1 + recipe.going_on_chunks):
         for step in range(behind_given(trained).schedule.steps(chunk)):
             wanted[:, chunk, step] = paint_ground(networks.autoencoder, wanted[:, chunk, step], ground)
@@ -495,9 +508,11 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     mean = ""
     if mean_with is not None:
         mean = f"begun with {recipe.mean_share:g} of these weights and else {mean_with.stem}'s, "
+    ends = "first chunks kept" if recipe.ends == "none" else f"{recipe.ends}'s ends"
+    between = f"later chunks with {recipe.between} between, rollouts of {recipe.length}, " if recipe.between else ""
     done = (
-        f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {recipe.ends}'s ends, "
-        f"copies {recipe.copies}, seed {recipe.seed}, {saved['update']} updates of {windows} windows, "
+        f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {ends}, "
+        f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {windows} windows, "
         f"EMA {recipe.ema_decay}"
     )
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
@@ -511,7 +526,7 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
 
 FIELDS = (
     *("seed", "updates", "pool", "pool_updates", "batch", "first_pool", "first_batch"),
-    *("warmup", "save_every", "teacher_steps"),
+    *("warmup", "save_every", "teacher_steps", "length"),
 )
 REAL_FIELDS = (
     *("first_share", "going_on_share", "teacher_cfg", "mean_share", "mean_weight"),
@@ -532,6 +547,7 @@ def main(arguments: list[str] | None = None) -> None:
     levels = f"levels to move to, chunks split by semicolons, as many a chunk as before; default: {DEMO_PRESET}"
     group.add_argument("--sigmas", help=levels)
     group.add_argument("--ends", choices=get_args(Ends), help="who finishes a first chunk; student: the one in START")
+    group.add_argument("--between", metavar="LEVELS", help="of START's forwards behind the first of a later chunk")
     group.add_argument("--copies", choices=get_args(Copies), help="of a sprite, in what a first chunk is to be")
     for name in (*FIELDS, *REAL_FIELDS):
         kind = int if name in FIELDS else float
@@ -542,7 +558,7 @@ def main(arguments: list[str] | None = None) -> None:
         student = options.student or options.start / train_flow.FILES["student"]
         export_levels(options.out, student, options.export, options.note, options.mean_with)
         return
-    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", "ends", "copies", *FIELDS, *REAL_FIELDS)))
+    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", "ends", "between", "copies", *FIELDS, *REAL_FIELDS)))
     train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)
 
 

@@ -150,6 +150,39 @@ def test_one_causal_forward_answers_as_the_cache_behind_given_frames_did(network
     assert windows.weight.any() and float(error.max()) < 2e-2
 
 
+def test_forwards_between_answer_as_those_of_a_schedule_with_more_steps(networks, trained):
+    """What comes back as a later chunk's first x0 is its second one's at the schedule that has the level itself."""
+    text = networks.encoder.encode(["a red circle moves right", "a blue cross moves up"])
+
+    def make(sigmas, **options):
+        noise = train_follow.DrawnNoise(generator_at(0, 4), (2, 16, 8, 8))
+        sampled = replace(trained, schedule=replace(trained.schedule, sigmas=parse_sigmas(sigmas)))
+        return train_follow.roll_out(networks.before, text, noise, sampled, 2, **options)[1]
+
+    fewer, more = make("1, 0.6; 1, 0.3", between=(0.8,)), make("1, 0.6; 1, 0.8, 0.3")
+    torch.testing.assert_close(fewer[:, 0], more[:, 0, :2])  # nothing between a first chunk's
+    torch.testing.assert_close(fewer[:, 1, 0], more[:, 1, 1])
+    assert not torch.allclose(fewer[:, 1, 0], more[:, 1, 0], atol=1e-2)
+
+
+def test_first_chunks_can_be_kept_and_only_first_forwards_of_later_ones_get_others_between(networks, trained):
+    plain = replace(TINY, ends="none")
+    kept, clips = make_opening(plain, networks, trained)
+    _, found = train_follow.roll_out(
+        *(networks.before, networks.encoder(kept.ids), train_levels._noise(generator_at(0, 3), TINY.pool), trained, 3),
+        asked=kept.inputs,
+    )
+    torch.testing.assert_close(kept.wanted[:, 0], found[:, 0])
+    better, same_clips = make_opening(replace(plain, between="0.8, 0.6"), networks, trained)
+    torch.testing.assert_close(same_clips, clips)
+    differ = (better.wanted - kept.wanted).square().mean((0, 3, 4, 5, 6)) > 1e-6
+    assert differ.tolist() == [[False] * 4, [True, False, False, False], [True, False, False, False]]
+    told = train_levels.ground_of(networks.autoencoder, better.wanted[:, 2, 0])
+    size = trained.settings.frames_per_chunk
+    ground = train_levels.ground_of(networks.autoencoder, clips[:, :, :size])
+    torch.testing.assert_close(told, ground, atol=8, rtol=0)
+
+
 def test_a_ground_that_is_off_counts_more_than_its_squared_error(networks, trained, opening):
     states, _ = opening
     sampling = Sampling(trained, 3, CPU)
@@ -284,6 +317,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
 def test_bad_options_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="mean_share is 2"):
         LevelsRecipe(mean_share=2)
+    with pytest.raises(ValueError, match="between is '1, 0.75'; noise levels lie between 0 and 1"):
+        LevelsRecipe(between="1, 0.75")
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
         LevelsRecipe(save_every=50, pool_updates=8)
     with pytest.raises(ValueError, match="give both, or neither"):
