@@ -129,6 +129,8 @@ class LevelsRecipe:
             )
         if not 0 <= self.mean_share <= 1:
             raise ValueError(f"mean_share is {self.mean_share}; it is the student's weight in a mean, 0 to 1.")
+        if self.ends == "none" and self.copies == "removed":
+            raise ValueError("ends is 'none' and copies 'removed'; a first chunk that stays as it is keeps its copies.")
         if any(not 0 < sigma < 1 for sigma in self.more_levels):
             raise ValueError(f"between is {self.between!r}; noise levels lie between 0 and 1.")
 

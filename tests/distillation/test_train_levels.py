@@ -300,6 +300,18 @@ def test_a_run_can_begin_with_the_mean_of_two(tmp_path):
         assert "begun with 0.75 of these weights and else demo_teacher's, " in opened.metadata()["recipe"]
 
 
+def test_flags_reach_the_run_and_its_header(tmp_path):
+    target = tmp_path / "written.safetensors"
+    command = ["--start", str(DEMO), "--out", str(tmp_path), "--threads", "1"]
+    train_levels.main([*command, "--updates", "0", "--ends", "none", "--between", "0.75", "--length", "45"])
+    train_levels.main([*command, "--export", str(target)])
+    recipe = train_demo.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["recipe"]
+    assert (recipe["ends"], recipe["between"], recipe["length"]) == ("none", "0.75", 45)
+    with safe_open(target, framework="pt") as opened:
+        made = "first chunks kept, copies kept, later chunks with 0.75 between, rollouts of 45, seed 7, 0 updates"
+        assert made in opened.metadata()["recipe"]
+
+
 def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
     file = tmp_path / "moved.safetensors"
     train_levels.main(
@@ -317,6 +329,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
 def test_bad_options_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="mean_share is 2"):
         LevelsRecipe(mean_share=2)
+    with pytest.raises(ValueError, match="keeps its copies"):
+        LevelsRecipe(ends="none", copies="removed")
     with pytest.raises(ValueError, match="between is '1, 0.75'; noise levels lie between 0 and 1"):
         LevelsRecipe(between="1, 0.75")
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
