@@ -191,3 +191,12 @@ def recaches(prompts: Sequence[ChunkPrompt], chunk: int) -> bool:
     """Whether the window is written again before chunk `chunk`."""
     found = [prompt for prompt in prompts if prompt.chunk == chunk]
     return chunk > 0 and bool(found) and found[-1].switch == "recache"
+
+
+def schedule_row(prompts: Sequence[ChunkPrompt], chunk: int) -> int:
+    """The chunk, from 0, whose steps of the schedule chunk `chunk` takes: from the last recache on they begin anew.
+
+    What a new prompt shows is decided in the chunks behind it, as a clip's is in its first ones.
+    """
+    begun = (prompt.chunk for prompt in prompts if prompt.chunk <= chunk and recaches(prompts, prompt.chunk))
+    return chunk - max(begun, default=0)

@@ -123,6 +123,7 @@ def sample_chunks(
     first_chunk: int = 0,
     recache: Callable[[int], bool] | None = None,
     history: dict[int, Tensor] | None = None,
+    schedule_row: Callable[[int], int] = lambda chunk: chunk,
 ) -> Iterator[Chunk]:
     """Denoise a clip chunk by chunk, each conditioned through the cache on the ones before it.
 
@@ -148,6 +149,8 @@ def sample_chunks(
             for every context mode. The cache is then the one that a clip of only these frames would have left.
         history: with `recache`: finished latents [B, C, n, H, W] by start_frame, those that a window may still see.
             It is kept here; a caller that goes on at `first_chunk` gives what it was then.
+        schedule_row: chunk index -> the chunk whose steps and noise levels of the schedule it takes, its own by
+            default; asked after `recache`, which may begin them anew, and not to change for a chunk that is made.
 
     Yields:
         Chunk, in order.
@@ -212,7 +215,7 @@ def sample_chunks(
                     write_given(x0, at, rows)
                 else:
                     made = (at - given) // frames_per_chunk
-                    write_context(x0, made, schedule.context_sigma_of(made), at, made, rows)
+                    write_context(x0, made, schedule.context_sigma_of(schedule_row(made)), at, made, rows)
                 cache.commit()
 
     def keep(at: int, x0: Tensor) -> None:
@@ -234,13 +237,13 @@ def sample_chunks(
         start += piece
 
     for index, count in list(enumerate(counts))[first_chunk:]:
-        sigmas = schedule.chunk_sigmas(index)
+        if recache is not None and recache(index) and start:
+            write_again(count)
+        sigmas = schedule.chunk_sigmas(schedule_row(index))
         exit_at = None if exit_step is None else exit_step(index)
         if exit_at is not None and not 0 <= exit_at < len(sigmas):
             raise ValueError(f"exit_step of chunk {index} is {exit_at}; it must be in [0, {len(sigmas) - 1}].")
         exit_latents = None
-        if recache is not None and recache(index) and start:
-            write_again(count)
         cache.begin(count)
         x = x0 = noise(index, INITIAL_STEP, count)
         if source is not None and sigmas[0] < 1:

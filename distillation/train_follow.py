@@ -136,6 +136,7 @@ def roll_out(
     optical_flow: Tensor | None = None,
     truth: Tensor | None = None,
     course: float = 0.0,
+    true_chunks: int = 1,
     given: Tensor | None = None,
     asked: Tensor | None = None,
     between: Sequence[float] = (),
@@ -146,8 +147,9 @@ def roll_out(
         text: [B, tokens, text_dim].
         chunks: to make.
         optical_flow: [B, 4, chunks * size, H, W].
-        truth: [B, C, chunks * size, H, W] clips; each goes on from its true first chunk whatever the network says.
+        truth: [B, C, chunks * size, H, W] clips; each goes on from its true first chunks whatever the network says.
         course: largest mean squared error of a later chunk's x0 that a clip goes on from, instead of the true one.
+        true_chunks: how many those are.
         given: [B, C, size, H, W] a finished chunk to go on from; it counts as the first of those that come back.
         asked: inputs of another network's rollout, to be asked instead of those that this one comes to.
         between: noise levels of more forwards behind the first of every chunk that has others before it; what comes
@@ -176,7 +178,7 @@ def roll_out(
                 x0 = predict(mix(x0, noise(at.chunk, at.step, at.frames), sigma), sigma, at)
         if truth is not None:
             true = truth[:, :, at.start_frame : at.start_frame + at.frames]
-            left = (x0 - true).square().mean((1, 2, 3, 4)) > (course if at.chunk else -1)
+            left = (x0 - true).square().mean((1, 2, 3, 4)) > (course if at.chunk >= true_chunks else -1)
             x0 = torch.where(left[:, None, None, None, None], true, x0)
         inputs[place], found[place] = x, x0
         return x0
@@ -303,7 +305,14 @@ class Sampling:
         self.sigmas = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in rows], device=device)
 
     def draw(
-        self, states: States, count: int, generator: torch.Generator, *, often: int = 0, often_share: float = 0.0
+        self,
+        states: States,
+        count: int,
+        generator: torch.Generator,
+        *,
+        often: int = 0,
+        often_share: float = 0.0,
+        since: int = 0,
     ) -> Windows:
         """Windows that end with a random chunk at a random step, or go on behind its last one.
 
@@ -311,10 +320,11 @@ class Sampling:
 
         Args:
             often: a chunk that `often_share` of the windows end with, beside those that chance gives it.
+            since: the first chunk of which answers are asked for.
         """
         device = states.inputs.device
         rows = torch.randint(len(states.inputs), (count,), generator=generator, device=device)
-        chunk = torch.randint(self.chunks, (count,), generator=generator, device=device)
+        chunk = torch.randint(since, self.chunks, (count,), generator=generator, device=device)
         if often_share:
             chosen = torch.rand(count, generator=generator, device=device) < often_share
             chunk = torch.where(chosen, often, chunk)
@@ -326,7 +336,7 @@ class Sampling:
         steps = torch.where(at == place, step[:, None], self.steps[listed] - 1)
         finished = (step == self.steps[chunk] - 1)[:, None]
         # Of a window that lies late only the last chunk sees what it saw then.
-        asked = (at == place) | (~late & ((at < place) | finished))
+        asked = ((at == place) | (~late & ((at < place) | finished))) & (listed >= since)
         rows_, sigma = rows[:, None], self.sigmas[listed, steps]
         wanted = states.wanted[rows_, listed, steps if states.wanted.shape[2] > 1 else torch.zeros_like(steps)]
         flow = states.optical_flow.unflatten(2, (self.chunks, self.size))

@@ -18,9 +18,11 @@ copies as often as the student's forwards do (distillation.copies). With `--ends
 a first chunk instead of the teacher: a tenth of the time. With `--ends none` a first chunk stays as START answers.
 `--first-pool` and `--first-batch` add windows of first chunks alone.
 
-With `--between 0.75` a later chunk's first forward learns to say what START says with a forward at that level more:
-where a sprite is pale in the first answer, the second makes it good. A later chunk follows from those before it, so
-that a regression does not blur it. What goes wrong in long clips has to be met there: `--length` of a rollout.
+With `--switch-pool` and `--switch-batch` captions change in mid-run (distillation.switches): from some chunk on the
+student rolls out under another caption, its window written again under that and its steps begun anew, as Diagonal
+Prompt Schedule does it. Clips are true ones up to the switch. From there on the student goes on from its own answers,
+or from the true one where it has left the course (`--switch-course`), and is told the true one. Of what appears at a
+switch with no one to take its place from, pure noise decides where: that is answered as before.
 
 Which of the world's grounds it is, the noise decides, as it did before: the darkest quarter of all noise gets the
 darkest level. Below pure noise it is the level that is nearest to what the student said there. (Ranked by the grounds
@@ -74,6 +76,7 @@ from distillation.losses import guided
 from distillation.rollout import predict_x0
 from distillation.samples import add_to_frames, decode_groups, encode_frames
 from distillation.score import split_from_ground
+from distillation.switches import switch
 from distillation.train_follow import (
     PRECISION,
     DrawnNoise,
@@ -89,6 +92,9 @@ log = logging.getLogger("train_levels")
 CHECKPOINT = "levels.pt"
 _POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
 _FIRST_ROWS = 1_000_000  # captions of first chunks alone are numbered from here
+_SHORTEST_SWITCH = 41  # pixel frames
+_BEHIND_SWITCH = 2  # chunks at least
+_SWITCH_ROWS = 2_000_000  # and those of clips whose caption changes from here
 Ends = Literal["teacher", "student", "none"]
 Copies = Literal["kept", "removed"]
 
@@ -108,6 +114,10 @@ class LevelsRecipe:
     first_share: float = 0.45  # of windows, which ask for the first chunk
     first_pool: int = 0  # captions beside `pool` of which only the first chunk is rolled out
     first_batch: int = 0  # windows of those an update, beside `batch`
+    switch_pool: int = 0  # clips whose caption changes, rolled out together
+    switch_batch: int = 0  # windows of those an update, beside `batch`
+    switch_length: int = 129  # pixel frames of their rollout
+    switch_course: float = 0.15  # mean squared error of a chunk's x0 up to which their rollout goes on from it
     going_on_share: float = 0.5  # of windows, which go on from given frames
     ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START; "none": START's answers
     between: str = ""  # noise levels of START's forwards behind the first of a later chunk
@@ -123,10 +133,12 @@ class LevelsRecipe:
 
     def __post_init__(self) -> None:
         require_whole_pools(self.save_every, self.pool_updates)
-        if bool(self.first_pool) != bool(self.first_batch):
-            raise ValueError(
-                f"first_pool is {self.first_pool} and first_batch {self.first_batch}; give both, or neither."
-            )
+        for kind in ("first", "switch"):
+            pool, batch = (getattr(self, f"{kind}_{name}") for name in ("pool", "batch"))
+            if bool(pool) != bool(batch):
+                raise ValueError(f"{kind}_pool is {pool} and {kind}_batch {batch}; give both, or neither.")
+        if self.switch_pool and self.switch_length < _SHORTEST_SWITCH:
+            raise ValueError(f"switch_length is {self.switch_length}; a switch needs {_SHORTEST_SWITCH} pixel frames.")
         if not 0 <= self.mean_share <= 1:
             raise ValueError(f"mean_share is {self.mean_share}; it is the student's weight in a mean, 0 to 1.")
         if self.ends == "none" and self.copies == "removed":
@@ -138,6 +150,11 @@ class LevelsRecipe:
     def levels(self) -> Levels:
         """Noise levels to move to, a chunk each; the last repeats."""
         return parse_sigmas(self.sigmas) if self.sigmas else DiagonalSchedule.preset(DEMO_PRESET).sigmas
+
+    @property
+    def windows(self) -> int:
+        """Of an update, in all."""
+        return self.batch + self.first_batch + self.switch_batch
 
     @property
     def more_levels(self) -> tuple[float, ...]:
@@ -358,6 +375,39 @@ def going_on_states(
     return _states(inputs, wanted, ids)
 
 
+@torch.no_grad()
+def switched_states(
+    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int
+) -> tuple[States, int, train_demo.TrainedFor]:
+    """Clips whose caption changes: what the student is asked and is to answer; the chunk, and how they are sampled."""
+    schedule, size, device = trained.schedule, trained.settings.frames_per_chunk, networks.device
+    chunks = latent_frames(recipe.switch_length) // size
+    generator = generator_at(recipe.seed, _POOL_DRAWS, pool, 3, device=device)
+    chunk = int(torch.randint(1, chunks - _BEHIND_SWITCH + 1, (), generator=generator, device=device))
+    scenes = sprites.sample_scenes(recipe.switch_pool, recipe.seed, _SWITCH_ROWS + pool * recipe.switch_pool)
+    clips = switch(
+        scenes,
+        recipe.seed,
+        _SWITCH_ROWS + pool * recipe.switch_pool,
+        at=pixel_frames(chunk * size),
+        frames=pixel_frames(chunks * size),
+    )
+    truth = encode_frames(networks.autoencoder, sprites.to_pixels(clips.frames()).to(device))
+    ids = tokenize_captions(clips.after.captions).to(device)
+    rows = tuple(map(schedule.chunk_sigmas, range(chunk)))
+    anew = replace(trained, schedule=replace(schedule, sigmas=(*rows, *schedule.sigmas)))
+    text, noise = networks.encoder(ids), _noise(generator, len(ids))
+    course = {"truth": truth, "course": recipe.switch_course, "true_chunks": chunk}
+    inputs, _ = roll_out(networks.student, text, noise, anew, chunks, **course)
+    wanted = truth.unflatten(2, (chunks, size)).movedim(2, 1).unsqueeze(2).expand_as(inputs).clone()
+    appears = clips.appears.nonzero()[:, 0].to(device)
+    if len(appears):
+        asked, noise = inputs[appears, : chunk + 1], _noise(generator, len(appears))
+        _, before = roll_out(networks.before, text[appears], noise, anew, chunk + 1, asked=asked)
+        wanted[appears, chunk, 0] = before[:, chunk, 0]
+    return _states(inputs, wanted, ids), chunk, anew
+
+
 def fresh_pools(
     recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int, chunks: int
 ) -> list[States]:
@@ -433,6 +483,7 @@ def train_levels(
     networks = Networks(student=dit, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
     size = trained.settings.frames_per_chunk
     chunks = latent_frames(recipe.length) // size
+    switched_chunks = latent_frames(recipe.switch_length) // size
     openings, firsts = Sampling(trained, chunks, device), Sampling(trained, 1, device)
     extensions = Sampling(behind_given(trained), 1 + recipe.going_on_chunks, device)
     optimizer = train_demo.make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
@@ -451,14 +502,19 @@ def train_levels(
         train_demo.save_checkpoint(path, {**state, "recipe": asdict(recipe)})
 
     pace = train_flow.Pace(recipe.updates, recipe.warmup)
-    names = ("opening", "going_on", *(("first",) if recipe.first_batch else ()))
+    extra = {"first": recipe.first_batch, "switch": recipe.switch_batch}
+    names = ("opening", "going_on", *(name for name, batch in extra.items() if batch))
     losses = train_flow.Losses(*names)
     pools: list[States] = []
+    switched: tuple[States, int, Sampling] | None = None
     going_on = round(recipe.going_on_share * recipe.batch)
     for update in range(first, last):
         if not pools or update % recipe.pool_updates == 0:
             dit.eval()
             pools = fresh_pools(recipe, networks, trained, update // recipe.pool_updates, chunks)
+            if recipe.switch_pool:
+                states, since, anew = switched_states(recipe, networks, trained, update // recipe.pool_updates)
+                switched = states, since, Sampling(anew, switched_chunks, device)
             dit.train()
         opening, behind, *alone = pools
         pace.set_rates([(optimizer, recipe.learning_rate)], update, pace.done(update))
@@ -468,6 +524,10 @@ def train_levels(
             extensions.draw(behind, going_on, generator, often=1, often_share=recipe.first_share),
             *(firsts.draw(states, recipe.first_batch, generator) for states in alone),
         ]
+        if switched is not None:
+            states, since, sampling = switched
+            often = {"often": since, "often_share": recipe.first_share, "since": since}
+            parts.append(sampling.draw(states, recipe.switch_batch, generator, **often))
         means = []
         for windows in parts:
             with torch.no_grad():
@@ -475,7 +535,7 @@ def train_levels(
             with autocast(device):
                 error = window_error(dit, text, windows, size, mean_weight=recipe.mean_weight)
             mean = error.sum() / windows.weight.sum().clamp(min=1)
-            (mean * len(windows.ids) / (recipe.batch + recipe.first_batch)).backward()
+            (mean * len(windows.ids) / recipe.windows).backward()
             means.append(mean)
         nn.utils.clip_grad_norm_(dit.parameters(), train_demo.GRADIENT_CLIP)
         optimizer.step()
@@ -506,15 +566,16 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     recipe = LevelsRecipe(**saved["recipe"])
     with safe_open(student, framework="pt") as before:
         header = dict(before.metadata() or {})
-    windows = recipe.batch + recipe.first_batch
     mean = ""
     if mean_with is not None:
         mean = f"begun with {recipe.mean_share:g} of these weights and else {mean_with.stem}'s, "
     ends = "first chunks kept" if recipe.ends == "none" else f"{recipe.ends}'s ends"
     between = f"later chunks with {recipe.between} between, rollouts of {recipe.length}, " if recipe.between else ""
+    switches = f"{recipe.switch_batch} windows with a switch among them, " if recipe.switch_batch else ""
     done = (
         f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {ends}, "
-        f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {windows} windows, "
+        f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {recipe.windows} windows, "
+        f"{switches}"
         f"EMA {recipe.ema_decay}"
     )
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
@@ -528,11 +589,11 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
 
 FIELDS = (
     *("seed", "updates", "pool", "pool_updates", "batch", "first_pool", "first_batch"),
-    *("warmup", "save_every", "teacher_steps", "length"),
+    *("switch_pool", "switch_batch", "switch_length", "warmup", "save_every", "teacher_steps", "length"),
 )
 REAL_FIELDS = (
     *("first_share", "going_on_share", "teacher_cfg", "mean_share", "mean_weight"),
-    *("learning_rate", "ema_decay"),
+    *("switch_course", "learning_rate", "ema_decay"),
 )
 
 

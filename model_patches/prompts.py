@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import comfy.model_management
@@ -27,7 +28,9 @@ from ..diagonal_sampler.prompt_schedule import (
     require_order,
     require_same_length,
     require_switch,
+    schedule_row,
 )
+from ..diagonal_sampler.schedule import DiagonalSchedule
 
 log = logging.getLogger(__name__)
 
@@ -306,6 +309,7 @@ class PromptRun:
         chunks, frames_per_chunk, context_frames: of the clip; the last two in latent frames.
         set_context: puts an embedding into the run's conditions.
         recache_forwards: chunk -> forwards that writing its window again takes.
+        levels: the run's schedule, whose steps begin anew at a recache; None where every chunk has its own.
         box: where live prompts come from.
         after_encoding: called when the CLIP has been used, which may have pushed the model out of memory.
         live: prompts that an earlier part of this run was given.
@@ -320,6 +324,7 @@ class PromptRun:
         context_frames: int,
         set_context: ConditionSetter,
         recache_forwards: Callable[[int], int],
+        levels: DiagonalSchedule | None = None,
         box: PromptBox | None = None,
         after_encoding: Callable[[], None] = lambda: None,
         live: Sequence[LivePrompt] = (),
@@ -327,6 +332,7 @@ class PromptRun:
         self.schedule, self.box = schedule, box
         self._chunks = chunks
         self._set, self._recache_forwards, self._after_encoding = set_context, recache_forwards, after_encoding
+        self._levels = levels
         self._prompts = _resolve(schedule, chunks, frames_per_chunk, context_frames)
         self.live: list[LivePrompt] = []
         self._next = 0  # the chunk that the next live prompt can begin with
@@ -337,16 +343,25 @@ class PromptRun:
 
     @property
     def extra_forwards(self) -> int:
-        """Forwards that all known recaches take."""
+        """Forwards that all known recaches take, and the steps that begin anew behind them."""
         return sum(self._costs.values())
 
     def forwards_before(self, chunk: int) -> int:
-        """Forwards that the recaches of the chunks before `chunk` took."""
+        """Those that the chunks before `chunk` took."""
         return sum(forwards for at, forwards in self._costs.items() if at < chunk)
 
     def _count(self) -> dict[int, int]:
-        chunks = {prompt.chunk for prompt in self._prompts}
-        return {chunk: self._recache_forwards(chunk) for chunk in chunks if recaches(self._prompts, chunk)}
+        switched = sorted({prompt.chunk for prompt in self._prompts if recaches(self._prompts, prompt.chunk)})
+        costs = {chunk: self._recache_forwards(chunk) for chunk in switched}
+        if (levels := self._levels) is not None:
+            for chunk, end in pairwise([*switched, self._chunks]):
+                for at in range(chunk, min(end, chunk + len(levels.sigmas) - 1)):
+                    costs[at] = costs.get(at, 0) + levels.steps(at - chunk) - levels.steps(at)
+        return costs
+
+    def schedule_row(self, chunk: int) -> int:
+        """The chunk whose steps chunk `chunk` takes."""
+        return chunk if self._levels is None else schedule_row(self._prompts, chunk)
 
     def begin(self, chunk: int) -> bool:
         """Condition the run on what `chunk` shows; whether its window is to be written again first."""

@@ -581,6 +581,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if prompt_run is not None and resume is not None:
             done += prompt_run.forwards_before(resume.chunk)
 
+        def schedule_row(chunk: int) -> int:
+            return chunk if prompt_run is None else prompt_run.schedule_row(chunk)
+
         def frames_of(tensor: Tensor, at: Forward) -> Tensor:
             return tensor[:, :, at.start_frame : at.start_frame + at.frames]
 
@@ -590,7 +593,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if prompt_run is not None:
                 prompt_run.listen()
             pace.wait()
-            chunk_sigmas = levels[plan.schedule.chunk_sigmas(at.chunk)]
+            chunk_sigmas = levels[plan.schedule.chunk_sigmas(schedule_row(at.chunk))]
             transformer_options["sample_sigmas"] = chunk_sigmas
             model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
             mask = None
@@ -673,6 +676,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 first_chunk=0 if resume is None else resume.chunk,
                 recache=None if prompt_run is None else recache,
                 history=history,
+                schedule_row=schedule_row,
             ):
                 finite.look(chunk, steps)
                 steps = []
@@ -730,6 +734,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
             recache_forwards=lambda chunk: (
                 count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames) if chunk else 0
             ),
+            # In mode reference each chunk has noise levels of its own, and in mode noise a step's noise is carried on.
+            levels=plan.schedule if self.flow_run is None or self.flow_run.mode == "adapter" else None,
             box=self.prompts,
             after_encoding=reload,
             live=() if self.resume is None else self.resume.live,

@@ -38,8 +38,9 @@ class DiagonalPromptSchedule(io.ComfyNode):
                     options=list(SWITCHES),
                     default=SWITCHES[0],
                     tooltip="What becomes of the frames that the model remembers. recache: they are computed again "
-                    "under the new prompt, which follows it at once (a few more forwards). keep: they stay, and the "
-                    "picture changes slowly. blend: they stay, and the prompts are mixed over blend_chunks.",
+                    "under the new prompt and steps begin anew, so that it is followed at once (a few more forwards). "
+                    "keep: they stay, and the picture changes slowly. blend: they stay, and the prompts are mixed over "
+                    "blend_chunks.",
                 ),
                 io.Int.Input(
                     "blend_chunks",

@@ -257,6 +257,35 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
 # --- the nodes ---
 
 
+@pytest.mark.parametrize(("mode", "steps"), [(None, [4, 3, 4]), ("reference", [4, 3, 2]), ("noise", [4, 3, 2])])
+def test_a_new_prompt_begins_steps_anew_but_where_each_chunk_has_its_own(
+    tiny_wan, causal, sample_latent, control, demo_vae, pack_module, mode, steps
+):
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, text):
+            return [[torch.full((1, 16, 64), float(len(text))), {}]]
+
+    positive = pack_module("model_patches.prompts").schedule_prompts(
+        Clip(), "0: a\nchunk 3: bc", fps=16.0, switch="recache", blend_chunks=1
+    )
+    flow = mode and control.FlowConditioning(optical_flow=PAN, mode=mode, vae=demo_vae)
+    found = {}
+    sample_latent(
+        causal(tiny_wan, **SETTINGS),
+        positive,
+        [],
+        {"samples": torch.zeros(SHAPE)},
+        DIAGONAL,
+        seed=3,
+        optical_flow=flow,
+        on_progress=lambda p: found.update({p.chunk: max(p.steps, found.get(p.chunk, 0))}),
+    )
+    assert list(found.values()) == steps
+
+
 @pytest.fixture
 def conditioning_node(pack_module):
     """`conditioning_node(**changes)`: runs the node with its widgets' defaults."""

@@ -147,6 +147,25 @@ def test_every_forward_is_counted(sample, clip, schedule):
     assert [p.chunk for p in seen] == sorted(p.chunk for p in seen)
 
 
+def test_steps_begin_anew_at_a_recache(sample, clip, schedule):
+    def seen(text, switch, **more):
+        steps, found = {}, []
+        sample(
+            schedule(text, switch),
+            noise_schedule=DIAGONAL,
+            on_progress=lambda p: (found.append(p), steps.update({p.chunk: max(p.steps, steps.get(p.chunk, 0))})),
+            **more,
+        )
+        assert [p.forwards for p in found] == list(range(1, found[-1].total + 1)), "every forward is counted"
+        assert len({p.total for p in found}) == 1, "and known from the beginning"
+        return list(steps.values())
+
+    assert seen("0: a\nchunk 4: b", "recache") == [4, 3, 2, 4, 3, 2]
+    assert seen("0: a\nchunk 2: b\nchunk 3: c", "recache") == [4, 4, 4, 3, 2, 2]
+    for switch in ("keep", "blend"):
+        assert seen("0: a\nchunk 4: b", switch) == [4, 3, 2, 2, 2, 2]
+
+
 def test_times_chain_and_areas(sample, clip, schedule, tiny_wan, causal, sample_latent):
     by_time = sample(schedule("0: a\n2s: b", "keep"))  # pixel frame 32 is in latent frame 8, the third chunk
     assert same_until(by_time, sample(clip("a"))) == 6
@@ -277,7 +296,7 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
     model, clip, vae = demo
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    def run(text, switch="recache", **more):
+    def run(text, switch="recache", schedule=CLEAN, **more):
         found = []
         submit = streaming.StreamDecoder.submit
         with monkeypatch.context() as patch:
@@ -297,7 +316,7 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
                 state_every=1,
             )
             try:
-                streaming.stream_video(model, positive, negative, vae, CLEAN, options, **more)
+                streaming.stream_video(model, positive, negative, vae, schedule, options, **more)
             except Stop:
                 pass
         return found
@@ -322,14 +341,15 @@ def stop_at(chunk, *, box=None, prompts=None, at=None):
 TEXT = "0: a red circle moves right\nchunk 5: a blue square moves up"
 
 
-@pytest.mark.parametrize("switch", ["recache", "blend"])
-def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch):
-    whole = stream(TEXT, switch)
+@pytest.mark.parametrize(("switch", "schedule"), [("recache", CLEAN), ("recache", DIAGONAL), ("blend", CLEAN)])
+def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch, schedule):
+    whole = stream(TEXT, switch, schedule)
     assert len(whole) == 7
     for stopped in (3, 4, 5):
-        lines = []
-        made = stream(TEXT, switch, on_progress=stop_at(stopped))
-        made += stream(TEXT, switch, announce=lines.append)
+        lines, seen = [], []
+        made = stream(TEXT, switch, schedule, on_progress=stop_at(stopped))
+        made += stream(TEXT, switch, schedule, announce=lines.append, on_progress=seen.append)
+        assert seen[-1].forwards == seen[-1].total, "what was done before is counted"
         assert f"after chunk {stopped}" in lines[0]
         assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from tiny_wan import caption
 
-from diagonal_sampler.prompt_schedule import ChunkPrompt, PromptTime, context_at, parse_prompts, recaches, require_order
+from diagonal_sampler.prompt_schedule import (
+    ChunkPrompt,
+    PromptTime,
+    context_at,
+    parse_prompts,
+    recaches,
+    require_order,
+    schedule_row,
+)
 
 
 def test_rows_are_times_and_prompts():
@@ -101,6 +109,12 @@ def test_only_recache_recaches_and_the_last_of_a_chunk_counts():
     found = prompts((0, "recache", 1), (2, "recache", 1), (3, "recache", 1), (3, "keep", 1))
     assert [recaches(found, chunk) for chunk in range(5)] == [False, False, True, False, False]
     assert context_at(found, 3) is found[3].context
+
+
+def test_steps_begin_anew_at_a_recache_only():
+    found = prompts((0, "recache", 1), (2, "recache", 1), (4, "keep", 1), (5, "blend", 2), (7, "recache", 1))
+    assert [schedule_row(found, chunk) for chunk in range(9)] == [0, 1, 0, 1, 2, 3, 4, 0, 1]
+    assert [schedule_row(found[:1], chunk) for chunk in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,25 @@ def test_a_run_goes_on_bit_by_bit_before_at_and_after_a_recache(settings, stop):
         assert torch.equal(chunk.latents, whole[chunk.index].latents)
 
 
+def test_a_chunk_takes_the_steps_of_another_one_and_is_written_again_at_their_last_level():
+    rows = {chunk: chunk if chunk < SWITCH - 1 else chunk - (SWITCH - 1) for chunk in range(6)}
+    _, model, cache = run(CausalSettings(window=-1, sink=0), SCHEDULE, schedule_row=rows.__getitem__)
+    made = {}
+    for at in model.calls:
+        if at.step >= 0:
+            made.setdefault(at.chunk, []).append(at.sigma)
+    assert [tuple(made[chunk]) for chunk in range(6)] == [SCHEDULE.chunk_sigmas(rows[chunk]) for chunk in range(6)]
+    assert made[SWITCH - 1] == [1.0, 0.6], "begun anew one chunk before the switch"
+    again = [(at.chunk, at.sigma) for at in model.calls if at.step == CONTEXT_STEP]
+    assert again == [(0, 0.6), (1, 0.4), (2, 0.4), (3, 0.6)]
+    # Row for row the steps of the schedule that lists them, whose own rows nothing begins anew.
+    listed = replace(SCHEDULE, sigmas=tuple(SCHEDULE.chunk_sigmas(row) for row in rows.values()))
+    plain, _, other = run(CausalSettings(window=-1, sink=0), listed)
+    found, *_ = run(CausalSettings(window=-1, sink=0), SCHEDULE, schedule_row=rows.__getitem__)
+    assert all(torch.equal(one.latents, two.latents) for one, two in zip(found, plain, strict=True))
+    assert cache.committed == other.committed == FRAMES
+
+
 def test_history_is_only_what_a_window_may_see():
     history = {}
     run(CASES[1], SCHEDULE, history=history)

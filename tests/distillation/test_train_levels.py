@@ -15,6 +15,7 @@ from distillation import copies, score, sprites, train_demo, train_flow, train_f
 from distillation.common import autocast, generator_at
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
+from distillation.switches import switch
 from distillation.train_follow import Sampling
 from distillation.train_levels import LevelsRecipe, Networks
 
@@ -33,6 +34,7 @@ TINY = LevelsRecipe(
     save_every=1,
 )
 OWN_ENDS = replace(TINY, ends="student", copies="removed", first_pool=5, first_batch=4)
+SWITCHING = replace(TINY, ends="none", switch_pool=6, switch_batch=5, switch_length=57)
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +277,68 @@ def test_first_chunks_alone_are_captions_of_their_own(networks, trained):
     assert len(train_levels.fresh_pools(TINY, networks, trained, 0, 3)) == 2
 
 
+def test_a_switch_is_learned_from_true_clips_and_steps_begin_anew(networks, trained):
+    states, since, anew = train_levels.switched_states(SWITCHING, networks, trained, 0)
+    assert 1 <= since <= 3
+    steps = [anew.schedule.steps(chunk) for chunk in range(5)]
+    assert steps == [4, 3, 2][:since] + [2] * (since - 3) + [4, 3, 2, 2, 2][: 5 - since]
+    # Up to the switch clips are true ones with noise; the captions are the later ones.
+    for chunk in range(since):
+        last = steps[chunk] - 1
+        sigma = anew.schedule.chunk_sigmas(chunk)[last]
+        noise = (states.inputs[:, chunk, last] - (1 - sigma) * states.wanted[:, chunk, last]) / sigma
+        assert abs(float(noise.std()) - 1) < 0.1
+    captions = [" and ".join(spec.clause() for spec in specs) for specs in _specs(SWITCHING)]
+    frames = decode_frames(networks.autoencoder, states.wanted[:, since:, 1].transpose(1, 2).flatten(2, 3))
+    seen = [
+        sprite.colour_right
+        for clip, caption in zip(frames, captions, strict=True)
+        for sprite in score.score_clip(clip, caption).sprites
+    ]
+    assert sum(seen) / len(seen) > 0.8
+    sampling = Sampling(anew, 5, CPU)
+    windows = sampling.draw(states, 64, generator_at(0, 8), since=since, often=since, often_share=0.5)
+    asked = windows.weight.unflatten(1, (-1, 3)).amax(2) > 0
+    assert not (asked & (windows.chunk < since)).any() and asked.any(1).all()
+
+
+def _specs(recipe: LevelsRecipe):
+    first = train_levels._SWITCH_ROWS
+    scenes = sprites.sample_scenes(recipe.switch_pool, recipe.seed, first)
+    return switch(scenes, recipe.seed, first, at=33).after.specs
+
+
+def test_where_a_sprite_appears_pure_noise_is_answered_as_before(networks, trained):
+    recipe = replace(SWITCHING, switch_pool=24)
+    states, since, anew = train_levels.switched_states(recipe, networks, trained, 0)
+    first = train_levels._SWITCH_ROWS
+    scenes = sprites.sample_scenes(recipe.switch_pool, recipe.seed, first)
+    appears = switch(scenes, recipe.seed, first, at=33).appears
+    assert appears.any() and not appears.all()
+    # The student is the one in START here: what it says to these inputs is what is wanted.
+    windows = Sampling(anew, 5, CPU).draw(states, 200, generator_at(0, 9), since=since, often=since, often_share=1.0)
+    text = networks.encoder(windows.ids)
+    with torch.no_grad(), autocast(CPU):
+        error = train_follow.window_error(networks.student, text, windows, 3).unflatten(1, (-1, 3)).mean(2)
+    pure = (windows.sigma.unflatten(1, (-1, 3))[..., 0] == 1) & (windows.chunk == since)
+    asked = pure & (windows.weight.unflatten(1, (-1, 3)).amax(2) > 0)
+    known = {tuple(ids.flatten().tolist()): bool(new) for ids, new in zip(states.ids, appears, strict=True)}
+    new = torch.tensor([known[tuple(ids.flatten().tolist())] for ids in windows.ids])
+    assert float(error[asked & new[:, None]].max()) < 1e-3 < float(error[asked & ~new[:, None]].mean())
+
+
+def test_a_resumed_run_with_switches_is_the_run_that_was_not_stopped(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_levels.train_levels(SWITCHING, DEMO, whole, CPU)
+    train_levels.train_levels(SWITCHING, DEMO, parts, CPU, stop=1)
+    train_levels.train_levels(SWITCHING, DEMO, parts, CPU)
+    one, other = (train_demo.load_checkpoint(folder / train_levels.CHECKPOINT)["model"] for folder in (whole, parts))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    train_levels.main(["--start", str(DEMO), "--out", str(whole), "--export", str(tmp_path / "f"), "--threads", "1"])
+    with safe_open(tmp_path / "f", framework="pt") as opened:
+        assert "2 updates of 8 windows, 5 windows with a switch among them" in opened.metadata()["recipe"]
+
+
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
     train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU, stop=1)
     path = train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU)
@@ -337,6 +401,10 @@ def test_bad_options_say_what_is_wrong(tmp_path):
         LevelsRecipe(save_every=50, pool_updates=8)
     with pytest.raises(ValueError, match="give both, or neither"):
         LevelsRecipe(first_batch=8)
+    with pytest.raises(ValueError, match="switch_pool is 8 and switch_batch 0; give both"):
+        LevelsRecipe(switch_pool=8)
+    with pytest.raises(ValueError, match="switch_length is 33; a switch needs 41"):
+        LevelsRecipe(switch_pool=8, switch_batch=8, switch_length=33)
     with pytest.raises(ValueError, match="Write numbers"):
         train_levels.train_levels(replace(TINY, sigmas="none"), DEMO, tmp_path, CPU)
     with pytest.raises(ValueError, match="holds no levels.pt"):

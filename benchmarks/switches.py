@@ -1,0 +1,132 @@
+"""How soon does a new prompt show? The demo's captions switched in mid-run, with recache.
+
+    python benchmarks/switches.py                                          # the table of demo/README.md
+    python benchmarks/switches.py --dit student.safetensors --captions 32
+    python benchmarks/switches.py --after "1, .75, .5, .357; 1, .75, .357; 1, .357"    # steps begin anew at a switch
+
+A clip is made of one caption, then goes on under another, its window's keys and values written again (LongLive's KV
+recache), as Diagonal Prompt Schedule does it. In each chunk from then on: the share of sprites of the new caption that
+have colour and shape as asked for, and of the old colours, the share that is still there though no longer asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import models  # noqa: F401  makes the repository importable
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagonal_sampler.cache import KVCache
+from diagonal_sampler.captions import COLOURS, caption_of, parse_caption
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, pixel_frames
+from diagonal_sampler.noise import SeededNoise
+from diagonal_sampler.sampler import Forward, sample_chunks
+from diagonal_sampler.schedule import levels_text, parse_sigmas
+from distillation import sprites, train_demo
+from distillation.evidence.statistics import bootstrap
+from distillation.recipes import DEMO
+from distillation.rollout import predict_x0
+from distillation.samples import decode_frames
+from distillation.score import find_blobs, score_clip
+
+BEFORE, BEHIND = 7, 8  # chunks of each caption
+TABLES = (None, "1, .75, .5, .357; 1, .75, .357", "1, .75, .5, .357; 1, .75, .357; 1, .357")
+
+
+def recoloured(captions: Sequence[str], seed: int) -> list[str]:
+    """The captions with one sprite in a colour that none of its sprites had."""
+    changed = []
+    for index, caption in enumerate(captions):
+        rng = np.random.default_rng([seed, index, 0xC01])
+        specs = list(parse_caption(caption))
+        free = [colour for colour in COLOURS if colour not in {spec.colour for spec in specs}]
+        which = rng.integers(len(specs))
+        specs[which] = replace(specs[which], colour=free[rng.integers(len(free))])
+        changed.append(caption_of(specs))
+    return changed
+
+
+@torch.no_grad()
+def switched_clips(dit, encoder, trained, first: Sequence[str], then: Sequence[str], seed: int) -> Tensor:
+    """Latents [B, C, T, 8, 8] of BEFORE chunks of the first captions and BEHIND of the others."""
+    size = trained.settings.frames_per_chunk
+    frames = (BEFORE + BEHIND) * size
+    side = sprites.FRAME_SIZE // SPACE_FACTOR
+    noise = SeededNoise(seed, (len(first), LATENT_CHANNELS, side, side), torch.device("cpu"))
+    text = [encoder.encode(list(captions)) for captions in (first, then)]
+    now = 0
+
+    def recache(chunk: int) -> bool:
+        nonlocal now
+        now = int(chunk >= BEFORE)
+        return chunk == BEFORE
+
+    cache = KVCache(trained.settings, frames)
+
+    def denoise(x: Tensor, at: Forward) -> Tensor:
+        return predict_x0(dit, x, at.sigma, text[now], torch.bfloat16, cache=cache.condition("positive"))
+
+    try:
+        made = sample_chunks(
+            denoise, noise, trained.schedule, cache, frames=frames, frames_per_chunk=size, recache=recache, history={}
+        )
+        return torch.cat([chunk.latents for chunk in made], dim=2)
+    finally:
+        cache.free()
+
+
+def old_colours_left(frames: Tensor, old: str, new: str) -> list[float]:
+    """For each colour of the old caption that the new one does not have: the share of frames [T, 3, H, W] with it."""
+    gone = {spec.colour for spec in parse_caption(old)} - {spec.colour for spec in parse_caption(new)}
+    blobs = find_blobs(frames)
+    return [float((blobs.area(colour) >= 40).float().mean()) for colour in gone]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
+    parser.add_argument("--after", action="append", help="noise levels from the switch on (repeatable)")
+    parser.add_argument("--captions", type=int, default=96, help="held-out captions, at least 2")
+    parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions; 0: those of the evidence")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    dit, encoder, autoencoder = train_demo.load_models(DEMO, chosen.dit)
+    trained = train_demo.trained_for(chosen.dit)
+    first = sprites.held_out_captions(chosen.captions, chosen.caption_seed)
+    kinds = {"another caption": [*first[1:], first[0]], "another colour": recoloured(first, chosen.caption_seed)}
+    begins = pixel_frames(BEFORE * trained.settings.frames_per_chunk)
+    per_chunk = 4 * trained.settings.frames_per_chunk
+    print(f"{chosen.captions} captions of seed {chosen.caption_seed}, seed {chosen.seed}; {per_chunk} frames a chunk\n")
+    print("| new prompt | sigmas from there on | colour and shape right, chunk by chunk | old colours still there |")
+    print("|---|---|---|---|")
+    schedule = trained.schedule
+    for table in chosen.after or TABLES:
+        rows = [schedule.chunk_sigmas(chunk) for chunk in range(BEFORE)]
+        after = parse_sigmas(table) if table else (schedule.chunk_sigmas(BEFORE),)
+        sampled = replace(trained, schedule=replace(schedule, sigmas=(*rows, *after)))
+        for kind, then in kinds.items():
+            right: list[list[list[float]]] = [[] for _ in range(BEHIND)]
+            left: list[list[list[float]]] = [[] for _ in range(BEHIND)]
+            latents = switched_clips(dit, encoder, sampled, first, then, chosen.seed)
+            for latent, old, new in zip(latents, first, then, strict=True):
+                frames = decode_frames(autoencoder, latent[None])[0][begins:]
+                for chunk, part in enumerate(frames.split(per_chunk)):
+                    seen = score_clip(part, new).sprites
+                    right[chunk].append([float(each.colour_right and each.shape_right) for each in seen])
+                    left[chunk].append(old_colours_left(part, old, new))
+            shares, stays = (
+                ", ".join(f"{100 * bootstrap([row for row in rows if row]).estimate:.0f}" for rows in kept)
+                for kept in (right, left)
+            )
+            print(f"| {kind} | {levels_text(after)} | {shares}% | {stays}% |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
