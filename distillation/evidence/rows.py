@@ -125,7 +125,7 @@ LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-ope
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
 GIVEN, LEVELS_416, LEVELS_512 = "given-280", "levels-416", "levels-512"
 ONE_OF_EACH, ONE_OF_EACH_512, ONE_OF_EACH_704 = "one-of-each", "one-of-each-512", "one-of-each-704"
-SHIPPED = "shipped"
+ONE_OF_EACH_MEAN, SHIPPED = "one-of-each-mean", "shipped"
 UNDISTILLED_CFG = train_demo.SHIPPED_CFG
 
 
@@ -135,6 +135,7 @@ DEMO_SCHEDULE = DiagonalSchedule.preset(DEMO_PRESET)
 FIRST_MOVE = DiagonalSchedule.from_steps((4, 3, 2), times=(1.0, 4 / 9, 3 / 13, 0.1))
 """Noise levels 1, 0.8, 0.6 and 0.357."""
 ONE_EACH = "--copies removed --pool 24 --first-batch 32 --batch 12 --first-share 0.2 --save-every 16"
+TWO_IN_ONE = "--ends none --between 0.75 --length 241 --learning-rate 5e-5 --going-on-share 0.25 --first-share 0.35"
 LONG_STAGE = ("--stage", "long", "--cfg", "4")
 LOW_NOISE = ("--cfg-high", "0.8")
 FROM_FINISHED = ("--given-share", "0.5")
@@ -383,12 +384,18 @@ ROWS: tuple[Row, ...] = (
         mean_with=f"{LEVELS_416}.safetensors",
     ),
     _moved(
-        SHIPPED,
-        f"the shipped student: the mean of {ONE_OF_EACH_704} and {LEVELS_416}, at the former's noise levels",
+        ONE_OF_EACH_MEAN,
+        f"the mean of {ONE_OF_EACH_704} and {LEVELS_416}, at the former's noise levels",
         "--updates 0",
-        checkpoint=STUDENT_FILE,
         start=f"{ONE_OF_EACH_704}.safetensors",
         mean_with=f"{LEVELS_416}.safetensors",
+    ),
+    _moved(
+        SHIPPED,
+        f"the shipped student: {ONE_OF_EACH_MEAN}, 480 updates more, in which later chunks learn two forwards in one",
+        f"--updates 480 --save-every 48 {TWO_IN_ONE}",
+        checkpoint=STUDENT_FILE,
+        start=f"{ONE_OF_EACH_MEAN}.safetensors",
     ),
 )
 CONTROLS: tuple[Control, ...] = (
