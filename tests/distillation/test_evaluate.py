@@ -245,7 +245,7 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
             assert row.mean_with in ["", *(other.checkpoint for other in ROWS)]
             assert export[-2:] == ["--export", f"runs/e/{row.checkpoint}"]
             assert flags.pop("--out") == export[export.index("--out") + 1]
-            words = {"--sigmas", "--ends", "--copies"}
+            words = {"--sigmas", "--ends", "--copies", "--between"}
             values = {flag: value if flag in words else json.loads(value) for flag, value in flags.items()}
             recipe = LevelsRecipe(**{fields_of_levels[flag]: value for flag, value in values.items()})
             assert (recipe.levels, row.settings) == (row.schedule.sigmas, CausalSettings())
