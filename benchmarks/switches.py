@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.cache import KVCache
-from diagonal_sampler.captions import COLOURS, caption_of, parse_caption
+from diagonal_sampler.captions import COLOURS, CaptionEncoder, caption_of, parse_caption
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, pixel_frames
+from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import levels_text, parse_sigmas
@@ -32,7 +33,7 @@ from distillation.evidence.statistics import bootstrap
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
 from distillation.samples import decode_frames
-from distillation.score import find_blobs, score_clip
+from distillation.score import SMALLEST_AREA, find_blobs, score_clip
 
 BEFORE, BEHIND = 7, 8  # chunks of each caption
 TABLES = (None, "1, .75, .5, .357; 1, .75, .357", "1, .75, .5, .357; 1, .75, .357; 1, .357")
@@ -52,7 +53,14 @@ def recoloured(captions: Sequence[str], seed: int) -> list[str]:
 
 
 @torch.no_grad()
-def switched_clips(dit, encoder, trained, first: Sequence[str], then: Sequence[str], seed: int) -> Tensor:
+def switched_clips(
+    dit: WanDiT,
+    encoder: CaptionEncoder,
+    trained: train_demo.TrainedFor,
+    first: Sequence[str],
+    then: Sequence[str],
+    seed: int,
+) -> Tensor:
     """Latents [B, C, T, 8, 8] of BEFORE chunks of the first captions and BEHIND of the others."""
     size = trained.settings.frames_per_chunk
     frames = (BEFORE + BEHIND) * size
@@ -84,7 +92,7 @@ def old_colours_left(frames: Tensor, old: str, new: str) -> list[float]:
     """For each colour of the old caption that the new one does not have: the share of frames [T, 3, H, W] with it."""
     gone = {spec.colour for spec in parse_caption(old)} - {spec.colour for spec in parse_caption(new)}
     blobs = find_blobs(frames)
-    return [float((blobs.area(colour) >= 40).float().mean()) for colour in gone]
+    return [float((blobs.area(colour) >= SMALLEST_AREA).float().mean()) for colour in gone]
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ class Switched:
     """N clips that show `before` up to pixel frame `at` and `after` from there on.
 
     Attributes:
+        before, after: scenes of the two captions, on the same ground.
+        at: pixel frame that the new caption begins with.
         centres: [N, 2, T, 2] of the sprites of `before`, and from `at` on of `after`, in pixels.
         appears: bool [N], clips in which `after` has a sprite more.
     """

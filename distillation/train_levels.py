@@ -18,6 +18,10 @@ copies as often as the student's forwards do (distillation.copies). With `--ends
 a first chunk instead of the teacher: a tenth of the time. With `--ends none` a first chunk stays as START answers.
 `--first-pool` and `--first-batch` add windows of first chunks alone.
 
+With `--between 0.75` a later chunk's first forward learns to say what START says with a forward at that level more:
+where a sprite is pale in the first answer, the second makes it good. A later chunk follows from those before it, so
+that a regression does not blur it. What goes wrong in long clips has to be met there: `--length` of a rollout.
+
 With `--switch-pool` and `--switch-batch` captions change in mid-run (distillation.switches): from some chunk on the
 student rolls out under another caption, its window written again under that and its steps begun anew, as Diagonal
 Prompt Schedule does it. Clips are true ones up to the switch. From there on the student goes on from its own answers,
@@ -92,9 +96,9 @@ log = logging.getLogger("train_levels")
 CHECKPOINT = "levels.pt"
 _POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
 _FIRST_ROWS = 1_000_000  # captions of first chunks alone are numbered from here
-_SHORTEST_SWITCH = 41  # pixel frames
-_BEHIND_SWITCH = 2  # chunks at least
 _SWITCH_ROWS = 2_000_000  # and those of clips whose caption changes from here
+_BEHIND_SWITCH = 2  # chunks of such a clip under the new caption, at least
+_SHORTEST_SWITCH = 41  # pixel frames of such a clip: a chunk more
 Ends = Literal["teacher", "student", "none"]
 Copies = Literal["kept", "removed"]
 
@@ -575,8 +579,7 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     done = (
         f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {ends}, "
         f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {recipe.windows} windows, "
-        f"{switches}"
-        f"EMA {recipe.ema_decay}"
+        f"{switches}EMA {recipe.ema_decay}"
     )
     header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
     header["sigmas"] = json.dumps(recipe.levels)
