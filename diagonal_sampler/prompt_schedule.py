@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -187,16 +188,19 @@ def require_same_length(before: Tensor, context: Tensor, text: str) -> None:
         )
 
 
-def recaches(prompts: Sequence[ChunkPrompt], chunk: int) -> bool:
-    """Whether the window is written again before chunk `chunk`."""
-    found = [prompt for prompt in prompts if prompt.chunk == chunk]
-    return chunk > 0 and bool(found) and found[-1].switch == "recache"
+def recached_chunks(prompts: Sequence[ChunkPrompt]) -> list[int]:
+    """The chunks before which the window is written again, rising."""
+    last = {prompt.chunk: prompt.switch for prompt in prompts}  # of those of one chunk, the last counts
+    return sorted(chunk for chunk, switch in last.items() if chunk > 0 and switch == "recache")
 
 
-def schedule_row(prompts: Sequence[ChunkPrompt], chunk: int) -> int:
+def schedule_row(recached: Sequence[int], chunk: int) -> int:
     """The chunk, from 0, whose steps of the schedule chunk `chunk` takes: from the last recache on they begin anew.
 
     What a new prompt shows is decided in the chunks behind it, as a clip's is in its first ones.
+
+    Args:
+        recached: see `recached_chunks`.
     """
-    begun = (prompt.chunk for prompt in prompts if prompt.chunk <= chunk and recaches(prompts, prompt.chunk))
-    return chunk - max(begun, default=0)
+    begun = bisect_right(recached, chunk)
+    return chunk - recached[begun - 1] if begun else chunk

@@ -24,7 +24,7 @@ from ..diagonal_sampler.prompt_schedule import (
     PromptTime,
     context_at,
     parse_prompts,
-    recaches,
+    recached_chunks,
     require_order,
     require_same_length,
     require_switch,
@@ -336,7 +336,9 @@ class PromptRun:
         self._prompts = _resolve(schedule, chunks, frames_per_chunk, context_frames)
         self.live: list[LivePrompt] = []
         self._next = 0  # the chunk that the next live prompt can begin with
-        self._costs = self._count()
+        self._recached: list[int] = []
+        self._costs: dict[int, int] = {}
+        self._count()
         self._current: Tensor | None = None
         for prompt in live:
             self._add(prompt)
@@ -350,18 +352,17 @@ class PromptRun:
         """Those that the chunks before `chunk` took."""
         return sum(forwards for at, forwards in self._costs.items() if at < chunk)
 
-    def _count(self) -> dict[int, int]:
-        switched = sorted({prompt.chunk for prompt in self._prompts if recaches(self._prompts, prompt.chunk)})
-        costs = {chunk: self._recache_forwards(chunk) for chunk in switched}
+    def _count(self) -> None:
+        self._recached = recached_chunks(self._prompts)
+        self._costs = {chunk: self._recache_forwards(chunk) for chunk in self._recached}
         if (levels := self._levels) is not None:
-            for chunk, end in pairwise([*switched, self._chunks]):
+            for chunk, end in pairwise([*self._recached, self._chunks]):
                 for at in range(chunk, min(end, chunk + len(levels.sigmas) - 1)):
-                    costs[at] = costs.get(at, 0) + levels.steps(at - chunk) - levels.steps(at)
-        return costs
+                    self._costs[at] = self._costs.get(at, 0) + levels.steps(at - chunk) - levels.steps(at)
 
     def schedule_row(self, chunk: int) -> int:
         """The chunk whose steps chunk `chunk` takes."""
-        return chunk if self._levels is None else schedule_row(self._prompts, chunk)
+        return chunk if self._levels is None else schedule_row(self._recached, chunk)
 
     def begin(self, chunk: int) -> bool:
         """Condition the run on what `chunk` shows; whether its window is to be written again first."""
@@ -381,7 +382,7 @@ class PromptRun:
                     nodes=tuple(self.schedule.source.clips),
                 )
             )
-        return recaches(self._prompts, chunk)
+        return chunk in self._recached
 
     def listen(self) -> None:
         """Take live prompts; they begin with the next chunk."""
@@ -426,7 +427,7 @@ class PromptRun:
         for chunk in {added.chunk, *(known.chunk for known in prompts if known.switch == "blend")}:
             context_at(prompts, chunk)  # refuses a blend that cannot be, before anything has changed
         self._prompts = prompts
-        self._costs = self._count()
+        self._count()
         self.live.append(prompt)
 
 

@@ -9,7 +9,7 @@ from diagonal_sampler.prompt_schedule import (
     PromptTime,
     context_at,
     parse_prompts,
-    recaches,
+    recached_chunks,
     require_order,
     schedule_row,
 )
@@ -107,14 +107,16 @@ def test_prompts_of_other_lengths_cannot_be_blended():
 
 def test_only_recache_recaches_and_the_last_of_a_chunk_counts():
     found = prompts((0, "recache", 1), (2, "recache", 1), (3, "recache", 1), (3, "keep", 1))
-    assert [recaches(found, chunk) for chunk in range(5)] == [False, False, True, False, False]
+    assert recached_chunks(found) == [2]
+    assert recached_chunks(found[:3]) == [2, 3] and recached_chunks(found[:1]) == []
     assert context_at(found, 3) is found[3].context
 
 
 def test_steps_begin_anew_at_a_recache_only():
     found = prompts((0, "recache", 1), (2, "recache", 1), (4, "keep", 1), (5, "blend", 2), (7, "recache", 1))
-    assert [schedule_row(found, chunk) for chunk in range(9)] == [0, 1, 0, 1, 2, 3, 4, 0, 1]
-    assert [schedule_row(found[:1], chunk) for chunk in range(3)] == [0, 1, 2]
+    recached = recached_chunks(found)
+    assert [schedule_row(recached, chunk) for chunk in range(9)] == [0, 1, 0, 1, 2, 3, 4, 0, 1]
+    assert [schedule_row([], chunk) for chunk in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
