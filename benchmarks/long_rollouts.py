@@ -11,12 +11,10 @@ measured in each tenth, with the measures of `distillation.evaluate`.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
-import models  # noqa: F401  makes the repository importable
 import torch
+from students import student_parser  # before the repository's: it makes them importable
 
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.sampler import count_forwards
@@ -32,13 +30,9 @@ TABLES = ("1, .75, .5, .357; 1, .75, .357; 1, .357", "1, .75, .5, .357; 1, .75, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
+    parser = student_parser(__doc__, captions=128)
     parser.add_argument("--sigmas", action="append", help="a table, chunks split by semicolons (repeatable)")
-    parser.add_argument("--captions", type=int, default=128, help="held-out captions, at least 2")
-    parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions; 0: those of the evidence")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     chosen = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(chosen.threads)

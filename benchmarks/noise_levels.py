@@ -11,13 +11,11 @@ weights, captions and noise, and clips of 33 frames are scored with the measures
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
-import models  # noqa: F401  makes the repository importable
 import numpy as np
 import torch
+from students import student_parser  # before the repository's: it makes them importable
 
 from diagonal_sampler.schedule import parse_sigmas
 from distillation import sprites, train_demo
@@ -41,14 +39,12 @@ TABLES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
+    parser = student_parser(__doc__, captions=96)
     parser.add_argument("--sigmas", action="append", help="a table, chunks split by semicolons (repeatable)")
-    parser.add_argument("--captions", type=int, default=96, help="held-out captions")
-    parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions; 0: those of the evidence")
     parser.add_argument("--seeds", default="1,2", help="of the noise")
     chosen = parser.parse_args()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(chosen.threads)
     parts, dit, row = (
         measures.load_parts(DEMO, torch.device("cpu")),
         train_demo.load_dit(chosen.dit),

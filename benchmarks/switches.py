@@ -11,19 +11,17 @@ have colour and shape as asked for, and of the old colours, the share that is st
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import models  # noqa: F401  makes the repository importable
 import numpy as np
 import torch
+from students import student_parser  # before the repository's: it makes them importable
 from torch import Tensor
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import COLOURS, CaptionEncoder, caption_of, parse_caption
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, pixel_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, TIME_FACTOR, pixel_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
@@ -96,13 +94,9 @@ def old_colours_left(frames: Tensor, old: str, new: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
+    parser = student_parser(__doc__, captions=96)
     parser.add_argument("--after", action="append", help="noise levels from the switch on (repeatable)")
-    parser.add_argument("--captions", type=int, default=96, help="held-out captions, at least 2")
-    parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions; 0: those of the evidence")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     dit, encoder, autoencoder = train_demo.load_models(DEMO, chosen.dit)
@@ -110,7 +104,7 @@ def main() -> None:
     first = sprites.held_out_captions(chosen.captions, chosen.caption_seed)
     kinds = {"another caption": [*first[1:], first[0]], "another colour": recoloured(first, chosen.caption_seed)}
     begins = pixel_frames(BEFORE * trained.settings.frames_per_chunk)
-    per_chunk = 4 * trained.settings.frames_per_chunk
+    per_chunk = TIME_FACTOR * trained.settings.frames_per_chunk
     print(f"{chosen.captions} captions of seed {chosen.caption_seed}, seed {chosen.seed}; {per_chunk} frames a chunk\n")
     print("| new prompt | sigmas from there on | colour and shape right, chunk by chunk | old colours still there |")
     print("|---|---|---|---|")
