@@ -20,9 +20,9 @@ from models import open_host  # first: it makes the repository importable
 from torch import Tensor
 
 from distillation import sprites
+from distillation.demo_files import trained_for
 from distillation.recipes import DEMO
 from distillation.score import score_clip
-from distillation.train_demo import trained_for
 
 LATENT_FRAMES = 21
 SIDE = 8  # latent height and width

@@ -19,7 +19,7 @@ from students import student_parser  # before the repository's: it makes them im
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.sampler import count_forwards
 from diagonal_sampler.schedule import parse_sigmas
-from distillation import sprites, train_demo
+from distillation import demo_files, sprites
 from distillation.evidence import measures
 from distillation.evidence.rows import SHIPPED, row_named
 from distillation.evidence.statistics import bootstrap
@@ -36,7 +36,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(chosen.threads)
-    parts, dit = measures.load_parts(DEMO, torch.device("cpu")), train_demo.load_dit(chosen.dit)
+    parts, dit = measures.load_parts(DEMO, torch.device("cpu")), demo_files.load_dit(chosen.dit)
     row = row_named(SHIPPED)
     options = measures.Options(
         captions=chosen.captions, seeds=(chosen.seed,), long=CLIPS, long_captions=chosen.captions

@@ -18,7 +18,7 @@ import torch
 from students import student_parser  # before the repository's: it makes them importable
 
 from diagonal_sampler.schedule import parse_sigmas
-from distillation import sprites, train_demo
+from distillation import demo_files, sprites
 from distillation.evaluate import parse_seeds
 from distillation.evidence import measures
 from distillation.evidence.rows import SHIPPED, row_named
@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     parts, dit, row = (
         measures.load_parts(DEMO, torch.device("cpu")),
-        train_demo.load_dit(chosen.dit),
+        demo_files.load_dit(chosen.dit),
         row_named(SHIPPED),
     )
     captions, seeds = sprites.held_out_captions(chosen.captions, chosen.caption_seed), parse_seeds(chosen.seeds)

@@ -26,7 +26,7 @@ from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import levels_text, parse_sigmas
-from distillation import sprites, train_demo
+from distillation import demo_files, sprites
 from distillation.evidence.statistics import bootstrap
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
@@ -54,7 +54,7 @@ def recoloured(captions: Sequence[str], seed: int) -> list[str]:
 def switched_clips(
     dit: WanDiT,
     encoder: CaptionEncoder,
-    trained: train_demo.TrainedFor,
+    trained: demo_files.TrainedFor,
     first: Sequence[str],
     then: Sequence[str],
     seed: int,
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    dit, encoder, autoencoder = train_demo.load_models(DEMO, chosen.dit)
-    trained = train_demo.trained_for(chosen.dit)
+    dit, encoder, autoencoder = demo_files.load_models(DEMO, chosen.dit)
+    trained = demo_files.trained_for(chosen.dit)
     first = sprites.held_out_captions(chosen.captions, chosen.caption_seed)
     kinds = {"another caption": [*first[1:], first[0]], "another colour": recoloured(first, chosen.caption_seed)}
     begins = pixel_frames(BEFORE * trained.settings.frames_per_chunk)

@@ -118,17 +118,17 @@ class Bench:
         return mock.patch.object(self.sampling, "send", lambda drawn, device: drawn.to(device))
 
     def prompt_on_the_host(self) -> Any:
-        return mock.patch.object(self.sampling, "_texts_to", lambda model_wrap, device: None)
+        return mock.patch.object(self.sampling, "move_texts", lambda model_wrap, device: None)
 
     @contextlib.contextmanager
     def look_at_once(self) -> Iterator[None]:
-        look = self.sampling._FiniteLook.look
+        look = self.sampling.FiniteLook.look
 
         def at_once(finite: Any, chunk: Any, steps: list) -> None:
             look(finite, chunk, steps)
             finite.settle()
 
-        with mock.patch.object(self.sampling._FiniteLook, "look", at_once):
+        with mock.patch.object(self.sampling.FiniteLook, "look", at_once):
             yield
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diagonal_sampler.captions import load_caption_encoder
 from diagonal_sampler.demo_autoencoder import load_demo_autoencoder
-from distillation import recipes, sprites, train_demo
+from distillation import demo_files, recipes, sprites, train_demo
 from distillation.common import keep_freed_memory
 from distillation.export import export as export_student
 from distillation.recipes import Recipe
@@ -122,9 +122,9 @@ def score(
 ) -> tuple[dict[str, object], Tensor, str]:
     """Scores on held-out captions, the first clips' frames [N, T, 3, H, W] in 0..255, and the table."""
     started = time.perf_counter()
-    dit, trained = train_demo.load_dit(file).to(device), train_demo.trained_for(file)
-    encoder = load_caption_encoder(folder / train_demo.TEXT_ENCODER_FILE).to(device)
-    autoencoder = load_demo_autoencoder(folder / train_demo.AUTOENCODER_FILE).to(device)
+    dit, trained = demo_files.load_dit(file).to(device), demo_files.trained_for(file)
+    encoder = load_caption_encoder(folder / demo_files.TEXT_ENCODER_FILE).to(device)
+    autoencoder = load_demo_autoencoder(folder / demo_files.AUTOENCODER_FILE).to(device)
     captions = sprites.held_out_captions(plan.captions)
     latents = sample_latents(
         dit,
@@ -206,12 +206,12 @@ def make(plan: Plan, out: Path, work: Path, device: torch.device, pool: Executor
         write_json(out / "scores.json", scores)
         contact_sheet(torch.cat(sheets), out / "sheet.png", scale=1)
 
-    attempt("scoring the teacher", lambda: add_score(train_demo.DIT_FILE))
+    attempt("scoring the teacher", lambda: add_score(demo_files.TEACHER_FILE))
 
     ranks = Ranks(0, 1, device, None)
     common = dict(
-        teacher=str(out / train_demo.DIT_FILE),
-        text_encoder=str(out / train_demo.TEXT_ENCODER_FILE),
+        teacher=str(out / demo_files.TEACHER_FILE),
+        text_encoder=str(out / demo_files.TEXT_ENCODER_FILE),
         autoencoder="",
         height=8 * plan.scale,
         width=8 * plan.scale,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from distillation import sprites, train_demo
+from distillation import demo_files, sprites
 from distillation.evidence.measures import Evaluation, Options
 from distillation.evidence.report import build, load_scores
 from distillation.evidence.rows import (
@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> None:
     """What the command does, with errors as ValueError."""
     runs, demo, out = chosen.runs, chosen.demo, chosen.out
     if chosen.commands:
-        teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / train_demo.DIT_FILE
+        teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / demo_files.TEACHER_FILE
         print("# what all of them begin with: the teacher after causal initialisation")
         print(initial_command(runs, teacher=teacher) + "\n")
         for row in ROWS:

@@ -55,7 +55,7 @@ from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
 from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
-from distillation import score, sprites, train_demo
+from distillation import demo_files, score, sprites
 from distillation.losses import guided
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
@@ -163,17 +163,15 @@ class Player:
     """Makes clips with the demo, with and without motion to follow."""
 
     def __init__(self, folder: Path, dit: Path | None, device: torch.device | str = "cpu") -> None:
+        file = dit or folder / demo_files.TEACHER_FILE
         self.dit: WanDiT
         self.encoder: CaptionEncoder
         self.autoencoder: DemoAutoencoder
-        self.dit, self.encoder, self.autoencoder = train_demo.load_models(folder)
-        file = dit if dit is not None else folder / train_demo.DIT_FILE
-        if dit is not None:
-            self.dit = train_demo.load_dit(dit)
+        self.dit, self.encoder, self.autoencoder = demo_files.load_models(folder, file)
         for model in (self.dit, self.encoder, self.autoencoder):
             model.to(device)
         self.device = torch.device(device)
-        self.trained = train_demo.trained_for(file)
+        self.trained = demo_files.trained_for(file)
         self.digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
         self.modes = tuple(mode for mode in MODES if mode != "adapter" or self.dit.config.flow_adapter)
 

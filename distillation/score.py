@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, latent_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
 from diagonal_sampler.settings import CausalSettings
-from distillation import sprites, train_demo
+from distillation import demo_files, sprites, train_demo
 from distillation.rollout import stream
 from distillation.run_folder import write_json
 from distillation.samples import decode_frames
@@ -357,7 +357,7 @@ def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) ->
 
 
 def chosen_sampling(
-    options: argparse.Namespace, trained: train_demo.TrainedFor
+    options: argparse.Namespace, trained: demo_files.TrainedFor
 ) -> tuple[DiagonalSchedule, CausalSettings, float]:
     """What the flags say, else what the checkpoint was trained for."""
     schedule, settings = trained.schedule, trained.settings
@@ -374,6 +374,14 @@ def chosen_sampling(
     if options.sink is not None:
         settings = replace(settings, sink=options.sink)
     return schedule, settings, trained.cfg if options.cfg is None else options.cfg
+
+
+def load_parts(options: argparse.Namespace) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
+    """The models that the flags name: of finished files, or of a training run that was not exported."""
+    if (options.checkpoint / train_demo.DIT_CHECKPOINT).exists():
+        dit, encoder, autoencoder = train_demo.load_trained(options.checkpoint)
+        return demo_files.load_dit(options.dit) if options.dit else dit, encoder, autoencoder
+    return demo_files.load_models(options.checkpoint, options.dit)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -406,10 +414,10 @@ def main(arguments: list[str] | None = None) -> None:
     captions = options.caption or sprites.held_out_captions(options.captions, options.caption_seed)
     started = time.perf_counter()
     if options.source == "model":
-        dit, encoder, autoencoder = train_demo.load_models(options.checkpoint, options.dit)
+        dit, encoder, autoencoder = load_parts(options)
         for model in (dit, encoder, autoencoder):
             model.to(options.device)
-        trained = train_demo.trained_for(options.dit or options.checkpoint / train_demo.DIT_FILE)
+        trained = demo_files.trained_for(options.dit or options.checkpoint / demo_files.TEACHER_FILE)
         schedule, settings, cfg = chosen_sampling(options, trained)
         latents = sample_latents(
             dit,
@@ -429,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
         drawn = sprites.render(scenes, torch.arange(options.length), options.scale)
         frames = drawn.float()
         if options.source == "autoencoder":
-            autoencoder = train_demo.load_models(options.checkpoint, options.dit)[2]
+            autoencoder = load_parts(options)[2]
             with torch.no_grad():
                 pixels = autoencoder.decode(autoencoder.encode(sprites.to_pixels(drawn)))
             frames = ((pixels + 1) * 127.5).movedim(1, 2)

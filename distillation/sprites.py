@@ -245,6 +245,11 @@ def sample_specs(rng: np.random.Generator, *, held_out: bool = False) -> tuple[S
     return tuple(sprites)
 
 
+def training_specs(seed: int, row: int) -> tuple[SpriteSpec, ...]:
+    """Sprites of caption `row` of a training that asks for captions and not for clips."""
+    return sample_specs(np.random.default_rng([seed, row, 0xCAB]))
+
+
 def held_out_captions(count: int, seed: int = 0) -> list[str]:
     """Distinct captions, each with at least one (shape, colour, direction) that no training clip shows."""
     rng = np.random.default_rng([seed, 0x4E1D])

@@ -29,14 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import (
     CaptionEncoder,
     CaptionEncoderConfig,
-    load_caption_encoder,
     save_caption_encoder,
     tokenize_captions,
 )
@@ -44,165 +41,42 @@ from diagonal_sampler.demo_autoencoder import (
     COMPONENTS,
     DemoAutoencoder,
     DemoAutoencoderConfig,
-    load_demo_autoencoder,
     save_demo_autoencoder,
 )
 from diagonal_sampler.dit import HEAD_DIM, WanConfig, WanDiT
-from diagonal_sampler.provenance import Provenance, causal_settings
+from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.rope import axis_dims
-from diagonal_sampler.schedule import DEFAULT_SHIFT, DiagonalSchedule, shift_sigma
-from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
+from diagonal_sampler.settings import GLOBAL_WINDOW
 from diagonal_sampler.weight_files import write_weights
 from distillation import sprites
-from distillation.common import autocast, fast_bf16, generator_at, git_commit, keep_freed_memory
+from distillation.common import autocast, generator_at, git_commit
+from distillation.demo_files import (
+    AUTOENCODER_FILE,
+    KEPT_NOISE,
+    NOISE_KEY,
+    TEACHER_CFG,
+    TEACHER_FILE,
+    TEACHER_STEPS,
+    TEXT_ENCODER_FILE,
+)
+from distillation.demo_run import (
+    Optimizers,
+    Pace,
+    Training,
+    begin,
+    load_checkpoint,
+    make_optimizers,
+    progress,
+    read_run,
+    require_same_recipe,
+    save_checkpoint,
+)
 
 log = logging.getLogger("train_demo")
 
+DIT_CHECKPOINT, AUTOENCODER_CHECKPOINT = "dit.pt", "autoencoder.pt"
 EMA_DECAY = 0.998
-GRADIENT_CLIP = 1.0
-# How the shipped model is best sampled, by distillation.score.
-SHIPPED_STEPS = 12
-SHIPPED_CFG = 5.0
-NOISE_KEY, KEPT_NOISE = "noise", "kept"  # header entry of a model that is sampled by Euler's method
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What both stages share
-
-
-def cosine_learning_rate(update: int, *, peak: float, warmup: int, total: int, floor: float = 0.02) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `floor * peak` at update `total`."""
-    if update < warmup:
-        return peak * (update + 1) / warmup
-    progress = min(1.0, (update - warmup) / max(1, total - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class Pace:
-    """How long a training is: so many updates or, with `seconds`, as many as fit from now on."""
-
-    def __init__(self, first: int, updates: int, seconds: float) -> None:
-        self.first, self.updates, self.seconds = first, updates, seconds
-        self.started = time.perf_counter()
-
-    def total(self, update: int) -> int:
-        """Updates that the whole training will have, as far as it is known before `update`."""
-        if not self.seconds:
-            return self.updates
-        elapsed = time.perf_counter() - self.started
-        return self.first + math.ceil((update - self.first + 1) * self.seconds / elapsed)
-
-    def updates_until(self, last: int) -> Iterator[int]:
-        """The updates that are left until `last`, or until the time is up."""
-        for update in itertools.count(self.first) if self.seconds else range(self.first, last):
-            if self.seconds and time.perf_counter() - self.started > self.seconds:
-                return
-            yield update
-
-
-class Ema:
-    """Exponential moving average of a module's state, warmed up so that early averages are not the initial noise."""
-
-    def __init__(self, module: nn.Module, decay: float = EMA_DECAY) -> None:
-        self.decay = decay
-        self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, update: int) -> None:
-        decay = min(self.decay, (1 + update) / (10 + update))
-        averages, values = [], []
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                averages.append(self.state[name])
-                values.append(value)
-            else:
-                self.state[name].copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - decay)
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """torch.save to a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint at `path`, or None if there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def progress(updates: Iterator[Any] | range, description: str, total: int | None = None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(updates, desc=description, total=total, mininterval=5, smoothing=0.05, dynamic_ncols=True)
-
-
-class Orthogonal(torch.optim.Optimizer):
-    """Momentum descent along the orthogonalised update ("Muon"), for weight matrices and flattened convolutions.
-
-    The update is U V^T of the momentum's singular value decomposition U S V^T, found by a quintic Newton-Schulz
-    iteration, and scaled by 0.2 * sqrt(max(rows, columns)) so that its root mean square equals a typical AdamW
-    update's. Matrices of one shape are treated in one batched product. (Jordan et al. 2024; scale: Moonlight 2025.)
-    """
-
-    ITERATION = (3.4445, -4.7750, 2.0315)
-    STEPS = 5
-
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @classmethod
-    def orthogonalise(cls, matrices: Tensor) -> Tensor:
-        """[N, rows, columns] -> nearly orthogonal matrices of the same shape (singular values near 1)."""
-        a, b, c = cls.ITERATION
-        flip = matrices.shape[1] > matrices.shape[2]
-        x = matrices.bfloat16() if fast_bf16(matrices.device) else matrices.float()
-        x = x.mT if flip else x
-        x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
-        for _ in range(cls.STEPS):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return (x.mT if flip else x).float()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                for parameter in parameters:
-                    if "momentum" not in self.state[parameter]:
-                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-                momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-                gradients = [parameter.grad for parameter in parameters]
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                updates = self.orthogonalise(torch.stack(directions).flatten(2))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(
-                    parameters,
-                    [update.view_as(parameter) for parameter, update in zip(parameters, updates, strict=True)],
-                    alpha=-scale,
-                )
-
-
-def make_adamw(parameters: list[Tensor], rate: float, *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW as all trainings of the demo use it; on a GPU in one kernel."""
-    fused = True if parameters[0].is_cuda else None
-    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
-
-
-def make_optimizers(
-    matrices: list[Tensor], others: list[Tensor], *, matrix_rate: float, rate: float, weight_decay: float = 0.01
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak learning rates: orthogonalised updates for `matrices`, AdamW for the rest."""
-    adamw = make_adamw(others, rate, weight_decay=weight_decay)
-    return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,11 +127,12 @@ def autoencoder_loss(model: DemoAutoencoder, groups: Tensor, weight: Tensor, noi
 
 def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device, stop: int | None = None) -> Path:
     """Trains, or resumes, until `stop` updates (default: all); returns the checkpoint's path."""
-    path = out / "autoencoder.pt"
+    path = out / AUTOENCODER_CHECKPOINT
     saved = load_checkpoint(path)
-    last = min(recipe.updates, stop if stop is not None else recipe.updates)
-    if saved is not None and (saved["update"] >= last or saved.get("complete")):
-        return path
+    if saved is not None:
+        require_same_recipe(path, saved, recipe)
+        if saved.get("complete") or saved["update"] >= recipe.updates:
+            return path
     torch.manual_seed(recipe.seed)
     model = DemoAutoencoder(recipe.config).to(device).train()
     weights = list(model.decoder.parameters())
@@ -268,61 +143,43 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
         rate=recipe.learning_rate,
     )
     scenes = sprites.sample_scenes(recipe.scenes, recipe.seed).to(device)
-    first = 0
-    if saved is not None:
-        first = saved["update"]
-        model.load_state_dict(saved["model"])
-        for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        log.info("resumed %s at update %d", path, first)
-    else:
+    if saved is None:
         fitting = replace(recipe, batch=recipe.fitting_groups)
         kept = model.fit_encoder(autoencoder_batch(fitting, scenes, -1)[0].to(device))
         log.info("encoder: %d components keep %.1f%% of the variance", COMPONENTS, 100 * kept)
-    ema = Ema(model)
-    if saved is not None:
-        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
-
-    def save(update: int, complete: bool = False) -> None:
-        states = [optimizer.state_dict() for optimizer, _ in optimizers]
-        state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
-        save_checkpoint(path, state | ({"complete": True} if complete else {}))
-
-    pace = Pace(first, recipe.updates, recipe.seconds)
+    training = Training(path, model, optimizers, recipe, ema_decay=EMA_DECAY)
+    first = training.resume()
+    pace = _pace(recipe)
     update = first - 1
-    bar = progress(pace.updates_until(last), "autoencoder")
+    bar = progress(pace.updates_from(first, stop), "autoencoder")
     for update in bar:
         groups, weight = autoencoder_batch(recipe, scenes, update)
         shape = (recipe.batch, 16, groups.shape[-2] // 8, groups.shape[-1] // 8)
         noise = torch.randn(shape, generator=generator_at(recipe.seed, 2, update)).to(device)
-        total = pace.total(update)
-        for optimizer, peak in optimizers:
-            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        pace.set_rates(optimizers, update)
         with autocast(device):
             loss = autoencoder_loss(model, groups, weight, noise * recipe.latent_noise)
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(model, update)
+        training.step(update)
         if update % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.5f}")
         if (update + 1) % recipe.save_every == 0:
-            save(update + 1)
-    save(update + 1, complete=bool(recipe.seconds))
+            training.save(update + 1)
+    training.save(update + 1, complete=bool(recipe.seconds))
     return path
+
+
+def _pace(recipe: AutoencoderRecipe | DitRecipe) -> Pace:
+    """By the clock alone where the recipe has seconds."""
+    if recipe.seconds:
+        return Pace(None, recipe.warmup, recipe.seconds)
+    return Pace(recipe.updates, recipe.warmup)
 
 
 def load_trained_autoencoder(path: Path, config: DemoAutoencoderConfig) -> DemoAutoencoder:
     """The EMA weights of a training checkpoint, in eval mode."""
-    saved = load_checkpoint(path)
-    if saved is None:
-        raise ValueError(f"path={os.fspath(path)!r} does not exist; train it with --stage autoencoder first")
     model = DemoAutoencoder(config)
-    model.load_state_dict(saved["ema"])
+    model.load_state_dict(read_run(path)["ema"])
     return model.eval().requires_grad_(False)
 
 
@@ -677,7 +534,7 @@ def start_local_and_open(dit: WanDiT) -> None:
             projection.bias.copy_(torch.cat(heads))
 
 
-def dit_optimizers(model: DemoModel, recipe: DitRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def dit_optimizers(model: DemoModel, recipe: DitRecipe) -> Optimizers:
     """Orthogonalised updates for the matrices of the blocks, AdamW for everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -693,32 +550,17 @@ def dit_optimizers(model: DemoModel, recipe: DitRecipe) -> list[tuple[torch.opti
 
 def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.device, stop: int | None = None) -> Path:
     """Trains, or resumes, until `stop` updates (default: all); returns the checkpoint's path."""
-    path = out / "dit.pt"
+    path = out / DIT_CHECKPOINT
     torch.manual_seed(recipe.seed)
     model = DemoModel(recipe).to(device).train()
-    optimizers = dit_optimizers(model, recipe)
-    ema = Ema(model)
-    first = 0
-    if (saved := load_checkpoint(path)) is not None:
-        first = saved["update"]
-        model.load_state_dict(saved["model"])
-        for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
-        log.info("resumed %s at update %d", path, first)
+    training = Training(path, model, dit_optimizers(model, recipe), recipe, ema_decay=EMA_DECAY)
+    first = training.resume()
     if recipe.compile:
         for block in model.dit.blocks:
             block.compile()
-    last = min(recipe.updates, stop if stop is not None else recipe.updates)
-
-    def save(update: int) -> None:
-        states = [optimizer.state_dict() for optimizer, _ in optimizers]
-        state = {"update": update, "model": model.state_dict(), "optimizers": states, "ema": ema.state}
-        save_checkpoint(path, state)
-
-    pace = Pace(first, recipe.updates, recipe.seconds)
+    pace = _pace(recipe)
     update = first - 1
-    bar = progress(pace.updates_until(last), "dit")
+    bar = progress(pace.updates_from(first, stop), "dit")
     running = dict.fromkeys(("opening", "continuation", "causal", "later", "bidirectional"), math.nan)
     unread: list[tuple[int, str, Tensor]] = []
     read_every = 1 if device.type == "cpu" else LOSSES_READ_EVERY
@@ -733,19 +575,11 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
 
     for update in bar:
         batch = dit_batch(recipe, data, update).to(device)
-        total = pace.total(update)
-        for optimizer, peak in optimizers:
-            rate = cosine_learning_rate(update, peak=peak, warmup=recipe.warmup, total=total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        pace.set_rates(training.optimizers, update)
         with autocast(device):
             loss = model.loss(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(model, update)
+        training.step(update)
         unread.append((update, batch.kind, loss.detach()))
         if update % read_every == 0:
             read_losses()
@@ -753,89 +587,38 @@ def train_dit(recipe: DitRecipe, data: LatentSet, out: Path, device: torch.devic
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.items()})
         if (update + 1) % recipe.save_every == 0:
             read_losses()
-            save(update + 1)
+            training.save(update + 1)
             log.info("update %d: %s", update + 1, ", ".join(f"{k} {v:.4f}" for k, v in running.items()))
     read_losses()
-    save(update + 1)
+    training.save(update + 1)
     return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loading a run, and shipping it
 
-DIT_FILE = "demo_teacher.safetensors"
-AUTOENCODER_FILE = "demo_autoencoder.safetensors"
-TEXT_ENCODER_FILE = "demo_text_encoder.safetensors"
 
-
-@dataclass(frozen=True, slots=True)
-class TrainedFor:
-    """How a DiT of the demo is meant to be sampled."""
-
-    schedule: DiagonalSchedule
-    settings: CausalSettings
-    cfg: float
-
-
-def trained_for(path: Path) -> TrainedFor:
-    """What a file's header says; where there is none (a training run), what the teacher is sampled with."""
-    metadata: dict[str, str] = {}
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    found = Provenance.from_metadata(metadata, path.name)
-    settings, _ = causal_settings(found)
-    if found.sigmas is None:
-        return TrainedFor(DiagonalSchedule.uniform(SHIPPED_STEPS), settings, SHIPPED_CFG)
-    schedule = DiagonalSchedule(
-        sigmas=found.sigmas,
-        context_mode=found.context_mode or "clean",
-        shift=found.shift or DEFAULT_SHIFT,
-        fresh_noise=metadata.get(NOISE_KEY) != KEPT_NOISE,
-    )
-    return TrainedFor(schedule, settings, float(metadata.get("cfg", 1)))
-
-
-def load_dit(path: Path) -> WanDiT:
-    """A DiT from a bare file, float32; eval mode, no gradients."""
-    weights = {name: value.float() for name, value in load_file(path).items()}
-    dit = WanDiT(WanConfig.from_state_dict(weights))
-    dit.load_state_dict(weights)
-    return dit.eval().requires_grad_(False)
-
-
-def load_models(folder: Path, dit: Path | None = None) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
-    """Shipped weights if `folder` holds them, else the EMA weights of a training run; eval mode, no gradients.
-
-    Args:
-        dit: a file to take instead of the folder's teacher, which need not be there then.
+def load_trained(run: Path) -> tuple[WanDiT, CaptionEncoder, DemoAutoencoder]:
+    """The averaged weights of a run in a folder; eval mode, no gradients.
 
     Raises:
-        ValueError: if the folder holds neither.
+        ValueError: if the folder holds none.
     """
-    if (folder / (TEXT_ENCODER_FILE if dit else DIT_FILE)).exists():
-        encoder = load_caption_encoder(folder / TEXT_ENCODER_FILE)
-        return load_dit(dit or folder / DIT_FILE), encoder, load_demo_autoencoder(folder / AUTOENCODER_FILE)
-    saved = load_checkpoint(folder / "dit.pt")
-    if saved is None:
-        raise ValueError(
-            f"checkpoint={os.fspath(folder)!r} holds neither {DIT_FILE} nor dit.pt; give the demo folder, or train "
-            "with python -m distillation.train_demo"
-        )
+    saved = read_run(run / DIT_CHECKPOINT)
     model = DemoModel(DitRecipe())
     model.load_state_dict(saved["ema"])
     model.eval().requires_grad_(False)
-    autoencoder = load_trained_autoencoder(folder / "autoencoder.pt", AutoencoderRecipe().config)
-    return load_dit(dit) if dit else model.dit, model.encoder, autoencoder
+    autoencoder = load_trained_autoencoder(run / AUTOENCODER_CHECKPOINT, AutoencoderRecipe().config)
+    return model.dit, model.encoder, autoencoder
 
 
 def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
     """Header entries of the shipped DiT: DESIGN's provenance keys, the mark of a causal model, and the cfg."""
-    schedule = DiagonalSchedule.uniform(SHIPPED_STEPS)
+    schedule = DiagonalSchedule.uniform(TEACHER_STEPS)
     side = recipe.scale * sprites.FRAME_SIZE
     provenance = Provenance(
         frames_per_chunk=recipe.frames_per_chunk,
-        steps_per_chunk=(SHIPPED_STEPS,),
+        steps_per_chunk=(TEACHER_STEPS,),
         sigmas=schedule.sigmas,
         shift=schedule.shift,
         context_mode=schedule.context_mode,
@@ -853,7 +636,7 @@ def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
         git_commit=git_commit(),
     )
     config = json.dumps({"transformer": {"causal_ar": True, "text_dim": recipe.model.text_dim}})
-    return {**provenance.to_metadata(), "config": config, "cfg": str(SHIPPED_CFG), NOISE_KEY: KEPT_NOISE}
+    return {**provenance.to_metadata(), "config": config, "cfg": str(TEACHER_CFG), NOISE_KEY: KEPT_NOISE}
 
 
 def export(run: Path, folder: Path, note: str = "", recipe: DitRecipe | None = None) -> None:
@@ -864,18 +647,16 @@ def export(run: Path, folder: Path, note: str = "", recipe: DitRecipe | None = N
         recipe: what the run was trained with; None is the default.
     """
     recipe = recipe or DitRecipe()
-    dit, encoder, autoencoder = load_models(run)
-    saved = load_checkpoint(run / "dit.pt")
-    assert saved is not None
+    dit, encoder, autoencoder = load_trained(run)
     folder.mkdir(parents=True, exist_ok=True)
-    header = provenance_of(recipe, saved["update"])
+    header = provenance_of(recipe, read_run(run / DIT_CHECKPOINT)["update"])
     if note:
         header["recipe"] += f". {note}"
     shared = {key: header[key] for key in ("recipe", "data", "git_commit")}
     save_caption_encoder(encoder, folder / TEXT_ENCODER_FILE, shared)
     save_demo_autoencoder(autoencoder, folder / AUTOENCODER_FILE, shared)
-    write_weights(folder / DIT_FILE, {name: value.half() for name, value in dit.state_dict().items()}, header)
-    for name in (DIT_FILE, TEXT_ENCODER_FILE, AUTOENCODER_FILE):
+    write_weights(folder / TEACHER_FILE, {name: value.half() for name, value in dit.state_dict().items()}, header)
+    for name in (TEACHER_FILE, TEXT_ENCODER_FILE, AUTOENCODER_FILE):
         log.info("%s: %.1f MB", folder / name, (folder / name).stat().st_size / 1e6)
 
 
@@ -890,16 +671,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-factor", type=float, default=1, help="batches of the DiT this many times as large")
     parser.add_argument("--seconds", type=float, default=0.0, help="train the DiT for this long; default: its updates")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    device = begin(options)
     recipe = AutoencoderRecipe(scale=options.scale)
     dit = enlarged(DitRecipe(), options.batch_factor)
     dit = replace(dit, scale=options.scale, seconds=options.seconds)
     if options.export:
         export(options.out, options.export, options.note, dit)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = device.type == "cpu"
     started = time.perf_counter()
     if options.stage == "autoencoder":

@@ -17,29 +17,49 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, tokenize_captions
 from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, DemoAutoencoder, latent_frames
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
-from diagonal_sampler.weight_files import write_weights
-from distillation import sprite_motion, sprites, train_demo
-from distillation.common import autocast, generator_at, git_commit, keep_freed_memory
+from distillation import sprite_motion, sprites
+from distillation.common import autocast, generator_at
+from distillation.demo_files import (
+    NETWORK_FILES,
+    TEACHER_FILE,
+    TrainedFor,
+    load_dit,
+    load_models,
+    trained_for,
+    write_changed,
+)
+from distillation.demo_run import (
+    Losses,
+    Optimizers,
+    Pace,
+    Training,
+    begin,
+    given,
+    load_checkpoint,
+    make_adamw,
+    make_optimizers,
+    progress,
+    read_run,
+    save_checkpoint,
+)
+from distillation.train_demo import SMALLEST_TRAINED_SIGMA
 
 log = logging.getLogger("train_flow")
 
@@ -87,7 +107,6 @@ def student_recipe(**changes: object) -> FlowRecipe:
 
 
 RECIPES = {"teacher": FlowRecipe, "student": student_recipe}
-FILES = {"teacher": train_demo.DIT_FILE, "student": "demo_student.safetensors"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +155,7 @@ def encode_flow_clips(
     Returns:
         clips on the CPU.
     """
-    if (saved := train_demo.load_checkpoint(path)) is not None:
+    if (saved := load_checkpoint(path)) is not None:
         return FlowClips(**saved)
     device = torch.device("cpu") if device is None else device
     autoencoder = autoencoder.to(device)
@@ -144,7 +163,7 @@ def encode_flow_clips(
     clips, flows, ids = [], [], []
     step = CLIPS_AT_ONCE[device.type]
     parts = [(recipe.seed, at, min(step, recipe.clips - at), recipe.length) for at in range(0, recipe.clips, step)]
-    for specs, *numbers in train_demo.progress(_thought_out(parts, workers), "encoding clips", total=len(parts)):
+    for specs, *numbers in progress(_thought_out(parts, workers), "encoding clips", total=len(parts)):
         of_scenes = len(fields(sprites.Scenes)) - 1
         tensors = [torch.from_numpy(value).to(device) for value in numbers]
         scenes = sprites.Scenes(specs, *tensors[:of_scenes])
@@ -153,7 +172,7 @@ def encode_flow_clips(
         flows.append(sprite_motion.features(told, scenes, frames, side, side).half().cpu())
         ids.append(tokenize_captions(scenes.captions))
     saved = {"clips": torch.cat(clips), "flow": torch.cat(flows), "ids": torch.cat(ids)}
-    train_demo.save_checkpoint(path, saved)
+    save_checkpoint(path, saved)
     return FlowClips(**saved)
 
 
@@ -178,11 +197,6 @@ def _think_out(part: tuple[int, int, int, int]) -> tuple:
     return scenes.specs, *(tensor.numpy() for tensor in tensors)
 
 
-def numpy_generator(seed: int, row: int) -> np.random.Generator:
-    """Of the captions that a training without clips is made of."""
-    return np.random.default_rng([seed, row, 0xCAB])
-
-
 @dataclass(frozen=True, slots=True)
 class FlowBatch:
     """One forward's input: noisy latents, their sigmas, the model's flow to predict, and the motion to follow."""
@@ -196,7 +210,7 @@ class FlowBatch:
 
 
 def flow_batch(
-    recipe: FlowRecipe, data: FlowClips, trained: train_demo.TrainedFor, update: int, *, kept: bool = False
+    recipe: FlowRecipe, data: FlowClips, trained: TrainedFor, update: int, *, kept: bool = False
 ) -> FlowBatch:
     """The batch of an update, where the clips are; depends on (seed, update, kept) and the kind of device only.
 
@@ -229,7 +243,7 @@ def flow_batch(
     current = torch.full((batch, 1), given, device=device) if given else (uniform(batch, 1) * chunks).floor()
     per_chunk = torch.where(torch.arange(chunks, device=device) < current, context, per_chunk)
     sigma = per_chunk.repeat_interleave(size, dim=1)
-    weight = (sigma >= train_demo.SMALLEST_TRAINED_SIGMA).float()
+    weight = (sigma >= SMALLEST_TRAINED_SIGMA).float()
     weight[:, : given * size] = 0
     noise = torch.randn(clean.shape, generator=generator, device=device)
     spoken = uniform(batch) >= recipe.empty_caption_share * (2 if kept else 1)
@@ -309,78 +323,19 @@ class RatesRecipe(Protocol):
     def adapter_learning_rate(self) -> float: ...
 
 
-def flow_optimizers(dit: WanDiT, recipe: RatesRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak learning rates."""
+def flow_optimizers(dit: WanDiT, recipe: RatesRecipe) -> Optimizers:
+    """Orthogonalised updates for the blocks' matrices, AdamW for the rest, with a rate of its own for the adapter."""
     matrices, others, adapter = [], [], []
     for name, parameter in dit.named_parameters():
         if name.startswith("flow_embedding."):
             adapter.append(parameter)
         else:
             (matrices if name.startswith("blocks") and parameter.ndim == 2 else others).append(parameter)
-    optimizers = train_demo.make_optimizers(
+    optimizers = make_optimizers(
         matrices, others, matrix_rate=recipe.matrix_learning_rate, rate=recipe.learning_rate, weight_decay=0.0
     )
-    own = train_demo.make_adamw(adapter, recipe.adapter_learning_rate, weight_decay=0.0)
+    own = make_adamw(adapter, recipe.adapter_learning_rate, weight_decay=0.0)
     return [*optimizers, (own, recipe.adapter_learning_rate)]
-
-
-class Pace:
-    """How far a run is, and its learning rates: a linear warm-up, then a cosine over the rest.
-
-    Args:
-        updates: after which a run is done.
-        seconds: from now on, after which it is done as well; None is no limit.
-    """
-
-    def __init__(self, updates: int, warmup: int, seconds: float | None = None) -> None:
-        self.updates, self.warmup = updates, warmup
-        self.started = time.perf_counter()
-        self.seconds = seconds
-
-    def done(self, update: int) -> float:
-        """Part of the run that is done before an update, 1 at its end."""
-        done = update / self.updates
-        if self.seconds is not None:
-            done = max(done, (time.perf_counter() - self.started) / max(1e-9, self.seconds))
-        return min(1.0, done)
-
-    def set_rates(self, optimizers: list[tuple[torch.optim.Optimizer, float]], update: int, done: float) -> None:
-        """Sets the learning rates of an update."""
-        for optimizer, peak in optimizers:
-            rate = train_demo.cosine_learning_rate(update, peak=peak, warmup=self.warmup, total=self.updates)
-            if self.seconds is not None:
-                falling = train_demo.cosine_learning_rate(round(1e6 * done), peak=peak, warmup=0, total=1_000_000)
-                rate = min(rate, falling) if update < self.warmup else falling
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-
-class Losses:
-    """Means of losses since they were last read; nothing waits for the device in between."""
-
-    def __init__(self, *names: str) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.names, self.count = names, 0
-
-    def add(self, **values: Tensor) -> None:
-        """The losses of an update."""
-        for name in self.names:
-            value = values[name].detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-
-    def read(self, update: int) -> str:
-        """The means as text, and begins again.
-
-        Raises:
-            ValueError: one that is not finite.
-        """
-        means = {name: float(value) / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss ({name}) is {mean} by update {update}; lower the learning rates")
-        return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
 
 def train_flow(
@@ -412,43 +367,24 @@ def train_flow(
     """
     entered = time.perf_counter()
     path = out / CHECKPOINT
-    teacher, encoder, autoencoder = train_demo.load_models(start)
-    before = train_demo.load_dit(start / FILES[network])
-    trained = train_demo.trained_for(start / FILES[network])
+    teacher, encoder, autoencoder = load_models(start)
+    before = load_dit(start / NETWORK_FILES[network])
+    trained = trained_for(start / NETWORK_FILES[network])
     dit = with_adapter(before)
     if learned is not None:
-        add_change(dit, teacher, train_demo.load_dit(learned / train_demo.DIT_FILE))
+        add_change(dit, teacher, load_dit(learned / TEACHER_FILE))
     data = encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     before, encoder, dit = before.to(device), encoder.to(device), dit.to(device)
-    optimizers = flow_optimizers(dit, recipe)
-    ema = train_demo.Ema(dit, recipe.ema_decay)
-    first = 0
-    if (saved := train_demo.load_checkpoint(path)) is not None:
-        first = saved["update"]
-        dit.load_state_dict(saved["model"])
-        for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
-        log.info("resumed %s at update %d", path, first)
-    last = min(recipe.updates, recipe.updates if stop is None else stop)
-
-    def save(update: int) -> None:
-        states = [optimizer.state_dict() for optimizer, _ in optimizers]
-        state = {"update": update, "model": dit.state_dict(), "optimizers": states, "ema": ema.state}
-        train_demo.save_checkpoint(path, {**state, "recipe": asdict(recipe)})
-
+    training = Training(path, dit, flow_optimizers(dit, recipe), recipe, ema_decay=recipe.ema_decay)
+    first = training.resume()
     size = trained.settings.frames_per_chunk
-    bar = train_demo.progress(range(first, last), "flow")
     losses = Losses("flow", "kept")
     pace = Pace(recipe.updates, recipe.warmup, None if seconds is None else seconds - (time.perf_counter() - entered))
-    finished = last
+    bar = progress(pace.updates_from(first, stop), "flow", total=recipe.updates - first)
+    update = first - 1
     for update in bar:
-        done = pace.done(update)
-        if done >= 1:
-            finished = update
-            break
         batch, kept = (flow_batch(recipe, data, trained, update, kept=kept) for kept in (False, True))
-        pace.set_rates(optimizers, update, done)
+        pace.set_rates(training.optimizers, update)
         with autocast(device):
             predicted = _predict(dit, encoder, batch, size, with_flow=True)
             loss = _error(predicted, batch.target, batch, of_x0=recipe.few_steps)
@@ -458,20 +394,16 @@ def train_flow(
             predicted = _predict(dit, encoder, kept, size, with_flow=False)
             other = _error(predicted, wanted, kept, of_x0=recipe.few_steps)
             (recipe.kept_weight * other).backward()
-        nn.utils.clip_grad_norm_(dit.parameters(), train_demo.GRADIENT_CLIP)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(dit, update)
+        training.step(update)
         losses.add(flow=loss, kept=other)
-        if (update + 1) % READ_EVERY == 0 or update + 1 == last:
+        if (update + 1) % READ_EVERY == 0:
             found = losses.read(update)
             bar.set_postfix_str(found)
             if (update + 1) % recipe.save_every == 0:
-                save(update + 1)
+                training.save(update + 1)
                 log.info("update %d: %s", update + 1, found)
-    losses.read(finished)
-    save(finished)
+    losses.read(update)
+    training.save(update + 1)
     return path
 
 
@@ -483,23 +415,14 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     Raises:
         ValueError: no such run.
     """
-    saved = train_demo.load_checkpoint(run / CHECKPOINT)
-    if saved is None:
-        raise ValueError(f"out={os.fspath(run)!r} holds no {CHECKPOINT}; train it first")
-    recipe, file = FlowRecipe(**saved["recipe"]), folder / FILES[network]
-    with safe_open(start / FILES[network], framework="pt") as before:
-        header = dict(before.metadata() or {})
+    saved = read_run(run / CHECKPOINT)
+    recipe, file = FlowRecipe(**saved["recipe"]), NETWORK_FILES[network]
     done = (
         f"distillation.train_flow --network {network}, seed {recipe.seed}, {saved['update']} updates of "
         f"{recipe.batch} clips, "
         f"EMA {recipe.ema_decay}"
     )
-    header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
-    header["git_commit"] = git_commit()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(file, {name: value.half() for name, value in saved["ema"].items()}, header)
-    log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
-    return file
+    return write_changed(folder / file, saved["ema"], start / file, done, note)
 
 
 RUN_FIELDS = (
@@ -523,19 +446,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 _WHOLE = ("seed", "updates", "clips", "length", "batch", "kept_batch", "warmup", "save_every")
-
-
-def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The fields that flags set."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def begin(options: argparse.Namespace) -> torch.device:
-    """Logging, threads and memory as the flags say; the device."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:

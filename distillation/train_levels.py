@@ -44,14 +44,13 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
 from diagonal_sampler.demo_autoencoder import (
@@ -72,16 +71,17 @@ from diagonal_sampler.schedule import (
     shift_sigma,
     unshift_sigma,
 )
-from diagonal_sampler.weight_files import write_weights
-from distillation import sprites, train_demo, train_flow
-from distillation.common import autocast, generator_at, git_commit
+from distillation import sprites
+from distillation.common import autocast, generator_at
 from distillation.copies import remove_copies
+from distillation.demo_files import STUDENT_FILE, TrainedFor, load_dit, load_models, trained_for, write_changed
+from distillation.demo_run import Losses, Pace, Training, begin, given, make_adamw, read_run
 from distillation.losses import guided
 from distillation.rollout import predict_x0
 from distillation.samples import add_to_frames, decode_groups, encode_frames
 from distillation.score import split_from_ground
 from distillation.switches import switch
-from distillation.train_follow import (
+from distillation.windows import (
     PRECISION,
     DrawnNoise,
     Sampling,
@@ -300,7 +300,7 @@ def student_end(
 def opening_states(
     recipe: LevelsRecipe,
     networks: Networks,
-    trained: train_demo.TrainedFor,
+    trained: TrainedFor,
     rows: range,
     chunks: int,
     generator: torch.Generator,
@@ -317,7 +317,7 @@ def opening_states(
         The states, and the clips [B, C, T, H, W].
     """
     schedule, size, device = trained.schedule, trained.settings.frames_per_chunk, networks.device
-    specs = [sprites.sample_specs(train_flow.numpy_generator(recipe.seed, row)) for row in rows]
+    specs = [sprites.training_specs(recipe.seed, row) for row in rows]
     ids = tokenize_captions([caption_of(each) for each in specs]).to(device)
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
     inputs, found = roll_out(networks.student, text, noise, trained, chunks)
@@ -349,7 +349,7 @@ def opening_states(
 def going_on_states(
     recipe: LevelsRecipe,
     networks: Networks,
-    trained: train_demo.TrainedFor,
+    trained: TrainedFor,
     pool: int,
     clips: Tensor,
     ids: Tensor,
@@ -381,8 +381,8 @@ def going_on_states(
 
 @torch.no_grad()
 def switched_states(
-    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int
-) -> tuple[States, int, train_demo.TrainedFor]:
+    recipe: LevelsRecipe, networks: Networks, trained: TrainedFor, pool: int
+) -> tuple[States, int, TrainedFor]:
     """Clips whose caption changes: what the student is asked and is to answer; the chunk, and how they are sampled."""
     schedule, size, device = trained.schedule, trained.settings.frames_per_chunk, networks.device
     chunks = latent_frames(recipe.switch_length) // size
@@ -412,9 +412,7 @@ def switched_states(
     return _states(inputs, wanted, ids), chunk, anew
 
 
-def fresh_pools(
-    recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor, pool: int, chunks: int
-) -> list[States]:
+def fresh_pools(recipe: LevelsRecipe, networks: Networks, trained: TrainedFor, pool: int, chunks: int) -> list[States]:
     """Clips from pure noise, clips behind given frames, and first chunks alone if the recipe asks for them."""
     device = networks.device
     rows = range(pool * recipe.pool, (pool + 1) * recipe.pool)
@@ -428,7 +426,7 @@ def fresh_pools(
     return pools
 
 
-def behind_given(trained: train_demo.TrainedFor) -> train_demo.TrainedFor:
+def behind_given(trained: TrainedFor) -> TrainedFor:
     """How clips behind a given chunk are sampled, with that as a first chunk of one step."""
     schedule = trained.schedule
     given = (schedule.given_context_sigma,)
@@ -473,16 +471,16 @@ def train_levels(
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
-    file = student or start / train_flow.FILES["student"]
-    teacher, encoder, autoencoder = (model.to(device) for model in train_demo.load_models(start))
-    before = train_demo.load_dit(file).to(device)
+    file = student or start / STUDENT_FILE
+    teacher, encoder, autoencoder = (model.to(device) for model in load_models(start))
+    before = load_dit(file).to(device)
     if mean_with is not None:
-        other = train_demo.load_dit(mean_with).to(device).state_dict()
+        other = load_dit(mean_with).to(device).state_dict()
         before.load_state_dict(
             {name: torch.lerp(other[name], own, recipe.mean_share) for name, own in before.state_dict().items()}
         )
     dit = copy.deepcopy(before).train().requires_grad_(True)
-    found = train_demo.trained_for(file)
+    found = trained_for(file)
     trained = replace(found, schedule=replace(found.schedule, sigmas=recipe.levels))
     networks = Networks(student=dit, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
     size = trained.settings.frames_per_chunk
@@ -490,29 +488,18 @@ def train_levels(
     switched_chunks = latent_frames(recipe.switch_length) // size
     openings, firsts = Sampling(trained, chunks, device), Sampling(trained, 1, device)
     extensions = Sampling(behind_given(trained), 1 + recipe.going_on_chunks, device)
-    optimizer = train_demo.make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
-    ema = train_demo.Ema(dit, recipe.ema_decay)
-    first = 0
-    if (saved := train_demo.load_checkpoint(path)) is not None:
-        first = saved["update"]
-        dit.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        ema.state = {name: value.to(device) for name, value in saved["ema"].items()}
-        log.info("resumed %s at update %d", path, first)
-    last = min(recipe.updates, recipe.updates if stop is None else stop)
-
-    def save(update: int) -> None:
-        state = {"update": update, "model": dit.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state}
-        train_demo.save_checkpoint(path, {**state, "recipe": asdict(recipe)})
-
-    pace = train_flow.Pace(recipe.updates, recipe.warmup)
+    optimizer = make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
+    training = Training(path, dit, [(optimizer, recipe.learning_rate)], recipe, ema_decay=recipe.ema_decay)
+    first = training.resume()
+    pace = Pace(recipe.updates, recipe.warmup)
     extra = {"first": recipe.first_batch, "switch": recipe.switch_batch}
     names = ("opening", "going_on", *(name for name, batch in extra.items() if batch))
-    losses = train_flow.Losses(*names)
+    losses = Losses(*names)
     pools: list[States] = []
     switched: tuple[States, int, Sampling] | None = None
     going_on = round(recipe.going_on_share * recipe.batch)
-    for update in range(first, last):
+    update = first - 1
+    for update in pace.updates_from(first, stop):
         if not pools or update % recipe.pool_updates == 0:
             dit.eval()
             pools = fresh_pools(recipe, networks, trained, update // recipe.pool_updates, chunks)
@@ -521,7 +508,7 @@ def train_levels(
                 switched = states, since, Sampling(anew, switched_chunks, device)
             dit.train()
         opening, behind, *alone = pools
-        pace.set_rates([(optimizer, recipe.learning_rate)], update, pace.done(update))
+        pace.set_rates(training.optimizers, update)
         generator = generator_at(recipe.seed, _BATCH_DRAWS, update, device=device)
         parts = [
             openings.draw(opening, recipe.batch - going_on, generator, often_share=recipe.first_share),
@@ -541,17 +528,14 @@ def train_levels(
             mean = error.sum() / windows.weight.sum().clamp(min=1)
             (mean * len(windows.ids) / recipe.windows).backward()
             means.append(mean)
-        nn.utils.clip_grad_norm_(dit.parameters(), train_demo.GRADIENT_CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(dit, update)
+        training.step(update)
         losses.add(**dict(zip(names, means, strict=True)))
         if (update + 1) % recipe.save_every == 0:
             text_of = losses.read(update)
-            save(update + 1)
+            training.save(update + 1)
             log.info("update %d, %.0f s: %s", update + 1, time.perf_counter() - started, text_of)
-    losses.read(last)
-    save(last)
+    losses.read(update)
+    training.save(update + 1)
     return path
 
 
@@ -564,12 +548,8 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     Raises:
         ValueError: no run in the folder.
     """
-    saved = train_demo.load_checkpoint(run / CHECKPOINT)
-    if saved is None:
-        raise ValueError(f"out={os.fspath(run)!r} holds no {CHECKPOINT}; train it first")
+    saved = read_run(run / CHECKPOINT)
     recipe = LevelsRecipe(**saved["recipe"])
-    with safe_open(student, framework="pt") as before:
-        header = dict(before.metadata() or {})
     mean = ""
     if mean_with is not None:
         mean = f"begun with {recipe.mean_share:g} of these weights and else {mean_with.stem}'s, "
@@ -581,13 +561,7 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
         f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {recipe.windows} windows, "
         f"{switches}EMA {recipe.ema_decay}"
     )
-    header["recipe"] = ". ".join(part for part in (header.get("recipe", ""), done, note) if part)
-    header["sigmas"] = json.dumps(recipe.levels)
-    header["git_commit"] = git_commit()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, {name: value.half().cpu() for name, value in saved["ema"].items()}, header)
-    log.info("%s: %.1f MB", target, target.stat().st_size / 1e6)
-    return target
+    return write_changed(target, saved["ema"], student, done, note, sigmas=json.dumps(recipe.levels))
 
 
 FIELDS = (
@@ -619,12 +593,12 @@ def main(arguments: list[str] | None = None) -> None:
         kind = int if name in FIELDS else float
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")
     options = parser.parse_args(arguments)
-    device = train_flow.begin(options)
+    device = begin(options)
     if options.export:
-        student = options.student or options.start / train_flow.FILES["student"]
+        student = options.student or options.start / STUDENT_FILE
         export_levels(options.out, student, options.export, options.note, options.mean_with)
         return
-    recipe = LevelsRecipe(**train_flow.given(options, ("sigmas", "ends", "between", "copies", *FIELDS, *REAL_FIELDS)))
+    recipe = LevelsRecipe(**given(options, ("sigmas", "ends", "between", "copies", *FIELDS, *REAL_FIELDS)))
     train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)
 
 

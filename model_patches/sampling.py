@@ -8,8 +8,7 @@ only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sampl
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,27 +23,18 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
-from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
-from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks, split_frames
+from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
 from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
-from ..diagonal_sampler.settings import CausalSettings
-from .causal import RUN_KEY, CausalRun, causal_settings, exact_positions
+from .causal import RUN_KEY, CausalRun, exact_positions
+from .clip_plan import ClipPlan, memory_request, plan_clip
+from .conditionings import check_conditionings, move_texts
 from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
-from .memory import network_facts
-from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, check_prompts, schedule_of
+from .pace import FiniteLook, Pace
+from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, schedule_of
 
 log = logging.getLogger(__name__)
-
-UNSUPPORTED_CONDITIONS = {
-    "control": "a ControlNet",
-    "gligen": "GLIGEN",
-    "concat_latent_image": "an image to concatenate",
-    "reference_latents": "reference latents",
-    "time_dim_concat": "frames to concatenate",
-    "context_latents": "context latents",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,45 +47,6 @@ class Progress:
     chunks: int
     step: int
     steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipPlan:
-    """Sizes of one run, known before anything is allocated.
-
-    Attributes:
-        shape: [B, C, T, H, W] of the latent.
-        settings: the model's, with the frames per chunk of this run.
-        schedule: the noise levels of this run.
-        given: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale, or None.
-    """
-
-    shape: tuple[int, int, int, int, int]
-    settings: CausalSettings
-    schedule: DiagonalSchedule
-    given: Tensor | None = None
-
-    @property
-    def context_frames(self) -> int:
-        """Latent frames that are given."""
-        return 0 if self.given is None else self.given.shape[2]
-
-    @property
-    def chunks(self) -> int:
-        return len(split_frames(self.shape[2] - self.context_frames, self.settings.frames_per_chunk))
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of the run, cache passes included."""
-        return count_forwards(self.schedule, self.shape[2], self.settings.frames_per_chunk, self.context_frames)
-
-    def cache_bytes(self, model: ModelPatcher, text_tokens: Sequence[int]) -> int:
-        """Bytes of keys and values, of the window and of the text. text_tokens: of each condition's prompt."""
-        network = network_facts(model)
-        batch, _, frames, rows, columns = self.shape
-        clip = ClipSize(settings=self.settings, frames=frames, rows=rows, columns=columns, batch=batch)
-        window = keys_values_bytes(network, replace(clip, conditions=len(text_tokens)))
-        return window + sum(text_bytes(network, replace(clip, text_tokens=tokens)) for tokens in text_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,107 +101,6 @@ class Resume:
     load_history: Callable[[], Mapping[int, Tensor]] = dict
     live: tuple[LivePrompt, ...] = ()
     load_flow: Callable[[], Mapping[str, Tensor]] = dict
-
-
-def plan_clip(
-    model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule, context: Tensor | None = None
-) -> ClipPlan:
-    """Check sizes and settle what model and schedule say of the chunk.
-
-    Args:
-        context: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale; b is 1 or the batch.
-
-    Raises:
-        ValueError: a MODEL that is not causal, a latent size that does not fit, a context that does not, or a KV cache
-            larger than all memory of the device.
-    """
-    settings = causal_settings(model)
-    if settings is None:
-        raise ValueError(
-            "The MODEL is not causal: it cannot be sampled chunk by chunk. Load it with Diagonal Model Loader, or put "
-            "Diagonal Causal Attention behind your loader."
-        )
-    wanted = schedule.frames_per_chunk
-    if wanted is not None and wanted != settings.frames_per_chunk:
-        log.warning(
-            "The schedule asks for %d latent frames a chunk, the model was set to %d; the schedule's are used.",
-            wanted,
-            settings.frames_per_chunk,
-        )
-        settings = replace(settings, frames_per_chunk=wanted)
-    _require_size(model, shape)
-    given = _initial_latent(model)
-    if given is not None and context is not None:
-        raise ValueError("ARVideoI2V's start image and context frames both begin the clip; remove one of them.")
-    given = context if given is None else given
-    if given is not None:
-        _require_context(model, shape, given)
-    plan = ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
-    _require_memory(model, plan)
-    return plan
-
-
-def _require_context(model: ModelPatcher, shape: tuple[int, ...], given: Tensor) -> None:
-    if given.shape[2] >= shape[2]:
-        raise ValueError(
-            f"The latent has {shape[2]} latent frames and the given frames take {given.shape[2]}: nothing is left to "
-            "make. Use a longer length."
-        )
-    if given.shape[1] != shape[1] or given.shape[3:] != tuple(shape[3:]):
-        ratio = model.get_model_object("latent_format").spacial_downscale_ratio
-        want, got = (f"{size[4] * ratio}x{size[3] * ratio}" for size in (shape, given.shape))
-        raise ValueError(
-            f"The start image is {got} but the video is {want}; scale it to {want} or set the video's width and height."
-        )
-
-
-def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
-    channels = model.get_model_object("latent_format").latent_channels
-    if len(shape) != 5 or shape[1] != channels:
-        raise ValueError(
-            f"The latent has shape {tuple(shape)}; a causal Wan model needs [batch, {channels}, frames, height, "
-            "width]. Use Empty AR Video Latent, EmptyHunyuanLatentVideo or VAE Encode with the Wan VAE."
-        )
-    network = model.get_model_object("diffusion_model")
-    for name, size, patch in (("height", shape[3], network.patch_size[1]), ("width", shape[4], network.patch_size[2])):
-        if size % patch:
-            scale = model.get_model_object("latent_format").spacial_downscale_ratio
-            down, up = size - size % patch, size - size % patch + patch
-            raise ValueError(
-                f"The {name} is {size * scale} pixels ({size} in the latent); it must be a multiple of "
-                f"{patch * scale}. The nearest that fit are {down * scale} and {up * scale}."
-            )
-
-
-def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:
-    """Refuse at once what could never be held: the KV cache stays on the device for the whole run."""
-    has = comfy.model_management.get_total_memory(model.load_device)
-    needs = plan.cache_bytes(model, text_tokens=(0,))
-    if needs <= has:
-        return
-    latent_format = model.get_model_object("latent_format")
-    network = model.get_model_object("diffusion_model")
-    frames = plan.settings.capacity(plan.shape[2])
-    fitting = int(frames * has / needs)
-    ratio, shrink = latent_format.spacial_downscale_ratio, (has / needs) ** 0.5
-    height, width = (size * ratio for size in plan.shape[3:])
-    smaller = (
-        max(step, int(size * shrink) // step * step)
-        for size, step in ((width, network.patch_size[2] * ratio), (height, network.patch_size[1] * ratio))
-    )
-    window = f"a window of {fitting} latent frames at {width}x{height}, or "
-    raise ValueError(
-        f"The KV cache of {frames} latent frames at {width}x{height} needs {needs / 1e9:,.1f} GB and the device has "
-        f"{has / 1e9:,.1f} GB in all. What would fit: "
-        f"{window if fitting >= plan.settings.sink + plan.settings.frames_per_chunk else ''}"
-        f"{'x'.join(map(str, smaller))} pixels with {frames} latent frames. Set window on the causal model, or the "
-        "video's size."
-    )
-
-
-def _initial_latent(model: ModelPatcher) -> Tensor | None:
-    """The start image of ComfyUI's ARVideoI2V: [B, C, n, H, W], before the latent format's scaling."""
-    return model.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
 
 
 def sample_latent(
@@ -314,7 +164,7 @@ def sample_latent(
     run_model = model.clone()
     flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, draws, seed, denoise)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
-    initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(_made_frames(plan))], dim=2).to(samples.device)
+    initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(plan.made_frames)], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
     result = _run_guider(
         run_model,
@@ -352,7 +202,7 @@ def _flow_run(
         run_model,
         plan.shape,
         plan.schedule,
-        _made_frames(plan),
+        plan.made_frames,
         given_frames=plan.context_frames,
         denoise=denoise,
     )
@@ -447,12 +297,12 @@ def _run_guider(
         run_model: the run's own clone of the MODEL.
     """
     negative_used = negative if cfg != 1.0 else []
-    _check_conditionings(run_model, positive, negative_used)
+    check_conditionings(run_model, positive, negative_used)
     text_tokens = [context.shape[1] for context, _ in (*positive, *negative_used)]
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
         "diagonal_memory",
-        _memory_request(plan, plan.cache_bytes(run_model, text_tokens)),
+        memory_request(plan, plan.cache_bytes(run_model, text_tokens)),
     )
     guider = comfy.samplers.CFGGuider(run_model)
     guider.set_conds(positive, negative)
@@ -500,10 +350,6 @@ def _only_more_steps(levels: Levels, trained: Levels) -> bool:
         if len(row) < len(own) or not any(same_levels((row,), (other,)) for other in trained):
             return False
     return True
-
-
-def _made_frames(plan: ClipPlan) -> list[int]:
-    return split_frames(plan.shape[2] - plan.context_frames, plan.settings.frames_per_chunk)
 
 
 class DiagonalSampler(comfy.samplers.Sampler):
@@ -554,7 +400,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
         run = CausalRun(cache, fixed_weights="registered_hooks" not in options)
         transformer_options[RUN_KEY] = run
-        _texts_to(model_wrap, noise.device)
+        move_texts(model_wrap, noise.device)
         context = self._context(model_wrap, noise)
         output = torch.zeros_like(noise)
         flow_run = self.flow_run
@@ -566,7 +412,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done, current, history = 0, 0, {}
-        pace, finite = _Pace(noise.device), _FiniteLook(plan.chunks)
+        pace, finite = Pace(noise.device), FiniteLook(plan.chunks)
         steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
         # Made before the loop: a copy to the device would wait for it in every forward.
         levels = {
@@ -757,156 +603,3 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
             f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
             "only. Set positions to window, or to auto, on the causal model, or use a shorter length."
         )
-
-
-def _texts_to(model_wrap, device: torch.device) -> None:
-    """Put the prompts' embeddings where the model computes, in its dtype: ComfyUI would copy them in every forward."""
-    dtype = model_wrap.inner_model.get_dtype_inference()
-    moved: dict[int, Any] = {}  # what conditions share stays shared
-    for cond in (cond for conds in model_wrap.conds.values() for cond in conds or ()):
-        text = cond.get("model_conds", {}).get("c_crossattn")
-        if type(text) is comfy.conds.CONDRegular:
-            if id(text) not in moved:
-                moved[id(text)] = type(text)(text.cond.to(device, dtype))
-            cond["model_conds"] = {**cond["model_conds"], "c_crossattn": moved[id(text)]}
-
-
-class _Pace:
-    """Keeps the host at most one forward ahead of a GPU.
-
-    Nothing in a forward waits for the GPU, so that the host could queue several; Cancel would then stop the host only,
-    and progress would count what is not done. One forward ahead is enough for the GPU never to wait.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
-
-    def wait(self) -> None:
-        """Before a forward is queued: until the one before the last is done."""
-        if self._events is not None and len(self._events) > 1:
-            self._events.popleft().synchronize()
-
-    def mark(self) -> None:
-        """After a forward was queued."""
-        if self._events is not None:
-            self._events.append(torch.cuda.current_stream(self.device).record_event())
-
-
-class _FiniteLook:
-    """Looks at each finished chunk for NaN and infinite values: at once on a CPU, one forward later on a GPU.
-
-    A look at once would leave a GPU idle until the host has queued the next forward. Which step it was is only asked
-    if there is something to tell.
-    """
-
-    def __init__(self, chunks: int) -> None:
-        self.chunks = chunks
-        self._waiting: tuple[Chunk, list[tuple[Forward, Tensor]], Tensor, torch.cuda.Event | None] | None = None
-
-    def look(self, chunk: Chunk, steps: list[tuple[Forward, Tensor]]) -> None:
-        """A finished chunk, and the denoised of its steps.
-
-        Raises:
-            ValueError: on a CPU, as `settle`.
-        """
-        finite = torch.isfinite(chunk.latents).all()
-        if finite.device.type != "cuda":
-            self._waiting = (chunk, steps, finite, None)
-            self.settle()
-            return
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(finite, non_blocking=True)
-        self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
-
-    def settle(self) -> None:
-        """Wait for the last look's answer.
-
-        Raises:
-            ValueError: the chunk is not finite; names the chunk and the step at which it began.
-        """
-        if self._waiting is None:
-            return
-        chunk, steps, answer, done = self._waiting
-        self._waiting = None
-        if done is not None:
-            done.synchronize()
-        if answer:
-            return
-        bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
-        where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"
-        raise ValueError(
-            f"Chunk {chunk.index + 1} of {self.chunks} (latent frames {chunk.start_frame} to "
-            f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try "
-            "another weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
-        )
-
-
-def _check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:
-    """Refuse, by name, what cannot follow a clip chunk by chunk."""
-    if not positive:
-        raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
-    if model.model_options.get("multigpu_clones"):
-        raise ValueError(
-            "MultiGPU work units split one forward over devices; the KV cache lives on one. Remove the node."
-        )
-    if model.model_options.get("context_handler") is not None:
-        raise ValueError("Context windows cut the clip in another way than chunks do; remove the context windows node.")
-    for name, conditioning in (("positive", positive), ("negative", negative)):
-        for index, (_, extra) in enumerate(conditioning):
-            reason = _unsupported(extra)
-            if reason is not None:
-                raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
-    check_prompts(positive, negative)
-
-
-def _unsupported(extra: dict[str, Any]) -> str | None:
-    starts = (extra.get("start_percent", 0.0), extra.get("clip_start_percent", 0.0))
-    ends = (extra.get("end_percent", 1.0), extra.get("clip_end_percent", 1.0))
-    if max(starts) > 0 or min(ends) < 1:
-        return (
-            "a timestep range (ConditioningSetTimestepRange): its keys would be missing from the cache outside of the "
-            "range. Remove the range."
-        )
-    if "mask" in extra:
-        return "a mask (ConditioningSetMask), which ComfyUI does not apply to video. Use ConditioningSetArea."
-    area = extra.get("area")
-    if area is not None and (area[0] == "percentage" or len(area) != 4):
-        return "an area in percent or in time. Use ConditioningSetArea, in pixels."
-    for key, what in UNSUPPORTED_CONDITIONS.items():
-        if extra.get(key) is not None:
-            return f"{what} ({key}), which a causal text-to-video model cannot follow chunk by chunk. Remove it."
-    for hook in extra["hooks"].hooks if extra.get("hooks") is not None else ():
-        if len(hook.hook_keyframe.keyframes) > 1:
-            return (
-                "a hook with several keyframes: every chunk goes through all noise levels again, so that the keyframes "
-                "would not. Use a hook of constant strength."
-            )
-    return None
-
-
-class _CacheMemory:
-    """Stands in the conditionings where ComfyUI asks ControlNets for the memory they need while sampling."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.extra_hooks = None
-        self.previous_controlnet = None
-
-    def get_models(self) -> list:
-        return []
-
-    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        return self.nbytes
-
-
-def _memory_request(plan: ClipPlan, cache_bytes: int) -> Callable:
-    """PREPARE_SAMPLING wrapper: asks for one chunk and the KV window, where ComfyUI would ask for the whole clip."""
-
-    def wrapper(executor, model, noise_shape, conds, *args, **kwargs):
-        chunk = (*noise_shape[:2], plan.settings.frames_per_chunk, *noise_shape[3:])
-        asking = {**conds, "diagonal_cache": [{"control": _CacheMemory(cache_bytes)}]}
-        real_model, _, models = executor(model, chunk, asking, *args, **kwargs)
-        return real_model, conds, models
-
-    return wrapper

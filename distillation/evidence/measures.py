@@ -27,7 +27,7 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
-from distillation import score, sprites, train_demo
+from distillation import demo_files, score, sprites
 from distillation.common import git_commit
 from distillation.evidence.rows import Control, Row, check_header, find_checkpoint
 from distillation.evidence.statistics import FEATURES, ClipFeatures, frechet_spread
@@ -281,7 +281,7 @@ def load_parts(folder: Path, device: torch.device) -> DemoParts:
     Raises:
         ValueError: one of them is not there.
     """
-    files = [folder / name for name in (train_demo.TEXT_ENCODER_FILE, train_demo.AUTOENCODER_FILE)]
+    files = [folder / name for name in (demo_files.TEXT_ENCODER_FILE, demo_files.AUTOENCODER_FILE)]
     for file in files:
         if not file.is_file():
             raise ValueError(f"demo is {os.fspath(folder)!r}, which has no {file.name}; give the demo's folder.")
@@ -544,7 +544,7 @@ class Evaluation:
             log.info("%s: scored before", subject.name)
             if self.retime and isinstance(subject, Row):
                 assert path is not None
-                dit = train_demo.load_dit(path).to(self.device)
+                dit = demo_files.load_dit(path).to(self.device)
                 measured = replace(measured, timing=measure_time(dit, self.parts, subject, self.options.length))
                 measured.save(kept)
             return measured
@@ -555,7 +555,7 @@ class Evaluation:
         if isinstance(subject, Row):
             assert path is not None
             recipe = check_header(subject, path)
-            dit = train_demo.load_dit(path).to(self.device)
+            dit = demo_files.load_dit(path).to(self.device)
             timing = measure_time(dit, self.parts, subject, self.options.length)
             clips = sampled_clips(dit, self.parts, subject)
             long = long and subject.attention == "causal"  # a bidirectional model has one length

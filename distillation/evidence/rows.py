@@ -23,7 +23,7 @@ from diagonal_sampler.schedule import (
     parse_steps,
 )
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
-from distillation import train_demo
+from distillation import demo_files
 from distillation.recipes import ATTENTIONS
 
 INITIAL = "initial.safetensors"
@@ -126,7 +126,7 @@ LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance
 GIVEN, LEVELS_416, LEVELS_512 = "given-280", "levels-416", "levels-512"
 ONE_OF_EACH, ONE_OF_EACH_512, ONE_OF_EACH_704 = "one-of-each", "one-of-each-512", "one-of-each-704"
 ONE_OF_EACH_MEAN, SHIPPED = "one-of-each-mean", "shipped"
-UNDISTILLED_CFG = train_demo.SHIPPED_CFG
+UNDISTILLED_CFG = demo_files.TEACHER_CFG
 
 
 STUDENT_FILE = "demo_student.safetensors"
@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=TEACHER,
         text=f"undistilled teacher: bidirectional, 50 Euler steps, cfg {UNDISTILLED_CFG:g}",
-        checkpoint=train_demo.DIT_FILE,
+        checkpoint=demo_files.TEACHER_FILE,
         # One chunk has no successor, so nothing needs its clean keys: no cache pass.
         schedule=DiagonalSchedule.uniform(50, context_mode="noisy"),
         cfg=UNDISTILLED_CFG,
@@ -220,7 +220,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         name=CAUSAL,
         text=f"undistilled, causal: 12 Euler steps a chunk, clean context, cfg {UNDISTILLED_CFG:g}",
-        checkpoint=train_demo.DIT_FILE,
+        checkpoint=demo_files.TEACHER_FILE,
         schedule=DiagonalSchedule.preset("undistilled"),
         cfg=UNDISTILLED_CFG,
         reference=TEACHER,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diagonal_sampler.captions import SpriteSpec, parse_caption
 from diagonal_sampler.demo_autoencoder import DemoAutoencoder
-from distillation import copies, score, sprites, train_demo
+from distillation import copies, demo_files, score, sprites
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
 
@@ -20,7 +20,7 @@ FRAMES = torch.arange(9)
 
 @pytest.fixture(scope="module")
 def autoencoder() -> DemoAutoencoder:
-    return train_demo.load_models(DEMO)[2]
+    return demo_files.load_models(DEMO)[2]
 
 
 def drawn(first: tuple[float, float], second: tuple[float, float], specs: list[SpriteSpec] | None = None) -> Tensor:

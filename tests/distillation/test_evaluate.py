@@ -22,7 +22,7 @@ from diagonal_sampler.demo_autoencoder import DemoAutoencoder, DemoAutoencoderCo
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
-from distillation import evaluate, recipes, sprites, train_demo
+from distillation import demo_files, evaluate, recipes, sprites
 from distillation.evidence import arithmetic, claims, measures, report, statistics
 from distillation.evidence.measures import Evaluation, Measured, Options, Timing
 from distillation.evidence.rows import (
@@ -492,13 +492,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     torch.manual_seed(0)
     save_caption_encoder(
-        CaptionEncoder(CaptionEncoderConfig(text_dim=16, num_heads=2)), folder / train_demo.TEXT_ENCODER_FILE, {}
+        CaptionEncoder(CaptionEncoderConfig(text_dim=16, num_heads=2)), folder / demo_files.TEXT_ENCODER_FILE, {}
     )
     autoencoder = DemoAutoencoder(DemoAutoencoderConfig(inner_dim=8, outer_dim=8, blocks=1))
     autoencoder.fit_encoder(torch.randn(8, 12, 64, 64))
-    save_demo_autoencoder(autoencoder, folder / train_demo.AUTOENCODER_FILE, {})
+    save_demo_autoencoder(autoencoder, folder / demo_files.AUTOENCODER_FILE, {})
     dit = WanDiT(WanConfig(dim=128, ffn_dim=64, num_layers=1, text_dim=16))
-    save_file(dit.state_dict(), folder / train_demo.DIT_FILE)
+    save_file(dit.state_dict(), folder / demo_files.TEACHER_FILE)
     return folder
 
 
@@ -535,7 +535,7 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
         Evaluation(elsewhere, tmp_path, demo, tmp_path / "out", CPU).score(row)
     with pytest.raises(AssertionError, match="sampled again"):
         again.score(replace(row, cfg=1.0))
-    weights = {name: value + 0.01 for name, value in train_demo.load_dit(demo / row.checkpoint).state_dict().items()}
+    weights = {name: value + 0.01 for name, value in demo_files.load_dit(demo / row.checkpoint).state_dict().items()}
     save_file(weights, tmp_path / row.checkpoint)  # the folder of runs comes before the demo's
     with pytest.raises(AssertionError, match="sampled again"):
         again.score(row)
@@ -544,7 +544,7 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
 
 def test_a_clip_depends_on_its_seed_and_caption_and_a_bidirectional_row_is_one_chunk(demo, monkeypatch) -> None:
     parts = measures.load_parts(demo, CPU)
-    dit = train_demo.load_dit(demo / train_demo.DIT_FILE)
+    dit = demo_files.load_dit(demo / demo_files.TEACHER_FILE)
     dit.head.head.weight.normal_(std=0.1)
     captions = sprites.held_out_captions(3)
     row = short_row()

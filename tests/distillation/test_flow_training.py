@@ -79,9 +79,9 @@ def test_sprites_turn_against_their_captions():
 
 
 def test_clips_of_paths_are_the_autoencoders():
+    from distillation.demo_files import AUTOENCODER_FILE, load_demo_autoencoder
     from distillation.recipes import DEMO
     from distillation.samples import to_host_scale
-    from distillation.train_demo import AUTOENCODER_FILE, load_demo_autoencoder
 
     autoencoder = load_demo_autoencoder(DEMO / AUTOENCODER_FILE)
     scenes = sprites.sample_scenes(2, seed=1)

@@ -13,11 +13,12 @@ from diagonal_sampler.captions import CaptionEncoderConfig, tokenize_captions
 from diagonal_sampler.demo_autoencoder import DemoAutoencoderConfig
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.provenance import Provenance
-from distillation import sprites, train_demo
+from distillation import demo_files, demo_run, sprites, train_demo
 from distillation.common import autocast, fast_bf16
+from distillation.demo_run import Orthogonal
 from distillation.networks import precision_of
 from distillation.recipes import demo
-from distillation.train_demo import AutoencoderRecipe, DemoModel, DitRecipe, LatentSet, Orthogonal
+from distillation.train_demo import AutoencoderRecipe, DemoModel, DitRecipe, LatentSet
 
 CPU = torch.device("cpu")
 AUTOENCODER = AutoencoderRecipe(
@@ -73,9 +74,9 @@ def test_two_updates_resumed_for_two_more_equal_four_dit(tmp_path) -> None:
     train_demo.train_dit(DIT, data, tmp_path / "parts", CPU, stop=2)
     torch.manual_seed(99)  # nothing outside the checkpoint may matter
     parts = train_demo.train_dit(DIT, data, tmp_path / "parts", CPU)
-    assert_same(train_demo.load_checkpoint(whole), train_demo.load_checkpoint(parts))
+    assert_same(demo_run.load_checkpoint(whole), demo_run.load_checkpoint(parts))
     fresh = DemoModel(DIT).state_dict()
-    trained = train_demo.load_checkpoint(whole)["model"]
+    trained = demo_run.load_checkpoint(whole)["model"]
     assert any(not torch.equal(fresh[name], trained[name]) for name in fresh)
 
 
@@ -84,7 +85,7 @@ def test_two_updates_resumed_for_two_more_equal_four_autoencoder(tmp_path) -> No
     train_demo.train_autoencoder(AUTOENCODER, tmp_path / "parts", CPU, stop=2)
     torch.manual_seed(99)
     parts = train_demo.train_autoencoder(AUTOENCODER, tmp_path / "parts", CPU)
-    assert_same(train_demo.load_checkpoint(whole), train_demo.load_checkpoint(parts))
+    assert_same(demo_run.load_checkpoint(whole), demo_run.load_checkpoint(parts))
 
 
 def test_the_latent_set_is_encoded_once_and_read_back(tmp_path) -> None:
@@ -210,43 +211,41 @@ def test_exported_files_load_equal_and_say_where_they_come_from(tmp_path, monkey
     train_demo.train_dit(DIT, latents(), run, CPU)
     train_demo.export(run, demo)
     assert {file.name for file in demo.iterdir()} == {
-        train_demo.DIT_FILE,
-        train_demo.AUTOENCODER_FILE,
-        train_demo.TEXT_ENCODER_FILE,
+        demo_files.TEACHER_FILE,
+        demo_files.AUTOENCODER_FILE,
+        demo_files.TEXT_ENCODER_FILE,
     }
-    with safe_open(demo / train_demo.DIT_FILE, framework="pt") as file:
+    with safe_open(demo / demo_files.TEACHER_FILE, framework="pt") as file:
         header = file.metadata()
     assert json.loads(header["config"])["transformer"]["causal_ar"] is True
-    provenance = Provenance.from_metadata(header, train_demo.DIT_FILE)
+    provenance = Provenance.from_metadata(header, demo_files.TEACHER_FILE)
     assert None not in [getattr(provenance, name) for name in ("window", "sink", "recipe", "data", "git_commit")]
     assert (provenance.frames_per_chunk, provenance.context_mode) == (3, "clean")
     captions = ["a red circle moves left"]
-    for ours, theirs in zip(train_demo.load_models(run), train_demo.load_models(demo), strict=True):
+    for ours, theirs in zip(train_demo.load_trained(run), demo_files.load_models(demo), strict=True):
         for name, value in ours.state_dict().items():
             torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-3, atol=1e-3)
-    assert train_demo.load_models(demo)[1].encode(captions).shape[-1] == 16
+    assert demo_files.load_models(demo)[1].encode(captions).shape[-1] == 16
 
 
 def test_an_empty_folder_is_refused_by_name(tmp_path) -> None:
-    with pytest.raises(ValueError, match="neither"):
-        train_demo.load_models(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no .*demo_teacher"):
+        demo_files.load_models(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no dit\.pt"):
+        train_demo.load_trained(tmp_path)
 
 
 def test_a_training_with_a_time_limit_ends_then_and_its_cosine_with_it(tmp_path, monkeypatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(train_demo.time, "perf_counter", lambda: next(now))
-    rates = []
-    cosine = train_demo.cosine_learning_rate
-    monkeypatch.setattr(
-        train_demo, "cosine_learning_rate", lambda *args, **kwargs: rates.append(cosine(*args, **kwargs)) or rates[-1]
-    )
+    monkeypatch.setattr(demo_run.time, "perf_counter", lambda: next(now))
+    factors = []
+    factor = demo_run.Pace.factor
+    monkeypatch.setattr(demo_run.Pace, "factor", lambda *args: factors.append(factor(*args)) or factors[-1])
     path = train_demo.train_dit(replace(DIT, updates=1, seconds=80), latents(), tmp_path, CPU)
-    done = train_demo.load_checkpoint(path)["update"]
+    done = demo_run.load_checkpoint(path)["update"]
     assert 30 < done < 50, "two looks at the clock an update"
-    matrices = rates[1::2]
-    assert max(matrices) == pytest.approx(DIT.matrix_learning_rate, rel=0.02)
-    assert matrices[-1] < 0.05 * DIT.matrix_learning_rate
-    assert all(later <= earlier for earlier, later in zip(matrices[2:], matrices[3:], strict=False))
+    assert max(factors) == pytest.approx(1, rel=0.02) and factors[-1] < 0.05
+    assert all(later <= earlier for earlier, later in zip(factors[2:], factors[3:], strict=False))
 
 
 def test_the_larger_world_has_larger_latents_and_the_same_scenes(tmp_path) -> None:
@@ -279,6 +278,6 @@ def test_the_command_trains_the_larger_world_for_a_while_and_its_files_say_so(tm
     shared = ["--scale", "2", "--batch-factor", "2", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
     train_demo.main([*shared, "--seconds", "1"])
     train_demo.main([*shared, "--export", str(tmp_path / "demo")])
-    with safe_open(tmp_path / "demo" / train_demo.DIT_FILE, framework="pt") as file:
+    with safe_open(tmp_path / "demo" / demo_files.TEACHER_FILE, framework="pt") as file:
         header = file.metadata()
     assert "at 128x128" in header["data"] and f"{2 * DIT.batch} clips" in header["recipe"]

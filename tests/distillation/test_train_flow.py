@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
-from distillation import train_demo, train_flow
+from distillation import demo_files, demo_run, train_flow
 from distillation.flow_evaluate import Player
 from distillation.recipes import DEMO
 from distillation.train_flow import FlowRecipe, encode_flow_clips, export_flow, flow_batch
@@ -40,17 +40,17 @@ def same(a: object, b: object) -> bool:
 def test_two_updates_resumed_for_two_more_equal_four(run, tmp_path):
     train_flow.train_flow(TINY, DEMO, tmp_path, CPU, stop=2)
     path = train_flow.train_flow(TINY, DEMO, tmp_path, CPU)
-    assert same(train_demo.load_checkpoint(path), train_demo.load_checkpoint(run / train_flow.CHECKPOINT))
+    assert same(demo_run.load_checkpoint(path), demo_run.load_checkpoint(run / train_flow.CHECKPOINT))
 
 
 def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
     file = export_flow(run, DEMO, tmp_path, "note")
-    weights, before = load_file(file), load_file(DEMO / train_demo.DIT_FILE)
+    weights, before = load_file(file), load_file(DEMO / demo_files.TEACHER_FILE)
     assert weights.keys() - before.keys() <= set(FLOW_ADAPTER_KEYS) <= weights.keys()
     assert all(weights[key].abs().max() > 0 for key in FLOW_ADAPTER_KEYS)
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    with safe_open(DEMO / train_demo.DIT_FILE, framework="pt") as opened:
+    with safe_open(DEMO / demo_files.TEACHER_FILE, framework="pt") as opened:
         shipped = opened.metadata()
     assert header["recipe"].startswith(shipped["recipe"])
     assert "train_flow --network teacher, seed 4, 4 updates" in header["recipe"] and header["recipe"].endswith(". note")
@@ -59,7 +59,7 @@ def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
 
 
 def test_a_fresh_adapter_leaves_the_teacher_as_it_is():
-    before, encoder, _ = train_demo.load_models(DEMO)
+    before, encoder, _ = demo_files.load_models(DEMO)
     with_adapter = train_flow.with_adapter(before).eval()
     x, text = (
         torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -72,9 +72,9 @@ def test_a_fresh_adapter_leaves_the_teacher_as_it_is():
 
 
 def test_batches_depend_on_seed_and_update_and_are_of_three_kinds(run):
-    _, _, autoencoder = train_demo.load_models(DEMO)
+    _, _, autoencoder = demo_files.load_models(DEMO)
     data = encode_flow_clips(TINY, autoencoder, run / train_flow.CLIPS)
-    trained = train_demo.trained_for(DEMO / train_demo.DIT_FILE)
+    trained = demo_files.trained_for(DEMO / demo_files.TEACHER_FILE)
     assert data.clips.shape == (6, 16, 10, 8, 8) and data.flow.shape == (6, 4, 10, 8, 8)
     seen = set()
     for update in range(60):
@@ -94,9 +94,9 @@ def test_batches_depend_on_seed_and_update_and_are_of_three_kinds(run):
 
 
 def test_a_students_batches_are_at_its_own_noise_levels(run):
-    _, _, autoencoder = train_demo.load_models(DEMO)
+    _, _, autoencoder = demo_files.load_models(DEMO)
     data = encode_flow_clips(TINY, autoencoder, run / train_flow.CLIPS)
-    trained = train_demo.trained_for(DEMO / train_flow.FILES["student"])
+    trained = demo_files.trained_for(DEMO / demo_files.STUDENT_FILE)
     recipe = train_flow.student_recipe(clips=6, batch=8)
     known = {round(sigma, 4) for row in trained.schedule.sigmas for sigma in row}
     for update in range(12):
@@ -110,8 +110,8 @@ def test_a_students_batches_are_at_its_own_noise_levels(run):
 
 def test_what_the_teacher_learned_is_added_to_the_student(run, tmp_path):
     export_flow(run, DEMO, tmp_path)
-    old, new = (train_demo.load_dit(folder / train_demo.DIT_FILE) for folder in (DEMO, tmp_path))
-    student = train_demo.load_dit(DEMO / train_flow.FILES["student"])
+    old, new = (demo_files.load_dit(folder / demo_files.TEACHER_FILE) for folder in (DEMO, tmp_path))
+    student = demo_files.load_dit(DEMO / demo_files.STUDENT_FILE)
     changed = train_flow.with_adapter(student)
     train_flow.add_change(changed, old, new)
     for name, value in changed.state_dict().items():

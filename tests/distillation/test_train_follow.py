@@ -11,14 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
-from distillation import sprite_motion, sprites, train_demo, train_flow, train_follow
+from distillation import demo_files, demo_run, sprite_motion, sprites, train_flow, train_follow
 from distillation.common import autocast, generator_at
 from distillation.flow_evaluate import Player
 from distillation.recipes import DEMO
-from distillation.train_follow import FollowRecipe, Sampling, Windows
+from distillation.train_follow import FollowRecipe
+from distillation.windows import Sampling, States, Windows, window_error
 
 CPU = torch.device("cpu")
-STUDENT = DEMO / train_flow.FILES["student"]
+STUDENT = DEMO / demo_files.STUDENT_FILE
 CHUNKS = 7
 TINY = FollowRecipe(
     updates=2, clips=4, pool=2, pool_updates=1, batch=2, kept_clips=3, kept_batch=2, warmup=1, save_every=1
@@ -27,8 +28,8 @@ TINY = FollowRecipe(
 
 @pytest.fixture(scope="module")
 def parts():
-    _, encoder, autoencoder = train_demo.load_models(DEMO)
-    return train_demo.load_dit(STUDENT), encoder, autoencoder, train_demo.trained_for(STUDENT)
+    _, encoder, autoencoder = demo_files.load_models(DEMO)
+    return demo_files.load_dit(STUDENT), encoder, autoencoder, demo_files.trained_for(STUDENT)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept(parts) -> train_follow.States:
+def kept(parts) -> States:
     dit, encoder, _, trained = parts
     return train_follow.kept_states(TINY, dit, encoder, trained, CPU)
 
@@ -52,7 +53,7 @@ def test_one_causal_forward_answers_as_the_samplers_cache_did(parts, kept):
     for draw in range(4):
         windows = sampling.draw(kept, 3, generator_at(0, draw))
         with torch.no_grad(), autocast(torch.device("cpu")):
-            error = train_follow.window_error(dit, encoder(windows.ids), windows, sampling.size)
+            error = window_error(dit, encoder(windows.ids), windows, sampling.size)
         error = error / windows.weight.clamp(min=1e-6)
         late = (windows.chunk[:, -1] > 3)[:, None].expand_as(error)
         asked = windows.weight > 0
@@ -103,7 +104,7 @@ def test_some_openings_are_told_a_flow_and_stay(parts, kept):
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
     train_follow.train_follow(TINY, DEMO, tmp_path, CPU, stop=1)
     path = train_follow.train_follow(TINY, DEMO, tmp_path, CPU)
-    one, other = (train_demo.load_checkpoint(folder / train_follow.CHECKPOINT) for folder in (path.parent, run))
+    one, other = (demo_run.load_checkpoint(folder / train_follow.CHECKPOINT) for folder in (path.parent, run))
     assert one["update"] == other["update"] == 2
     for part in ("model", "ema"):
         assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
@@ -113,7 +114,7 @@ def test_what_is_written_is_the_student_with_an_adapter(run, tmp_path):
     train_follow.main(
         ["--start", str(DEMO), "--out", str(run), "--export", str(tmp_path), "--note", "note", "--threads", "1"]
     )
-    file = tmp_path / train_flow.FILES["student"]
+    file = tmp_path / demo_files.STUDENT_FILE
     assert set(FLOW_ADAPTER_KEYS) <= load_file(file).keys()
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
@@ -124,7 +125,7 @@ def test_what_is_written_is_the_student_with_an_adapter(run, tmp_path):
 
 def test_seconds_end_a_run(tmp_path):
     path = train_follow.train_follow(replace(TINY, updates=1000), DEMO, tmp_path, CPU, seconds=0.0)
-    assert train_demo.load_checkpoint(path)["update"] == 0
+    assert demo_run.load_checkpoint(path)["update"] == 0
 
 
 def test_features_of_many_clips_are_those_of_each_ones_field():
@@ -144,6 +145,6 @@ def test_processes_think_out_the_same_clips(parts, tmp_path):
 
 def test_a_network_with_clean_context_is_refused():
     with pytest.raises(ValueError, match="sampled with clean context"):
-        Sampling(train_demo.trained_for(DEMO / train_demo.DIT_FILE), CHUNKS, CPU)
+        Sampling(demo_files.trained_for(DEMO / demo_files.TEACHER_FILE), CHUNKS, CPU)
     with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
         FollowRecipe(save_every=50, pool_updates=8)

@@ -11,16 +11,16 @@ from safetensors import safe_open
 
 from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
-from distillation import copies, score, sprites, train_demo, train_flow, train_follow, train_levels
+from distillation import copies, demo_files, demo_run, score, sprites, train_levels
 from distillation.common import autocast, generator_at
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
 from distillation.switches import switch
-from distillation.train_follow import Sampling
 from distillation.train_levels import LevelsRecipe, Networks
+from distillation.windows import DrawnNoise, Sampling, roll_out, window_error
 
 CPU = torch.device("cpu")
-STUDENT = DEMO / train_flow.FILES["student"]
+STUDENT = DEMO / demo_files.STUDENT_FILE
 TINY = LevelsRecipe(
     sigmas="1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3",
     updates=2,
@@ -39,14 +39,14 @@ SWITCHING = replace(TINY, ends="none", switch_pool=6, switch_batch=5, switch_len
 
 @pytest.fixture(scope="module")
 def networks() -> Networks:
-    teacher, encoder, autoencoder = train_demo.load_models(DEMO)
-    student, before = (train_demo.load_dit(STUDENT) for _ in range(2))
+    teacher, encoder, autoencoder = demo_files.load_models(DEMO)
+    student, before = (demo_files.load_dit(STUDENT) for _ in range(2))
     return Networks(student=student, before=before, teacher=teacher, encoder=encoder, autoencoder=autoencoder)
 
 
 @pytest.fixture(scope="module")
-def trained() -> train_demo.TrainedFor:
-    found = train_demo.trained_for(STUDENT)
+def trained() -> demo_files.TrainedFor:
+    found = demo_files.trained_for(STUDENT)
     return replace(found, schedule=replace(found.schedule, sigmas=TINY.levels))
 
 
@@ -55,7 +55,7 @@ def opening(networks, trained):
     return make_opening(TINY, networks, trained)
 
 
-def make_opening(recipe: LevelsRecipe, networks: Networks, trained: train_demo.TrainedFor):
+def make_opening(recipe: LevelsRecipe, networks: Networks, trained: demo_files.TrainedFor):
     chunks = latent_frames(recipe.length) // trained.settings.frames_per_chunk
     generator = generator_at(recipe.seed, 3)
     return train_levels.opening_states(recipe, networks, trained, range(recipe.pool), chunks, generator)
@@ -126,8 +126,8 @@ def test_what_a_rollout_was_asked_can_be_asked_again(networks, trained):
     given = true_latents(networks, 2)
 
     def make(seed, **options):
-        noise = train_follow.DrawnNoise(generator_at(0, seed), (2, 16, 8, 8))
-        return train_follow.roll_out(networks.student, text, noise, trained, 2, given=given, **options)
+        noise = DrawnNoise(generator_at(0, seed), (2, 16, 8, 8))
+        return roll_out(networks.student, text, noise, trained, 2, given=given, **options)
 
     inputs, found = make(1)
     again, said = make(2, asked=inputs)
@@ -140,15 +140,15 @@ def test_what_a_rollout_was_asked_can_be_asked_again(networks, trained):
 def test_one_causal_forward_answers_as_the_cache_behind_given_frames_did(networks, trained):
     text = networks.encoder.encode(["a red circle moves right", "a blue cross moves up"])
     ids = train_levels.tokenize_captions(["a red circle moves right", "a blue cross moves up"])
-    noise = train_follow.DrawnNoise(generator_at(0, 5), (2, 16, 8, 8))
+    noise = DrawnNoise(generator_at(0, 5), (2, 16, 8, 8))
     given = true_latents(networks, 2)
-    inputs, found = train_follow.roll_out(networks.student, text, noise, trained, 2, given=given)
+    inputs, found = roll_out(networks.student, text, noise, trained, 2, given=given)
     states = train_levels._states(inputs, found, ids)
     sampling = Sampling(train_levels.behind_given(trained), 3, CPU)
     windows = sampling.draw(states, 6, generator_at(0, 6), often=1, often_share=0.5)
     assert {0.8, 0.6} & {round(sigma, 3) for sigma in windows.sigma[:, 3:6].unique().tolist()}  # of the 4-step chunk
     with torch.no_grad(), autocast(torch.device("cpu")):
-        error = train_follow.window_error(networks.student, networks.encoder(windows.ids), windows, sampling.size)
+        error = window_error(networks.student, networks.encoder(windows.ids), windows, sampling.size)
     assert windows.weight.any() and float(error.max()) < 2e-2
 
 
@@ -157,9 +157,9 @@ def test_forwards_between_answer_as_those_of_a_schedule_with_more_steps(networks
     text = networks.encoder.encode(["a red circle moves right", "a blue cross moves up"])
 
     def make(sigmas, **options):
-        noise = train_follow.DrawnNoise(generator_at(0, 4), (2, 16, 8, 8))
+        noise = DrawnNoise(generator_at(0, 4), (2, 16, 8, 8))
         sampled = replace(trained, schedule=replace(trained.schedule, sigmas=parse_sigmas(sigmas)))
-        return train_follow.roll_out(networks.before, text, noise, sampled, 2, **options)[1]
+        return roll_out(networks.before, text, noise, sampled, 2, **options)[1]
 
     fewer, more = make("1, 0.6; 1, 0.3", between=(0.8,)), make("1, 0.6; 1, 0.8, 0.3")
     torch.testing.assert_close(fewer[:, 0], more[:, 0, :2])  # nothing between a first chunk's
@@ -170,7 +170,7 @@ def test_forwards_between_answer_as_those_of_a_schedule_with_more_steps(networks
 def test_first_chunks_can_be_kept_and_only_first_forwards_of_later_ones_get_others_between(networks, trained):
     plain = replace(TINY, ends="none")
     kept, clips = make_opening(plain, networks, trained)
-    _, found = train_follow.roll_out(
+    _, found = roll_out(
         *(networks.before, networks.encoder(kept.ids), train_levels._noise(generator_at(0, 3), TINY.pool), trained, 3),
         asked=kept.inputs,
     )
@@ -192,14 +192,14 @@ def test_a_ground_that_is_off_counts_more_than_its_squared_error(networks, train
     text = networks.encoder(windows.ids)
 
     def error(**changes):
-        asked = train_follow._replaced(windows, weight=torch.ones_like(windows.weight))
+        asked = replace(windows, weight=torch.ones_like(windows.weight))
         with torch.no_grad():
-            return train_follow.window_error(networks.student, text, asked, sampling.size, **changes)
+            return window_error(networks.student, text, asked, sampling.size, **changes)
 
     plain, more = error(), error(mean_weight=8.0)
     assert (more > plain).all()
     x0 = windows.noisy  # at no noise the network's answer is its input
-    windows = train_follow._replaced(windows, sigma=torch.zeros_like(windows.sigma), wanted=x0 + 0.1)
+    windows = replace(windows, sigma=torch.zeros_like(windows.sigma), wanted=x0 + 0.1)
     torch.testing.assert_close(error(), torch.full_like(plain, 0.01))
     torch.testing.assert_close(error(mean_weight=8.0), torch.full_like(plain, 0.09))
 
@@ -246,7 +246,7 @@ def test_without_copies_there_is_one_of_each(networks, trained, ends):
     removed, _ = make_opening(replace(recipe, copies="removed"), networks, trained)
     torch.testing.assert_close(removed.inputs, kept.inputs)
     torch.testing.assert_close(removed.wanted[:, 1:], kept.wanted[:, 1:])
-    captions = [sprites.sample_specs(train_flow.numpy_generator(TINY.seed, row)) for row in range(TINY.pool)]
+    captions = [sprites.training_specs(TINY.seed, row) for row in range(TINY.pool)]
 
     def change(told: torch.Tensor) -> float:
         again = copies.remove_copies(networks.autoencoder, told, captions)
@@ -259,8 +259,8 @@ def test_without_copies_there_is_one_of_each(networks, trained, ends):
 
 def test_below_pure_noise_the_ground_is_the_nearest_to_the_students_own(networks, trained, opening):
     states, _ = opening
-    text, noise = networks.encoder(states.ids), train_follow.DrawnNoise(generator_at(TINY.seed, 3), (4, 16, 8, 8))
-    _, found = train_follow.roll_out(networks.student, text, noise, trained, 1)
+    text, noise = networks.encoder(states.ids), DrawnNoise(generator_at(TINY.seed, 3), (4, 16, 8, 8))
+    _, found = roll_out(networks.student, text, noise, trained, 1)
     own = train_levels.nearest_level(train_levels.ground_of(networks.autoencoder, found[:, 0, 0]))
     for step in range(1, 4):
         told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, step])
@@ -319,7 +319,7 @@ def test_where_a_sprite_appears_pure_noise_is_answered_as_before(networks, train
     windows = Sampling(anew, 5, CPU).draw(states, 200, generator_at(0, 9), since=since, often=since, often_share=1.0)
     text = networks.encoder(windows.ids)
     with torch.no_grad(), autocast(CPU):
-        error = train_follow.window_error(networks.student, text, windows, 3).unflatten(1, (-1, 3)).mean(2)
+        error = window_error(networks.student, text, windows, 3).unflatten(1, (-1, 3)).mean(2)
     pure = (windows.sigma.unflatten(1, (-1, 3))[..., 0] == 1) & (windows.chunk == since)
     asked = pure & (windows.weight.unflatten(1, (-1, 3)).amax(2) > 0)
     known = {tuple(ids.flatten().tolist()): bool(new) for ids, new in zip(states.ids, appears, strict=True)}
@@ -332,7 +332,7 @@ def test_a_resumed_run_with_switches_is_the_run_that_was_not_stopped(tmp_path):
     train_levels.train_levels(SWITCHING, DEMO, whole, CPU)
     train_levels.train_levels(SWITCHING, DEMO, parts, CPU, stop=1)
     train_levels.train_levels(SWITCHING, DEMO, parts, CPU)
-    one, other = (train_demo.load_checkpoint(folder / train_levels.CHECKPOINT)["model"] for folder in (whole, parts))
+    one, other = (demo_run.load_checkpoint(folder / train_levels.CHECKPOINT)["model"] for folder in (whole, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     train_levels.main(["--start", str(DEMO), "--out", str(whole), "--export", str(tmp_path / "f"), "--threads", "1"])
     with safe_open(tmp_path / "f", framework="pt") as opened:
@@ -342,22 +342,22 @@ def test_a_resumed_run_with_switches_is_the_run_that_was_not_stopped(tmp_path):
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
     train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU, stop=1)
     path = train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU)
-    one, other = (train_demo.load_checkpoint(folder / train_levels.CHECKPOINT) for folder in (path.parent, run))
+    one, other = (demo_run.load_checkpoint(folder / train_levels.CHECKPOINT) for folder in (path.parent, run))
     assert one["update"] == other["update"] == 2
     for part in ("model", "ema"):
         assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
-    started = train_demo.load_dit(STUDENT).state_dict()
+    started = demo_files.load_dit(STUDENT).state_dict()
     assert any(not torch.equal(value, started[name]) for name, value in one["model"].items())
 
 
 def test_a_run_can_begin_with_the_mean_of_two(tmp_path):
-    other = DEMO / train_demo.DIT_FILE
+    other = DEMO / demo_files.TEACHER_FILE
     target = tmp_path / "mean.safetensors"
     command = ["--start", str(DEMO), "--out", str(tmp_path), "--mean-with", str(other), "--threads", "1"]
     train_levels.main([*command, "--mean-share", "0.75", "--updates", "0"])
     train_levels.main([*command, "--export", str(target)])
-    began = train_demo.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["model"]
-    one, two = (train_demo.load_dit(file).state_dict() for file in (STUDENT, other))
+    began = demo_run.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["model"]
+    one, two = (demo_files.load_dit(file).state_dict() for file in (STUDENT, other))
     for name, value in began.items():
         torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
     with safe_open(target, framework="pt") as opened:
@@ -369,7 +369,7 @@ def test_flags_reach_the_run_and_its_header(tmp_path):
     command = ["--start", str(DEMO), "--out", str(tmp_path), "--threads", "1"]
     train_levels.main([*command, "--updates", "0", "--ends", "none", "--between", "0.75", "--length", "45"])
     train_levels.main([*command, "--export", str(target)])
-    recipe = train_demo.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["recipe"]
+    recipe = demo_run.load_checkpoint(tmp_path / train_levels.CHECKPOINT)["recipe"]
     assert (recipe["ends"], recipe["between"], recipe["length"]) == ("none", "0.75", 45)
     with safe_open(target, framework="pt") as opened:
         made = "first chunks kept, copies kept, later chunks with 0.75 between, rollouts of 45, seed 7, 0 updates"
@@ -386,8 +386,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
     made = "sigmas 1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3, student's ends, copies removed, seed 7"
     assert f"distillation.train_levels, {made}, 2 updates of 7 windows" in header["recipe"]
     assert header["recipe"].endswith(". note")
-    assert train_demo.trained_for(file).schedule.sigmas == TINY.levels == parse_sigmas(TINY.sigmas)
-    assert train_demo.trained_for(file).settings == train_demo.trained_for(STUDENT).settings
+    assert demo_files.trained_for(file).schedule.sigmas == TINY.levels == parse_sigmas(TINY.sigmas)
+    assert demo_files.trained_for(file).settings == demo_files.trained_for(STUDENT).settings
 
 
 def test_bad_options_say_what_is_wrong(tmp_path):
@@ -410,4 +410,4 @@ def test_bad_options_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="holds no levels.pt"):
         train_levels.main(["--start", str(DEMO), "--out", str(tmp_path), "--export", str(tmp_path / "a.safetensors")])
     with pytest.raises(ValueError, match="sampled with clean context"):
-        train_levels.train_levels(TINY, DEMO, tmp_path, CPU, student=DEMO / train_demo.DIT_FILE)
+        train_levels.train_levels(TINY, DEMO, tmp_path, CPU, student=DEMO / demo_files.TEACHER_FILE)

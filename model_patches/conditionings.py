@@ -1,0 +1,75 @@
+"""What ComfyUI's conditionings may hold where a clip is made chunk by chunk, and where their texts are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.conds
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .prompts import check_prompts
+
+UNSUPPORTED_CONDITIONS = {
+    "control": "a ControlNet",
+    "gligen": "GLIGEN",
+    "concat_latent_image": "an image to concatenate",
+    "reference_latents": "reference latents",
+    "time_dim_concat": "frames to concatenate",
+    "context_latents": "context latents",
+}
+
+
+def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:
+    """Refuse, by name, what cannot follow a clip chunk by chunk."""
+    if not positive:
+        raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
+    if model.model_options.get("multigpu_clones"):
+        raise ValueError(
+            "MultiGPU work units split one forward over devices; the KV cache lives on one. Remove the node."
+        )
+    if model.model_options.get("context_handler") is not None:
+        raise ValueError("Context windows cut the clip in another way than chunks do; remove the context windows node.")
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        for index, (_, extra) in enumerate(conditioning):
+            reason = _unsupported(extra)
+            if reason is not None:
+                raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
+    check_prompts(positive, negative)
+
+
+def _unsupported(extra: dict[str, Any]) -> str | None:
+    starts = (extra.get("start_percent", 0.0), extra.get("clip_start_percent", 0.0))
+    ends = (extra.get("end_percent", 1.0), extra.get("clip_end_percent", 1.0))
+    if max(starts) > 0 or min(ends) < 1:
+        return (
+            "a timestep range (ConditioningSetTimestepRange): its keys would be missing from the cache outside of the "
+            "range. Remove the range."
+        )
+    if "mask" in extra:
+        return "a mask (ConditioningSetMask), which ComfyUI does not apply to video. Use ConditioningSetArea."
+    area = extra.get("area")
+    if area is not None and (area[0] == "percentage" or len(area) != 4):
+        return "an area in percent or in time. Use ConditioningSetArea, in pixels."
+    for key, what in UNSUPPORTED_CONDITIONS.items():
+        if extra.get(key) is not None:
+            return f"{what} ({key}), which a causal text-to-video model cannot follow chunk by chunk. Remove it."
+    for hook in extra["hooks"].hooks if extra.get("hooks") is not None else ():
+        if len(hook.hook_keyframe.keyframes) > 1:
+            return (
+                "a hook with several keyframes: every chunk goes through all noise levels again, so that the keyframes "
+                "would not. Use a hook of constant strength."
+            )
+    return None
+
+
+def move_texts(model_wrap, device: torch.device) -> None:
+    """Put the prompts' embeddings where the model computes, in its dtype: ComfyUI would copy them in every forward."""
+    dtype = model_wrap.inner_model.get_dtype_inference()
+    moved: dict[int, Any] = {}  # what conditions share stays shared
+    for cond in (cond for conds in model_wrap.conds.values() for cond in conds or ()):
+        text = cond.get("model_conds", {}).get("c_crossattn")
+        if type(text) is comfy.conds.CONDRegular:
+            if id(text) not in moved:
+                moved[id(text)] = type(text)(text.cond.to(device, dtype))
+            cond["model_conds"] = {**cond["model_conds"], "c_crossattn": moved[id(text)]}

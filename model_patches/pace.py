@@ -1,0 +1,81 @@
+"""How a run waits for its device: never within a chunk, and never further behind than Cancel allows."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from ..diagonal_sampler.sampler import Chunk, Forward
+
+
+class Pace:
+    """Keeps the host at most one forward ahead of a GPU.
+
+    Nothing in a forward waits for the GPU, so that the host could queue several; Cancel would then stop the host only,
+    and progress would count what is not done. One forward ahead is enough for the GPU never to wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Before a forward is queued: until the one before the last is done."""
+        if self._events is not None and len(self._events) > 1:
+            self._events.popleft().synchronize()
+
+    def mark(self) -> None:
+        """After a forward was queued."""
+        if self._events is not None:
+            self._events.append(torch.cuda.current_stream(self.device).record_event())
+
+
+class FiniteLook:
+    """Looks at each finished chunk for NaN and infinite values: at once on a CPU, one forward later on a GPU.
+
+    A look at once would leave a GPU idle until the host has queued the next forward. Which step it was is only asked
+    if there is something to tell.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self._waiting: tuple[Chunk, list[tuple[Forward, Tensor]], Tensor, torch.cuda.Event | None] | None = None
+
+    def look(self, chunk: Chunk, steps: list[tuple[Forward, Tensor]]) -> None:
+        """A finished chunk, and the denoised of its steps.
+
+        Raises:
+            ValueError: on a CPU, as `settle`.
+        """
+        finite = torch.isfinite(chunk.latents).all()
+        if finite.device.type != "cuda":
+            self._waiting = (chunk, steps, finite, None)
+            self.settle()
+            return
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(finite, non_blocking=True)
+        self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
+
+    def settle(self) -> None:
+        """Wait for the last look's answer.
+
+        Raises:
+            ValueError: the chunk is not finite; names the chunk and the step at which it began.
+        """
+        if self._waiting is None:
+            return
+        chunk, steps, answer, done = self._waiting
+        self._waiting = None
+        if done is not None:
+            done.synchronize()
+        if answer:
+            return
+        bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
+        where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"
+        raise ValueError(
+            f"Chunk {chunk.index + 1} of {self.chunks} (latent frames {chunk.start_frame} to "
+            f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try "
+            "another weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
+        )

@@ -1,0 +1,300 @@
+"""The files of a stream: what a person asks for, where it is written, and what an earlier run left to go on with."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from .clip_plan import ClipPlan
+from .context_frames import TEMPORAL_STRIDE
+from .prompts import LivePrompt
+from .sampling import Resume
+from .stream_state import (
+    DONE_SUFFIX,
+    LOCK_SUFFIX,
+    STATE_SUFFIX,
+    StreamLock,
+    StreamState,
+    find_states,
+    load_tensors,
+    save_state,
+)
+from .video_writer import FORMATS, MAX_CRF, Mark, VideoSpec, VideoWriteError, VideoWriter, open_writer
+
+log = logging.getLogger(__name__)
+
+MAX_SECONDS = 24 * 3600.0
+MAX_FPS = 240.0
+KEYS_VALUES, DECODER, TAIL, HISTORY, FLOW = "keys_values/", "decoder/", "tail/", "history/", "flow/"
+TAIL_FRAMES = "frames"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """What a person sets.
+
+    Attributes:
+        width, height: pixels.
+        seconds: length of the video; it is rounded to whole frames.
+        fps: frames a second, kept to a thousandth.
+        seed: of the noise.
+        cfg: guidance scale, 1 is off.
+        filename_prefix: below ComfyUI's output folder.
+        format: mp4, webm or png.
+        crf: quality from 1 (best) to 51, in H.264's measure; no effect on png.
+        state_every: chunks between two states.
+        restart: begin a new video even where one could be resumed.
+        keep_state: leave the state of a finished video, so that a longer length goes on with it.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    width: int
+    height: int
+    seconds: float
+    fps: float
+    seed: int
+    filename_prefix: str
+    cfg: float = 1.0
+    format: str = "mp4"
+    crf: float = 20.0
+    state_every: int = 20
+    restart: bool = False
+    keep_state: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; choose one of {', '.join(FORMATS)}.")
+        if not (math.isfinite(self.fps) and 0.001 <= self.fps <= MAX_FPS):
+            raise ValueError(f"fps is {self.fps}; it must be from 0.001 to {MAX_FPS:g} frames a second (Wan: 16).")
+        if not (math.isfinite(self.seconds) and 0 < self.seconds <= MAX_SECONDS):
+            raise ValueError(f"length is {self.seconds} seconds; it must be above 0 and at most {MAX_SECONDS:g}.")
+        if self.frames < 1:
+            raise ValueError(
+                f"length is {self.seconds:g} seconds, less than half a frame at {self.fps:g} frames a second; use at "
+                f"least {1 / self.fps:.3g}."
+            )
+        if not 1 <= self.crf <= MAX_CRF:
+            raise ValueError(f"crf is {self.crf}; it must be from 1 (best) to {MAX_CRF} (smallest file).")
+        if self.state_every < 1:
+            raise ValueError(f"state_every is {self.state_every} chunks; it must be at least 1.")
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(round(self.fps * 1000), 1000)
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames of the video."""
+        return math.floor(Fraction(self.seconds) * self.rate + Fraction(1, 2))
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames that hold them; the last one's surplus is not written."""
+        return -(-(self.frames - 1) // TEMPORAL_STRIDE) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where ComfyUI has a prefix saved."""
+
+    folder: Path
+    filename: str
+    counter: int
+    subfolder: str
+
+    @classmethod
+    def find(cls, options: StreamOptions) -> Place:
+        prefix = options.filename_prefix
+        output = folder_paths.get_output_directory()
+        # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
+        if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
+            raise ValueError(
+                f"filename_prefix is {prefix!r}, which leaves ComfyUI's output folder; use a name such as "
+                "video/ComfyUI, relative to it and without '..'."
+            )
+        try:
+            folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(
+                prefix, output, options.width, options.height
+            )
+        except OSError as error:
+            raise VideoWriteError(
+                f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
+            ) from error
+        return cls(Path(folder), filename, counter, subfolder)
+
+
+def _lies_in(folder: str, path: str) -> bool:
+    """Whether a path, its links followed, is a folder or below it."""
+    try:
+        folder, path = os.path.realpath(folder), os.path.realpath(path)
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # a zero byte, or another drive
+        return False
+
+
+@dataclass(slots=True)
+class Opened:
+    """A video open for writing: a new one, or (`again`) an unfinished one at its last state."""
+
+    path: Path
+    state_path: Path
+    state: StreamState
+    writer: VideoWriter
+    subfolder: str
+    again: bool = False
+
+    @property
+    def resumed(self) -> bool:
+        return self.state.chunk > 0
+
+    def resume(self) -> Resume | None:
+        if not self.resumed:
+            return None
+        return Resume(
+            chunk=self.state.chunk,
+            committed=self.state.committed,
+            load=lambda: load_tensors(self.state_path, KEYS_VALUES),
+            dropped=self.state.dropped,
+            load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
+            live=tuple(LivePrompt(**prompt) for prompt in self.state.live),
+            load_flow=lambda: load_tensors(self.state_path, FLOW),
+        )
+
+    def announcement(self, options: StreamOptions) -> str:
+        at, name = self.state.frames, self.path.name
+        if not self.resumed:
+            again = " Begun again: it had stopped before its first state." if self.again else ""
+            return f"{name}: {options.frames} frames at {options.fps:g} a second.{again}"
+        return (
+            f"Resumed {name} at {float(at / options.rate):.1f} s (frame {at} of {options.frames}, after chunk "
+            f"{self.state.chunk}). Set restart to begin anew."
+        )
+
+
+def resume_video(
+    place: Place,
+    options: StreamOptions,
+    plan: ClipPlan,
+    digest: str,
+    spec: VideoSpec,
+    stack: contextlib.ExitStack,
+) -> Opened | None:
+    """Open what an earlier run of this graph left, None if there is nothing to go on with."""
+    for path, state in find_states(place.folder, digest):
+        done = path.name.endswith(DONE_SUFFIX)
+        stem = path.name.removesuffix(DONE_SUFFIX if done else STATE_SUFFIX)
+        video = place.folder / (stem + _suffix(options))
+        if not options.restart and (reason := _does_not_fit(state, plan, options, done)):
+            if not done:
+                log.warning("%s is unfinished and is not resumed: %s", video.name, reason)
+            continue
+        lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
+        try:
+            if not lock.acquire():
+                log.warning("%s is being written by another ComfyUI; it is left alone.", video.name)
+                continue
+            if options.restart:
+                # The video stays; without its state nothing will go on with it by surprise.
+                path.unlink(missing_ok=True)
+                lock.release()
+                continue
+            if done:
+                unfinished = place.folder / (stem + STATE_SUFFIX)
+                os.replace(path, unfinished)
+                path = unfinished
+            writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
+        except (OSError, VideoWriteError) as error:
+            lock.release()
+            log.warning("%s cannot be resumed (%s); a new video is begun.", video.name, error)
+            continue
+        stack.callback(lock.release)
+        stack.callback(writer.abandon)
+        return Opened(video, path, state, writer, place.subfolder, again=True)
+    return None
+
+
+def _suffix(options: StreamOptions) -> str:
+    return "" if options.format == "png" else f".{options.format}"
+
+
+def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, done: bool) -> str:
+    """Why this run cannot go on from a state of the same graph; empty if it can."""
+    if options.frames <= state.frames or (done and options.frames <= state.length):
+        return f"it has {state.frames} frames already, and {options.frames} are asked for."
+    begun = plan.context_frames + state.chunk * plan.settings.frames_per_chunk
+    if state.chunk and (state.committed != begun or state.chunk >= plan.chunks):
+        return "its chunks are others than this length's."
+    settings, frames = plan.settings, plan.shape[2]
+    same_positions = settings.window_positions(state.latent_frames) == settings.window_positions(frames)
+    if not same_positions and state.committed > settings.capacity(state.latent_frames):
+        return (
+            f"with {frames} latent frames instead of {state.latent_frames} the model counts positions in another way "
+            "(positions auto); set positions to window on the causal model to change lengths freely."
+        )
+    return ""
+
+
+def begin_video(
+    place: Place,
+    options: StreamOptions,
+    plan: ClipPlan,
+    digest: str,
+    spec: VideoSpec,
+    stack: contextlib.ExitStack,
+) -> Opened:
+    """Open a new video under the next free number, with a state that says it is empty."""
+    state = StreamState(
+        digest=digest, length=options.frames, latent_frames=plan.shape[2], run=for_people(options, plan)
+    )
+    counter = place.counter
+    while True:
+        stem = f"{place.filename}_{counter:05}_"
+        path = place.folder / (stem + _suffix(options))
+        state_path = place.folder / (stem + STATE_SUFFIX)
+        counter += 1
+        lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
+        try:
+            if not lock.acquire():
+                continue
+            writer = open_writer(path, spec)
+        except FileExistsError:  # another process took the number just now
+            lock.release()
+            continue
+        except OSError as error:
+            raise VideoWriteError(
+                f"{path.name} cannot be written: {error.strerror or error}. Choose another filename_prefix."
+            ) from error
+        except BaseException:
+            lock.release()
+            raise
+        break
+    stack.callback(lock.release)
+    stack.callback(writer.abandon)
+    try:
+        save_state(state_path, state, {})
+    except VideoWriteError:
+        writer.abandon()
+        remove_empty(path)
+        raise
+    return Opened(path, state_path, state, writer, place.subfolder)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a video without a frame."""
+    with contextlib.suppress(OSError):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def for_people(options: StreamOptions, plan: ClipPlan) -> dict[str, Any]:
+    return {**asdict(options), "schedule": asdict(plan.schedule), "settings": asdict(plan.settings)}

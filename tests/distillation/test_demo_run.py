@@ -1,0 +1,86 @@
+"""What the demo's trainings share: a run's pace, and a checkpoint that only its own recipe goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from distillation.demo_run import Losses, Pace, Training, load_checkpoint, make_adamw, read_run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    updates: int = 4
+    batch: int = 2
+
+
+def training(path, recipe) -> Training:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return Training(
+        path, model, [(make_adamw([*model.parameters()], 1.0, weight_decay=0.0), 0.1)], recipe, ema_decay=0.5
+    )
+
+
+def step(run: Training, pace: Pace, update: int) -> None:
+    pace.set_rates(run.optimizers, update)
+    run.model(torch.full((1, 3), 1.0 + update)).square().sum().backward()
+    run.step(update)
+
+
+def test_a_run_ends_after_its_updates_and_its_rates_rise_and_fall():
+    pace = Pace(10, warmup=4)
+    assert list(pace.updates_from(3)) == list(range(3, 10)) and list(pace.updates_from(0, 2)) == [0, 1]
+    factors = [pace.factor(update) for update in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1] and factors[4] == 1
+    assert all(later < earlier for earlier, later in zip(factors[4:], factors[5:], strict=False))
+    assert pace.factor(10) == pytest.approx(Pace.FLOOR)
+    assert not list(Pace(0, warmup=1).updates_from(0)), "a run of no updates makes none"
+    assert not list(Pace(10, warmup=1, seconds=0.0).updates_from(0)), "nor does one of no time"
+    with pytest.raises(ValueError, match="must end"):
+        Pace(None, warmup=1)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
+    pace, whole = Pace(4, warmup=1), training(tmp_path / "whole.pt", Recipe())
+    for update in range(4):
+        step(whole, pace, update)
+    whole.save(4)
+    first = training(tmp_path / "parts.pt", Recipe())
+    assert first.resume() == 0
+    for update in range(2):
+        step(first, pace, update)
+    first.save(2, more="kept")
+    assert read_run(first.path)["more"] == "kept"
+    second = training(tmp_path / "parts.pt", Recipe(updates=4))
+    assert second.resume() == 2
+    for update in range(2, 4):
+        step(second, pace, update)
+    second.save(4)
+    one, other = load_checkpoint(whole.path), load_checkpoint(second.path)
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    assert not torch.equal(one["ema"]["weight"], one["model"]["weight"])
+
+
+def test_only_its_own_recipe_goes_on_from_a_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    training(path, Recipe()).save(1)
+    assert training(path, replace(Recipe(), updates=9)).resume() == 1
+    with pytest.raises(ValueError, match=r"run\.pt is another run's: batch was 2 and is 3\. Choose another --out"):
+        training(path, Recipe(batch=3)).resume()
+    with pytest.raises(ValueError, match=r"holds no other\.pt; train it first"):
+        read_run(tmp_path / "other.pt")
+
+
+def test_losses_are_means_since_they_were_read():
+    losses = Losses("one")
+    losses.add(one=torch.tensor(1.0))
+    losses.add(one=torch.tensor(2.0))
+    assert losses.read(2) == "one 1.5000" and losses.read(2) == ""
+    losses.add(one=torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match=r"the loss \(one\) is nan by update 3"):
+        losses.read(3)
