@@ -32,7 +32,7 @@ Which of the world's grounds it is, the noise decides, as it did before: the dar
 darkest level. Below pure noise it is the level that is nearest to what the student said there. (Ranked by the grounds
 that the student makes, captions come to decide it: what they add a little of confirms itself. Ranked among the clips
 that are rolled out together, the same noise gets another level beside others.)
-All chunks of a window are seen in one causal forward, as in distillation.train_follow.
+All chunks of a window are seen in one causal forward (distillation.windows).
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_capti
 from diagonal_sampler.demo_autoencoder import (
     LATENT_CHANNELS,
     SPACE_FACTOR,
-    TIME_FACTOR,
     DemoAutoencoder,
     latent_frames,
     pixel_frames,
@@ -76,10 +75,10 @@ from distillation.common import autocast, generator_at
 from distillation.copies import remove_copies
 from distillation.demo_files import STUDENT_FILE, TrainedFor, load_dit, load_models, trained_for, write_changed
 from distillation.demo_run import Losses, Pace, Training, begin, given, make_adamw, read_run
+from distillation.ground import ground_of, lightness, nearest_level, paint_ground, world_levels
 from distillation.losses import guided
 from distillation.rollout import predict_x0
-from distillation.samples import add_to_frames, decode_groups, encode_frames
-from distillation.score import split_from_ground
+from distillation.samples import decode_groups, encode_frames
 from distillation.switches import switch
 from distillation.windows import (
     PRECISION,
@@ -164,69 +163,6 @@ class LevelsRecipe:
     def more_levels(self) -> tuple[float, ...]:
         """Noise levels of the forwards in `between`."""
         return tuple(sigma for row in parse_sigmas(self.between) for sigma in row)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The ground
-
-
-@torch.no_grad()
-def ground_of(autoencoder: DemoAutoencoder, latents: Tensor) -> Tensor:
-    """Level of the ground, [B], 0 to 255: the mean over frames and channels of each frame's median.
-
-    Args:
-        latents: [B, C, T, h, w] standardised.
-    """
-    frames = (decode_groups(autoencoder, latents) + 1) * 127.5
-    return frames.flatten(-2).median(dim=-1).values.mean((1, 2, 3))
-
-
-@torch.no_grad()
-def paint_ground(autoencoder: DemoAutoencoder, latents: Tensor, level: Tensor) -> Tensor:
-    """The latents with another ground, sprites as they are.
-
-    A pixel moves by the part of it that is ground, so that soft edges and pale copies keep their share.
-
-    Args:
-        latents: [B, C, T, h, w] standardised.
-        level: [B] of 0 to 255, a gray.
-    """
-    length = latents.shape[2]
-    frames = (decode_groups(autoencoder, latents).flatten(0, 2) + 1) * 127.5
-    ground, alpha, _ = split_from_ground(frames)
-    moved = level.repeat_interleave(length * TIME_FACTOR)[:, None] - ground  # [B * T * 4, 3]
-    change = (1 - alpha.sum(1, keepdim=True)) * moved[:, :, None, None] / 127.5
-    return add_to_frames(autoencoder, latents, change.unflatten(0, (len(latents), length, TIME_FACTOR)))
-
-
-@torch.no_grad()
-def lightness(autoencoder: DemoAutoencoder, noise: Tensor) -> Tensor:
-    """How light a ground pure noise hints at, [B], standard normal: its part along the way that frames get lighter.
-
-    Args:
-        noise: [B, C, T, h, w] of standard normal numbers.
-    """
-    height, width = (SPACE_FACTOR * side for side in noise.shape[-2:])
-    plain = torch.stack([torch.full((3 * TIME_FACTOR, height, width), value) for value in (-1.0, 1.0)])
-    black, white = autoencoder.encode_groups(plain.to(noise))
-    way = (white - black) / torch.linalg.vector_norm(white - black)
-    return torch.einsum("bcthw,chw->b", noise, way) / noise.shape[2] ** 0.5
-
-
-def world_levels(light: Tensor) -> Tensor:
-    """One of the world's grounds for each clip, [B]: the lighter the lighter, and each for as many numbers.
-
-    Args:
-        light: [B] standard normal numbers.
-    """
-    levels = torch.tensor(sprites.BACKGROUND_LEVELS, dtype=light.dtype, device=light.device)
-    return levels[(torch.special.ndtr(light) * len(levels)).long().clamp(max=len(levels) - 1)]
-
-
-def nearest_level(ground: Tensor) -> Tensor:
-    """The world's ground that is nearest to each of `ground`, [B] in 0..255."""
-    levels = torch.tensor(sprites.BACKGROUND_LEVELS, dtype=ground.dtype, device=ground.device)
-    return levels[(ground[:, None] - levels).abs().argmin(dim=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from diagonal_sampler.demo_autoencoder import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
 from distillation import copies, demo_files, demo_run, score, sprites, train_levels
 from distillation.common import autocast, generator_at
+from distillation.ground import ground_of, lightness, nearest_level, paint_ground, world_levels
 from distillation.recipes import DEMO
 from distillation.samples import decode_frames, encode_frames
 from distillation.switches import switch
@@ -76,8 +77,8 @@ def true_latents(networks: Networks, count: int, frames: int = 9) -> torch.Tenso
 def test_another_ground_leaves_the_sprites_as_they_are(networks):
     latents = true_latents(networks, 6)
     wanted = torch.tensor([0.0, 84, 56, 28, 84, 0])
-    painted = train_levels.paint_ground(networks.autoencoder, latents, wanted)
-    torch.testing.assert_close(train_levels.ground_of(networks.autoencoder, painted), wanted, atol=4, rtol=0)
+    painted = paint_ground(networks.autoencoder, latents, wanted)
+    torch.testing.assert_close(ground_of(networks.autoencoder, painted), wanted, atol=4, rtol=0)
     before, after = (decode_frames(networks.autoencoder, each) for each in (latents, painted))
     for old, new in zip(before, after, strict=True):
         old, new = score.find_blobs(old), score.find_blobs(new)
@@ -89,26 +90,26 @@ def test_another_ground_leaves_the_sprites_as_they_are(networks):
 
 def test_a_ground_that_is_there_already_changes_nothing(networks):
     latents = true_latents(networks, 4)
-    level = train_levels.ground_of(networks.autoencoder, latents)
-    again = train_levels.paint_ground(networks.autoencoder, latents, level)
+    level = ground_of(networks.autoencoder, latents)
+    again = paint_ground(networks.autoencoder, latents, level)
     assert float((again - latents).square().mean()) < 1e-3 * float(latents.square().mean())
 
 
 def test_noise_gets_each_of_the_worlds_grounds_as_often_and_the_same_whatever_is_beside_it(networks):
     noise = torch.randn(4000, 16, 3, 8, 8, generator=generator_at(0, 9))
-    light = train_levels.lightness(networks.autoencoder, noise)
+    light = lightness(networks.autoencoder, noise)
     assert abs(float(light.mean())) < 4 / 4000**0.5 and abs(float(light.var()) - 1) < 4 * (2 / 4000) ** 0.5
-    levels = train_levels.world_levels(light)
+    levels = world_levels(light)
     assert set(levels.tolist()) == set(sprites.BACKGROUND_LEVELS)
     for level in sprites.BACKGROUND_LEVELS:
         assert abs(int((levels == level).sum()) - 1000) < 4 * (4000 * 3 / 16) ** 0.5
     assert levels[light.argsort()].diff().min() >= 0
-    torch.testing.assert_close(train_levels.world_levels(light[:3]), levels[:3])
-    assert train_levels.world_levels(torch.tensor([-40.0, 40.0])).tolist() == [0, 84]
+    torch.testing.assert_close(world_levels(light[:3]), levels[:3])
+    assert world_levels(torch.tensor([-40.0, 40.0])).tolist() == [0, 84]
 
 
 def test_a_ground_is_rounded_to_the_worlds_nearest():
-    rounded = train_levels.nearest_level(torch.tensor([-3.0, 13, 15, 43, 57, 200]))
+    rounded = nearest_level(torch.tensor([-3.0, 13, 15, 43, 57, 200]))
     assert rounded.tolist() == [0, 0, 28, 56, 56, 84]
 
 
@@ -116,8 +117,8 @@ def test_a_lighter_picture_is_lighter(networks):
     noise = torch.randn(3, 16, 3, 8, 8, generator=generator_at(0, 8))
     plain = sprites.to_pixels(torch.full((1, 9, 3, 64, 64), 40, dtype=torch.uint8))
     dark, light = (encode_frames(networks.autoencoder, plain + more) for more in (0, 0.5))
-    found = train_levels.lightness(networks.autoencoder, noise)
-    assert (train_levels.lightness(networks.autoencoder, noise + light - dark) > found).all()
+    found = lightness(networks.autoencoder, noise)
+    assert (lightness(networks.autoencoder, noise + light - dark) > found).all()
     assert len(set(found.tolist())) == 3
 
 
@@ -179,9 +180,9 @@ def test_first_chunks_can_be_kept_and_only_first_forwards_of_later_ones_get_othe
     torch.testing.assert_close(same_clips, clips)
     differ = (better.wanted - kept.wanted).square().mean((0, 3, 4, 5, 6)) > 1e-6
     assert differ.tolist() == [[False] * 4, [True, False, False, False], [True, False, False, False]]
-    told = train_levels.ground_of(networks.autoencoder, better.wanted[:, 2, 0])
+    told = ground_of(networks.autoencoder, better.wanted[:, 2, 0])
     size = trained.settings.frames_per_chunk
-    ground = train_levels.ground_of(networks.autoencoder, clips[:, :, :size])
+    ground = ground_of(networks.autoencoder, clips[:, :, :size])
     torch.testing.assert_close(told, ground, atol=8, rtol=0)
 
 
@@ -208,20 +209,20 @@ def test_openings_are_told_the_worlds_grounds_and_later_chunks_the_first_ones(ne
     states, clips = opening
     size = trained.settings.frames_per_chunk
     assert states.wanted.shape[:3] == (4, latent_frames(TINY.length) // size, 4)
-    ground = train_levels.ground_of(networks.autoencoder, clips[:, :, :size])
-    told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, 0])
-    light = train_levels.lightness(networks.autoencoder, states.inputs[:, 0, 0])
-    torch.testing.assert_close(told, train_levels.world_levels(light), atol=8, rtol=0)
-    later = train_levels.ground_of(networks.autoencoder, states.wanted[:, 1, 2])
+    ground = ground_of(networks.autoencoder, clips[:, :, :size])
+    told = ground_of(networks.autoencoder, states.wanted[:, 0, 0])
+    light = lightness(networks.autoencoder, states.inputs[:, 0, 0])
+    torch.testing.assert_close(told, world_levels(light), atol=8, rtol=0)
+    later = ground_of(networks.autoencoder, states.wanted[:, 1, 2])
     torch.testing.assert_close(later, ground, atol=8, rtol=0)
 
 
 def test_behind_given_frames_the_ground_is_theirs(networks, trained, opening):
     states, clips = opening
     behind = train_levels.going_on_states(TINY, networks, trained, 0, clips, states.ids)
-    given = train_levels.ground_of(networks.autoencoder, behind.wanted[:, 0, 0])
+    given = ground_of(networks.autoencoder, behind.wanted[:, 0, 0])
     for chunk, step in ((1, 0), (1, 3), (2, 2)):
-        told = train_levels.ground_of(networks.autoencoder, behind.wanted[:, chunk, step])
+        told = ground_of(networks.autoencoder, behind.wanted[:, chunk, step])
         torch.testing.assert_close(told, given, atol=8, rtol=0)
 
 
@@ -261,9 +262,9 @@ def test_below_pure_noise_the_ground_is_the_nearest_to_the_students_own(networks
     states, _ = opening
     text, noise = networks.encoder(states.ids), DrawnNoise(generator_at(TINY.seed, 3), (4, 16, 8, 8))
     _, found = roll_out(networks.student, text, noise, trained, 1)
-    own = train_levels.nearest_level(train_levels.ground_of(networks.autoencoder, found[:, 0, 0]))
+    own = nearest_level(ground_of(networks.autoencoder, found[:, 0, 0]))
     for step in range(1, 4):
-        told = train_levels.ground_of(networks.autoencoder, states.wanted[:, 0, step])
+        told = ground_of(networks.autoencoder, states.wanted[:, 0, step])
         torch.testing.assert_close(told, own, atol=8, rtol=0)
 
 
