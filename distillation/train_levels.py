@@ -25,8 +25,9 @@ that a regression does not blur it. What goes wrong in long clips has to be met 
 With `--switch-pool` and `--switch-batch` captions change in mid-run (distillation.switches): from some chunk on the
 student rolls out under another caption, its window written again under that and its steps begun anew, as Diagonal
 Prompt Schedule does it. Clips are true ones up to the switch. From there on the student goes on from its own answers,
-or from the true one where it has left the course (`--switch-course`), and is told the true one. Of what appears at a
-switch with no one to take its place from, pure noise decides where: that is answered as before.
+or from the true one where it has left the course (`--switch-course`), and is told the true one; with `--drawn-by
+student` as the student in START draws it, in its last forward. Of what appears at a switch with no one to take its
+place from, pure noise decides where: that is answered as before.
 
 Which of the world's grounds it is, the noise decides, as it did before: the darkest quarter of all noise gets the
 darkest level. Below pure noise it is the level that is nearest to what the student said there. (Ranked by the grounds
@@ -61,6 +62,7 @@ from diagonal_sampler.demo_autoencoder import (
     pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.sampler import mix
 from diagonal_sampler.schedule import (
     DEMO_PRESET,
     DiagonalSchedule,
@@ -98,8 +100,11 @@ _FIRST_ROWS = 1_000_000  # captions of first chunks alone are numbered from here
 _SWITCH_ROWS = 2_000_000  # and those of clips whose caption changes from here
 _BEHIND_SWITCH = 2  # chunks of such a clip under the new caption, at least
 _SHORTEST_SWITCH = 41  # pixel frames of such a clip: a chunk more
+SAME_DRAWING = 0.05
+"""Mean squared error of a chunk's x0 up to which a drawing is of the same; above it shows something more, by eye."""
 Ends = Literal["teacher", "student", "none"]
 Copies = Literal["kept", "removed"]
+DrawnBy = Literal["world", "student"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +126,7 @@ class LevelsRecipe:
     switch_batch: int = 0  # windows of those an update, beside `batch`
     switch_length: int = 129  # pixel frames of their rollout
     switch_course: float = 0.15  # mean squared error of a chunk's x0 up to which their rollout goes on from it
+    drawn_by: DrawnBy = "world"  # who draws the clips whose caption changes; "student": the one in START
     going_on_share: float = 0.5  # of windows, which go on from given frames
     ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START; "none": START's answers
     between: str = ""  # noise levels of START's forwards behind the first of a later chunk
@@ -316,6 +322,44 @@ def going_on_states(
 
 
 @torch.no_grad()
+def as_drawn(
+    recipe: LevelsRecipe,
+    networks: Networks,
+    trained: TrainedFor,
+    truth: Tensor,
+    captions: Sequence[tuple[int, Tensor]],
+    generator: torch.Generator,
+) -> Tensor:
+    """Clips as the student in START draws them: what it answers in its last forward, on the ground that they had.
+
+    Its edges and contrasts are not those of the world's clips, which the autoencoder blurs where they move. A chunk in
+    which it would draw something else stays as it is.
+
+    Args:
+        truth: [B, C, T, H, W].
+        captions: each with the chunk that it begins with, in order, from chunk 0 on.
+
+    Returns:
+        the clips, the shape of `truth`.
+    """
+    size, chunks = trained.settings.frames_per_chunk, truth.shape[2] // trained.settings.frames_per_chunk
+    level = trained.schedule.chunk_sigmas(chunks)[-1]
+    once = replace(trained, schedule=replace(trained.schedule, sigmas=((level,),)))
+    ends = [first for first, _ in captions[1:]] + [chunks]
+    for (first, ids), end in zip(captions, ends, strict=True):
+        noise = torch.randn(truth.shape, generator=generator, device=truth.device)
+        asked = mix(truth, noise, level).unflatten(2, (chunks, size)).movedim(2, 1).unsqueeze(2)
+        text, unused = networks.encoder(ids), _noise(generator, len(ids))
+        _, found = roll_out(networks.before, text, unused, once, chunks, asked=asked)
+        drawn = found[:, :, 0].movedim(1, 2).flatten(2, 3)
+        drawn = paint_ground(networks.autoencoder, drawn, ground_of(networks.autoencoder, truth))
+        left = (drawn - truth).square().unflatten(2, (chunks, size)).mean((1, 3, 4, 5)) > SAME_DRAWING
+        left[:, :first] = left[:, end:] = True
+        truth = torch.where(left.repeat_interleave(size, dim=1)[:, None, :, None, None], truth, drawn)
+    return truth
+
+
+@torch.no_grad()
 def switched_states(
     recipe: LevelsRecipe, networks: Networks, trained: TrainedFor, pool: int
 ) -> tuple[States, int, TrainedFor]:
@@ -334,6 +378,9 @@ def switched_states(
     )
     truth = encode_frames(networks.autoencoder, sprites.to_pixels(clips.frames()).to(device))
     ids = tokenize_captions(clips.after.captions).to(device)
+    if recipe.drawn_by == "student":
+        earlier = tokenize_captions(clips.before.captions).to(device)
+        truth = as_drawn(recipe, networks, trained, truth, ((0, earlier), (chunk, ids)), generator)
     rows = tuple(map(schedule.chunk_sigmas, range(chunk)))
     anew = replace(trained, schedule=replace(schedule, sigmas=(*rows, *schedule.sigmas)))
     text, noise = networks.encoder(ids), _noise(generator, len(ids))
@@ -491,7 +538,8 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
         mean = f"begun with {recipe.mean_share:g} of these weights and else {mean_with.stem}'s, "
     ends = "first chunks kept" if recipe.ends == "none" else f"{recipe.ends}'s ends"
     between = f"later chunks with {recipe.between} between, rollouts of {recipe.length}, " if recipe.between else ""
-    switches = f"{recipe.switch_batch} windows with a switch among them, " if recipe.switch_batch else ""
+    drawn = "" if recipe.drawn_by == "world" else " drawn by the student"
+    switches = f"{recipe.switch_batch} windows with a switch{drawn} among them, " if recipe.switch_batch else ""
     done = (
         f"distillation.train_levels, {mean}sigmas {levels_text(recipe.levels)}, {ends}, "
         f"copies {recipe.copies}, {between}seed {recipe.seed}, {saved['update']} updates of {recipe.windows} windows, "
@@ -524,6 +572,7 @@ def main(arguments: list[str] | None = None) -> None:
     group.add_argument("--sigmas", help=levels)
     group.add_argument("--ends", choices=get_args(Ends), help="who finishes a first chunk; student: the one in START")
     group.add_argument("--between", metavar="LEVELS", help="of START's forwards behind the first of a later chunk")
+    group.add_argument("--drawn-by", choices=get_args(DrawnBy), help="who draws clips whose caption changes")
     group.add_argument("--copies", choices=get_args(Copies), help="of a sprite, in what a first chunk is to be")
     for name in (*FIELDS, *REAL_FIELDS):
         kind = int if name in FIELDS else float
@@ -534,7 +583,7 @@ def main(arguments: list[str] | None = None) -> None:
         student = options.student or options.start / STUDENT_FILE
         export_levels(options.out, student, options.export, options.note, options.mean_with)
         return
-    recipe = LevelsRecipe(**given(options, ("sigmas", "ends", "between", "copies", *FIELDS, *REAL_FIELDS)))
+    recipe = LevelsRecipe(**given(options, ("sigmas", "ends", "between", "copies", "drawn_by", *FIELDS, *REAL_FIELDS)))
     train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)
 
 

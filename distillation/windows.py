@@ -129,8 +129,21 @@ def roll_out(
         inputs[place], found[place] = x, x0
         return x0
 
+    def source(start: int, frames: int) -> Tensor:
+        return asked[:, start // size, 0, :, :frames]
+
+    sampled = sample_chunks(
+        denoise,
+        noise,
+        schedule,
+        cache,
+        frames=frames,
+        frames_per_chunk=size,
+        context=given,
+        source=None if asked is None else source,  # a schedule may begin below pure noise then
+    )
     try:
-        for _ in sample_chunks(denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, context=given):
+        for _ in sampled:
             pass
     finally:
         cache.free()

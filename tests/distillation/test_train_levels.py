@@ -303,6 +303,21 @@ def test_a_switch_is_learned_from_true_clips_and_steps_begin_anew(networks, trai
     assert not (asked & (windows.chunk < since)).any() and asked.any(1).all()
 
 
+def test_clips_whose_caption_changes_can_be_as_the_student_draws_them(networks, trained):
+    world, since, _ = train_levels.switched_states(SWITCHING, networks, trained, 0)
+    drawn, again, _ = train_levels.switched_states(replace(SWITCHING, drawn_by="student"), networks, trained, 0)
+    assert since == again
+    appeared = (world.wanted[:, since, 0] != world.wanted[:, since, 1]).flatten(1).any(1)
+    difference = (drawn.wanted - world.wanted)[~appeared].square().mean((2, 3, 4, 5, 6))
+    assert float(difference.max()) <= train_levels.SAME_DRAWING
+    assert float((difference > 1e-3).float().mean()) > 0.5, "hardly a chunk was drawn"
+    # On the ground that the clip had.
+    clips = drawn.wanted[:, :, 1].transpose(1, 2).flatten(2, 3)
+    truth = world.wanted[:, :, 1].transpose(1, 2).flatten(2, 3)
+    level = (ground_of(networks.autoencoder, each) for each in (clips, truth))
+    torch.testing.assert_close(*level, atol=4, rtol=0)
+
+
 def _specs(recipe: LevelsRecipe):
     first = train_levels._SWITCH_ROWS
     scenes = sprites.sample_scenes(recipe.switch_pool, recipe.seed, first)
