@@ -58,15 +58,21 @@ class Chunk:
 
 def split_frames(frames: int, frames_per_chunk: int) -> list[int]:
     """Latent frames of each chunk; the last may be shorter."""
+    starts = range(0, count_chunks(frames, frames_per_chunk) * frames_per_chunk, frames_per_chunk)
+    return [min(frames_per_chunk, frames - start) for start in starts]
+
+
+def count_chunks(frames: int, frames_per_chunk: int) -> int:
+    """Chunks of so many latent frames."""
     if frames_per_chunk < 1:
         raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1 latent frame.")
-    return [min(frames_per_chunk, frames - start) for start in range(0, frames, frames_per_chunk)]
+    return max(0, -(-frames // frames_per_chunk))
 
 
 def count_forwards(schedule: DiagonalSchedule, frames: int, frames_per_chunk: int, context_frames: int = 0) -> int:
     """Forwards of a run over `frames` latent frames, of which `context_frames` are given: the nfe of sample_chunks."""
-    made = len(split_frames(frames - context_frames, frames_per_chunk))
-    return schedule.nfe(made) + schedule.given_forwards * len(split_frames(context_frames, frames_per_chunk))
+    made, given = (count_chunks(each, frames_per_chunk) for each in (frames - context_frames, context_frames))
+    return schedule.nfe(made) + schedule.given_forwards * given
 
 
 def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) -> list[tuple[int, int]]:
@@ -88,7 +94,7 @@ def count_recache(
 ) -> int:
     """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`)."""
     pieces = split_pieces(frames, frames_per_chunk, context_frames)
-    start, count = pieces[len(split_frames(context_frames, frames_per_chunk)) + chunk]
+    start, count = pieces[count_chunks(context_frames, frames_per_chunk) + chunk]
     runs = cache.kept_before(start, count)
     return sum(
         schedule.given_forwards if at < context_frames else 1

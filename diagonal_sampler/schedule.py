@@ -328,7 +328,8 @@ class DiagonalSchedule:
     def nfe(self, chunks: int) -> int:
         """Forwards of a clip of `chunks` chunks, cache passes included."""
         passes = 0 if self.cache_pass_sigma is None else chunks
-        return sum(self.steps(chunk) for chunk in range(chunks)) + passes
+        listed = [len(row) for row in self.sigmas[:chunks]]
+        return sum(listed) + (chunks - len(listed)) * len(self.sigmas[-1]) + passes
 
     def start_at(self, sigma: float) -> DiagonalSchedule:
         """The schedule of video to video: levels above `sigma` are dropped and every chunk begins at `sigma`."""

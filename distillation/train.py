@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import caption_of, load_caption_encoder
-from diagonal_sampler.sampler import split_frames
+from diagonal_sampler.sampler import count_chunks, split_frames
 from distillation import losses, run_folder, sprites
 from distillation.common import Stopwatch, generator_at, keep_freed_memory
 from distillation.flow_fields import FlowFields
@@ -298,7 +298,7 @@ class Trainer:
                 frames += drawn * recipe.frames_per_chunk
         draw = torch.rand((), generator=generator_at(recipe.seed, update, turn, 17))  # the same on all ranks
         given_frames = recipe.frames_per_chunk if float(draw) < recipe.given_share else 0
-        chunks = len(split_frames(frames, recipe.frames_per_chunk))
+        chunks = count_chunks(frames, recipe.frames_per_chunk)
         frames += given_frames
         seeds, rows = self.seeds(update, role, part), self.prompt_rows(update, turn, part)
         flow = None if self.flows is None else self.flows.features(rows, seeds, frames).to(self.ranks.device)

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
-from ..diagonal_sampler.sampler import count_forwards, split_frames
+from ..diagonal_sampler.sampler import count_chunks, count_forwards, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import causal_settings
@@ -50,7 +50,7 @@ class ClipPlan:
     @property
     def chunks(self) -> int:
         """That are made."""
-        return len(self.made_frames)
+        return count_chunks(self.shape[2] - self.context_frames, self.settings.frames_per_chunk)
 
     @property
     def forwards(self) -> int:
