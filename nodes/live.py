@@ -30,13 +30,17 @@ class LiveReport:
     def __init__(self, node_id: str, model: ModelPatcher) -> None:
         self.node_id = node_id
         self.start = time.perf_counter()
+        self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.frames_of = preview_of(model)
 
     def progress(self, progress: Progress) -> None:
         """After every forward."""
+        if self.before is None:
+            self.before = progress.forwards - 1
         self._send(
             PROGRESS_EVENT,
             forwards=progress.forwards,
+            made=progress.forwards - self.before,  # of them in this run, which `elapsed` counts from
             total=progress.total,
             chunk=progress.chunk + 1,
             chunks=progress.chunks,

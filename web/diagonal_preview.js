@@ -83,6 +83,7 @@ class Preview {
     if (!this.belongs(data)) return;
     this.state = { ...this.state, ...data };
     if (data.steps) this.steps.set(data.chunk, [data.step, data.steps]);
+    if (this.steps.size > MOST_BARS) this.steps.delete(this.steps.keys().next().value);
     this.drawBars();
     this.say();
   }
@@ -112,7 +113,7 @@ class Preview {
   }
 
   drawBars() {
-    const chunks = [...this.steps].slice(-MOST_BARS);
+    const chunks = [...this.steps];
     const most = Math.max(...chunks.map(([, [, steps]]) => steps), 1);
     this.bars.replaceChildren(
       ...chunks.map(([chunk, [done, steps]]) => {
@@ -129,15 +130,15 @@ class Preview {
   }
 
   say(ending = null) {
-    const { chunk, chunks, forwards, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
+    const { chunk, chunks, forwards, made, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
     const parts = [];
     if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
     if (pixelFrames) parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
     if (ending) parts.push(ending);
     else if (forwards && forwards < total)
-      parts.push(phrase("left", { time: seconds((elapsed / forwards) * (total - forwards)) }));
-    else if (forwards) parts.push(phrase("forwards_in", { forwards, time: seconds(elapsed) }));
+      parts.push(phrase("left", { time: seconds((elapsed / made) * (total - forwards)) }));
+    else if (forwards) parts.push(phrase("forwards_in", { forwards: made, time: seconds(elapsed) }));
     this.line.textContent = parts.join(" · ");
     this.line.title = this.line.textContent;
   }

@@ -58,3 +58,23 @@ def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server):
     assert list((comfy_server.output_dir / "video").glob("canvas*.mp4")) == [video]
     assert video.stat().st_size > kept
     assert frontend.errors == []
+
+
+def test_a_resumed_run_is_timed_by_its_own_forwards(frontend):
+    """The server says how many of the forwards this run made: of those before it no time is known."""
+    frontend.errors.clear()
+    frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
+    line = frontend.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalStreamVideo");
+            const tell = (detail) => app.api.dispatchCustomEvent("diagonal.progress", {
+                node: String(node.id), prompt_id: "resumed", chunks: 9000, total: 20000, steps: 2, step: 1, ...detail,
+            });
+            for (let made = 1; made <= 100; made++)
+                tell({ chunk: 4000 + made, forwards: 10000 + made, made, elapsed: made / 100 });
+            return document.querySelector(".diagonal-preview .line").textContent;
+        }"""
+    )
+    assert line == "chunk 4100 of 9000 · 1:39 min left"
+    assert frontend.page.locator(".diagonal-preview .bar").count() == 32, "the newest chunks alone"
+    assert frontend.errors == []
