@@ -173,6 +173,18 @@ class _Container(ABC):
             VideoWriteError: a stream of another build than expected.
         """
 
+    def prepared(self, header: bytes) -> bytes:
+        """The muxer's header, with room for what is not known before the end."""
+        return header
+
+    def length(self, header: bytes, frames: int | None) -> tuple[int, bytes] | None:
+        """Where in a header the video's length is, and what is there for so many frames; None where there is no place.
+
+        Args:
+            frames: of the whole video; None while it grows.
+        """
+        return None
+
     @abstractmethod
     def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
         """The header with texts by name, where ComfyUI's own files have them.
@@ -299,8 +311,15 @@ def _find_box(data: bytes, *path: bytes) -> int:
 
 
 _EBML_SEGMENT = 0x18538067
+_EBML_SEEK_HEAD = 0x114D9B74
+_EBML_INFO = 0x1549A966
 _EBML_CLUSTER = 0x1F43B675
 _EBML_TIME = 0xE7
+_EBML_VOID = 0xEC
+_DURATION_START = b"\x44\x89\x88"
+"""Id and size of a duration in eight bytes."""
+_NO_DURATION = bytes([_EBML_VOID, 0x89]) + bytes(9)
+"""A void element as long as a duration."""
 
 
 class WebmContainer(_Container):
@@ -327,6 +346,26 @@ class WebmContainer(_Container):
                 frame += 1
             elif header is not None:
                 header += head + body
+
+    def prepared(self, header: bytes) -> bytes:
+        out = b""
+        for kind, head, body in _elements(header):
+            if kind == _EBML_INFO:
+                out += _element(kind, body + _NO_DURATION)
+            elif kind not in (_EBML_SEEK_HEAD, _EBML_VOID):  # a list of places that would not be right any more
+                out += head + body
+        return out
+
+    def length(self, header: bytes, frames: int | None) -> tuple[int, bytes] | None:
+        at = 0
+        for kind, head, body in _elements(header):
+            at += len(head) + len(body)
+            place = at - len(_NO_DURATION)
+            if kind == _EBML_INFO and header[place:].startswith((_NO_DURATION, _DURATION_START)):
+                if frames is None:
+                    return place, _NO_DURATION
+                return place, _DURATION_START + struct.pack(">d", 1000 * frames / self.spec.rate)
+        return None
 
     def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
         # Upper case, as ffmpeg has it and as ComfyUI's web page reads it.
@@ -378,6 +417,13 @@ def _take_element(buffer: _Buffer) -> tuple[int, bytes, bytes] | None:
     return None if body is None else (kind, head, body)
 
 
+def _elements(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """As `_take_element`, all of them."""
+    buffer = _Buffer(iter([data]))
+    while (element := _take_element(buffer)) is not None:
+        yield element
+
+
 _CONTAINERS: dict[str, type[_Container]] = {".mp4": Mp4Container, ".webm": WebmContainer}
 
 
@@ -420,6 +466,7 @@ class EncodedWriter(VideoWriter):
             is_header, self._header = next(self._container.cut(pieces, 0), (False, b""))
             if not is_header:
                 raise VideoWriteError(f"{self.path.name} is not the video that was written before.")
+            self._say_length(None)
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
 
@@ -458,8 +505,21 @@ class EncodedWriter(VideoWriter):
         if self._file < 0:
             return
         self.settle()
+        try:
+            self._say_length(self.frames)
+        except OSError as error:
+            raise self._disk_error(error) from error
+        self._sync()
         os.close(self._file)
         self._file = -1
+
+    def _say_length(self, frames: int | None) -> None:
+        """Write the video's length into its header, where the format has a place for it; None: it is not known yet."""
+        found = self._container.length(self._header, frames)
+        if found is not None:
+            at, data = found
+            os.lseek(self._file, at, os.SEEK_SET)
+            os.write(self._file, data)
 
     def abandon(self) -> None:
         if self._file < 0:
@@ -520,6 +580,7 @@ class EncodedWriter(VideoWriter):
     def _take_header(self, header: bytes) -> None:
         if not self._size:
             texts = self.spec.texts()
+            header = self._container.prepared(header)
             self._header = self._container.with_metadata(header, texts) if texts else header
             self._append(self._header)
         elif self._container.codec_parameters(header) != self._container.codec_parameters(self._header):

@@ -396,6 +396,35 @@ def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rat
         video_writer.open_writer(path, spec)
 
 
+@pytest.mark.parametrize("metadata", [{}, {"prompt": "x" * 999}], ids=["bare", "metadata"])
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_finished_video_says_how_long_it_is_and_a_growing_one_nothing_wrong(video_writer, tmp_path, suffix, metadata):
+    path, rate = tmp_path / f"v{suffix}", Fraction(16)
+    spec = video_writer.VideoSpec(width=48, height=32, rate=rate, crf=20.0, metadata=metadata)
+    images = torch.rand(12, 32, 48, 3)
+
+    def length() -> float | None:
+        with av.open(str(path)) as container:
+            return None if container.duration is None else container.duration / av.time_base
+
+    writer = video_writer.open_writer(path, spec)
+    writer.write(images[:5])
+    mark = writer.settle()
+    growing = length()
+    writer.write(images[5:8])
+    writer.close()  # as after Cancel
+    assert length() == pytest.approx(8 / 16)
+    writer = video_writer.open_writer(path, spec, mark)
+    assert length() == growing, "cut back, it is as it was"
+    writer.write(images[5:])
+    writer.close()
+    assert length() == pytest.approx(12 / 16)
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 12
+        container.seek(round(0.5 * av.time_base))
+        assert next(container.decode(video=0)).time <= 0.5
+
+
 def test_memory_does_not_depend_on_the_length(stream, options):
     """A day of video is 345,601 latent frames; held anywhere they would be 1.4 GB."""
 
