@@ -509,7 +509,6 @@ class EncodedWriter(VideoWriter):
             self._say_length(self.frames)
         except OSError as error:
             raise self._disk_error(error) from error
-        self._sync()
         os.close(self._file)
         self._file = -1
 
@@ -520,6 +519,7 @@ class EncodedWriter(VideoWriter):
             at, data = found
             os.lseek(self._file, at, os.SEEK_SET)
             os.write(self._file, data)
+            os.fsync(self._file)
 
     def abandon(self) -> None:
         if self._file < 0:
