@@ -27,7 +27,8 @@ from .stream_state import (
     load_tensors,
     save_state,
 )
-from .video_writer import FORMATS, MAX_CRF, Mark, VideoSpec, VideoWriteError, VideoWriter, open_writer
+from .video_containers import MAX_CRF, VideoSpec, VideoWriteError
+from .video_writer import FORMATS, Mark, VideoWriter, open_writer
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .video_writer import VideoWriteError, sync_path
+from .video_containers import VideoWriteError
+from .video_writer import sync_path
 
 log = logging.getLogger(__name__)
 

@@ -10,20 +10,15 @@ the file comes out as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
-import struct
 import subprocess
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -31,24 +26,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .video_containers import CONTAINERS, Container, Patch, VideoSpec, VideoWriteError
+
 log = logging.getLogger(__name__)
 
 FORMATS = ("mp4", "webm", "png")
-KEYFRAME_SECONDS = 2
-"""Longest time between key frames: a player can begin, or jump, there."""
-MAX_CRF = 51
-VP9_MAX_CRF = 63
 PNG_COMPRESSION = 4
 """As ComfyUI's Save Image."""
-MIN_TICKS_PER_SECOND = 10_000
 END_TIMEOUT_S = 120.0
 """An encoder that is still not done this long after its last frame is stuck."""
 READ_BYTES = 1 << 16
 _BINARY = getattr(os, "O_BINARY", 0)
-
-
-class VideoWriteError(RuntimeError):
-    """The video cannot be written; the message says why and what helps. What was written before is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,28 +45,6 @@ class Mark:
 
     frames: int
     size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoSpec:
-    """What a writer needs to know.
-
-    Attributes:
-        width, height: pixels, even.
-        rate: frames a second.
-        crf: quality from 1 (best) to 51, in H.264's measure; PNG has none.
-        metadata: what a reader finds by name, as text or as anything JSON can hold.
-    """
-
-    width: int
-    height: int
-    rate: Fraction
-    crf: float
-    metadata: Mapping[str, Any]
-
-    def texts(self) -> dict[str, str]:
-        """The metadata as texts, in ComfyUI's way: what is no text becomes JSON."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.metadata.items()}
 
 
 class VideoWriter(ABC):
@@ -122,7 +88,7 @@ def open_writer(path: Path, spec: VideoSpec, mark: Mark | None = None) -> VideoW
     """
     if not path.suffix:
         return PngWriter(path, spec, mark)
-    return EncodedWriter(path, spec, _CONTAINERS[path.suffix](spec), mark)
+    return EncodedWriter(path, spec, CONTAINERS[path.suffix](spec), mark)
 
 
 def find_ffmpeg() -> str:
@@ -152,285 +118,10 @@ def as_bytes(images: Tensor) -> np.ndarray:
     return (images * 255.0).clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy()
 
 
-class _Container(ABC):
-    """One file format: how ffmpeg is asked for it, and how its stream is cut and moved in time."""
-
-    def __init__(self, spec: VideoSpec) -> None:
-        self.spec = spec
-
-    @abstractmethod
-    def arguments(self) -> list[str]:
-        """ffmpeg's options for codec and format."""
-
-    @abstractmethod
-    def cut(self, stream: Iterator[bytes], first_frame: int) -> Iterator[tuple[bool, bytes]]:
-        """Cut a muxer's stream, which begins at time 0, into (is it the header, bytes); one frame each otherwise.
-
-        Args:
-            first_frame: the frame of the clip that this stream begins with; the frames are moved there.
-
-        Raises:
-            VideoWriteError: a stream of another build than expected.
-        """
-
-    def prepared(self, header: bytes) -> bytes:
-        """The muxer's header, with room for what is not known before the end."""
-        return header
-
-    def length(self, header: bytes, frames: int | None) -> tuple[int, bytes] | None:
-        """Where in a header the video's length is, and what is there for so many frames; None where there is no place.
-
-        Args:
-            frames: of the whole video; None while it grows.
-        """
-        return None
-
-    @abstractmethod
-    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
-        """The header with texts by name, where ComfyUI's own files have them.
-
-        ffmpeg cannot do it: a command line is too short for a workflow, and its MP4 muxer writes broken boxes when a
-        header that does not fit its buffer goes to a pipe.
-        """
-
-    def codec_parameters(self, header: bytes) -> bytes:
-        """What all streams of one file must agree on."""
-        return b""
-
-
-class _Buffer:
-    """Takes exact numbers of bytes from a stream that comes in pieces."""
-
-    def __init__(self, stream: Iterator[bytes]) -> None:
-        self.stream = stream
-        self.held = bytearray()
-
-    def take(self, count: int) -> bytes | None:
-        """The next `count` bytes, None where the stream ends before."""
-        while len(self.held) < count:
-            piece = next(self.stream, b"")
-            if not piece:
-                return None
-            self.held += piece
-        taken = bytes(self.held[:count])
-        del self.held[:count]
-        return taken
-
-
-class Mp4Container(_Container):
-    """H.264 in fragmented MP4 (ISO/IEC 14496-12): ftyp and moov, then a moof and an mdat for each frame."""
-
-    def __init__(self, spec: VideoSpec) -> None:
-        super().__init__(spec)
-        factor = math.ceil(MIN_TICKS_PER_SECOND / spec.rate.numerator)
-        self.ticks_per_second = spec.rate.numerator * factor
-        self.ticks_per_frame = spec.rate.denominator * factor
-
-    def arguments(self) -> list[str]:
-        keyframes = max(1, round(KEYFRAME_SECONDS * self.spec.rate))
-        codec = ["-c:v", "libx264", "-preset", "fast", "-tune", "zerolatency", "-bf", "0", "-g", str(keyframes)]
-        flags = "empty_moov+default_base_moof+frag_every_frame+skip_trailer"
-        timescale = ["-video_track_timescale", str(self.ticks_per_second)]
-        return [*codec, "-crf", f"{self.spec.crf:g}", *timescale, "-movflags", flags, "-f", "mp4"]
-
-    def cut(self, stream: Iterator[bytes], first_frame: int) -> Iterator[tuple[bool, bytes]]:
-        buffer = _Buffer(stream)
-        header, fragment = b"", b""
-        while (start := buffer.take(8)) is not None:
-            size, kind = struct.unpack(">I4s", start)
-            body = buffer.take(size - 8) if size >= 8 else None
-            if body is None:
-                return
-            if kind in (b"ftyp", b"moov"):
-                header += start + body
-                if kind == b"moov":
-                    yield True, header
-            elif kind == b"moof":
-                fragment = self._moved(start + body, first_frame)
-            elif kind == b"mdat" and fragment:
-                yield False, fragment + start + body
-                fragment = b""
-
-    def _moved(self, moof: bytes, first_frame: int) -> bytes:
-        """A fragment, numbered and timed as a part of the whole clip."""
-        out = bytearray(moof)
-        number = _find_box(moof, b"mfhd") + 4
-        (sequence,) = struct.unpack_from(">I", out, number)
-        struct.pack_into(">I", out, number, sequence + first_frame)
-        time = _find_box(moof, b"traf", b"tfdt")
-        if out[time] != 1:
-            raise VideoWriteError("ffmpeg wrote fragments with 32-bit times; another build of ffmpeg is needed.")
-        (ticks,) = struct.unpack_from(">Q", out, time + 4)
-        struct.pack_into(">Q", out, time + 4, ticks + first_frame * self.ticks_per_frame)
-        return bytes(out)
-
-    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
-        keys = struct.pack(">II", 0, len(texts)) + b"".join(_box(b"mdta", _utf8(key)) for key in texts)
-        items = b"".join(
-            _box(struct.pack(">I", number), _box(b"data", struct.pack(">II", _TEXT, 0) + _utf8(text)))
-            for number, text in enumerate(texts.values(), 1)
-        )
-        handler = _box(b"hdlr", struct.pack(">II4s", 0, 0, b"mdta") + bytes(13))
-        meta = _box(b"meta", bytes(4) + handler + _box(b"keys", keys) + _box(b"ilst", items))
-        moov = header.find(b"moov") - 4
-        return header[:moov] + _box(b"moov", header[moov + 8 :] + _box(b"udta", meta))
-
-    def codec_parameters(self, header: bytes) -> bytes:
-        at = header.find(b"avcC")
-        (size,) = struct.unpack_from(">I", header, at - 4)
-        return header[at : at - 4 + size]
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")
-
-
-_TEXT = 1
-"""QuickTime's number for a text value."""
-
-
-def _box(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", 8 + len(content)) + kind + content
-
-
-def _find_box(data: bytes, *path: bytes) -> int:
-    """Where the content of a box begins, by the names from inside the outermost box down."""
-    at, end = 8, struct.unpack_from(">I", data)[0]
-    for depth, wanted in enumerate(path):
-        while at < end:
-            size, kind = struct.unpack_from(">I4s", data, at)
-            if kind == wanted:
-                break
-            at += max(size, 8)
-        else:
-            raise VideoWriteError(f"ffmpeg wrote an MP4 without {wanted.decode()}; another build of ffmpeg is needed.")
-        if depth + 1 < len(path):
-            end = at + size
-        at += 8
-    return at
-
-
-_EBML_SEGMENT = 0x18538067
-_EBML_SEEK_HEAD = 0x114D9B74
-_EBML_INFO = 0x1549A966
-_EBML_CLUSTER = 0x1F43B675
-_EBML_TIME = 0xE7
-_EBML_VOID = 0xEC
-_DURATION_START = b"\x44\x89\x88"
-"""Id and size of a duration in eight bytes."""
-_NO_DURATION = bytes([_EBML_VOID, 0x89]) + bytes(9)
-"""A void element as long as a duration."""
-
-
-class WebmContainer(_Container):
-    """VP9 in WebM (Matroska, RFC 9559): a header, then a cluster for each frame; times are whole milliseconds."""
-
-    def arguments(self) -> list[str]:
-        keyframes = max(1, round(KEYFRAME_SECONDS * self.spec.rate))
-        crf = round(self.spec.crf * VP9_MAX_CRF / MAX_CRF)
-        speed = ["-deadline", "realtime", "-cpu-used", "5", "-row-mt", "1", "-lag-in-frames", "0", "-auto-alt-ref", "0"]
-        codec = ["-c:v", "libvpx-vp9", *speed, "-b:v", "0", "-crf", str(crf), "-g", str(keyframes)]
-        return [*codec, "-f", "webm", "-cluster_time_limit", "0", "-write_crc32", "0"]
-
-    def cut(self, stream: Iterator[bytes], first_frame: int) -> Iterator[tuple[bool, bytes]]:
-        buffer = _Buffer(stream)
-        header: bytes | None = b""
-        frame = first_frame
-        while (element := _take_element(buffer)) is not None:
-            kind, head, body = element
-            if kind == _EBML_CLUSTER:
-                if header is not None:
-                    yield True, header
-                    header = None
-                yield False, self._moved(body, frame)
-                frame += 1
-            elif header is not None:
-                header += head + body
-
-    def prepared(self, header: bytes) -> bytes:
-        out = b""
-        for kind, head, body in _elements(header):
-            if kind == _EBML_INFO:
-                out += _element(kind, body + _NO_DURATION)
-            elif kind not in (_EBML_SEEK_HEAD, _EBML_VOID):  # a list of places that would not be right any more
-                out += head + body
-        return out
-
-    def length(self, header: bytes, frames: int | None) -> tuple[int, bytes] | None:
-        at = 0
-        for kind, head, body in _elements(header):
-            at += len(head) + len(body)
-            place = at - len(_NO_DURATION)
-            if kind == _EBML_INFO and header[place:].startswith((_NO_DURATION, _DURATION_START)):
-                if frames is None:
-                    return place, _NO_DURATION
-                return place, _DURATION_START + struct.pack(">d", 1000 * frames / self.spec.rate)
-        return None
-
-    def with_metadata(self, header: bytes, texts: Mapping[str, str]) -> bytes:
-        # Upper case, as ffmpeg has it and as ComfyUI's web page reads it.
-        simple = b"".join(
-            _element(0x67C8, _element(0x45A3, _utf8(key.upper())) + _element(0x4487, _utf8(text)))
-            for key, text in texts.items()
-        )
-        return header + _element(0x1254C367, _element(0x7373, _element(0x63C0, b"") + simple))
-
-    def _moved(self, body: bytes, frame: int) -> bytes:
-        """A cluster of one frame, timed as a part of the whole clip."""
-        kind, start = _ebml_number(body, 0, keep_marker=True)
-        length, start = _ebml_number(body, start)
-        if kind != _EBML_TIME:
-            raise VideoWriteError("ffmpeg wrote a cluster without its time first; another build of ffmpeg is needed.")
-        time = bytes([_EBML_TIME, 0x88]) + struct.pack(">Q", round(1000 * frame / self.spec.rate))
-        return _element(_EBML_CLUSTER, time + body[start + length :])
-
-
-def _element(kind: int, content: bytes) -> bytes:
-    """An EBML element with its size in eight bytes."""
-    return kind.to_bytes(-(-kind.bit_length() // 8), "big") + struct.pack(">Q", len(content) | 1 << 56) + content
-
-
-def _ebml_number(data: bytes, at: int, *, keep_marker: bool = False) -> tuple[int, int]:
-    """A number of variable length at `at`, and where it ends."""
-    length = 9 - data[at].bit_length()
-    value = int.from_bytes(data[at : at + length], "big")
-    return (value if keep_marker else value & ~(1 << 7 * length)), at + length
-
-
-def _take_element(buffer: _Buffer) -> tuple[int, bytes, bytes] | None:
-    """The next element: its id, the bytes before its content, and its content (none for the open-ended segment)."""
-    head = b""
-    values = []
-    for keep_marker in (True, False):
-        first = buffer.take(1)
-        if first is None:
-            return None
-        rest = buffer.take(8 - first[0].bit_length())
-        if rest is None:
-            return None
-        head += first + rest
-        values.append(_ebml_number(first + rest, 0, keep_marker=keep_marker)[0])
-    kind, size = values
-    if kind == _EBML_SEGMENT:
-        return kind, head, b""
-    body = buffer.take(size)
-    return None if body is None else (kind, head, body)
-
-
-def _elements(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """As `_take_element`, all of them."""
-    buffer = _Buffer(iter([data]))
-    while (element := _take_element(buffer)) is not None:
-        yield element
-
-
-_CONTAINERS: dict[str, type[_Container]] = {".mp4": Mp4Container, ".webm": WebmContainer}
-
-
 class EncodedWriter(VideoWriter):
     """A video file, through ffmpeg. See the module's head for how."""
 
-    def __init__(self, path: Path, spec: VideoSpec, container: _Container, mark: Mark | None) -> None:
+    def __init__(self, path: Path, spec: VideoSpec, container: Container, mark: Mark | None) -> None:
         self.path = path
         self.spec = spec
         self.frames = self.submitted = 0 if mark is None else mark.frames
@@ -466,7 +157,7 @@ class EncodedWriter(VideoWriter):
             is_header, self._header = next(self._container.cut(pieces, 0), (False, b""))
             if not is_header:
                 raise VideoWriteError(f"{self.path.name} is not the video that was written before.")
-            self._say_length(None)
+            self._write_at(self._container.growing(self._header))
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
 
@@ -506,20 +197,28 @@ class EncodedWriter(VideoWriter):
             return
         self.settle()
         try:
-            self._say_length(self.frames)
+            if self._size:
+                self._finish()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)  # perhaps a part of the index was written
             raise self._disk_error(error) from error
         os.close(self._file)
         self._file = -1
 
-    def _say_length(self, frames: int | None) -> None:
-        """Write the video's length into its header, where the format has a place for it; None: it is not known yet."""
-        found = self._container.length(self._header, frames)
-        if found is not None:
-            at, data = found
-            os.lseek(self._file, at, os.SEEK_SET)
-            os.write(self._file, data)
+    def _finish(self) -> None:
+        """End the file; at any moment of it the video plays, as a growing one or as a finished one."""
+        appended, patch = self._container.finished(self._header, self.frames, self._file, self._size)
+        if appended:
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            _write_all(self._file, appended)
             os.fsync(self._file)
+        self._write_at(patch)
+
+    def _write_at(self, patch: Patch) -> None:
+        os.lseek(self._file, patch.at, os.SEEK_SET)
+        os.write(self._file, patch.data)
+        os.fsync(self._file)
 
     def abandon(self) -> None:
         if self._file < 0:
@@ -579,9 +278,7 @@ class EncodedWriter(VideoWriter):
 
     def _take_header(self, header: bytes) -> None:
         if not self._size:
-            texts = self.spec.texts()
-            header = self._container.prepared(header)
-            self._header = self._container.with_metadata(header, texts) if texts else header
+            self._header = self._container.prepared(header, self.spec.texts())
             self._append(self._header)
         elif self._container.codec_parameters(header) != self._container.codec_parameters(self._header):
             raise VideoWriteError(
@@ -590,9 +287,7 @@ class EncodedWriter(VideoWriter):
             )
 
     def _append(self, data: bytes) -> None:
-        at = 0
-        while at < len(data):
-            at += os.write(self._file, data[at:])
+        _write_all(self._file, data)
         self._size += len(data)
 
     def _sync(self) -> None:
@@ -646,6 +341,12 @@ class EncodedWriter(VideoWriter):
         if self._errors is not None:
             self._errors.close()
             self._errors = None
+
+
+def _write_all(file: int, data: bytes) -> None:
+    at = 0
+    while at < len(data):
+        at += os.write(file, data[at:])
 
 
 class PngWriter(VideoWriter):

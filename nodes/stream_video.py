@@ -7,7 +7,8 @@ from server import PromptServer
 from ..model_patches.previews import preview_callback
 from ..model_patches.stream_files import MAX_FPS, MAX_SECONDS, StreamOptions
 from ..model_patches.streaming import stream_video
-from ..model_patches.video_writer import FORMATS, MAX_CRF, png_name
+from ..model_patches.video_containers import MAX_CRF
+from ..model_patches.video_writer import FORMATS, png_name
 from ..model_patches.writing_thread import StreamProgress
 from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
 from .live import LiveReport

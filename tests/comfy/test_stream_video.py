@@ -425,6 +425,102 @@ def test_a_finished_video_says_how_long_it_is_and_a_growing_one_nothing_wrong(vi
         assert next(container.decode(video=0)).time <= 0.5
 
 
+def boxes(path: Path) -> list[str]:
+    """Names of the outermost boxes of an MP4, which must fill the file."""
+    data, at, names = path.read_bytes(), 0, []
+    while at < len(data):
+        size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8].decode()
+        size = int.from_bytes(data[at + 8 : at + 16]) if size == 1 else size
+        assert size >= 8
+        names.append(name)
+        at += size
+    assert at == len(data)
+    return names
+
+
+@pytest.mark.parametrize("rate", [Fraction(16), Fraction(2997, 125), Fraction(239_999, 1000)], ids=str)
+def test_a_finished_mp4_is_a_plain_one(video_writer, tmp_path, rate):
+    """No fragments, one index, whose places, times and key frames are those of the fragments before."""
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=rate, crf=20.0, metadata={"prompt": "moov avcC"})
+    count = round(5 * rate) if rate < 100 else 30
+    images = torch.rand(count, 32, 48, 3)
+
+    def packets() -> list[tuple]:
+        with av.open(str(path)) as container:
+            return [(p.pts, p.dts, p.is_keyframe, bytes(p)) for p in container.demux(video=0) if p.size]
+
+    writer = video_writer.open_writer(path, spec)
+    writer.write(images[: count - 9])
+    mark = writer.settle()
+    writer.write(images[count - 9 :])
+    writer.settle()
+    growing, seen = path.read_bytes(), packets()
+    assert boxes(path) == ["ftyp", "udta", "free", "moov"] + ["moof", "mdat"] * count
+    assert sum(key for _, _, key, _ in seen) >= 2 and not all(key for _, _, key, _ in seen)
+    with av.open(str(path)) as container:
+        assert container.metadata["prompt"] == "moov avcC"
+    writer.close()
+    assert boxes(path) == ["ftyp", "udta", "mdat", "moov"]
+    assert len(packets()) == count and packets() == seen
+    finished = path.read_bytes()
+    room = growing.index(b"free") - 4
+    assert finished[:room] == growing[:room] and finished[room + 16 : len(growing)] == growing[room + 16 :]
+    with av.open(str(path)) as container:
+        (video,) = container.streams
+        assert video.frames == count and video.average_rate == rate and container.metadata["prompt"] == "moov avcC"
+        assert video.duration * video.time_base == count / rate
+        container.seek(round((count - 10) / rate * av.time_base))
+        assert next(container.demux(video)).is_keyframe
+    again = video_writer.open_writer(path, spec, mark)
+    assert path.read_bytes() == growing[: mark.size]
+    again.write(images[count - 9 :])
+    again.close()
+    assert path.read_bytes() == finished
+
+
+def test_an_mp4_plays_wherever_its_ending_is_cut_off(video_writer, tmp_path, monkeypatch):
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+
+    def no_more(*_):
+        raise OSError(28, "No space left on device")
+
+    for at, left in (("_write_all", "mdat"), ("_write_at", "free")):
+        writer = video_writer.open_writer(path, spec)
+        writer.write(torch.rand(6, 32, 48, 3))
+        mark = writer.settle()
+        owner = video_writer if at == "_write_all" else type(writer)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, at, no_more)
+            if at == "_write_at":  # killed there: nothing tidies up
+                patched.setattr(os, "ftruncate", lambda *_: None)
+            with pytest.raises(video_writer.VideoWriteError, match="No space left"):
+                writer.close()
+        assert boxes(path)[-1] == left and len(decoded(path)) == 6
+        writer.abandon()
+        assert path.stat().st_size == mark.size and len(decoded(path)) == 6
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "shorter"])
+def test_an_mp4_that_another_program_changed_is_not_given_a_wrong_index(video_writer, tmp_path, damage):
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.rand(6, 32, 48, 3))
+    size = writer.settle().size
+    with path.open("r+b") as file:
+        if damage == "shorter":
+            file.truncate(size - 100)
+        else:
+            file.seek(path.read_bytes().rindex(b"moof"))
+            file.write(b"mooo")
+    with pytest.raises(video_writer.VideoWriteError, match="another program changed it"):
+        writer.close()
+    writer.abandon()
+
+
 def test_memory_does_not_depend_on_the_length(stream, options):
     """A day of video is 345,601 latent frames; held anywhere they would be 1.4 GB."""
 

@@ -96,6 +96,11 @@ async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
     raise AssertionError("the socket closed before the prompt ended")
 
 
+def packets(video: bytes) -> list[bytes]:
+    with av.open(io.BytesIO(video)) as container:
+        return [bytes(packet) for packet in container.demux(video=0)]
+
+
 def view(server, item) -> bytes:
     with urllib.request.urlopen(f"{server.url}/view?{urllib.parse.urlencode(item)}") as answer:
         return answer.read()
@@ -134,7 +139,7 @@ def test_cancel_resume_and_again(comfy_server):
     for number in (2, 3):
         again = asyncio.run(run(comfy_server, stream_graph("streams/a", restart=True)))[2]
         assert again["images"][0]["filename"] == f"a_{number:05}_.mp4"
-    assert view(comfy_server, again["images"][0])[-4096:] == view(comfy_server, item)[-4096:]
+    assert packets(view(comfy_server, again["images"][0])) == packets(view(comfy_server, item))
 
 
 def test_the_outputs_feed_other_nodes(comfy_server):
