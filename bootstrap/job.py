@@ -105,6 +105,7 @@ class Progress:
     frames: int | None
     stage: str = "queued"
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each sampler: forwards done, and all
+    before: dict[str, int] = field(default_factory=dict)  # of each sampler: forwards of an earlier run, gone on with
     chunk: int = 0
     chunks: int = 0
     fps: float | None = None
@@ -131,7 +132,9 @@ class Progress:
             self.count(str(data["node"]), data.get("value", 0), data.get("max", 0))
         elif kind == EVENT:
             self.chunk, self.chunks = int(data.get("chunk") or 0), int(data.get("chunks") or 0)
-            self.count(str(data.get("node")), data.get("forwards", 0), data.get("total", 0))
+            forwards = data.get("forwards", 0)
+            self.count(str(data.get("node")), forwards, data.get("total", 0))
+            self.before[str(data.get("node"))] = int(forwards - data.get("made", forwards))
             if data.get("fps"):
                 self.fps = float(data["fps"])
 
@@ -175,13 +178,14 @@ class Progress:
             parts.append(f"forwards {self.forwards}/{self.total}")
         if self.chunks:
             parts.append(f"chunk {self.chunk}/{self.chunks}")
-        if self.forwards and self.seconds > 0:
+        made = self.forwards - sum(self.before.values())
+        if made and self.seconds > 0:
             if self.forwards < self.total:
-                left = self.seconds * (self.total - self.forwards) / self.forwards
+                left = self.seconds * (self.total - self.forwards) / made
                 parts.append(f"ETA {left:.0f} s")
             fps = self.fps
             if fps is None and self.frames:
-                fps = self.frames * self.forwards / self.total / self.seconds
+                fps = self.frames * made / self.total / self.seconds
             if fps is not None:
                 parts.append(f"{fps:.1f} frames/s")
         return " · ".join(parts)

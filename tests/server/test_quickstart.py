@@ -479,6 +479,16 @@ def test_the_progress_line_counts_forwards_chunks_eta_and_speed(monkeypatch):
     assert progress.line() == "decoding and saving · forwards 20/20 · chunk 2/7 · 9.2 frames/s"
 
 
+def test_forwards_of_an_earlier_run_do_not_shorten_the_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    progress = job.Progress({"5"}, frames=400)
+    progress.event("executing", {"node": "5"})
+    now[0] += 4.0
+    progress.event(job.EVENT, {"node": "5", "chunk": 46, "chunks": 50, "forwards": 82, "made": 2, "total": 100})
+    assert progress.line() == "sampling · forwards 82/100 · chunk 46/50 · ETA 36 s · 2.0 frames/s"
+
+
 def test_failures_of_a_run_are_one_line():
     entry = {
         "status": {
