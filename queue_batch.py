@@ -45,7 +45,10 @@ try:
 except ModuleNotFoundError:
     HAVE_RICH = False
 
-from batch_jobs import (
+if __name__ == "__main__":  # the Python of ComfyUI's portable build does not look for modules beside the script
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from batch_jobs import (  # noqa: E402
     BatchError,
     BatchLog,
     Graph,
@@ -167,7 +170,9 @@ class Server:
             ids = [job.prompt_id for job in jobs]
             await self.request("POST", "/queue", body={"delete": ids}, timeout=CANCEL_TIMEOUT)
             for prompt_id in ids:
-                await self.request("POST", f"/api/jobs/{prompt_id}/cancel", timeout=CANCEL_TIMEOUT)
+                status, _ = await self.request("POST", f"/api/jobs/{prompt_id}/cancel", timeout=CANCEL_TIMEOUT)
+                if status != 200:  # ComfyUI 0.24 has no such route
+                    await self.request("POST", "/interrupt", body={"prompt_id": prompt_id}, timeout=CANCEL_TIMEOUT)
         except ConnectionLost:
             return False
         return True
@@ -220,16 +225,30 @@ def seconds_taken(entry: dict[str, Any], posted: float) -> float:
     return round(time.monotonic() - posted, 3) if posted else 0.0
 
 
-def result_files(entry: dict[str, Any]) -> list[dict[str, str]]:
-    """The saved files that a history entry names, videos first; previews only where nothing was saved."""
+def result_files(entry: dict[str, Any], *, every_image: bool = False) -> list[dict[str, str]]:
+    """The saved files that a history entry names, videos first; previews only where nothing was saved.
+
+    Args:
+        every_image: of a folder of images, which names its last one, all.
+    """
     found = []
     for output in (entry.get("outputs") or {}).values():
         for items in output.values() if isinstance(output, dict) else []:
             for item in items if isinstance(items, list) else []:
                 if isinstance(item, dict) and isinstance(item.get("filename"), str):
-                    found.append({k: str(item.get(k) or "") for k in ("filename", "subfolder", "type")})
+                    file = {k: str(item.get(k) or "") for k in ("filename", "subfolder", "type")}
+                    earlier = _earlier_images(file["filename"]) if every_image and item.get("in_sequence") else []
+                    found += [file | {"filename": name} for name in earlier] + [file]
     saved = [item for item in found if item["type"] == "output"] or found
     return sorted(saved, key=lambda item: media_suffix(item["filename"]) not in VIDEO_SUFFIXES)
+
+
+def _earlier_images(last: str) -> list[str]:
+    """Names of the images before the last of a sequence, which are numbered from 1."""
+    number, dot, suffix = last.partition(".")
+    if not (number.isascii() and number.isdecimal() and len(number) <= 8):
+        return []
+    return [f"{n:0{len(number)}}{dot}{suffix}" for n in range(1, int(number))]
 
 
 def media_suffix(filename: str) -> str:
@@ -501,7 +520,7 @@ class Batch:
         if error:
             self._fail(server, job, error, seconds)
             return
-        results = result_files(entry)
+        results = result_files(entry, every_image=self.options.output is not None)
         files = [f"{r['type']}/{r['subfolder']}/{r['filename']}".replace("//", "/") for r in results]
         if self.options.output is not None:
             job.downloads += 1

@@ -4,6 +4,7 @@
 This file keeps to syntax that any Python reads, so that an old one says what it needs instead of failing.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
@@ -13,6 +14,8 @@ if __name__ == "__main__":
             "those, e.g. `python3.12 quickstart.py`.\n" % sys.version_info[:2]
         )
         sys.exit(1)
+    # An embedded Python does not look for modules beside the script.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     from bootstrap.cli import main
 
     sys.exit(main())

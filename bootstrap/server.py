@@ -57,10 +57,22 @@ def choose_gpu(choice: str) -> bool:
         return False  # spares the seconds that importing torch takes
     found = succeeds([PYTHON, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"])
     if choice == "on" and not found:
-        raise Problem("--gpu on, but torch finds no CUDA GPU. Check the driver, or leave --gpu out for the CPU.")
+        raise Problem(f"--gpu on, but torch finds no CUDA GPU. {_gpu_remedy()}, or leave --gpu out for the CPU.")
     if not found:
-        print("quickstart: warning: torch cannot use this machine's GPU; using the CPU.", file=sys.stderr)
+        print(
+            f"quickstart: warning: torch cannot use this machine's GPU; using the CPU. {_gpu_remedy()}.",
+            file=sys.stderr,
+        )
     return found
+
+
+def _gpu_remedy() -> str:
+    if sys.platform == "win32":
+        return (
+            "The torch that is installed from the package index on Windows has no CUDA: use the pack in a ComfyUI of "
+            "your own (README)"
+        )
+    return "Check the driver"
 
 
 def command_line(python: Path | str, comfyui: Path, *, base: Path, output: Path, port: int, gpu: bool) -> list[str]:

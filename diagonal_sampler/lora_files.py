@@ -43,8 +43,8 @@ _KINDS = (
 )
 """Part of an adapter -> the ending that names it, and the layout this ending gives away."""
 
-# ComfyUI 0.30 takes a patch on a modulation without a word and never applies it: it patches only modules that have no
-# modules inside.
+# Not used: ComfyUI 0.30 takes a patch on a modulation without a word and never applies it, since it patches only
+# modules that have no modules inside.
 _MODULATION_ENDINGS = (".diff_m", ".modulation.diff")
 
 _HOST_ENDINGS = {
@@ -98,6 +98,9 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     adapters: set[str | None] = set()
     unmatched: list[str] = []
     for key, tensor in tensors.items():
+        if key.endswith(_MODULATION_ENDINGS):
+            unused.append(key)
+            continue
         found = _parse_key(key, kohya)
         if found is None or _target(found[0], found[1]) not in shapes:
             unmatched.append(key)
@@ -113,12 +116,10 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     if not parts:
         raise ValueError(_no_lora(name, tensors))
     if unmatched:
-        modulation = any(key.endswith(_MODULATION_ENDINGS) for key in unmatched)
         raise ValueError(
             f"LoRA {name!r}: {len(unmatched)} of {len(tensors)} tensors fit no parameter that ComfyUI can patch: "
             f"{listed(unmatched)}. Nothing was applied; "
-            + ("ComfyUI patches no modulation: remove these tensors from the file, or " if modulation else "")
-            + "use a LoRA made for this model, or ComfyUI's LoraLoaderModelOnly, which skips what it does not know"
+            "use a LoRA made for this model, or ComfyUI's LoraLoaderModelOnly, which skips what it does not know"
         )
     if len(adapters) > 1:
         raise ValueError(
@@ -128,7 +129,7 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     if problems:
         raise ValueError(
             f"LoRA {name!r} does not fit this model: {listed(problems)}. Nothing was applied; use a LoRA "
-            "made for this model's size"
+            "made for this model"
         )
     return _renamed(file, section, parts, layouts, alpha, unused)
 
@@ -237,9 +238,9 @@ def _target(layer: str, kind: str) -> str:
 def _check_layer(layer: str, found: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
     """Say what is wrong with one layer's tensors."""
     for kind, tensor in found.items():
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point and kind != "alpha":  # some converters write a whole number
             yield f"{layer} {kind}: expected a floating dtype, got {tensor.dtype}"
-        elif not is_finite(tensor):
+        elif tensor.dtype.is_floating_point and not is_finite(tensor):
             yield f"{layer} {kind}: NaN or Inf"
     if ("up" in found) != ("down" in found):
         yield f"{layer}: has {'up' if 'up' in found else 'down'} but not its other half"
@@ -272,5 +273,6 @@ def _no_lora(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
         return f"LoRA {name!r} is a whole model, not a LoRA; choose it as ckpt_name"
     return (
         f"LoRA {name!r} holds no low-rank tensors for this model; expected keys ending in lora_A/lora_B or "
-        f"lora_up/lora_down, found {len(tensors)} tensors: {listed(tensors, 5) or 'none'}"
+        f"lora_up/lora_down, found {len(tensors)} tensors: {listed(tensors, 5) or 'none'}; adapters of other kinds, "
+        "such as LoKr, go through ComfyUI's LoraLoaderModelOnly"
     )

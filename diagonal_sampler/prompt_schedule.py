@@ -72,15 +72,15 @@ class PromptRow:
 def parse_prompts(text: str) -> tuple[PromptRow, ...]:
     """Read rows of times and prompts; empty rows and rows that begin with # are skipped.
 
-    A single row without a colon is a prompt from the start on, so that a list of ordinary prompts (queue_batch.py's)
-    can be put here.
+    A single row that does not begin with a time is a prompt from the start on, colons or not, so that a list of
+    ordinary prompts (queue_batch.py's) can be put here. There "16:9", without a unit or a space, is no time.
 
     Raises:
         ValueError: a row that cannot be read, with its number.
     """
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
-    if len(lines) == 1 and ":" not in lines[0][1]:
+    if len(lines) == 1 and not _begins_with_a_time(lines[0][1]):
         return (PromptRow(lines[0][0], PromptTime(0), lines[0][1]),)
     rows: list[PromptRow] = []
     for number, line in lines:
@@ -103,6 +103,16 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
     if not rows:
         raise ValueError(f"text has no prompt. {GRAMMAR}")
     return tuple(rows)
+
+
+def _begins_with_a_time(line: str) -> bool:
+    """Whether the only row seems to be meant so."""
+    head, colon, prompt = line.partition(":")
+    found = _TIME.fullmatch(head.strip())
+    if not colon or found is None:
+        return bool(colon) and not any(letter.isalpha() for letter in head)
+    unit = found["unit"].lower()
+    return unit in _SECONDS and (bool(unit or found["chunk"]) or not prompt[:1].isdigit())
 
 
 def require_order(times: Sequence[tuple[str, PromptTime]]) -> None:

@@ -118,7 +118,23 @@ def read_quantization(
             )
         formats[layer] = chosen
     legacy_fp8 = LEGACY_FP8_KEY in bare and QUANTIZATION_KEY not in file.metadata
+    if legacy_fp8:
+        _require_e4m3_range(bare, name)
     return Quantization(formats=formats, legacy_fp8=legacy_fp8, host_metadata=host_metadata)
+
+
+def _require_e4m3_range(bare: Mapping[str, torch.Tensor], name: str) -> None:
+    """ComfyUI casts the weights of a `scaled_fp8` file to float8_e4m3fn, whatever they are: beyond 448 that is NaN."""
+    for key, tensor in bare.items():
+        # The bits of a positive number rise with it.
+        if tensor.dtype == torch.float8_e5m2 and (tensor.view(torch.uint8) & 0x7F).max() > _E5M2_BITS_OF_448:
+            raise ValueError(
+                f"weight file {name!r}, key {key!r}: scaled float8_e5m2 beyond what ComfyUI can hold (448), which "
+                "would become NaN; use an e4m3 or bf16 file"
+            )
+
+
+_E5M2_BITS_OF_448 = 0x5F
 
 
 def _marked_entry(tensor: torch.Tensor, key: str, name: str) -> dict[str, Any]:

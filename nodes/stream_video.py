@@ -200,7 +200,8 @@ class DiagonalStreamVideo(io.ComfyNode):
         if format == "png":
             folder = f"{result.subfolder}/{result.path.name}".lstrip("/")
             last = result.video.get_frame_count()
-            shown = {"images": [ui.SavedResult(png_name(last), folder, io.FolderType.output)]}
+            result_of = ui.SavedResult(png_name(last), folder, io.FolderType.output)
+            shown = {"images": [{**result_of, "in_sequence": True}]}  # queue_batch.py fetches those before it too
         else:
             saved = ui.SavedResult(result.path.name, result.subfolder, io.FolderType.output)
             shown = ui.PreviewVideo([saved]).as_dict()

@@ -182,6 +182,21 @@ def test_legacy_fp8_passes_through_untouched(prefix: str, tmp_path: Path) -> Non
     assert all(checkpoint.state_dict[key].dtype == tensors[key].dtype for key in tensors)
 
 
+@pytest.mark.parametrize("most", [448, 57344])
+def test_legacy_e5m2_is_refused_where_comfyui_would_make_nan_of_it(most: float, tmp_path: Path) -> None:
+    tensors = legacy_fp8(tiny_wan())
+    key = "blocks.0.ffn.0.weight"
+    weight = tensors[key].float() * (most / 448)
+    tensors[key] = (-weight if most == 448 else weight).to(torch.float8_e5m2)
+    assert tensors[key].float().abs().max() == most
+    path = save(tmp_path, tensors)
+    if most == 448:
+        assert load_checkpoint(path).state_dict[key].dtype == torch.float8_e5m2
+    else:
+        with pytest.raises(ValueError, match=f"{key}': scaled float8_e5m2 beyond what ComfyUI can hold"):
+            load_checkpoint(path)
+
+
 def test_scales_without_the_marker_are_left_over(tmp_path: Path) -> None:
     tensors = legacy_fp8(tiny_wan())
     del tensors["scaled_fp8"]
@@ -501,9 +516,19 @@ def test_full_differences_have_their_targets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["diffusion_model.blocks.1.diff_m", "diffusion_model.blocks.1.modulation.diff"])
-def test_modulation_differences_are_refused(key: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ComfyUI patches no modulation"):
-        load_lora(save(tmp_path, peft(lora_pairs()) | {key: torch.ones(1, 6, 128)}))
+def test_modulation_differences_are_not_used_and_said_so(key: str, tmp_path: Path) -> None:
+    """Public step-distillation LoRAs hold some; ComfyUI would take them and never apply them."""
+    lora = load_lora(save(tmp_path, peft(lora_pairs()) | {key: torch.ones(1, 6, 128)}))
+    assert lora.unused == (key,) and not any("modulation" in name or "diff_m" in name for name in lora.tensors)
+    assert lora.summary().endswith(f"not used: {key}")
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    pairs = peft(lora_pairs())
+    layer = next(iter(pairs)).removesuffix(".lora_A.weight")
+    lora = load_lora(save(tmp_path, pairs | {f"{layer}.alpha": torch.tensor(2)}))
+    (alpha,) = [tensor for name, tensor in lora.tensors.items() if name.endswith(".alpha")]
+    assert alpha.item() == 2
 
 
 @pytest.mark.parametrize(

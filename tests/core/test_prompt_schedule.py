@@ -33,13 +33,27 @@ def test_a_single_prompt_needs_no_time():
 
 
 @pytest.mark.parametrize(
+    "text", ["a portrait: an old man", "(dog:1.2) runs", "16:9 photo of a cat", "10 cats: a film", "http://a.b/c"]
+)
+def test_a_single_prompt_may_have_colons(text):
+    (row,) = parse_prompts(text)
+    assert (str(row.at), row.text) == ("0s", text)
+
+
+@pytest.mark.parametrize("text", ["0: a cat", "0:a cat", "0s:3 cats", "0 : a cat"])
+def test_a_single_row_may_have_its_time(text):
+    (row,) = parse_prompts(text)
+    assert str(row.at) == "0s" and row.text in ("a cat", "3 cats")
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "text has no prompt"),
         ("# only this", "text has no prompt"),
         ("0: a\nb goes on", "Row 2 is 'b goes on'"),
         ("a\nb", "Row 1 is 'a'"),
-        ("a scene: a cat", "Row 1 is 'a scene: a cat'"),
+        ("a scene: a cat\n5: b", "Row 1 is 'a scene: a cat'"),
         ("0: a\nb: c", "Row 2 is 'b: c'"),
         ("0: a\n5 days: c", "Row 2 begins with '5 days', whose unit 'days' is unknown"),
         ("chunk 3s: c", "unit 's' is unknown"),

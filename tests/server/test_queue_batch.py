@@ -121,11 +121,11 @@ class ProbeServer:
 
 class Proxy:
     """Forwards TCP to a server. ``down`` refuses, ``hang`` goes silent; ``swallow_answer`` loses the answer to the
-    next POST /prompt."""
+    next POST /prompt, and ``old`` has no route to cancel one job, as ComfyUI 0.24."""
 
     def __init__(self, port: int) -> None:
         self.target = port
-        self.swallow_answer = False
+        self.swallow_answer = self.old = False
         self.swallowed = 0
         self.silent = False
         self.sockets: set[socket.socket] = set()
@@ -178,6 +178,8 @@ class Proxy:
                 if is_request and self.swallow_answer and data.startswith(b"POST /prompt "):
                     self.swallow_answer = False
                     lose.set()
+                if is_request and self.old and data.startswith(b"POST /api/jobs/"):
+                    data = data.replace(b"/api/jobs/", b"/api/none/", 1)
                 if not is_request and lose.is_set():
                     self.swallowed += 1
                     break
@@ -381,6 +383,18 @@ def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_the_running_job_of_a_server_that_cannot_cancel_one(probe, tmp_path):
+    proxy = Proxy(probe.port)
+    proxy.old = True
+    run = Run(tmp_path / "a", probe_graph(20.0), "p", "0", [proxy.url])
+    wait_for(lambda: probe.events("start"), "the job to run")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 130
+    wait_for(lambda: not probe.server.get("/queue")["queue_running"], "the job to end", 5)
+    assert not probe.events("end")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_takes_only_our_own_jobs_off_the_queue(probe, tmp_path):
     command = tmp_path / "a", probe_graph(5.0), "p", "0-2", [probe.url], "--in-flight", "3"
     run = Run(*command)
@@ -574,9 +588,28 @@ def test_names_from_a_server_are_not_used():
             "3": {"images": [{"filename": "a.MP4", "type": "output"}, {"filename": "b.png", "type": "temp"}]},
         }
     }
-    results = queue_batch.result_files(entry)
+    results = queue_batch.result_files(entry, every_image=True)
     assert [item["filename"] for item in results] == ["a.MP4", "../../x.exe"]
     assert [queue_batch.media_suffix(item["filename"]) for item in results] == [".mp4", ".bin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("00000003.png", ["00000001.png", "00000002.png"]), ("../x.png", []), ("9" * 20 + ".png", [])]
+)
+def test_a_folder_of_images_is_downloaded_whole(name, before):
+    last = {"filename": name, "subfolder": "a/b", "type": "output"}
+    entry = {"outputs": {"1": {"images": [{**last, "in_sequence": True}]}}}
+    assert queue_batch.result_files(entry) == [last]
+    results = queue_batch.result_files(entry, every_image=True)
+    assert results == [{**last, "filename": one} for one in [*before, name]]
+
+
+@pytest.mark.parametrize("script", ["queue_batch.py", "quickstart.py"])
+def test_a_python_that_does_not_look_beside_the_script_runs_it(script, tmp_path):
+    """As that of ComfyUI's portable build for Windows."""
+    command = [sys.executable, "-I", str(ROOT / script), "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, cwd=tmp_path)
+    assert ran.returncode == 0 and "usage:" in ran.stdout, ran.stderr
 
 
 def test_addresses():

@@ -163,6 +163,9 @@ def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch):
     with pytest.raises(Problem, match="torch finds no CUDA GPU"):
         server.choose_gpu("on")
     assert server.choose_gpu("off") is False and server.choose_gpu("auto") is False
+    monkeypatch.setattr(server.sys, "platform", "win32")
+    with pytest.raises(Problem, match="on Windows has no CUDA: use the pack in a ComfyUI of your own"):
+        server.choose_gpu("on")
 
 
 def test_a_wrong_comfyui_dir_is_one_line(tmp_path):

@@ -160,7 +160,7 @@ def test_the_outputs_feed_other_nodes(comfy_server):
     outputs = comfy_server.run(graph)
     assert len(outputs["save"]["images"]) == 32
     assert outputs["second"]["images"] == [
-        {"filename": "00000032.png", "subfolder": "streams/second_00001_", "type": "output"}
+        {"filename": "00000032.png", "subfolder": "streams/second_00001_", "type": "output", "in_sequence": True}
     ]
     assert view(comfy_server, outputs["second"]["images"][0])[:4] == b"\x89PNG"
 
