@@ -172,9 +172,10 @@ def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMe
     if precision_of(recipe, device) == torch.bfloat16:
         # Inputs stay float32: a timestep or a rotation rounded to bf16 is another one. Autocast does the rest.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    # The root's parameters too are gathered anew for every forward: left whole, as by default, they would be old ones
+    # in the forwards after an optimizer's step, or after the averaged weights took their place and left it.
+    for module in (*network.blocks, network):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Recipe:
 
     # Optimisation
     seed: int = option(0, "seed of everything")
-    updates: int = option(600, "generator updates (ode, forcing: updates)")
+    updates: int = option(120, "generator updates (ode, forcing: updates)")
     batch: int = option(64, "clips an update, over all ranks")
     micro_batch: int = option(1, "clips a rank treats at once; the rest is accumulated")
     learning_rate: float = option(2e-6, "of the student")
@@ -103,7 +103,7 @@ class Recipe:
     weight_decay: float = option(0.01, "of AdamW")
     gradient_clip: float = option(10.0, "largest gradient norm")
     ema_decay: float = option(0.99, "of the exported weights")
-    ema_start: int = option(200, "update from which weights are averaged")
+    ema_start: int = option(40, "update from which weights are averaged")
     lora_rank: int = option(0, "0 trains all weights; else adapters of this rank, alpha = rank")
 
     # Trajectories of the teacher (stage ode)
@@ -302,7 +302,7 @@ def demo(**changes: Any) -> Recipe:
 def wan_1_3b(**changes: Any) -> Recipe:
     """Wan 2.1 T2V 1.3B with the released hyper-parameters: 8 GPUs of 80 GB, all weights trained."""
     defaults = dict(
-        name="wan_1_3b", teacher="wan2.1_t2v_1.3B.safetensors", prompts="prompts/prompts.jsonl",
+        name="wan_1_3b", teacher="wan2.1_t2v_1.3B_bf16.safetensors", prompts="prompts/prompts.jsonl",
         activation_checkpointing=True, compile=True, sample_every=100,
     )  # fmt: skip
     return Recipe(**{**defaults, **changes})
@@ -311,7 +311,7 @@ def wan_1_3b(**changes: Any) -> Recipe:
 def wan_14b_lora(**changes: Any) -> Recipe:
     """Wan 2.1 T2V 14B: student and fake score are adapters on one frozen bf16 copy of the teacher."""
     defaults = dict(
-        name="wan_14b_lora", teacher="wan2.1_t2v_14B.safetensors", prompts="prompts/prompts.jsonl",
+        name="wan_14b_lora", teacher="wan2.1_t2v_14B_bf16.safetensors", prompts="prompts/prompts.jsonl",
         dim=5120, ffn_dim=13824, num_layers=40, lora_rank=256, learning_rate=1e-5, fake_score_learning_rate=2e-6,
         activation_checkpointing=True, compile=False, sample_every=100,
     )  # fmt: skip
@@ -321,7 +321,7 @@ def wan_14b_lora(**changes: Any) -> Recipe:
 def long_video(**changes: Any) -> Recipe:
     """Adapters on a distilled 1.3B student: windows of 21 latent frames of rollouts up to 240."""
     defaults = dict(
-        name="long_video", stage="long", teacher="wan2.1_t2v_1.3B.safetensors", student="student.safetensors",
+        name="long_video", stage="long", teacher="wan2.1_t2v_1.3B_bf16.safetensors", student="student.safetensors",
         prompts="prompts/prompts.jsonl", lora_rank=256, learning_rate=1e-5, fake_score_learning_rate=2e-6,
         activation_checkpointing=True, sample_every=100,
     )  # fmt: skip

@@ -55,8 +55,14 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     os.replace(partial, path)
 
 
+SPRITE_PROMPTS = "prompts.txt"
+"""A run's own captions of the demo world."""
+
+
 def settle_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes the recipe of a new run, or compares it with the one the run began with.
+
+    A run without a checkpoint has nothing to lose: what its first start got wrong may be corrected.
 
     Raises:
         ValueError: a field that decides what is computed has another value than before.
@@ -72,7 +78,10 @@ def settle_recipe(folder: Path, recipe: Recipe) -> None:
         for name, value in asdict(recipe).items()
         if name not in FREE_FIELDS and not _same(name, value, getattr(before, name))
     ]
-    if differences:
+    if differences and not checkpoints(folder):
+        (folder / SPRITE_PROMPTS).unlink(missing_ok=True)  # of another seed
+        write_json(path, asdict(recipe))
+    elif differences:
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or the same values to resume."
         )

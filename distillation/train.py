@@ -70,6 +70,12 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """Joins torchrun's process group, if there is one, and leaves it at the end."""
     cuda = torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(
+            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; start "
+            "torchrun with --nproc-per-node of at most that"
+        )
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
         return
@@ -583,7 +589,7 @@ def read_all_prompts(recipe: Recipe, folder: Path, ranks: Ranks) -> PromptSet:
 
     path = Path(recipe.prompts)
     if recipe.prompts == SPRITE_CAPTIONS:
-        path = folder / "prompts.txt"
+        path = folder / run_folder.SPRITE_PROMPTS
         if ranks.main and not path.exists():
             scenes = (sprites.sample_specs(_numpy_generator(recipe.seed, row)) for row in range(CAPTION_COUNT))
             partial = path.with_suffix(".partial")
@@ -633,12 +639,16 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
     if first >= recipe.updates:
         log.info("the run has %d updates already; set --updates higher to go on", first)
         return
+    if ranks.main:
+        for warning in doubts(recipe, ranks.device):
+            log.warning("%s", warning)
     journal = run_folder.Log(folder, first) if ranks.main else None
     board = tensorboard(folder) if ranks.main and recipe.tensorboard else None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, TextColumn("{task.fields[losses]}"), disable=not ranks.main)
+    lines = ranks.main and not bar.console.is_terminal  # there the bar shows nothing before the end
     try:
         with bar:
             task = bar.add_task(f"{recipe.name} {recipe.stage}", total=recipe.updates, completed=first, losses="")
@@ -656,6 +666,8 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
                         board.add_scalar(f"{recipe.stage}/{name}", value, update)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "norm" not in name)
                 bar.update(task, advance=1, losses=shown)
+                if lines:
+                    log.info("update %d of %d, %.1f s: %s", update + 1, recipe.updates, entry["seconds"], shown)
                 done = update + 1
                 last = done == recipe.updates or (time_is_up is not None and time_is_up())
                 if recipe.save_every and (done % recipe.save_every == 0 or last):
@@ -671,6 +683,21 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
             journal.close()
         if board:
             board.close()
+
+
+SMALLEST_WAN = 1536
+"""Width of Wan 2.1 1.3B."""
+
+
+def doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
+    """What a run may not have been meant to do."""
+    if recipe.stage == "distill" and not recipe.student and recipe.score_attention == "bidirectional":
+        yield (
+            "no --student: the few-step student starts from a teacher that sees whole clips; the method starts from "
+            "one made causal by stage ode or forcing"
+        )
+    if device.type == "cpu" and recipe.dim >= SMALLEST_WAN:
+        yield "torch finds no GPU here, and a network of Wan's size trains on CPUs for months"
 
 
 def try_samples(folder: Path, clips: Tensor, captions: list[str], autoencoder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 from dataclasses import replace
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.sampler import sample_chunks, split_frames
-from distillation import run_folder, train
+from distillation import recipes, run_folder, train
 from distillation.networks import read_wan
 from distillation.recipes import RECIPES, Recipe
 from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed
@@ -467,7 +468,9 @@ def test_kill_nine_and_resume(inputs, tmp_path, one_thread):
 
 def test_two_ranks_equal_one_and_take_over_from_one(inputs, tmp_path):
     """Two gloo ranks under FSDP2: the same losses and weights, also from a checkpoint that one rank wrote."""
-    recipe = tiny_recipe(inputs, micro_batch=2, updates=2)
+    # Long enough that rollouts end before their last step and samples are made between updates: parameters that stay
+    # gathered behind a forward without gradient would then be old ones.
+    recipe = tiny_recipe(inputs, micro_batch=2, updates=4, sample_every=1, sample_prompts=1)
     one = train_here(recipe, tmp_path / "one")
     train_here(replace(recipe, updates=1), tmp_path / "mixed")
     runs = [start(command(recipe, tmp_path / name, ranks=2)) for name in ("two", "mixed")]
@@ -599,6 +602,47 @@ def test_another_recipe_does_not_resume_a_run(inputs, tmp_path, capsys):
     assert "learning_rate was 0.001 and is 1.0" in capsys.readouterr().err
     moved = replace(recipe, teacher=f"elsewhere/{Path(recipe.teacher).name}")
     run_folder.settle_recipe(tmp_path, moved)  # the same files in another place are the same run
+
+
+def test_a_first_start_that_failed_can_be_corrected(inputs, tmp_path, capsys):
+    wrong = tiny_recipe(inputs, prompts="missing.txt", seed=3, updates=1)
+    assert train.main([*flags(wrong), "--out", str(tmp_path)]) == 1
+    assert "missing.txt" in capsys.readouterr().err
+    train_here(tiny_recipe(inputs, updates=1), tmp_path)
+    assert run_folder.read_recipe(tmp_path).seed == 0
+
+
+def test_captions_of_a_corrected_seed_are_drawn_anew(tmp_path):
+    (tmp_path / "prompts.txt").write_text("of seed 0\n")
+    run_folder.settle_recipe(tmp_path, recipes.demo(seed=0))
+    run_folder.settle_recipe(tmp_path, recipes.demo(seed=0, updates=9))
+    assert (tmp_path / "prompts.txt").exists()
+    run_folder.settle_recipe(tmp_path, recipes.demo(seed=1))
+    assert not (tmp_path / "prompts.txt").exists()
+
+
+def test_a_run_whose_output_goes_to_a_file_says_every_update(inputs, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        train_here(tiny_recipe(inputs, updates=2), tmp_path)
+    lines = [record.message for record in caplog.records if record.message.startswith("update ")]
+    assert len(lines) == 2 and lines[1].startswith("update 2 of 2, ") and "dmd" in lines[1]
+
+
+def test_doubtful_runs_are_told():
+    device = torch.device("cpu")
+    assert list(train.doubts(recipes.demo(), device)) == []
+    student, cpu = train.doubts(recipes.wan_1_3b(), device)
+    assert "made causal by stage ode" in student and "no GPU here" in cpu
+    assert list(train.doubts(recipes.wan_1_3b(student="x"), torch.device("cuda"))) == []
+
+
+def test_more_processes_than_gpus_are_one_line(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    assert train.main([*flags(tiny_recipe(inputs)), "--out", str(tmp_path)]) == 1
+    assert "8 processes were started on this machine, which has 2 GPUs" in capsys.readouterr().err
 
 
 def test_a_sample_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path, caplog):
