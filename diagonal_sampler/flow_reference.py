@@ -90,13 +90,16 @@ class FlowReference:
         self.optical_flow, self.decode, self.encode, self.blend_weight = optical_flow, decode, encode, blend
         last_chunk = len(counts) - 1 if last_chunk is None else last_chunk
         self._active: dict[int, int] = {}  # start frame -> chunk
+        valid = optical_flow.valid
+        held = valid.stride(0) == 0  # one step that stands for all
+        told = (valid[:1] if held else valid).flatten(1).any(1).tolist()
         rows = []
         start = given_frames
         for chunk, count in enumerate(counts):
             row = schedule.chunk_sigmas(chunk)
             step = max(0, TIME_FACTOR * (start - 1))
-            commanded = optical_flow.valid[step : step + TIME_FACTOR * count]
-            if start > 0 and first_chunk <= chunk <= last_chunk and bool(commanded.any()):
+            commanded = told[0] and step < len(valid) if held else any(told[step : step + TIME_FACTOR * count])
+            if start > 0 and first_chunk <= chunk <= last_chunk and commanded:
                 self._active[start] = chunk
                 row = start_below_noise(row, start_sigma, schedule.shift)
             rows.append(row)

@@ -17,9 +17,10 @@ SWITCHES = ("recache", "keep", "blend")
 UNITS = ("seconds", "chunk")
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(?P<chunk>chunk\s*)?(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+_CLOCK = re.compile(r"(?P<time>(\d+:)?\d+:\d\d)\s*:(?P<prompt>.*)")
 GRAMMAR = (
-    "Write a time, a colon and a prompt in each row, such as '0: a red circle moves right', '5s: ...', '1.5m: ...' or "
-    "'chunk 12: ...' (seconds, minutes; chunks count from 1)."
+    "Write a time, a colon and a prompt in each row, such as '0: a red circle moves right', '5s: ...', '1.5m: ...', "
+    "'1:30: ...' or 'chunk 12: ...' (seconds, minutes; chunks count from 1)."
 )
 
 
@@ -84,6 +85,10 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
         return (PromptRow(lines[0][0], PromptTime(0), lines[0][1]),)
     rows: list[PromptRow] = []
     for number, line in lines:
+        clock = _CLOCK.fullmatch(line)
+        if clock is not None:
+            seconds = sum(float(part) * 60**place for place, part in enumerate(reversed(clock["time"].split(":"))))
+            line = f"{seconds:g}:{clock['prompt']}"
         head, colon, prompt = line.partition(":")
         found = _TIME.fullmatch(head.strip())
         if not colon or found is None:
@@ -107,6 +112,8 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
 
 def _begins_with_a_time(line: str) -> bool:
     """Whether the only row seems to be meant so."""
+    if _CLOCK.fullmatch(line):
+        return True
     head, colon, prompt = line.partition(":")
     found = _TIME.fullmatch(head.strip())
     if not colon or found is None:

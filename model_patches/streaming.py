@@ -175,11 +175,13 @@ def stream_video(
                 optical_flow=optical_flow,
                 prompts=prompts,
             )
+            # While there still is a state to go on from, should this fail.
+            last = encode_context(vae, run.tail, plan.settings.frames_per_chunk).latent
+            frames = run.finish()
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
             run.stop()
             raise
-        frames = run.finish()
         seconds = time.perf_counter() - started
     made = frames - opened.state.frames
     length = float(frames / options.rate)
@@ -189,7 +191,6 @@ def stream_video(
         video: Input.Video = PngVideo(opened.path, options.rate)
     else:
         video = InputImpl.VideoFromFile(str(opened.path))
-    last = encode_context(vae, run.tail, plan.settings.frames_per_chunk).latent
     return StreamResult(path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message)
 
 
@@ -260,6 +261,7 @@ class _Run:
         self.plan = plan
         self.options = options
         self._decoder = decoder
+        self._prompts = len(opened.state.live)  # live prompts that the state has
         if opened.resumed:
             decoder.restore(load_tensors(opened.state_path, DECODER))
         tail = load_tensors(opened.state_path, TAIL).get(TAIL_FRAMES) if opened.resumed else None
@@ -268,6 +270,7 @@ class _Run:
     @property
     def tail(self) -> Tensor:
         """The last frames of the video, [T, H, W, 3]: those of one chunk."""
+        self._thread.drain()
         return self._thread.tail
 
     def watched(self, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
@@ -285,14 +288,17 @@ class _Run:
         self._decoder.keep_loaded([chunk.patcher])
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         self._thread.put(self._decoder.submit(chunk.latents), name)
-        if chunk.index != CONTEXT and self._due(chunk.index + 1):
+        # A prompt that was accepted is not lost by a Cancel.
+        prompted = len(chunk.live) > self._prompts
+        if chunk.index != CONTEXT and self._due(chunk.index + 1, prompted=prompted):
             self._save(chunk)
+            self._prompts = len(chunk.live)
 
-    def _due(self, chunks: int) -> bool:
+    def _due(self, chunks: int, *, prompted: bool) -> bool:
         """Whether to save after so many chunks. Never after the last: a longer length makes that one anew."""
         last = self.plan.chunks
         return chunks < last and (
-            chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == last - 1)
+            prompted or chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == last - 1)
         )
 
     def _save(self, chunk: StreamedChunk) -> None:

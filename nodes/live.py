@@ -31,6 +31,8 @@ class LiveReport:
         self.node_id = node_id
         self.start = time.perf_counter()
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
+        self.given: int | None = None  # pixel frames before the first chunk
+        self.first: float | None = None  # seconds until the first pictures
         self.frames_of = preview_of(model)
 
     def progress(self, progress: Progress) -> None:
@@ -52,7 +54,9 @@ class LiveReport:
     def chunk(self, chunk: Chunk) -> None:
         """After every finished chunk: the first clip's frames, quickly made."""
         frames = [] if self.frames_of is None else self.frames_of(chunk.latents)
-        self._send_pictures(frames, 4 * (chunk.start_frame + chunk.latents.shape[2]) - 3)
+        if self.given is None:
+            self.given = max(0, 4 * chunk.start_frame - 3)
+        self._send_pictures(frames, 4 * (chunk.start_frame + chunk.latents.shape[2]) - 3 - self.given)
 
     def frames(self, images: Tensor, made: int) -> None:
         """After decoded frames [n, H, W, 3] in [0, 1]: one in four of them. `made` in this run, these included.
@@ -62,8 +66,11 @@ class LiveReport:
         self._send_pictures(frame_pictures(images), made)
 
     def _send_pictures(self, pictures: Iterable[Image.Image], pixel_frames: int) -> None:
+        if self.first is None:
+            self.first = time.perf_counter() - self.start
         self._send(
             CHUNK_EVENT,
+            first=self.first,
             pixel_frames=pixel_frames,
             fps=PICTURES_A_SECOND,
             frames=[as_address(picture) for picture in pictures],

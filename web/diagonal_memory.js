@@ -104,6 +104,18 @@ function modelQuery(loader, causal) {
   return query;
 }
 
+/** What a run takes from the schedule and not from the model. */
+function scheduleQuery(sampler) {
+  try {
+    const schedule = walk(sampler, "schedule", "DIAGONAL_SCHEDULE", (node) => widget(node, "frames_per_chunk"));
+    const frames = value(schedule, "frames_per_chunk");
+    return frames > 0 ? { frames_per_chunk: frames } : {};
+  } catch (error) {
+    if (error instanceof Unknown) return {};
+    throw error;
+  }
+}
+
 function sizeQuery(sampler) {
   const [width, height] = ["width", "height"];
   if (sampler.type === STREAM) {
@@ -123,11 +135,11 @@ function sizeQuery(sampler) {
 
 /** What to ask the server for a node, and what to say of the assumptions. */
 function question(node) {
-  if (SAMPLERS.includes(node.type)) return { ...modelQuery(...modelOf(node)), ...sizeQuery(node) };
+  if (SAMPLERS.includes(node.type)) return { ...modelQuery(...modelOf(node)), ...scheduleQuery(node), ...sizeQuery(node) };
   for (const sampler of node.graph.nodes.filter((other) => SAMPLERS.includes(other.type))) {
     try {
       const [loader, causal] = modelOf(sampler);
-      if (loader === node) return { ...modelQuery(loader, causal), ...sizeQuery(sampler) };
+      if (loader === node) return { ...modelQuery(loader, causal), ...scheduleQuery(sampler), ...sizeQuery(sampler) };
     } catch (error) {
       if (!(error instanceof Unknown)) throw error;
     }
@@ -155,6 +167,7 @@ class MemoryLine {
   async refresh() {
     if (!this.node.graph) return;
     let query, reply;
+    let failed = false;
     try {
       query = new URLSearchParams(question(this.node)).toString();
     } catch (error) {
@@ -171,9 +184,12 @@ class MemoryLine {
         reply = await response.json();
       } catch (error) {
         reply = { error: phrase("memory_unknown", { why: error.message }) };
+        failed = true;
       }
     }
-    if (this.asked === query) this.draw(reply, query.endsWith("assumed=1"));
+    if (this.asked !== query) return;
+    this.draw(reply, query.endsWith("assumed=1"));
+    if (failed) this.asked = null; // the server is asked again
   }
 
   draw(reply, assumed) {

@@ -90,7 +90,7 @@ class Preview {
 
   onChunk(data) {
     if (!this.belongs(data)) return;
-    this.first ??= data.elapsed;
+    this.first = data.first;
     this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed: data.elapsed };
     this.frames.push(...data.frames);
     if (this.frames.length > MOST_FRAMES) {

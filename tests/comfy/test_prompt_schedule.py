@@ -296,7 +296,7 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
     model, clip, vae = demo
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    def run(text, switch="recache", schedule=CLEAN, **more):
+    def run(text, switch="recache", schedule=CLEAN, state_every=1, **more):
         found = []
         submit = streaming.StreamDecoder.submit
         with monkeypatch.context() as patch:
@@ -313,7 +313,7 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
                 filename_prefix="v",
                 format="png",
                 cfg=2.0,
-                state_every=1,
+                state_every=state_every,
             )
             try:
                 streaming.stream_video(model, positive, negative, vae, schedule, options, **more)
@@ -365,3 +365,17 @@ def test_a_resumed_stream_knows_its_live_prompts(stream, prompts):
     made += stream("0: a red circle moves right")
     assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
     assert not torch.equal(whole[-1], stream(TEXT)[-1])
+
+
+def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts):
+    text = "0: a red circle moves right"
+
+    def steered(box, stopped):
+        return {"prompts": box, "on_progress": stop_at(stopped, box=box, prompts=prompts, at=2), "state_every": 99}
+
+    whole = stream(text, **steered(prompts.PromptBox(), 99))
+    stream(text, **steered(prompts.PromptBox(), 5))
+    lines = []
+    rest = stream(text, announce=lines.append, state_every=99)
+    assert "after chunk 3" in lines[0]
+    assert len(rest) == 4 and all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))

@@ -521,6 +521,37 @@ def test_an_mp4_that_another_program_changed_is_not_given_a_wrong_index(video_wr
     writer.abandon()
 
 
+def test_an_error_in_the_last_chunk_ends_the_run_in_order(stream, options, output, video_writer, monkeypatch):
+    write, given = video_writer.EncodedWriter.write, []
+
+    def fails_at_last(self, images):
+        given.append(len(images))
+        if len(given) == 3:
+            raise video_writer.VideoWriteError("no more")
+        write(self, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(video_writer.EncodedWriter, "write", fails_at_last)
+        with pytest.raises(video_writer.VideoWriteError, match="no more"):
+            stream(options())
+    assert not [thread for thread in threading.enumerate() if thread.name == "diagonal-stream"] and not children()
+    assert len(decoded(output / "v_00001_.mp4")) == 21 and boxes(output / "v_00001_.mp4")[-1] == "moov"
+    assert stream(options()).path.name == "v_00001_.mp4"
+
+
+def test_a_context_that_cannot_be_encoded_does_not_lose_the_video(streaming, stream, options, output, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("no memory for the context")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "encode_context", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            stream(options())
+    lines = []
+    result = stream(options(), announce=lines.append)
+    assert result.path.name == "v_00001_.mp4" and "Resumed" in lines[0] and len(decoded(result.path)) == 32
+
+
 def test_memory_does_not_depend_on_the_length(stream, options):
     """A day of video is 345,601 latent frames; held anywhere they would be 1.4 GB."""
 

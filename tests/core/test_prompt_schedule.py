@@ -40,6 +40,13 @@ def test_a_single_prompt_may_have_colons(text):
     assert (str(row.at), row.text) == ("0s", text)
 
 
+def test_a_time_may_be_a_clocks():
+    rows = parse_prompts("0:00: a\n1:30: b: c\n2:00:05 : 30: d")
+    assert [(row.at.value, row.text) for row in rows] == [(0, "a"), (90, "b: c"), (7205, "30: d")]
+    (row,) = parse_prompts("0:00: alone")
+    assert (row.at.value, row.text) == (0, "alone")
+
+
 @pytest.mark.parametrize("text", ["0: a cat", "0:a cat", "0s:3 cats", "0 : a cat"])
 def test_a_single_row_may_have_its_time(text):
     (row,) = parse_prompts(text)
