@@ -72,6 +72,30 @@ def test_the_line_follows_window_and_size_and_goes_red(page, frontend):
     assert frontend.errors == []
 
 
+def test_the_line_follows_the_schedules_frames_per_chunk(page, frontend):
+    frontend.set_widget("EmptyARVideoLatent", "width", 640)
+    frontend.set_widget("EmptyARVideoLatent", "height", 640)
+    (three, _) = wait_lines(page, "640x640", "a forward")
+    frontend.set_widget("DiagonalSchedule", "frames_per_chunk", 6)
+    page.wait_for_function("before => document.querySelector('.diagonal-memory').title !== before", arg=three)
+    (six, _) = wait_lines(page, "640x640", "a forward")
+
+    def forward_mb(line: str) -> float:
+        return float(re.search(r"a forward ([\d.]+) MB", line)[1])
+
+    assert forward_mb(six) == pytest.approx(2 * forward_mb(three), rel=0.1)
+
+
+def test_a_server_that_did_not_answer_is_asked_again(page, frontend):
+    wait_lines(page, "Needs ", "64x64")
+    page.route("**/diagonal/memory**", lambda route: route.abort())
+    frontend.set_widget("EmptyARVideoLatent", "width", 640)
+    wait_lines(page, "Memory unknown")
+    page.unroute("**/diagonal/memory**")
+    wait_lines(page, "Needs ", "640x64")
+    frontend.errors.clear()  # the browser's own, of the requests that were stopped
+
+
 def test_what_cannot_be_known_is_said(page, frontend):
     wait_lines(page, "Needs ")
     page.evaluate(
