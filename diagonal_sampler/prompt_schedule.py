@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -146,6 +147,17 @@ def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+class PromptPlace(Protocol):
+    """Where a prompt begins and how; see ChunkPrompt, which has its embedding besides."""
+
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def switch(self) -> str: ...
+    @property
+    def blend_chunks(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkPrompt:
     """A prompt from one chunk on.
@@ -184,16 +196,38 @@ def context_at(prompts: Sequence[ChunkPrompt], chunk: int) -> Tensor:
     prompt, the rest what the chunk before the switch was conditioned on; from its chunk n on, the new one alone.
 
     Args:
-        prompts: in the order of their chunks, the first of chunk 0; of those of one chunk, the last counts.
+        prompts: in the order of their chunks, the first of chunk 0; of those of one chunk, the last counts. Those
+            before `seen_from` may be missing.
     """
-    latest = max(at for at, prompt in enumerate(prompts) if prompt.chunk <= chunk)
-    prompt = prompts[latest]
-    since = chunk - prompt.chunk
-    if prompt.switch != "blend" or prompt.chunk == 0 or since >= prompt.blend_chunks:
-        return prompt.context
-    before = context_at(prompts, prompt.chunk - 1)
-    require_same_length(before, prompt.context, prompt.text)
-    return torch.lerp(before, prompt.context, (since + 1) / (prompt.blend_chunks + 1))
+    blends: list[tuple[ChunkPrompt, float]] = []  # the newest first
+    prompt = prompts[_latest(prompts, chunk)]
+    while _blends_at(prompt, chunk):
+        blends.append((prompt, (chunk - prompt.chunk + 1) / (prompt.blend_chunks + 1)))
+        chunk = prompt.chunk - 1
+        prompt = prompts[_latest(prompts, chunk)]
+    context = prompt.context
+    for prompt, weight in reversed(blends):
+        require_same_length(context, prompt.context, prompt.text)
+        context = torch.lerp(context, prompt.context, weight)
+    return context
+
+
+def seen_from(prompts: Sequence[PromptPlace], chunk: int) -> int:
+    """Index of the first prompt that chunk `chunk` or a later one is conditioned on; see `context_at`."""
+    latest = _latest(prompts, chunk)
+    while _blends_at(prompts[latest], chunk):
+        chunk = prompts[latest].chunk - 1
+        latest = _latest(prompts, chunk)
+    return latest
+
+
+def _latest(prompts: Sequence[PromptPlace], chunk: int) -> int:
+    return bisect_right(prompts, chunk, key=lambda prompt: prompt.chunk) - 1
+
+
+def _blends_at(prompt: PromptPlace, chunk: int) -> bool:
+    """Whether chunk `chunk`, at or after the prompt's own, still shows something of the prompt before."""
+    return prompt.switch == "blend" and prompt.chunk > 0 and chunk - prompt.chunk < prompt.blend_chunks
 
 
 def require_same_length(before: Tensor, context: Tensor, text: str) -> None:
@@ -205,7 +239,7 @@ def require_same_length(before: Tensor, context: Tensor, text: str) -> None:
         )
 
 
-def recached_chunks(prompts: Sequence[ChunkPrompt]) -> list[int]:
+def recached_chunks(prompts: Iterable[PromptPlace]) -> list[int]:
     """The chunks before which the window is written again, rising."""
     last = {prompt.chunk: prompt.switch for prompt in prompts}  # of those of one chunk, the last counts
     return sorted(chunk for chunk, switch in last.items() if chunk > 0 and switch == "recache")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -75,15 +74,6 @@ def count_forwards(schedule: DiagonalSchedule, frames: int, frames_per_chunk: in
     return schedule.nfe(made) + schedule.given_forwards * given
 
 
-def split_pieces(frames: int, frames_per_chunk: int, context_frames: int = 0) -> list[tuple[int, int]]:
-    """(start_frame, frames) of every piece that is cached at once: the given context's, then the chunks."""
-    counts = [
-        *split_frames(context_frames, frames_per_chunk),
-        *split_frames(frames - context_frames, frames_per_chunk),
-    ]
-    return list(zip(accumulate(counts, initial=0), counts, strict=False))
-
-
 def count_recache(
     cache: KVCache,
     schedule: DiagonalSchedule,
@@ -92,16 +82,22 @@ def count_recache(
     chunk: int,
     context_frames: int = 0,
 ) -> int:
-    """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`)."""
-    pieces = split_pieces(frames, frames_per_chunk, context_frames)
-    start, count = pieces[count_chunks(context_frames, frames_per_chunk) + chunk]
-    runs = cache.kept_before(start, count)
-    return sum(
-        schedule.given_forwards if at < context_frames else 1
-        for run in runs
-        for at, size in pieces
-        if _overlap(run, at, size) is not None
-    )
+    """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`).
+
+    The same work for a clip of any length. The arguments are those of count_forwards.
+    """
+    start = context_frames + chunk * frames_per_chunk
+    found = 0
+    for run in cache.kept_before(start, min(frames_per_chunk, frames - start)):
+        given = range(run.start, min(run.stop, context_frames))
+        made = range(max(run.start, context_frames) - context_frames, run.stop - context_frames)
+        found += schedule.given_forwards * _pieces_in(given, frames_per_chunk) + _pieces_in(made, frames_per_chunk)
+    return found
+
+
+def _pieces_in(run: range, size: int) -> int:
+    """How many pieces of `size` frames, laid end to end from frame 0 on, a run of frames touches."""
+    return (run.stop - 1) // size - run.start // size + 1 if run else 0
 
 
 def _overlap(run: range, start: int, frames: int) -> slice | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..diagonal_sampler.prompt_schedule import (
     require_same_length,
     require_switch,
     schedule_row,
+    seen_from,
 )
 from ..diagonal_sampler.schedule import DiagonalSchedule
 
@@ -312,6 +314,7 @@ class PromptRun:
         levels: the run's schedule, whose steps begin anew at a recache; None where every chunk has its own.
         box: where live prompts come from.
         after_encoding: called when the CLIP has been used, which may have pushed the model out of memory.
+        first_chunk: the run begins here; what only earlier chunks show is not encoded.
         live: prompts that an earlier part of this run was given.
     """
 
@@ -327,38 +330,36 @@ class PromptRun:
         levels: DiagonalSchedule | None = None,
         box: PromptBox | None = None,
         after_encoding: Callable[[], None] = lambda: None,
+        first_chunk: int = 0,
         live: Sequence[LivePrompt] = (),
     ) -> None:
         self.schedule, self.box = schedule, box
         self._chunks = chunks
         self._set, self._recache_forwards, self._after_encoding = set_context, recache_forwards, after_encoding
         self._levels = levels
-        self._prompts = _resolve(schedule, chunks, frames_per_chunk, context_frames)
-        self.live: list[LivePrompt] = []
-        self._next = 0  # the chunk that the next live prompt can begin with
-        self._recached: list[int] = []
-        self._costs: dict[int, int] = {}
-        self._count()
+        self._next = first_chunk  # the chunk that the next live prompt can begin with
         self._current: Tensor | None = None
-        for prompt in live:
-            self._add(prompt)
-
-    @property
-    def extra_forwards(self) -> int:
-        """Forwards that all known recaches take, and the steps that begin anew behind them."""
-        return sum(self._costs.values())
+        self.live = list(live)
+        written = _resolve(schedule, chunks, frames_per_chunk, context_frames)
+        known = sorted([*written, *live], key=lambda prompt: prompt.chunk)
+        self._recached = recached_chunks(known)
+        self._count()
+        # The chunk before the first is what a live prompt would blend from.
+        seen = known[seen_from(known, max(0, first_chunk - 1)) :]
+        self._prompts = [self._encode(prompt) if isinstance(prompt, LivePrompt) else prompt for prompt in seen]
 
     def forwards_before(self, chunk: int) -> int:
-        """Those that the chunks before `chunk` took."""
+        """Those of `extra_forwards` that the chunks before `chunk` took."""
         return sum(forwards for at, forwards in self._costs.items() if at < chunk)
 
     def _count(self) -> None:
-        self._recached = recached_chunks(self._prompts)
+        """Forwards that all known recaches take, and the steps that begin anew behind them: by chunk, and in all."""
         self._costs = {chunk: self._recache_forwards(chunk) for chunk in self._recached}
         if (levels := self._levels) is not None:
             for chunk, end in pairwise([*self._recached, self._chunks]):
                 for at in range(chunk, min(end, chunk + len(levels.sigmas) - 1)):
                     self._costs[at] = self._costs.get(at, 0) + levels.steps(at - chunk) - levels.steps(at)
+        self.extra_forwards = sum(self._costs.values())
 
     def schedule_row(self, chunk: int) -> int:
         """The chunk whose steps chunk `chunk` takes."""
@@ -369,6 +370,7 @@ class PromptRun:
         self._next = chunk
         self.listen()
         self._next = chunk + 1
+        self._forget_before(chunk)
         context = context_at(self._prompts, chunk)
         if context is not self._current:
             self._set(context)
@@ -410,25 +412,41 @@ class PromptRun:
                 request.answer.set_result(prompt)
 
     def _add(self, prompt: LivePrompt) -> None:
+        added = self._encode(prompt)
+        # Of the prompts of one chunk the last counts: this one.
+        prompts = sorted([*self._prompts, added], key=lambda known: known.chunk)
+        for known in prompts:
+            if known.switch == "blend" and known.chunk >= added.chunk:
+                context_at(prompts, known.chunk)  # refuses a blend that cannot be, before anything has changed
+        self._prompts = prompts
+        kept = {chunk for chunk in self._recached if chunk != added.chunk}  # its own switch counts there
+        self._recached = sorted(kept.union(recached_chunks([added])))
+        self._count()
+        self.live.append(prompt)
+
+    def _encode(self, prompt: LivePrompt) -> ChunkPrompt:
         clip = self.schedule.source.clips.get(prompt.node, list(self.schedule.source.clips.values())[-1])
         try:
             context, _ = encode(clip, prompt.text)
         finally:
             self._after_encoding()
-        added = ChunkPrompt(
+        return ChunkPrompt(
             chunk=prompt.chunk,
             text=prompt.text,
             context=context,
             switch=prompt.switch,
             blend_chunks=prompt.blend_chunks,
         )
-        # Of the prompts of one chunk the last counts: this one.
-        prompts = sorted([*self._prompts, added], key=lambda known: known.chunk)
-        for chunk in {added.chunk, *(known.chunk for known in prompts if known.switch == "blend")}:
-            context_at(prompts, chunk)  # refuses a blend that cannot be, before anything has changed
+
+    def _forget_before(self, chunk: int) -> None:
+        """Drop embeddings that no chunk from `chunk` on shows: a run may be given thousands of prompts."""
+        prompts = self._prompts[seen_from(self._prompts, chunk) :]
+        latest = bisect_right(prompts, chunk, key=lambda prompt: prompt.chunk) - 1
+        if latest > 1:  # blends that began within blends: what the newest of them goes over from is one embedding
+            before = prompts[latest].chunk - 1
+            context = context_at(prompts, before)
+            prompts[:latest] = [ChunkPrompt(chunk=before, text="", context=context, switch="keep")]
         self._prompts = prompts
-        self._count()
-        self.live.append(prompt)
 
 
 def _resolve(schedule: PromptSchedule, chunks: int, frames_per_chunk: int, context_frames: int) -> list[ChunkPrompt]:

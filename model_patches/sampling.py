@@ -584,6 +584,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             levels=plan.schedule if self.flow_run is None or self.flow_run.mode == "adapter" else None,
             box=self.prompts,
             after_encoding=reload,
+            first_chunk=0 if self.resume is None else self.resume.chunk,
             live=() if self.resume is None else self.resume.live,
         )
 

@@ -280,6 +280,70 @@ def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts)
         post(prompts, box, "b")
 
 
+@pytest.fixture
+def prompt_run(prompts, schedule, clip):
+    """`run, shown = prompt_run(text, ...)`: a run of 40 chunks without a model; shown gets embeddings."""
+
+    def make(text, switch, **more):
+        shown = []
+        written = prompts.schedule_of(schedule(text, switch))
+        clip.encoded.clear()
+        run = prompts.PromptRun(
+            written,
+            chunks=40,
+            frames_per_chunk=3,
+            context_frames=0,
+            set_context=shown.append,
+            recache_forwards=lambda chunk: 5,
+            levels=DIAGONAL,
+            **more,
+        )
+        return run, shown
+
+    return make
+
+
+@pytest.mark.parametrize("switch", ["recache", "keep", "blend"])
+def test_embeddings_that_no_chunk_shows_any_more_are_dropped(prompt_run, prompts, switch):
+    box = prompts.PromptBox()
+    run, shown = prompt_run("0: a\nchunk 38: z", switch, box=box)
+    for chunk in range(36):
+        if chunk:
+            answer = post(prompts, box, f"{chunk}", blend_chunks=6)
+        run.begin(chunk)
+        assert not chunk or answer.result().chunk == chunk
+        assert len(run._prompts) <= 3, "the one that is left, the new one, and z"
+    assert len(run.live) == 35
+
+
+def test_a_run_that_goes_on_knows_its_prompts_and_encodes_those_it_will_show(prompt_run, prompts, clip):
+    text = "0: a\nchunk 4: b\nchunk 11: c\nchunk 23: d\nchunk 24: e"
+    given = {3: "keep", 7: "blend", 9: "blend", 10: "recache", 11: "blend", 20: "recache", 22: "blend", 25: "blend"}
+    for written in ("recache", "blend"):
+        box = prompts.PromptBox()
+        whole, _ = prompt_run(text, written, box=box)
+        shown, again, live, encoded = [], [], [], []
+        for chunk in range(40):
+            live.append(tuple(whole.live))
+            if chunk in given:
+                post(prompts, box, f"live {chunk}", switch=given[chunk], blend_chunks=4)
+            again.append(whole.begin(chunk))
+            shown.append(whole._current)
+        for first in range(40):
+            box = prompts.PromptBox()
+            run, _ = prompt_run(text, written, box=box, first_chunk=first, live=live[first])
+            encoded.append([name for name, _ in clip.encoded])
+            for chunk in range(first, 40):
+                if chunk in given:
+                    post(prompts, box, f"live {chunk}", switch=given[chunk], blend_chunks=4)
+                assert run.begin(chunk) == again[chunk], (first, chunk)
+                assert torch.equal(run._current, shown[chunk]), (first, chunk)
+            assert run.extra_forwards == whole.extra_forwards
+            assert run.forwards_before(first) == whole.forwards_before(first)
+            assert run.live == whole.live
+        assert [encoded[first] for first in (2, 8, 20, 30)] == [[], ["live 3", "live 7"], ["live 11"], ["live 25"]]
+
+
 # Straight to the disk
 
 

@@ -12,6 +12,7 @@ from diagonal_sampler.prompt_schedule import (
     recached_chunks,
     require_order,
     schedule_row,
+    seen_from,
 )
 
 
@@ -117,6 +118,20 @@ def test_a_blend_that_is_interrupted_goes_on_from_where_it_was():
     torch.testing.assert_close(context_at(found, 3), (a + b) / 2)
     torch.testing.assert_close(context_at(found, 4), ((a + b) / 2 + c) / 2)
     assert context_at(found, 5) is found[2].context
+
+
+def test_any_number_of_blends_may_begin_within_blends():
+    found = prompts((0, "keep", 1), *((chunk, "blend", 4) for chunk in range(1, 3000)))
+    assert torch.isfinite(context_at(found, 2999)).all()
+    assert seen_from(found, 2999) == 0
+
+
+def test_only_prompts_that_a_later_chunk_shows_are_seen():
+    found = prompts((0, "keep", 1), (2, "recache", 1), (5, "blend", 3), (6, "blend", 1), (9, "keep", 1), (9, "keep", 1))
+    assert [seen_from(found, chunk) for chunk in range(11)] == [0, 0, 1, 1, 1, 1, 1, 3, 3, 5, 5]
+    for chunk in range(11):
+        for later in range(chunk, 11):
+            assert torch.equal(context_at(found[seen_from(found, chunk) :], later), context_at(found, later))
 
 
 def test_prompts_of_other_lengths_cannot_be_blended():

@@ -145,6 +145,18 @@ def test_forwards_are_counted_and_only_the_window_is_written_again(settings):
             for f in range(at.start_frame, at.start_frame + at.frames)
         ]
         assert frames == (kept(settings, 3 * switch, coming) if switch else [])
+    context = latent(6, 4)
+    for switch in range(5):
+        _, model, cache = run(settings, SCHEDULE, context=context, switch=switch)
+        extra = count_recache(cache, SCHEDULE, FRAMES, 3, switch, context_frames=4)
+        assert len(model.calls) == count_forwards(SCHEDULE, FRAMES, 3, 4) + extra
+
+
+def test_a_recache_is_counted_without_going_through_the_clip():
+    chunks = 10**12  # a count that visits its pieces would not end
+    frames = 4 + 3 * chunks
+    cache = KVCache(CausalSettings(window=12, sink=3), frames)
+    assert count_recache(cache, SCHEDULE, frames, 3, chunks - 1, context_frames=4) == SCHEDULE.given_forwards + 2
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
