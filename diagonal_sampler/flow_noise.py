@@ -11,8 +11,9 @@ The geometry knows no values: one map a latent frame, "the cell that this cell's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ FRESH = -1
 """In a map: this cell's value is new."""
 MAPS_KEPT = 64
 """Latent frames whose maps are kept; one asked for before them is made again from the start."""
+# Names in a snapshot; the first two go on with a step index.
+_VALUES, _CHUNK, _PLACES, _NEXT = "values/", "chunk/", "places", "next"
 # Free cells that a particle without one may take, as offsets; the nearest to its place comes first.
 _NEIGHBOURS = tuple((dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if (dx, dy) != (0, 0))
 
@@ -140,7 +143,8 @@ class FlowNoise:
         if degrade > 0 and other is None:
             raise ValueError("degrade is above 0 and no other noise is given to mix in.")
         self.inner, self.other, self.degrade = inner, other, degrade
-        self.optical_flow, self.counts, self.start_frame = optical_flow, list(counts), start_frame
+        self.optical_flow, self.counts = optical_flow, list(counts)
+        self._starts = list(accumulate(counts, initial=start_frame))  # latent frames before each chunk
         self.first_chunk = first_chunk
         self.last_chunk = len(self.counts) - 1 if last_chunk is None else last_chunk
         self._grid: ParticleGrid
@@ -162,7 +166,7 @@ class FlowNoise:
         for index in range(begin, chunk + 1):
             count = frames if index == chunk else self.counts[index]
             noise = self.inner(index, step, count).clone()
-            first = self.start_frame + sum(self.counts[:index])
+            first = self._starts[index]
             values = None if state is None else state.values
             for offset in range(count):
                 fresh = noise[:, :, offset].flatten(2)
@@ -191,10 +195,25 @@ class FlowNoise:
             self._next += 1
         return self._maps[latent_frame]
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """What another FlowNoise of the same arguments needs to go on from here; it is not to be changed."""
+        tensors = {f"{_VALUES}{step}": state.values for step, state in self._states.items()}
+        tensors |= {f"{_CHUNK}{step}": torch.tensor(state.chunk) for step, state in self._states.items()}
+        return tensors | {_PLACES: self._grid.places, _NEXT: torch.tensor(self._next)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on after a `snapshot`. Without one (of an empty mapping) the chunks before are made again when asked."""
+        if _NEXT not in tensors:
+            return
+        self._maps.clear()
+        self._grid.places, self._next = tensors[_PLACES], int(tensors[_NEXT])
+        steps = [int(name.removeprefix(_VALUES)) for name in tensors if name.startswith(_VALUES)]
+        self._states = {step: _State(int(tensors[f"{_CHUNK}{step}"]), tensors[f"{_VALUES}{step}"]) for step in steps}
+
     def _restart(self) -> None:
         self._grid = ParticleGrid(self.optical_flow.height, self.optical_flow.width)
         self._maps.clear()
-        self._next = self.start_frame + sum(self.counts[: self.first_chunk]) + 1
+        self._next = self._starts[min(self.first_chunk, len(self.counts))] + 1
 
     def _next_map(self, latent_frame: int) -> Tensor:
         step = latent_frame - 1

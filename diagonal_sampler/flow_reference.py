@@ -104,6 +104,8 @@ class FlowReference:
                 row = start_below_noise(row, start_sigma, schedule.shift)
             rows.append(row)
             start += count
+        while len(rows) > 1 and rows[-1] == rows[-2]:  # the last row repeats by itself, however long the clip
+            rows.pop()
         self.schedule = replace(schedule, sigmas=tuple(rows))
         self._tail: Tensor | None = None
         self._reference: tuple[int, Tensor, Tensor] | None = None

@@ -118,6 +118,7 @@ class FlowRun:
         self._first = conditioning.first_chunk - 1
         self._last = len(counts) - 1 if conditioning.last_chunk == LAST_CHUNK else conditioning.last_chunk - 1
         self._reference: FlowReference | None = None
+        self._noise: FlowNoise | None = None
         self._embedding: FlowEmbedding | None = None
         self._adapter_field: AdapterField | None = None
         self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
@@ -170,7 +171,7 @@ class FlowRun:
         batch, channels, frames, height, width = self._shape
         whole = max(TIME_FACTOR, self._steps)  # at least one latent frame's motion
         small = self._settings.optical_flow.fit(whole, height, width).composed()
-        return FlowNoise(
+        self._noise = FlowNoise(
             draws,
             small,
             self._counts,
@@ -180,6 +181,7 @@ class FlowRun:
             degrade=1 - self._settings.strength * (1 - self._settings.degrade),
             other=SeededNoise(seed ^ _OTHER_SEED, (batch, channels, height, width)),
         )
+        return self._noise
 
     @property
     def starts_chunks(self) -> bool:
@@ -212,11 +214,15 @@ class FlowRun:
 
     def snapshot(self) -> dict[str, Tensor]:
         """What a later run needs beside the settings to go on after the last finished chunk."""
+        if self._noise is not None:
+            return self._noise.snapshot()
         tail = None if self._reference is None else self._reference.tail
         return {} if tail is None else {_TAIL: tail}
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Goes on after a `snapshot`. Noise needs none: it is made again from the seed."""
+        """Goes on after a `snapshot`."""
+        if self._noise is not None:
+            self._noise.restore(tensors)
         if self._reference is not None and _TAIL in tensors:
             self._reference.finished(tensors[_TAIL].to(device))
 

@@ -412,13 +412,12 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if context is not None and not streaming:
             output[:, :, : context.shape[2]] = context
         done, current, history = 0, 0, {}
+        forwards = plan.forwards
         pace, finite = Pace(noise.device), FiniteLook(plan.chunks)
         steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
         # Made before the loop: a copy to the device would wait for it in every forward.
-        levels = {
-            row: torch.tensor([*row, 0.0], device=noise.device)
-            for row in map(plan.schedule.chunk_sigmas, range(min(plan.chunks, len(plan.schedule.sigmas))))
-        }
+        rows = set(plan.schedule.sigmas[: plan.chunks])
+        levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
         if resume is not None:
             cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
@@ -460,7 +459,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if at.step >= 0:
                 steps.append((at, denoised))
             done += 1
-            total = plan.forwards if prompt_run is None else plan.forwards + prompt_run.extra_forwards
+            total = forwards if prompt_run is None else forwards + prompt_run.extra_forwards
             if callback is not None:
                 callback(done - 1, denoised, x, total)
             if self.on_progress is not None:

@@ -133,6 +133,36 @@ def test_a_chunk_does_not_depend_on_what_was_asked_before():
     assert torch.equal(used(1, 1, 3), expected[:, :, 3:6])
 
 
+@pytest.mark.parametrize("first_chunk", [0, 1])
+def test_it_goes_on_after_a_snapshot_without_making_what_came_before(first_chunk):
+    flow, asked = FLOWS["rotation"], []
+    drawn = SeededNoise(5, (1, 16, HEIGHT, WIDTH))
+
+    def inner(chunk, step, frames):
+        asked.append((chunk, step))
+        return drawn(chunk, step, frames)
+
+    steps = {0: (INITIAL_STEP, 0, 1), 1: (INITIAL_STEP, 0), 2: (INITIAL_STEP, 0, 1)}
+    whole = FlowNoise(inner, flow, COUNTS, first_chunk=first_chunk)
+    made, left = {}, {}
+    for chunk, wanted in steps.items():
+        made |= {(chunk, step): whole(chunk, step, 3) for step in wanted}
+        left[chunk] = {name: tensor.clone() for name, tensor in whole.snapshot().items()}
+    for chunk in (0, 1):
+        again = FlowNoise(inner, flow, COUNTS, first_chunk=first_chunk)
+        again.restore(left[chunk])
+        asked.clear()
+        for later in range(chunk + 1, 3):
+            for step in steps[later]:
+                assert torch.equal(again(later, step, 3), made[later, step])
+        # Step 1 was left out in chunk 1, so that chunk 2 makes it up.
+        assert sorted({*asked} - {(1, 1)}) == sorted(key for key in made if key[0] > chunk)
+        assert all(torch.equal(again.snapshot()[name], tensor) for name, tensor in left[2].items())
+    again = FlowNoise(inner, flow, COUNTS, first_chunk=first_chunk)
+    again.restore({})
+    assert torch.equal(again(2, 0, 3), made[2, 0])
+
+
 def test_chunks_outside_the_range_and_the_cache_pass_get_the_samplers_noise():
     inner = SeededNoise(5, (1, 16, HEIGHT, WIDTH))
     noise = make(FLOWS["translation"], first_chunk=1, last_chunk=1)

@@ -91,6 +91,15 @@ def test_the_first_chunk_and_chunks_without_motion_are_as_usual():
     assert [row[0] for row in some.schedule.sigmas] == [1, 1, 0.733]
 
 
+def test_a_motion_that_goes_on_has_a_short_schedule_however_long_the_clip():
+    chunks = 10_000
+    held = OpticalFlow.everywhere(torch.ones(1, 16, 16, 2)).fit(12 * chunks - 4, 16, 16)
+    refuse = pytest.fail
+    reference = FlowReference(held, SCHEDULE, [3] * chunks, decode=refuse, encode=refuse)
+    rows = [SCHEDULE.chunk_sigmas(0), *(start_below_noise(SCHEDULE.chunk_sigmas(at), 0.733, 5) for at in (1, 2))]
+    assert reference.schedule.sigmas == tuple(rows)
+
+
 def test_a_still_camera_with_full_blend_repeats_the_last_frame_until_the_last_step():
     torch.manual_seed(0)
     picture = torch.rand(1, 4, 3, SIZE, SIZE)
