@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from students import student_parser  # before the repository's: it makes them importable
 
-from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.sampler import count_forwards
 from diagonal_sampler.schedule import parse_sigmas
 from distillation import demo_files, sprites

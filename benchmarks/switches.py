@@ -21,8 +21,9 @@ from torch import Tensor
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import COLOURS, CaptionEncoder, caption_of, parse_caption
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, TIME_FACTOR, pixel_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import TIME_FACTOR, pixel_frames
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import levels_text, parse_sigmas

@@ -33,11 +33,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .frames import TIME_FACTOR, latent_frames, pixel_frames
 from .weight_files import write_weights
 
 LATENT_CHANNELS = 16
 SPACE_FACTOR = 8
-TIME_FACTOR = 4
 COMPONENTS = 14
 """Principal components of a patch; the other two channels are its place."""
 POSITION_RANGE = 1.5
@@ -54,16 +54,6 @@ WAN_LATENT_STD: tuple[float, ...] = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-
-
-def latent_frames(pixel_frames: int) -> int:
-    """Latent frames of a clip of `pixel_frames` frames: (T - 1) // 4 + 1."""
-    return (pixel_frames - 1) // TIME_FACTOR + 1
-
-
-def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames a decoder makes of `latent_frames`: 4 * (T - 1) + 1."""
-    return TIME_FACTOR * (latent_frames - 1) + 1
 
 
 @dataclass(frozen=True, slots=True)

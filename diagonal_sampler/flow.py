@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TIME_FACTOR = 4
-"""Pixel frames of a latent frame after the first, which holds one."""
+from .frames import TIME_FACTOR
+
 ADAPTER_CHANNELS = 4
 """Channels of `adapter_features`: dx, dy, valid, speed."""
 TRACK_RADIUS_SHARE = 1 / 8

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flow import TIME_FACTOR, OpticalFlow, carry
+from .flow import OpticalFlow, carry
+from .frames import TIME_FACTOR
 from .sampler import Forward
 from .schedule import DiagonalSchedule, shift_sigma, unshift_sigma
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .flow import TIME_FACTOR
+from .frames import TIME_FACTOR
 
 SWITCHES = ("recache", "keep", "blend")
 UNITS = ("seconds", "chunk")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagonal_sampler.captions import SpriteSpec
-from diagonal_sampler.demo_autoencoder import TIME_FACTOR, DemoAutoencoder
+from diagonal_sampler.demo_autoencoder import DemoAutoencoder
+from diagonal_sampler.frames import TIME_FACTOR
 from distillation import sprites
 from distillation.samples import add_to_frames, decode_groups
 from distillation.score import FOREGROUND_DISTANCE, SMALLEST_AREA, split_from_ground

@@ -42,17 +42,15 @@ from diagonal_sampler.captions import CaptionEncoder, SpriteSpec, caption_of
 from diagonal_sampler.demo_autoencoder import (
     LATENT_CHANNELS,
     SPACE_FACTOR,
-    TIME_FACTOR,
     WAN_LATENT_MEAN,
     WAN_LATENT_STD,
     DemoAutoencoder,
-    latent_frames,
-    pixel_frames,
 )
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.flow import OpticalFlow, adapter_features, tracks_flow
 from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
+from diagonal_sampler.frames import TIME_FACTOR, latent_frames, pixel_frames
 from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
 from distillation import demo_files, score, sprites

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diagonal_sampler.captions import parse_caption
-from diagonal_sampler.demo_autoencoder import pixel_frames
 from diagonal_sampler.flow import ADAPTER_CHANNELS, OpticalFlow, camera_flow, tracks_flow
+from diagonal_sampler.frames import pixel_frames
 from distillation import sprite_motion, sprites
 from distillation.common import generator_at
 

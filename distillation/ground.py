@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, TIME_FACTOR, DemoAutoencoder
+from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, DemoAutoencoder
+from diagonal_sampler.frames import TIME_FACTOR
 from distillation import sprites
 from distillation.samples import add_to_frames, decode_groups
 from distillation.score import split_from_ground

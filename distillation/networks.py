@@ -116,6 +116,8 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> Networks:
     """Reads the files once each, adds adapters where the recipe asks for them, and spreads all over the ranks.
 
+    Each network is spread before the next is read: at any time a rank holds one of them whole.
+
     Raises:
         ValueError: as `read_wan`.
     """
@@ -126,46 +128,47 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     student = partial(
         read_wan, recipe.student_weights, recipe.model, dtype=frozen, needs_flow_adapter=bool(recipe.lora_rank)
     )
-    if not recipe.lora_rank:
-        roles = Networks(
-            Role(student(dtype=torch.float32)),
-            Role(teacher(dtype=frozen).requires_grad_(False)) if needs_teacher else None,
-            Role(teacher()) if needs_fake_score else None,
-        )
-    else:
-        adapters = ("fake_score",) if needs_fake_score else ()
-        if recipe.student_weights == recipe.teacher:
-            own = base = teacher(dtype=frozen)
-            add_adapters(base, recipe.lora_rank, ("student", *adapters), recipe.seed)
-        else:
-            own = student()
-            add_adapters(own, recipe.lora_rank, ("student",), recipe.seed)
-            base = teacher(dtype=frozen)
-            add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
-        roles = Networks(
-            Role(own, "student", shared=True),
-            Role(base, None, shared=True) if needs_teacher else None,
-            Role(base, "fake_score", shared=True) if needs_fake_score else None,
-        )
+    spread_out = partial(spread, recipe=recipe, device=device, mesh=mesh)
     # Only networks that see whole clips: in a compiled block the KV cache's numbers would be frozen.
     compiles = recipe.compile and recipe.distils
-    done: set[int] = set()
-    for role in filter(None, (roles.student, roles.teacher, roles.fake_score)):
-        if id(role.network) not in done:
-            done.add(id(role.network))
-            spread(role.network, recipe, device, mesh, compiled=compiles and role.network is not roles.student.network)
-    return roles
+    if not recipe.lora_rank:
+        own = spread_out(student(dtype=torch.float32), compiled=False)
+        return Networks(
+            Role(own),
+            Role(spread_out(teacher(dtype=frozen).requires_grad_(False), compiled=compiles)) if needs_teacher else None,
+            Role(spread_out(teacher(), compiled=compiles)) if needs_fake_score else None,
+        )
+    adapters = ("fake_score",) if needs_fake_score else ()
+    if recipe.student_weights == recipe.teacher:
+        own = teacher(dtype=frozen)
+        add_adapters(own, recipe.lora_rank, ("student", *adapters), recipe.seed)
+        own = base = spread_out(own, compiled=False)
+    else:
+        own = student()
+        add_adapters(own, recipe.lora_rank, ("student",), recipe.seed)
+        own = spread_out(own, compiled=False)
+        base = teacher(dtype=frozen)
+        add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
+        base = spread_out(base, compiled=compiles)
+    return Networks(
+        Role(own, "student", shared=True),
+        Role(base, None, shared=True) if needs_teacher else None,
+        Role(base, "fake_score", shared=True) if needs_fake_score else None,
+    )
 
 
-def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, *, compiled: bool) -> None:
-    """Activation checkpointing, then compile, then fully_shard block by block (torchtitan's order), in place."""
+def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, *, compiled: bool) -> WanDiT:
+    """Activation checkpointing, then compile, then fully_shard block by block (torchtitan's order), in place.
+
+    Returns:
+        the network.
+    """
     network.activation_checkpointing = recipe.activation_checkpointing
     if compiled:
         for block in network.blocks:
             block.compile()
     if mesh is None:
-        network.to(device)
-        return
+        return network.to(device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
@@ -176,6 +179,7 @@ def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMe
     # in the forwards after an optimizer's step, or after the averaged weights took their place and left it.
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return network
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -221,6 +221,7 @@ def stream(
         watch: sees the input of every forward.
     """
     cache = KVCache(settings, frames)
+    alone = frames <= settings.frames_per_chunk  # one chunk: nobody would read its keys and values
 
     def denoise(x: Tensor, at: Forward) -> Tensor:
         if watch is not None:
@@ -228,7 +229,8 @@ def stream(
         flow = flow_of(optical_flow, at)
 
         def predict(text: Tensor, name: str) -> Tensor:
-            return predict_x0(network, x, at.sigma, text, precision, cache=cache.condition(name), optical_flow=flow)
+            seen = None if alone else cache.condition(name)
+            return predict_x0(network, x, at.sigma, text, precision, cache=seen, optical_flow=flow)
 
         x0 = predict(context, "positive")
         if cfg == 1:

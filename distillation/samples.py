@@ -13,13 +13,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diagonal_sampler.demo_autoencoder import (
-    TIME_FACTOR,
-    WAN_LATENT_MEAN,
-    WAN_LATENT_STD,
-    DemoAutoencoder,
-    load_demo_autoencoder,
-)
+from diagonal_sampler.demo_autoencoder import WAN_LATENT_MEAN, WAN_LATENT_STD, DemoAutoencoder, load_demo_autoencoder
+from diagonal_sampler.frames import TIME_FACTOR
 from distillation.common import autocast
 
 VIDEO_SCALE = 4  # the demo's 64 pixels are hard to see

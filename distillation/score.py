@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagonal_sampler.captions import DIRECTIONS, SHAPES, CaptionEncoder, SpriteSpec, parse_caption
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, latent_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
 from diagonal_sampler.settings import CausalSettings

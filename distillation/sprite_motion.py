@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, TIME_FACTOR, latent_frames
+from diagonal_sampler.demo_autoencoder import SPACE_FACTOR
 from diagonal_sampler.flow import ADAPTER_CHANNELS, NothingValid, OpticalFlow, adapter_features
+from diagonal_sampler.frames import TIME_FACTOR, latent_frames
 from distillation import sprites
 from distillation.sprites import FRAME_SIZE, Scenes
 

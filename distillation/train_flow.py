@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, tokenize_captions
-from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, DemoAutoencoder, latent_frames
+from diagonal_sampler.demo_autoencoder import SPACE_FACTOR, DemoAutoencoder
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from distillation import sprite_motion, sprites

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, latent_frames
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import latent_frames
 from distillation import sprites, train_flow
 from distillation.common import autocast, generator_at
 from distillation.demo_files import NETWORK_FILES, TrainedFor, load_dit, load_models, trained_for, write_changed

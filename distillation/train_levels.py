@@ -54,14 +54,9 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
-from diagonal_sampler.demo_autoencoder import (
-    LATENT_CHANNELS,
-    SPACE_FACTOR,
-    DemoAutoencoder,
-    latent_frames,
-    pixel_frames,
-)
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import latent_frames, pixel_frames
 from diagonal_sampler.sampler import mix
 from diagonal_sampler.schedule import (
     DEMO_PRESET,

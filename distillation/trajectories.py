@@ -1,6 +1,6 @@
 """Clips on disk: the teacher's ODE trajectories (stage ode, made here) or latents of real video (stage forcing).
 
-A folder of `clips-*.safetensors`, each with
+A folder of `clips-*.safetensors` (trajectories: `clips-FIRST.safetensors`, by the number of its first clip), each with
 
     latents      [N, C, T, H, W] clean latents in the model's own scale
     prompt_rows  int64 [N], rows of the prompts file
@@ -34,6 +34,7 @@ from distillation.rollout import BatchNoise, sample_seed, stream
 from distillation.run_folder import barrier
 
 MADE_FOR = "made_for"
+CLIP_FILES = "clips-*.safetensors"
 _CLOSE = 1e-6  # noise levels nearer than this are one
 
 
@@ -49,12 +50,14 @@ def trajectory_schedule(recipe: Recipe) -> DiagonalSchedule:
     for sigma in sorted((*even, *schedule_sigmas(recipe)), reverse=True):
         if not merged or merged[-1] - sigma > _CLOSE:
             merged.append(sigma)
-    return DiagonalSchedule(sigmas=(tuple(merged),), context_mode="clean", shift=recipe.shift, fresh_noise=False)
+    # A teacher that sees the whole clip at once leaves nothing in a cache, so it needs no pass to write it.
+    mode = "noisy" if recipe.score_attention == "bidirectional" else "clean"
+    return DiagonalSchedule(sigmas=(tuple(merged),), context_mode=mode, shift=recipe.shift, fresh_noise=False)
 
 
 def made_for(recipe: Recipe) -> str:
     """What trajectories depend on, beside sizes and noise levels."""
-    values = {name: getattr(recipe, name) for name in ("seed", "cfg", "ode_steps", "score_attention", "micro_batch")}
+    values = {name: getattr(recipe, name) for name in ("seed", "cfg", "ode_steps", "score_attention")}
     names = {name: Path(getattr(recipe, name)).name for name in ("teacher", "prompts")}
     if recipe.flow_adapter:
         names["flow_adapter"] = Path(recipe.flow_adapter).name
@@ -129,19 +132,19 @@ def make_trajectories(
     flows: FlowFields | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Fills `folder` with `ode_clips` trajectories, a file a micro-batch; files that are there are kept."""
+    """Fills `folder` with `ode_clips` trajectories, a file a micro-batch; clips that are there are kept.
+
+    Clip n follows from its number alone, so that a folder may be filled in parts, by any number of ranks and with other
+    micro-batches.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    size = recipe.micro_batch
-    files = -(-recipe.ode_clips // size)
-    for first in range(0, files, ranks):
-        barrier()  # every rank sees the same files, and a sharded teacher needs all ranks in each forward
-        group = [folder / f"clips-{number:05d}.safetensors" for number in range(first, min(first + ranks, files))]
-        complete = all(path.exists() for path in group)
-        barrier()
-        if complete:
-            continue
-        number = min(first + rank, files - 1)
-        indices = range(number * size, min((number + 1) * size, recipe.ode_clips))
+    barrier()
+    batches = _missing(folder, recipe)
+    barrier()  # every rank has seen the same files
+    for first in range(0, len(batches), ranks):
+        # A sharded teacher needs all ranks in each forward: those without a batch of their own make the last one too.
+        own = first + rank
+        indices = batches[min(own, len(batches) - 1)]
         rows = [index % len(prompts) for index in indices]
         seeds = [sample_seed(recipe.seed, "ode", index) for index in indices]
         flow = None if flows is None else flows.features(rows, seeds, recipe.frames)
@@ -153,8 +156,7 @@ def make_trajectories(
         on_device = None if flow is None else flow.to(device)
         context = prompts.embeddings(rows).to(device)
         path, clip = trajectories(recipe, teacher, context, negative, noise, precision, on_device)
-        if first + rank < files:
-            target = folder / f"clips-{number:05d}.safetensors"
+        if own < len(batches):
             tensors = {
                 "latents": clip.half().cpu(),
                 "trajectory": path.half().cpu(),
@@ -163,9 +165,28 @@ def make_trajectories(
             }
             if flow is not None:
                 tensors["optical_flow"] = flow.half()
-            write_weights(target, tensors, {MADE_FOR: made_for(recipe)})
-        report(min(first + ranks, files), files)
+            write_weights(folder / f"clips-{indices[0]:06d}.safetensors", tensors, {MADE_FOR: made_for(recipe)})
+        report(min(first + ranks, len(batches)), len(batches))
     barrier()
+
+
+def _missing(folder: Path, recipe: Recipe) -> list[range]:
+    """Runs of at most `micro_batch` clips that no file of the folder holds; ValueError as ClipFolder."""
+    there: set[int] = set()
+    if any(folder.glob(CLIP_FILES)):
+        for path, row in ClipFolder(folder, recipe, with_trajectory=True).rows:
+            first = path.stem.removeprefix("clips-")
+            if first.isdecimal():
+                there.add(int(first) + row)
+    out: list[range] = []
+    for clip in range(recipe.ode_clips):
+        if clip in there:
+            continue
+        if out and out[-1].stop == clip and len(out[-1]) < recipe.micro_batch:
+            out[-1] = range(out[-1].start, clip + 1)
+        else:
+            out.append(range(clip, clip + 1))
+    return out
 
 
 class ClipFolder:
@@ -181,7 +202,7 @@ class ClipFolder:
         self.with_trajectory, self.with_flow = with_trajectory, bool(recipe.flow_adapter)
         self.rows: list[tuple[Path, int]] = []
         wanted = [recipe.model.in_channels, recipe.frames, recipe.height, recipe.width]
-        for path in sorted(folder.glob("clips-*.safetensors")):
+        for path in sorted(folder.glob(CLIP_FILES)):
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 needed = {"latents", "prompt_rows"} | ({"trajectory", "sigmas"} if with_trajectory else set())

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import comfy.sd
 from torch import Tensor
 
-TEMPORAL_STRIDE = 4
-"""Pixel frames of a latent frame after the first, which holds one."""
+from ..diagonal_sampler import frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,6 @@ def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> Con
                 f"The {name} of the images is {size} pixels; it must be a multiple of {step}. The nearest that fit are "
                 f"{down} and {size - size % step + step}: scale the images, or crop them."
             )
-    taken = min(latent_frames, (len(images) - 1) // TEMPORAL_STRIDE + 1)
-    pixel_frames = TEMPORAL_STRIDE * (taken - 1) + 1
+    pixel_frames = frames.pixel_frames(min(latent_frames, frames.latent_frames(len(images))))
     latent = vae.encode(images[-pixel_frames:, :, :, :3])
     return ContextFrames(latent=latent, pixel_frames=pixel_frames)

@@ -17,14 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..diagonal_sampler.captions import CaptionEncoder, CaptionEncoderConfig, load_caption_encoder, tokenize_captions
-from ..diagonal_sampler.demo_autoencoder import (
-    LATENT_CHANNELS,
-    SPACE_FACTOR,
-    TIME_FACTOR,
-    latent_frames,
-    load_demo_autoencoder,
-    pixel_frames,
-)
+from ..diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, load_demo_autoencoder
+from ..diagonal_sampler.frames import TIME_FACTOR, latent_frames, pixel_frames
 from ..diagonal_sampler.provenance import causal_settings
 from .causal import make_causal
 from .loading import load_wan

@@ -13,9 +13,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import TIME_FACTOR, AdapterField, OpticalFlow
+from ..diagonal_sampler.flow import AdapterField, OpticalFlow
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
+from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.noise import NoiseSource, SeededNoise
 from ..diagonal_sampler.sampler import Forward
 from ..diagonal_sampler.schedule import DiagonalSchedule

@@ -13,8 +13,8 @@ from typing import Any
 
 import folder_paths
 
+from ..diagonal_sampler.frames import TIME_FACTOR
 from .clip_plan import ClipPlan
-from .context_frames import TEMPORAL_STRIDE
 from .prompts import LivePrompt
 from .sampling import Resume
 from .stream_state import (
@@ -102,7 +102,7 @@ class StreamOptions:
     @property
     def latent_frames(self) -> int:
         """Latent frames that hold them; the last one's surplus is not written."""
-        return -(-(self.frames - 1) // TEMPORAL_STRIDE) + 1
+        return -(-(self.frames - 1) // TIME_FACTOR) + 1
 
 
 @dataclass(frozen=True, slots=True)

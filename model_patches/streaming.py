@@ -183,7 +183,7 @@ def stream_video(
             run.stop()
             raise
         seconds = time.perf_counter() - started
-    made = frames - opened.state.frames
+    made = run.made
     length = float(frames / options.rate)
     message += f"\nDone: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
     log.info("%s: %d frames, %d of them made now in %.0f s.", opened.path.name, frames, made, seconds)
@@ -265,13 +265,18 @@ class _Run:
         if opened.resumed:
             decoder.restore(load_tensors(opened.state_path, DECODER))
         tail = load_tensors(opened.state_path, TAIL).get(TAIL_FRAMES) if opened.resumed else None
-        self._thread = WritingThread(opened, options, tail, plan.settings.frames_per_chunk, on_frames)
+        self._thread = WritingThread(opened, options, tail, plan, on_frames)
 
     @property
     def tail(self) -> Tensor:
         """The last frames of the video, [T, H, W, 3]: those of one chunk."""
         self._thread.drain()
         return self._thread.tail
+
+    @property
+    def made(self) -> int:
+        """Frames that this run made: neither an earlier run's nor given."""
+        return self._thread.made
 
     def watched(self, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
         """Progress that also ends the run soon after writing has failed."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context_frames import TEMPORAL_STRIDE
+from ..diagonal_sampler.frames import pixel_frames
+from .clip_plan import ClipPlan
 from .stream_decode import DecodeHandle
 from .stream_files import Opened, StreamOptions
 from .video_writer import FrameValueError
@@ -26,13 +27,14 @@ REPORT_SECONDS = 0.1
 class StreamProgress:
     """Frames that can be watched: `frames` of `length`, in `path`; the run began at frame `resumed_at`.
 
-    `subfolder` is the one of ComfyUI's output folder that the path lies in. `newest` are those written since the
-    last such call, [n, H, W, 3] in [0, 1].
+    `made` of them are this run's own: neither given nor an earlier run's. `subfolder` is the one of ComfyUI's output
+    folder that the path lies in. `newest` are those written since the last such call, [n, H, W, 3] in [0, 1].
     """
 
     path: Path
     subfolder: str
     frames: int
+    made: int
     length: int
     resumed_at: int
     rate: Fraction
@@ -47,13 +49,14 @@ class WritingThread:
         opened: Opened,
         options: StreamOptions,
         tail: Tensor | None,
-        tail_latent_frames: int,
+        plan: ClipPlan,
         on_frames: Callable[[StreamProgress], None] | None,
     ) -> None:
         self.opened = opened
         self.options = options
         self.tail = torch.empty(0, options.height, options.width, 3) if tail is None else tail
-        self._tail_frames = TEMPORAL_STRIDE * (tail_latent_frames - 1) + 1
+        self._tail_frames = pixel_frames(plan.settings.frames_per_chunk)
+        self._before = max(opened.state.frames, pixel_frames(plan.context_frames))
         self._on_frames = on_frames
         self._newest = self.tail[:0]
         self._reported = opened.state.frames
@@ -62,6 +65,11 @@ class WritingThread:
         self._chunks: queue.Queue[tuple[DecodeHandle, str] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="diagonal-stream", daemon=True)
         self._thread.start()
+
+    @property
+    def made(self) -> int:
+        """Frames of this run that can be watched; see StreamProgress."""
+        return max(0, self.opened.writer.frames - self._before)
 
     def put(self, chunk: DecodeHandle, name: str) -> None:
         """Hand over a chunk, with its name for an error; waits while the one before the last is still being written."""
@@ -98,6 +106,7 @@ class WritingThread:
                         path=self.opened.path,
                         subfolder=self.opened.subfolder,
                         frames=frames,
+                        made=self.made,
                         length=self.options.frames,
                         resumed_at=self.opened.state.frames,
                         rate=self.options.rate,

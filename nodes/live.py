@@ -11,6 +11,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ..diagonal_sampler.frames import pixel_frames
 from ..diagonal_sampler.sampler import Chunk
 from ..model_patches.previews import as_address, frame_pictures, preview_of
 from ..model_patches.sampling import Progress
@@ -55,8 +56,9 @@ class LiveReport:
         """After every finished chunk: the first clip's frames, quickly made."""
         frames = [] if self.frames_of is None else self.frames_of(chunk.latents)
         if self.given is None:
-            self.given = max(0, 4 * chunk.start_frame - 3)
-        self._send_pictures(frames, 4 * (chunk.start_frame + chunk.latents.shape[2]) - 3 - self.given)
+            self.given = pixel_frames(chunk.start_frame)
+        end = pixel_frames(chunk.start_frame + chunk.latents.shape[2])
+        self._send_pictures(frames, end - self.given)
 
     def frames(self, images: Tensor, made: int) -> None:
         """After decoded frames [n, H, W, 3] in [0, 1]: one in four of them. `made` in this run, these included.

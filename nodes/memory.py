@@ -10,10 +10,10 @@ from typing import Any
 import folder_paths
 from aiohttp import web
 
+from ..diagonal_sampler.frames import latent_frames
 from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import CausalSettings
-from ..model_patches.context_frames import TEMPORAL_STRIDE
 from ..model_patches.memory import available_memory, decoder_facts, file_facts
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
 from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
@@ -30,7 +30,7 @@ MODEL_FOLDERS = {
 DEMO_NODE = "DiagonalDemoLoader"
 LATENT_CELL = 8  # pixels of its side
 TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
-MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 10_000_000, 4096
+MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 100_000_000, 4096
 
 
 async def get_memory(request: web.Request) -> web.Response:
@@ -138,7 +138,7 @@ def _clip(query: Mapping[str, str], settings: CausalSettings) -> ClipSize:
         raise ValueError(f"cfg is {query['cfg'][:40]!r}; it must be a number.") from None
     return ClipSize(
         settings=settings,
-        frames=(length - 1) // TEMPORAL_STRIDE + 1,
+        frames=latent_frames(length),
         rows=height // LATENT_CELL,
         columns=width // LATENT_CELL,
         batch=_whole(query, "batch", 1, MAX_BATCH, "1"),

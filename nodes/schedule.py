@@ -150,8 +150,8 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         For each chunk shown its noise levels (`sigmas`), the level of the cache pass (None without one), what the next
-        chunk sees of it (`context_sigma`), whether `steps` decides (`editable`), the most steps a chunk may have, the
-        info line and warnings; or `error`.
+        chunk sees of it (`context_sigma`); whether `steps` decides (`editable`), how many chunks the schedule lists
+        (`listed`), the most steps a chunk may have, the cost of a clip, and what is to be warned of; or `error`.
     """
     try:
         schedule = build_schedule(
@@ -173,6 +173,7 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
         "cache_pass": schedule.cache_pass_sigma,
         "context_sigma": [schedule.context_sigma_of(chunk) for chunk in range(chunks)],
         "editable": not widgets.get("sigmas", "").strip() and len(schedule.sigmas) <= chunks,
+        "listed": len(schedule.sigmas),
         "max_steps": MAX_STEPS,
         "context_mode": schedule.context_mode,
         "cost": asdict(schedule.cost()),

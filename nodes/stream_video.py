@@ -224,7 +224,7 @@ class _StreamReporter:
         """Called in the writing thread; ComfyUI's send functions may be."""
         seconds, length = (float(count / progress.rate) for count in (progress.frames, progress.length))
         self._show(f"{self.headline}\n{seconds:.1f} of {length:.1f} s can be watched.")
-        self.live.frames(progress.newest, progress.frames - progress.resumed_at)
+        self.live.frames(progress.newest, progress.made)
         server = PromptServer.instance
         server.send_sync(
             STREAM_EVENT,

@@ -171,7 +171,9 @@ class ScheduleDrawing {
     say(phrase("cost", { steps, mode: reply.context_mode, forwards, chunks, uniform, more, ratio }), "info");
     if (reply.uninformative !== null)
       say(phrase("uninformative", { sigma: reply.uninformative.toFixed(3) }), "warning");
-    if (!reply.editable) say(phrase("own_sigmas"), "hint");
+    const drawn = reply.sigmas.length;
+    if (reply.listed > drawn) say(phrase("drawn_part", { drawn, listed: reply.listed }), "hint");
+    else if (!reply.editable) say(phrase("own_sigmas"), "hint");
   }
 
   addColumn(chunk, last, left, column, bottom) {
@@ -179,7 +181,8 @@ class ScheduleDrawing {
     const area = element("rect", { x: left, y: 0, width: column, height: bottom + PLOT.bottom }, this.svg);
     area.setAttribute("class", this.reply.editable ? "column editable" : "column");
     area.dataset.chunk = chunk;
-    const name = phrase(last ? "chunk_and_later" : "chunk", { chunk: chunk + 1 });
+    const repeats = last && this.reply.listed <= this.reply.sigmas.length;
+    const name = phrase(repeats ? "chunk_and_later" : "chunk", { chunk: chunk + 1 });
     const levels = this.reply.sigmas[chunk].map((sigma) => sigma.toFixed(3)).join(", ");
     element("title", {}, area, phrase("chunk_steps", { name, steps, levels }));
     if (!this.reply.editable) return;

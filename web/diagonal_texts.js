@@ -69,6 +69,10 @@ const TEXTS = {
     "Steps follow your sigmas; empty that field to drag them.",
     "步数由自定义噪声水平决定；清空该栏后才能拖动。",
   ],
+  drawn_part: [
+    "The first {drawn} of {listed} listed chunks are drawn; change steps in the text.",
+    "图中只画出所列 {listed} 个块中的前 {drawn} 个；请在文本中修改步数。",
+  ],
   chunk: ["chunk {chunk}", "第 {chunk} 块"],
   chunk_and_later: ["chunk {chunk} and later", "第 {chunk} 块及以后"],
   chunk_steps: ["{name}: {steps} steps at sigma {levels}", "{name}：{steps} 步，sigma 为 {levels}"],

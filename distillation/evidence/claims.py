@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA
 from distillation.evidence.arithmetic import DEMO_SIZE, WAN_1_3B_480P, clip_flops
 from distillation.evidence.measures import DRIFTS, MEASURES, NUMBER, PER_CAPTION, POINTS, SHARE, Measured, Timing

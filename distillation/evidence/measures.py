@@ -18,15 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, SpriteSpec, load_caption_encoder, parse_caption
-from diagonal_sampler.demo_autoencoder import (
-    LATENT_CHANNELS,
-    SPACE_FACTOR,
-    DemoAutoencoder,
-    latent_frames,
-    load_demo_autoencoder,
-    pixel_frames,
-)
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, DemoAutoencoder, load_demo_autoencoder
 from diagonal_sampler.dit import WanDiT
+from diagonal_sampler.frames import latent_frames, pixel_frames
 from distillation import demo_files, score, sprites
 from distillation.common import git_commit
 from distillation.evidence.rows import Control, Row, check_header, find_checkpoint

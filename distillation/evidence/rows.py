@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.sampler import count_forwards
 from diagonal_sampler.schedule import (

@@ -124,6 +124,17 @@ def test_a_bad_value_is_said_and_own_sigmas_cannot_be_dragged(drawing):
     assert "empty that field" in drawing.words("hint")
 
 
+def test_more_chunks_than_are_drawn_are_said(drawing):
+    drawing.set("steps", ",".join(["4", "3"] * 15))
+    drawing.wait([4, 3] * 12)
+    assert drawing.words("hint") == "The first 24 of 30 listed chunks are drawn; change steps in the text."
+    titles = drawing.page.locator(".diagonal-schedule title").all_text_contents()
+    assert not any("and later" in title for title in titles)
+    drawing.set("steps", "4,3")
+    drawing.wait([4, 3, 3, 3, 3, 3, 3])
+    assert any("chunk 7 and later" in text for text in drawing.page.locator("title").all_text_contents())
+
+
 def test_the_node_saves_and_exports_as_before(drawing):
     saved = drawing.page.evaluate("() => app.graph.serialize().nodes[0].widgets_values")
     assert saved == DEFAULTS

@@ -699,6 +699,11 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent):
     expected = (vae.decode(whole)[0][:32] * 255).clamp(0, 255)
     found = result.video.get_components().images * 255
     assert (found - expected).abs().max() <= 1.001  # both are rounded
+    assert "32 frames (2.0 s of video), 7 of them made now" in result.message
+    seen = []
+    result = stream(options(format="png", filename_prefix="anew"), context=given, on_frames=seen.append)
+    assert "32 frames (2.0 s of video), 31 of them made now" in result.message, "one was given"
+    assert [at.made for at in seen] == [at.frames - 1 for at in seen]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from diagonal_sampler.demo_autoencoder import (
     COMPONENTS,
     DemoAutoencoder,
     DemoAutoencoderConfig,
-    latent_frames,
     load_demo_autoencoder,
-    pixel_frames,
     save_demo_autoencoder,
 )
+from diagonal_sampler.frames import latent_frames, pixel_frames
 
 TINY = DemoAutoencoderConfig(inner_dim=8, outer_dim=8, blocks=1)
 

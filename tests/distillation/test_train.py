@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from distillation import recipes, run_folder, train
 from distillation.networks import read_wan
 from distillation.recipes import RECIPES, Recipe
 from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed
+from distillation.trajectories import teacher_settings, trajectory_schedule
 
 TIMEOUT_S = 300
 
@@ -325,6 +327,48 @@ def test_trajectories_are_kept_and_another_schedule_refused(inputs, tmp_path):
         trainer_of(replace(recipe, steps="4,2"), tmp_path / "c")
     with pytest.raises(ValueError, match="was made for .*cfg"):
         trainer_of(replace(recipe, cfg=2.0), tmp_path / "d")
+
+
+def test_trajectories_are_filled_up_with_another_micro_batch_or_number_of_clips(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "whole"), updates=1, ode_clips=7, micro_batch=1)
+    whole = trainer_of(recipe, tmp_path / "a").clips
+    parts = replace(recipe, clips=str(tmp_path / "parts"), ode_clips=3, batch=4, micro_batch=2)
+    trainer_of(parts, tmp_path / "b")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+    assert sorted(path.name for path in kept) == ["clips-000000.safetensors", "clips-000002.safetensors"]
+    (tmp_path / "parts" / "clips-000000.safetensors").unlink()
+    more = trainer_of(replace(parts, ode_clips=7, batch=3, micro_batch=3), tmp_path / "c").clips
+    names = [f"clips-{first:06d}.safetensors" for first in (0, 2, 3, 6)]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == names
+    same = tmp_path / "parts" / names[1]
+    assert same.stat().st_mtime_ns == kept[same], "what is there is not made again"
+    for clip in range(7):
+        for left, right in zip(whole.take([clip]), more.take([clip]), strict=True):
+            assert left == right if isinstance(left, list | None) else torch.allclose(left, right, atol=2e-3)
+    with pytest.raises(ValueError, match="was made for"):  # before anything is made
+        trainer_of(replace(recipe, seed=5, ode_clips=10**9), tmp_path / "d")
+
+
+def test_a_teacher_that_sees_the_whole_clip_keeps_no_cache(inputs, monkeypatch, tmp_path):
+    """Its clips are those of the same loop through a cache, which nothing would read."""
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=1, score_attention="bidirectional")
+    trainer = trainer_of(recipe, tmp_path / "run")
+    latents, _, rows, _ = trainer.clips.take([1])
+    network, context = trainer.networks.teacher.network, trainer.prompts.embeddings(rows)
+    schedule = trajectory_schedule(recipe).sigmas[0]
+    cache = KVCache(teacher_settings(recipe), recipe.frames)
+    cache.begin(recipe.frames)
+    x = trainer.noise([sample_seed(recipe.seed, "ode", 1)])(0, -1, recipe.frames)
+    for sigma, then in pairwise((*schedule, 0.0)):
+        positive, negative = (
+            predict_x0(network, x, sigma, text, torch.float32, cache=cache.condition(name)).detach()
+            for name, text in (("p", context), ("n", trainer.negative))
+        )
+        x0 = negative + recipe.cfg * (positive - negative)
+        x = x0 + then * (x - x0) / sigma
+    torch.testing.assert_close(latents, x, atol=2e-3, rtol=2e-3)  # fp16 on disk
+    monkeypatch.setattr(KVCache, "condition", lambda *args: pytest.fail("a cache is written"))
+    trainer_of(replace(recipe, clips=str(tmp_path / "again")), tmp_path / "again")
 
 
 def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diagonal_sampler.demo_autoencoder import latent_frames
+from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
 from distillation import copies, demo_files, demo_run, score, sprites, train_levels
 from distillation.common import autocast, generator_at
