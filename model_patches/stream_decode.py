@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import comfy.latent_formats
 import comfy.model_management
@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
 
 log = logging.getLogger(__name__)
-
-LatentScaling = Literal["auto", "comfyui", "wan"]
 
 WAN_GROUP_FRAMES = 2
 """Latent frames that Wan's decoder takes at once after the first, as ComfyUI feeds it."""
@@ -76,12 +74,10 @@ class _Architecture:
     Attributes:
         new_clip: makes the state of a clip that has not begun.
         estimate_frames: latent frames to ask ComfyUI's memory estimate for, from those of a chunk.
-        exact: whether the chunks equal the whole clip.
     """
 
     new_clip: Callable[[], _ClipState]
     estimate_frames: Callable[[int], int]
-    exact: bool = True
 
 
 class _FeatureCache(list):
@@ -271,17 +267,14 @@ class StreamDecoder:
 
     Attributes:
         vae: the user's VAE, which is never changed.
-        exact: whether the chunks equal VAEDecode of the whole clip; False for an unknown VAE.
     """
 
-    def __init__(self, vae: comfy.sd.VAE, architecture: _Architecture, keep_loaded: Sequence[ModelPatcher]) -> None:
+    def __init__(self, vae: comfy.sd.VAE, architecture: _Architecture) -> None:
         self.vae = vae
-        self.exact = architecture.exact
         self._architecture = architecture
-        self._keep_loaded = tuple(keep_loaded)
+        self._keep_loaded: tuple[ModelPatcher, ...] = ()
         self._clips: list[_ClipState] = []
         self._size: tuple[int, int, int] | None = None  # batch, height and width of the clip's latents
-        self._image_size: tuple[int, int, int, int] = (0, 0, 0, 0)  # batch, height, width, channels of its images
         self._refusal: str | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -330,24 +323,16 @@ class StreamDecoder:
             raise
         return handle
 
-    def flush(self) -> Tensor:
-        """End the clip: the frames that the decoder still holds, [B, T_pix, H, W, C] as in `decode`.
-
-        None of the decoders has a delay, so T_pix is 0. The state stays; `reset` frees it.
-        """
-        batch, *rest = self._image_size
-        return torch.empty((batch, 0, *rest), dtype=self.vae.vae_output_dtype())
-
     def reset(self) -> None:
         """Free the state; the next chunk begins another clip, of any size."""
         self._wait()
         self._clips = []
         self._size = None
-        self._image_size = (0, 0, 0, 0)
         self._refusal = None
 
     def keep_loaded(self, models: Sequence[ModelPatcher]) -> None:
-        """Name the models that must stay on the GPU if the VAE has to be loaded, in place of those before."""
+        """Name the models that must stay on the GPU if the VAE has to be loaded, in place of those before: the guider's
+        `model_patcher`, when chunks are decoded while it samples."""
         self._keep_loaded = tuple(models)
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -363,7 +348,7 @@ class StreamDecoder:
         self._wait()
         if not self._clips:
             return {}
-        out = {"size": torch.tensor(self._size), "image_size": torch.tensor(self._image_size)}
+        out = {"size": torch.tensor(self._size)}
         for number, clip in enumerate(self._clips):
             for name, value in clip.snapshot().items():
                 out[f"{number}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
@@ -391,7 +376,6 @@ class StreamDecoder:
                 own = {name.removeprefix(prefix): x for name, x in snapshot.items() if name.startswith(prefix)}
                 clip.restore({name: x.to(device, copy=True) for name, x in own.items()})
         self._size = (batch, height, width)
-        self._image_size = tuple(snapshot["image_size"].tolist())
         self._clips = clips
 
     def close(self) -> None:
@@ -488,55 +472,37 @@ class StreamDecoder:
             pixels = clip.decode(sample).to(dtype=self.vae.vae_output_dtype(), copy=True)
             self.vae.process_output(pixels)  # in place; VAE.decode does not use what it returns
             images.append(pixels.movedim(1, -1))
-        result = torch.cat(images).contiguous()
-        batch, _, *size = result.shape
-        self._image_size = (batch, *size)
-        return result
+        return torch.cat(images).contiguous()
 
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
 
 
-def stream_decoder(
-    vae: comfy.sd.VAE, *, latent_scaling: LatentScaling = "auto", keep_loaded: Sequence[ModelPatcher] = ()
-) -> StreamDecoder:
+def stream_decoder(vae: comfy.sd.VAE) -> StreamDecoder:
     """A decoder that takes the chunks of a clip one by one.
 
     Args:
-        vae: a video VAE as ComfyUI's loaders give it.
-        latent_scaling: what a TAEHV of 16 channels does to the latents first. lighttaew2_1 and taew2_1 have the same
-            layout; ComfyUI tells them apart by the number format of the file alone, and takes a float16 file for
-            HunyuanVideo's. "auto" uses Wan's scaling for such a file, since this pack makes Wan's latents, and
-            otherwise what ComfyUI uses. "comfyui" always does as ComfyUI. "wan" always uses Wan's: for a taew2_1
-            that was saved in another format.
-        keep_loaded: models that must stay on the GPU if the VAE has to be loaded: the guider's `model_patcher`, when
-            chunks are decoded while it samples.
+        vae: a video VAE as ComfyUI's loaders give it. lighttaew2_1 and taew2_1 have the same layout; ComfyUI tells
+            them apart by the number format of the file alone, and takes a float16 file for HunyuanVideo's. Such a file
+            is decoded with Wan's scaling, since this pack makes Wan's latents.
 
     Returns:
-        the decoder. For an unknown VAE it decodes overlapping windows, its `exact` is False, and a warning is logged.
+        the decoder. For an unknown VAE it decodes overlapping windows, and a warning is logged.
 
     Raises:
-        ValueError: a VAE that does not decode video, or a latent_scaling that does not fit it.
+        ValueError: a VAE that does not decode video.
     """
     vae.throw_exception_if_invalid()
-    model = vae.first_stage_model
-    if latent_scaling not in get_args(LatentScaling):
-        raise ValueError(f"latent_scaling={latent_scaling!r} is unknown; choose one of {get_args(LatentScaling)}.")
-    if latent_scaling == "wan" and not (isinstance(model, TAEHV) and model.latent_channels == 16):
-        raise ValueError(
-            f"latent_scaling='wan' is for the tiny VAE taew2_1; this VAE is a {type(model).__name__} of "
-            f"{vae.latent_channels} channels. Use 'auto'."
-        )
-    return StreamDecoder(vae, _recognise(vae, latent_scaling), keep_loaded)
+    return StreamDecoder(vae, _recognise(vae))
 
 
-def _recognise(vae: comfy.sd.VAE, latent_scaling: LatentScaling) -> _Architecture:
+def _recognise(vae: comfy.sd.VAE) -> _Architecture:
     model = vae.first_stage_model
     if isinstance(model, WanVAE):
         return _Architecture(lambda: _WanClip(model), lambda frames: max(frames, WAN_ESTIMATE_FRAMES))
     if isinstance(model, TAEHV):
-        scale = _taehv_scaling(model, latent_scaling)
+        scale = _taehv_scaling(model)
         return _Architecture(lambda: _TaehvClip(model, scale), lambda frames: frames)
     if isinstance(model, DemoAutoencoder):
         return _Architecture(lambda: _DemoClip(model), lambda frames: frames)
@@ -552,17 +518,15 @@ def _recognise(vae: comfy.sd.VAE, latent_scaling: LatentScaling) -> _Architectur
         WINDOW_CONTEXT_FRAMES,
     )
     return _Architecture(
-        lambda: _WindowClip(model, vae.upscale_ratio[0]), lambda frames: frames + WINDOW_CONTEXT_FRAMES, exact=False
+        lambda: _WindowClip(model, vae.upscale_ratio[0]), lambda frames: frames + WINDOW_CONTEXT_FRAMES
     )
 
 
-def _taehv_scaling(model: TAEHV, latent_scaling: LatentScaling) -> Callable[[Tensor], Tensor]:
-    taken_for_hunyuan = model.latent_format is comfy.latent_formats.HunyuanVideo
-    if latent_scaling == "comfyui" or (latent_scaling == "auto" and not taken_for_hunyuan):
+def _taehv_scaling(model: TAEHV) -> Callable[[Tensor], Tensor]:
+    if model.latent_format is not comfy.latent_formats.HunyuanVideo:
         return model.process_in
-    if taken_for_hunyuan:
-        log.warning(
-            "The tiny VAE's file is float16, so that ComfyUI takes it for HunyuanVideo's. It is streamed as Wan's "
-            "taew2_1, with Wan's latent scaling; VAE Decode would use HunyuanVideo's."
-        )
+    log.warning(
+        "The tiny VAE's file is float16, so that ComfyUI takes it for HunyuanVideo's. It is streamed as Wan's taew2_1, "
+        "with Wan's latent scaling; VAE Decode would use HunyuanVideo's."
+    )
     return comfy.latent_formats.Wan21().process_in

@@ -48,7 +48,6 @@ export function stepsText(steps) {
 class ScheduleDrawing {
   constructor(node) {
     this.node = node;
-    this.drawn = null; // the values that the drawing shows
     this.asked = null; // the values that the server was asked about last
     this.reply = null;
     this.root = document.createElement("div");
