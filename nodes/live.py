@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -34,7 +35,7 @@ class LiveReport:
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.given: int | None = None  # pixel frames before the first chunk
         self.first: float | None = None  # seconds until the first pictures
-        self.frames_of = preview_of(model)
+        self.model = model
 
     def progress(self, progress: Progress) -> None:
         """After every forward."""
@@ -51,6 +52,11 @@ class LiveReport:
             step=max(progress.step + 1, 0),
             steps=progress.steps,
         )
+
+    @cached_property
+    def frames_of(self) -> Callable[[Tensor], Iterable[Image.Image]] | None:
+        """See preview_of; made when it is needed, for it may load a preview model's file."""
+        return preview_of(self.model)
 
     def chunk(self, chunk: Chunk) -> None:
         """After every finished chunk: the first clip's frames, quickly made."""

@@ -13,6 +13,7 @@ from aiohttp import web
 from ..diagonal_sampler.frames import latent_frames
 from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
+from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import CausalSettings
 from ..model_patches.memory import available_memory, decoder_facts, file_facts
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
@@ -44,8 +45,9 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         query: as text, `node` (the loader's type), `file`, `weights`, `weight_dtype`; `frames_per_chunk`, `window`,
-            `sink` of the node that makes the model causal; `width`, `height` in pixels, `length` in pixel frames,
-            `batch`, `cfg`; for a node that decodes too, `vae_node` and `vae`.
+            `sink` of the node that makes the model causal; the schedule's `preset`, where it decides the frames per
+            chunk; `width`, `height` in pixels, `length` in pixel frames, `batch`, `cfg`; for a node that decodes too,
+            `vae_node` and `vae`.
 
     Returns:
         Figures, which the canvas puts into words of its language: in bytes `parts`, `total` and `available`, and what
@@ -61,7 +63,7 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
         facts = file_facts(path, **options)
         settings, _ = causal_settings(
             facts.provenance,
-            frames_per_chunk=_setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
+            frames_per_chunk=_preset_frames(query) or _setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
             window=_setting(query, "window", WINDOW_FROM_FILE),
             sink=_setting(query, "sink", SINK_FROM_FILE),
         )
@@ -111,6 +113,11 @@ def _decoder(query: Mapping[str, str], frames: int) -> DecoderFacts | None:
     if query.get("vae"):
         return decoder_facts(full_path(("vae", "vae_approx"), query["vae"], "vae"), frames)
     return None
+
+
+def _preset_frames(query: Mapping[str, str]) -> int | None:
+    preset = PRESETS.get(query.get("preset", ""))
+    return None if preset is None else preset.frames_per_chunk
 
 
 def _setting(query: Mapping[str, str], name: str, from_file: int) -> int | None:

@@ -109,7 +109,8 @@ function scheduleQuery(sampler) {
   try {
     const schedule = walk(sampler, "schedule", "DIAGONAL_SCHEDULE", (node) => widget(node, "frames_per_chunk"));
     const frames = value(schedule, "frames_per_chunk");
-    return frames > 0 ? { frames_per_chunk: frames } : {};
+    if (frames > 0) return { frames_per_chunk: frames };
+    return widget(schedule, "preset") ? { preset: value(schedule, "preset") } : {};
   } catch (error) {
     if (error instanceof Unknown) return {};
     throw error;

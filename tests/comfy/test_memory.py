@@ -153,6 +153,18 @@ def test_a_run_that_fits(predict):
     assert (reply["width"], reply["height"], reply["window"]) == (256, 256, 12)
 
 
+def test_a_preset_of_single_frames_makes_the_forward_small(predict):
+    three, one, six = (
+        predict(width="256", height="256", window="12", sink="3", frames_per_chunk=frames, **more)["parts"]["forward"]
+        for frames, more in (
+            ("3", {"preset": "diagonal 4-3-2"}),
+            ("3", {"preset": "causal forcing framewise"}),
+            ("6", {"preset": "no such preset"}),
+        )
+    )
+    assert one < three < six
+
+
 def test_a_run_that_does_not_fit_is_told_what_would(predict):
     wide = predict(width="4096", height="2048", window="12", sink="3")
     assert not wide["fits"]
