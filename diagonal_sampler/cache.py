@@ -332,7 +332,9 @@ class ConditionKV:
         """Drop the buffers of every layer."""
         self._layers.clear()
 
-    def update(self, index: int, keys_BLND: Tensor, values_BLND: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, index: int, keys_BLND: Tensor, values_BLND: Tensor, *, write: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return everything that it attends to.
 
         With grad mode off the results are views of the buffer's prefix. With it on they are copies, in which the
@@ -343,6 +345,8 @@ class ConditionKV:
             index: the layer.
             keys_BLND: rotated keys of the current chunk, [B, frames*tokens_per_frame, N, D].
             values_BLND: values, the same shape.
+            write: False leaves in the buffer what the chunk's forward wrote: for a prediction beside it, as guidance
+                makes them. The results are copies then, too.
 
         Returns:
             keys and values [B, filled*tokens_per_frame, N, D]; the order of the frames is the buffer's.
@@ -359,13 +363,13 @@ class ConditionKV:
         segments = cache.segments()
         self._advance(layer, tokens, segments)
 
-        for segment in segments:
+        for segment in segments if write else ():
             rows = slice(segment.slot * tokens, (segment.slot + segment.frames) * tokens)
             own = slice(segment.source * tokens, (segment.source + segment.frames) * tokens)
             layer.keys_BLND[:, rows] = keys_BLND[:, own].detach()
             layer.values_BLND[:, rows] = values_BLND[:, own].detach()
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not write:
             kept = self._kept_runs(segments, tokens)
             keys = torch.cat([*(layer.keys_BLND[:, run] for run in kept), keys_BLND], dim=1)
             values = torch.cat([*(layer.values_BLND[:, run] for run in kept), values_BLND], dim=1)

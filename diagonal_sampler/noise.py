@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -38,11 +39,25 @@ class SeededNoise:
         seed: any integer; only its low 64 bits count.
         shape: (B, C, H, W) of one latent frame.
         device: where the noise goes; it is always drawn on the CPU.
+        rows: which rows of a larger batch the B samples are (ComfyUI's batch_index), so that a sample that was taken
+            out of a batch gets the noise that it has there; the first B by default.
+
+    Raises:
+        ValueError: rows that are not B numbers from 0 on.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, int, int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int,
+        shape: tuple[int, int, int, int],
+        device: torch.device | str = "cpu",
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        if rows is not None and (len(rows) != shape[0] or min(rows) < 0):
+            raise ValueError(f"rows is {list(rows)}; {shape[0]} samples need as many numbers from 0 on.")
         self.seed = seed & 0xFFFF_FFFF_FFFF_FFFF
         self.shape = shape
+        self.rows = None if rows is None else list(rows)
         self.device = torch.device(device)
         self._generator = torch.Generator("cpu")
 
@@ -50,7 +65,8 @@ class SeededNoise:
         digest = hashlib.blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         batch, channels, height, width = self.shape
-        shape = (batch, channels, frames, height, width)
+        drawn = batch if self.rows is None else max(self.rows) + 1
+        shape = (drawn, channels, frames, height, width)
         # Said in full: torch's default dtype and device may be another pack's.
         noise = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
-        return send(noise, self.device)
+        return send(noise if self.rows is None else noise[self.rows], self.device)

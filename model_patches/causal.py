@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +53,16 @@ class CausalRun:
         cache: keys and values of this run.
         fixed_weights: no hook changes weights during the run, so that what follows from them alone can be kept.
         sigma: the noise level of the current forward, the same for all rows of the batch; None if it is not known.
+        seen: conditions that the current forward has predicted so far.
+        wrote: blocks whose keys and values it has written.
     """
 
     cache: KVCache
     fixed_weights: bool = True
     sigma: float | None = None
+    seen: set[Hashable] = field(default_factory=set)
+    wrote: set[int] = field(default_factory=set)
+    _all_seen: set[Hashable] = field(default_factory=set)
     _text: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
     _rope: dict[Hashable, Tensor] = field(default_factory=dict)
     _levels: dict[float, dict[int, tuple[Tensor, ...]]] = field(default_factory=dict)
@@ -72,6 +77,37 @@ class CausalRun:
     def forget_text(self) -> None:
         """The prompt has changed: its keys and values are computed again."""
         self._text.clear()
+
+    def begin_forward(self, sigma: float) -> None:
+        """To be called before every forward."""
+        self.sigma = sigma
+        self.seen.clear()
+        self.wrote.clear()
+
+    def end_forward(self, blocks: int, replaced: Collection[Hashable]) -> None:
+        """Refuse a forward that other nodes have kept from the cache: chunks would not know of each other.
+
+        Args:
+            blocks: of the network.
+            replaced: keys of ComfyUI's patches_replace["dit"]; such a block may do without attention.
+
+        Raises:
+            ValueError: nothing, not every prompt, or not every block was written; with what does that.
+        """
+        self._all_seen |= self.seen
+        if self.seen != self._all_seen:
+            raise ValueError(
+                "Another node skips forwards, or prompts in some of them (EasyCache, LazyCache, TeaCache, a guidance "
+                "for some steps only): every forward of a causal model writes the keys and values that later chunks "
+                "need. Remove that node."
+            )
+        missing = [at for at in range(blocks) if at not in self.wrote and ("double_block", at) not in replaced]
+        if missing or not self.seen:
+            what = f"the self-attention of {len(missing)} of {blocks} blocks" if self.seen else "the whole forward"
+            raise ValueError(
+                f"Another node has replaced {what}: chunks would not know of each other. Remove that node, or one that "
+                "reuses earlier forwards (EasyCache, LazyCache, TeaCache)."
+            )
 
     def rope(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Rotations of one grid and position; a run uses few, and only the newest position comes again."""
@@ -112,11 +148,16 @@ class CausalRun:
 
 @dataclass(frozen=True, slots=True)
 class ForwardInfo:
-    """What the layers of one forward need: the run, its conditions in batch order, and the rotations."""
+    """What the layers of one forward need: the run, its conditions in batch order, and the rotations.
+
+    `again` are those of the conditions that this step has predicted already: guidance asks for them once more, of a
+    weakened network for instance, and what is to stay in the cache is the first prediction's.
+    """
 
     run: CausalRun
     conditions: tuple[Hashable, ...]
     freqs: Tensor
+    again: frozenset[Hashable] = frozenset()
 
 
 def causal_settings(model: ModelPatcher) -> CausalSettings | None:
@@ -141,10 +182,17 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
     for layer in range(len(network.blocks)):
         for name, make in (("self_attn", _CausalSelfAttention), ("cross_attn", _CachedCrossAttention)):
             path = f"diffusion_model.blocks.{layer}.{name}"
-            original = patched.get_model_object(f"{path}.forward")
+            module, original = model.get_model_object(path), patched.get_model_object(f"{path}.forward")
             if isinstance(original, _Patch):
                 original = original.original
-            patched.add_object_patch(f"{path}.forward", make(model.get_model_object(path), original, layer))
+            if getattr(original, "__func__", None) is not type(module).forward:
+                if name == "cross_attn":
+                    continue  # another node's, which ours would hide; all that ours does is to save time
+                raise ValueError(
+                    f"Another node has replaced {path}.forward, which causal attention has to replace itself. Remove "
+                    "that node."
+                )
+            patched.add_object_patch(f"{path}.forward", make(module, original, layer))
         path = f"diffusion_model.blocks.{layer}"
         block, original = model.get_model_object(path), patched.get_model_object(f"{path}.forward")
         original = original.original if isinstance(original, _LeanBlock) else original
@@ -205,7 +253,13 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
         ),
     )
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
-    options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs)
+    if x.shape[0] % len(conditions):
+        raise ValueError(
+            f"Another node gave the model {x.shape[0]} samples for {len(conditions)} prompts: whose keys and values "
+            "they are cannot be told. Remove the node that splits the batch (a model function wrapper)."
+        )
+    options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, again=frozenset(run.seen.intersection(conditions)))
+    run.seen.update(conditions)
     with _cudnn_first(x.device, dtype):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
@@ -480,11 +534,13 @@ class _CausalSelfAttention(_Patch):
         q, k = apply_rope(q, k, forward.freqs)
         v = module.v(x_BLC).view(split)
 
+        forward.run.wrote.add(self.layer)
         samples = x_BLC.shape[0] // len(forward.conditions)
         outputs = []
         for index, condition in enumerate(forward.conditions):
             rows = slice(index * samples, (index + 1) * samples)
-            keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows])
+            write = condition not in forward.again
+            keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows], write=write)
             outputs.append(
                 _attention(
                     q[rows].flatten(2),

@@ -105,12 +105,22 @@ def plan_clip(
 
 
 def _require_context(model: ModelPatcher, shape: tuple[int, ...], given: Tensor) -> None:
+    if given.ndim != 5 or given.shape[1] != shape[1]:
+        raise ValueError(
+            f"The given frames are a latent of shape {tuple(given.shape)}, the video's has {shape[1]} channels: encode "
+            "them with the model's own VAE."
+        )
+    if given.shape[0] not in (1, shape[0]):
+        raise ValueError(
+            f"The given frames are of {given.shape[0]} videos and the latent has {shape[0]}; give those of one video, "
+            "or as many as the latent has."
+        )
     if given.shape[2] >= shape[2]:
         raise ValueError(
             f"The latent has {shape[2]} latent frames and the given frames take {given.shape[2]}: nothing is left to "
             "make. Use a longer length."
         )
-    if given.shape[1] != shape[1] or given.shape[3:] != tuple(shape[3:]):
+    if given.shape[3:] != tuple(shape[3:]):
         ratio = model.get_model_object("latent_format").spacial_downscale_ratio
         want, got = (f"{size[4] * ratio}x{size[3] * ratio}" for size in (shape, given.shape))
         raise ValueError(

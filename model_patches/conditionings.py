@@ -30,6 +30,11 @@ def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> 
         )
     if model.model_options.get("context_handler") is not None:
         raise ValueError("Context windows cut the clip in another way than chunks do; remove the context windows node.")
+    if model.model_options.get("transformer_options", {}).get("easycache") is not None:
+        raise ValueError(
+            "EasyCache and LazyCache skip forwards, and every forward of a causal model writes keys and values that "
+            "later chunks need. Remove the node."
+        )
     for name, conditioning in (("positive", positive), ("negative", negative)):
         for index, (_, extra) in enumerate(conditioning):
             reason = _unsupported(extra)

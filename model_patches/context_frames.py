@@ -48,4 +48,9 @@ def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> Con
             )
     pixel_frames = frames.pixel_frames(min(latent_frames, frames.latent_frames(len(images))))
     latent = vae.encode(images[-pixel_frames:, :, :, :3])
+    if latent.ndim != 5:
+        raise ValueError(
+            f"The VAE ({type(vae.first_stage_model).__name__}) encodes pictures, not video; connect the model's own: "
+            "the Wan 2.1 VAE, lighttaew2_1 or the demo's."
+        )
     return ContextFrames(latent=latent, pixel_frames=pixel_frames)

@@ -161,8 +161,8 @@ class FlowRun:
             self._embedding = FlowEmbedding(original, *adapter, conditioning.strength)
             model.add_object_patch(_EMBEDDING_PATH, self._embedding)
 
-    def noise(self, draws: NoiseSource, seed: int) -> NoiseSource:
-        """The run's noise: moved in mode noise, `draws` otherwise."""
+    def noise(self, draws: NoiseSource, seed: int, rows: Sequence[int] | None = None) -> NoiseSource:
+        """The run's noise: moved in mode noise, `draws` otherwise. rows: SeededNoise's."""
         if self.mode != "noise":
             return draws
         log.warning(
@@ -180,7 +180,7 @@ class FlowRun:
             first_chunk=self._first,
             last_chunk=self._last,
             degrade=1 - self._settings.strength * (1 - self._settings.degrade),
-            other=SeededNoise(seed ^ _OTHER_SEED, (batch, channels, height, width)),
+            other=SeededNoise(seed ^ _OTHER_SEED, (batch, channels, height, width), rows=rows),
         )
         return self._noise
 

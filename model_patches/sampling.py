@@ -8,7 +8,7 @@ only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sampl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,9 +160,10 @@ def sample_latent(
         schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
     plan = plan_clip(model, samples.shape, schedule, context)
     _warn(model, schedule)
-    draws = noise if noise is not None else _seeded_noise(plan, seed)
+    rows = _batch_rows(latent, plan)
+    draws = noise if noise is not None else _seeded_noise(plan, seed, rows)
     run_model = model.clone()
-    flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, draws, seed, denoise)
+    flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, draws, seed, denoise, rows)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(plan.made_frames)], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
@@ -193,6 +194,7 @@ def _flow_run(
     draws: NoiseSource,
     seed: int,
     denoise: float = 1.0,
+    rows: Sequence[int] | None = None,
 ) -> tuple[FlowRun | None, ClipPlan, NoiseSource]:
     """What optical flow makes of a run: its plan and noise; nothing where there is none, or one of strength 0."""
     if optical_flow is None or optical_flow.strength == 0:
@@ -206,7 +208,7 @@ def _flow_run(
         given_frames=plan.context_frames,
         denoise=denoise,
     )
-    return flow_run, replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed)
+    return flow_run, replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed, rows)
 
 
 def stream_latent(
@@ -267,14 +269,33 @@ def stream_latent(
     )
 
 
-def _seeded_noise(plan: ClipPlan, seed: int) -> SeededNoise:
+def _seeded_noise(plan: ClipPlan, seed: int, rows: Sequence[int] | None = None) -> SeededNoise:
     batch, channels, _, height, width = plan.shape
-    return SeededNoise(seed, (batch, channels, height, width))
+    return SeededNoise(seed, (batch, channels, height, width), rows=rows)
+
+
+def _batch_rows(latent: dict[str, Any], plan: ClipPlan) -> list[int] | None:
+    """Which samples of their batch these are, where a node between has said so (Latent From Batch)."""
+    rows = latent.get("batch_index")
+    if rows is not None and len(rows) != plan.shape[0]:
+        log.warning(
+            "The latent's batch_index names %d samples and it has %d; it is not used.", len(rows), plan.shape[0]
+        )
+        return None
+    return rows
 
 
 def _warn(model: ModelPatcher, schedule: DiagonalSchedule) -> None:
     for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
         log.warning(warning)
+    shift = getattr(model.get_model_object("model_sampling"), "shift", None)
+    if "model_sampling" in model.object_patches and shift not in (None, schedule.shift):
+        log.warning(
+            "The MODEL's sampling has shift %g (ModelSamplingSD3 or the like), but noise levels come from the schedule "
+            "alone, which was made with shift %g. Set shift in Diagonal Schedule.",
+            shift,
+            schedule.shift,
+        )
 
 
 def _run_guider(
@@ -398,7 +419,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
-        run = CausalRun(cache, fixed_weights="registered_hooks" not in options)
+        # A function wrapper may give each forward another text or noise level than the run knows of.
+        fixed = "registered_hooks" not in options and "model_function_wrapper" not in options
+        run = CausalRun(cache, fixed_weights=fixed)
+        blocks = len(model_wrap.inner_model.diffusion_model.blocks)
         transformer_options[RUN_KEY] = run
         move_texts(model_wrap, noise.device)
         context = self._context(model_wrap, noise)
@@ -448,10 +472,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 model.latent_image = frames_of(latent_image, at)
                 model.noise = frames_of(noise, at)
             sigma = x.new_full((x.shape[0],), at.sigma)
-            run.sigma = at.sigma
+            run.begin_forward(at.sigma)
             if flow_run is not None:
                 flow_run.before(at, x.device)
             denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
+            run.end_forward(blocks, transformer_options.get("patches_replace", {}).get("dit", {}))
             pace.mark()
             finite.settle()
             if flow_run is not None:

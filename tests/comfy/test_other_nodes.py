@@ -1,0 +1,213 @@
+"""Nodes of others around the chunk sampler: what works with the KV cache, and what is refused before it goes wrong."""
+
+from types import MethodType
+
+import pytest
+import torch
+
+from diagonal_sampler.schedule import DiagonalSchedule
+
+DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
+CLOSE = 1e-4
+BLOCKS = 2
+
+
+@pytest.fixture
+def run(prompt, sample_latent, empty_latent):
+    """`run(model, **options)`: latents of three chunks."""
+
+    def make(model, latent=None, positive=None, **options):
+        latent = empty_latent() if latent is None else latent
+        positive = prompt() if positive is None else positive
+        return sample_latent(model, positive, prompt(1), latent, DIAGONAL, seed=1, **options)["samples"]
+
+    return make
+
+
+def difference(a, b):
+    return (a - b).abs().max()
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_guidance_that_predicts_a_prompt_again_leaves_the_cache_alone(tiny_wan, causal, run, cfg):
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    model = causal(tiny_wan)
+    plain = run(model, cfg=cfg)
+
+    def guided(scale):
+        options = {"double_layers": "1", "start_percent": 0.0, "end_percent": 1.0}
+        return run(SkipLayerGuidanceDiT.execute(model, scale, **options).result[0], cfg=cfg)
+
+    assert difference(guided(1e-6), plain) < CLOSE
+    assert difference(guided(1.0), plain) > 0.01
+
+
+@pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
+def test_nodes_that_skip_forwards_are_refused(tiny_wan, causal, run, name):
+    from comfy_extras import nodes_easycache
+
+    (model,) = getattr(nodes_easycache, name).execute(causal(tiny_wan), 1.0, 0.0, 0.95, False).result
+    with pytest.raises(ValueError, match="EasyCache and LazyCache skip forwards"):
+        run(model)
+
+
+def test_a_step_cache_of_another_pack_is_refused(tiny_wan, causal, run):
+    from comfy.patcher_extension import WrappersMP
+
+    model, kept = causal(tiny_wan), []
+
+    def reuse(executor, x, *args, **kwargs):
+        if len(kept) < 3:
+            kept.append(executor(x, *args, **kwargs))
+        return kept[-1]
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "theirs", reuse)
+    with pytest.raises(ValueError, match=r"reuses earlier forwards \(EasyCache"):
+        run(model)
+
+
+def test_guidance_for_some_steps_only_is_refused(tiny_wan, causal, run):
+    from comfy.patcher_extension import WrappersMP
+
+    model = causal(tiny_wan)
+
+    def without_negative_at_last(executor, model, conds, x, timestep, options):
+        if timestep[0] < 0.9:
+            return [executor(model, conds[:1], x, timestep, options)[0]] * 2
+        return executor(model, conds, x, timestep, options)
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "theirs", without_negative_at_last)
+    with pytest.raises(ValueError, match="skips forwards, or prompts in some of them"):
+        run(model, cfg=2.0)
+
+
+def replaced(model, part, forward):
+    """The MODEL with `forward(module, original, x, ...)` as every block's `part`.forward."""
+    out = model.clone()
+    for block in range(BLOCKS):
+        path = f"diffusion_model.blocks.{block}.{part}"
+        module, original = out.get_model_object(path), out.get_model_object(f"{path}.forward")
+
+        def theirs(self, *args, original=original, **kwargs):
+            return forward(self, original, *args, **kwargs)
+
+        out.add_object_patch(f"{path}.forward", MethodType(theirs, module))
+    return out
+
+
+def test_cross_attention_that_another_pack_changed_stays_theirs(tiny_wan, causal, run):
+    def half(module, original, *args, **kwargs):
+        return 0.5 * original(*args, **kwargs)
+
+    plain = run(causal(tiny_wan))
+    before = run(causal(replaced(tiny_wan, "cross_attn", half)))
+    after = run(replaced(causal(tiny_wan), "cross_attn", half))
+    assert difference(before, plain) > 0.01
+    assert difference(before, after) < CLOSE
+
+
+def test_replaced_self_attention_is_refused(tiny_wan, causal, run):
+    def own(module, original, x, freqs, transformer_options=None, **kwargs):
+        return type(module).forward(module, x, freqs, transformer_options=transformer_options or {})
+
+    with pytest.raises(ValueError, match=r"blocks\.0\.self_attn\.forward, which causal attention has to replace"):
+        causal(replaced(tiny_wan, "self_attn", own))
+    with pytest.raises(ValueError, match="replaced the self-attention of 2 of 2 blocks"):
+        run(replaced(causal(tiny_wan), "self_attn", own))
+
+    def around(module, original, *args, **kwargs):
+        return original(*args, **kwargs)
+
+    assert torch.equal(run(replaced(causal(tiny_wan), "self_attn", around)), run(causal(tiny_wan)))
+
+
+def test_a_function_wrapper_may_change_text_and_noise_level_in_any_forward(tiny_wan, causal, prompt, run):
+    other = prompt(9)[0][0]
+
+    def text_by_level(apply_model, args):
+        c = args["c"]
+        if args["timestep"][0] < 0.9:
+            c = {**c, "c_crossattn": other.to(c["c_crossattn"]).expand_as(c["c_crossattn"])}
+        return apply_model(args["input"], args["timestep"], **c)
+
+    def level_by_turn(apply_model, args):
+        turns.append(1)
+        return apply_model(args["input"], args["timestep"] * (0.8 if len(turns) % 2 else 1.0), **args["c"])
+
+    model = causal(tiny_wan)
+    plain = run(model)
+    for wrapper in (text_by_level, level_by_turn):
+        turns = []
+        changed = model.clone()
+        changed.set_model_unet_function_wrapper(wrapper)
+        found = run(changed)
+        assert difference(found, plain) > 0.01
+        # ComfyUI's own forward, which keeps nothing between forwards.
+        turns = []
+        for path in [path for path in changed.object_patches if path.endswith((".forward_orig", "cross_attn.forward"))]:
+            del changed.object_patches[path]
+        assert difference(found, run(changed)) < CLOSE
+
+
+def test_a_wrapper_that_splits_the_batch_is_refused(tiny_wan, causal, run):
+    model = causal(tiny_wan)
+
+    def split(apply_model, args):
+        parts = [
+            apply_model(x, t, **{**args["c"], "c_crossattn": text})
+            for x, t, text in zip(
+                args["input"].split(1), args["timestep"].split(1), args["c"]["c_crossattn"].split(1), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    model.set_model_unet_function_wrapper(split)
+    with pytest.raises(ValueError, match="1 samples for 2 prompts"):
+        run(model, cfg=2.0)
+
+
+def test_a_sample_taken_from_a_batch_gets_the_noise_it_has_there(tiny_wan, causal, run, empty_latent):
+    import nodes
+
+    model, batch = causal(tiny_wan), empty_latent(batch=3)
+    whole = run(model, latent=batch)
+    for first, length in ((1, 1), (1, 2)):
+        (part,) = nodes.LatentFromBatch().frombatch(batch, first, length)
+        assert part["batch_index"] == list(range(first, first + length))
+        assert difference(run(model, latent=part), whole[first : first + length]) < CLOSE
+    same = run(model, latent={**empty_latent(batch=2), "batch_index": [0, 0]})
+    assert difference(same[:1], same[1:]) < CLOSE
+
+
+def test_a_batch_index_that_does_not_fit_is_said(tiny_wan, causal, run, empty_latent, caplog):
+    model = causal(tiny_wan)
+    found = run(model, latent={**empty_latent(), "batch_index": [3, 4]})
+    assert torch.equal(found, run(model)) and "batch_index names 2 samples" in caplog.text
+
+
+def test_model_sampling_has_no_say_and_that_is_said(tiny_wan, causal, run, caplog):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    model = causal(tiny_wan)
+    plain = run(model)
+    assert "shift" not in caplog.text
+    (patched,) = ModelSamplingSD3().patch(model, 12.0)
+    assert torch.equal(run(patched), plain)
+    assert "shift 12" in caplog.text and "Set shift in Diagonal Schedule" in caplog.text
+    caplog.clear()
+    run(ModelSamplingSD3().patch(model, 5.0)[0])
+    assert "shift" not in caplog.text
+
+
+def test_context_of_another_vae_or_batch_is_refused(tiny_wan, causal, run, empty_latent, pack_module):
+    import comfy.sd
+
+    model, latent = causal(tiny_wan), empty_latent(batch=3)
+    with pytest.raises(ValueError, match="of 2 videos and the latent has 3"):
+        run(model, latent=latent, context=torch.zeros(2, 16, 1, 4, 4))
+    with pytest.raises(ValueError, match="has 16 channels: encode them with the model's own VAE"):
+        run(model, context=torch.zeros(1, 48, 1, 4, 4))
+    pixel_space = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="encodes pictures, not video"):
+        pack_module("model_patches.context_frames").encode_context(pixel_space, torch.rand(5, 32, 32, 3), 2)
