@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ from .stream_state import (
     STATE_SUFFIX,
     StreamLock,
     StreamState,
+    digest_of,
     find_states,
     load_tensors,
     save_state,
@@ -144,6 +146,40 @@ def _lies_in(folder: str, path: str) -> bool:
         return False
 
 
+_GRAPH = "graph"
+_WORDS = {
+    "positive": "positive (a text, a time, switch or blend_chunks)",
+    "settings": "the model's frames_per_chunk, window, sink or positions",
+    "size": "width or height",
+    "rate": "fps",
+    _GRAPH: "a node before it",
+}
+_MOST_CHANGED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What decides a video's frames, except its length: the digests of its parts, by name, and one of them all.
+
+    The part `graph` is of the nodes before this one, which hold most of the others too.
+    """
+
+    parts: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(**self.parts)
+
+    def changed_since(self, state: StreamState) -> str:
+        """What a person changed since another video was begun; empty if that is so much that it is another one."""
+        names = [name for name, digest in self.parts.items() if state.parts.get(name) != digest]
+        if not state.parts or len(names) > 1:
+            names = [name for name in names if name != _GRAPH]
+        if not state.parts or len(names) > _MOST_CHANGED:
+            return ""
+        return " and ".join(_WORDS.get(name, name) for name in names)
+
+
 @dataclass(slots=True)
 class Opened:
     """A video open for writing: a new one, or (`again`) an unfinished one at its last state."""
@@ -187,23 +223,35 @@ def resume_video(
     place: Place,
     options: StreamOptions,
     plan: ClipPlan,
-    digest: str,
+    identity: Identity,
     spec: VideoSpec,
     stack: contextlib.ExitStack,
+    notes: list[str],
 ) -> Opened | None:
-    """Open what an earlier run of this graph left, None if there is nothing to go on with."""
-    for path, state in find_states(place.folder, digest):
+    """Open what an earlier run of this graph left, None if there is nothing to go on with.
+
+    Args:
+        notes: gets a line for people about each unfinished video that this run could seem to go on with, and does not.
+    """
+    changed: list[str] = []
+    for path, state in find_states(place.folder):
         done = path.name.endswith(DONE_SUFFIX)
         stem = path.name.removesuffix(DONE_SUFFIX if done else STATE_SUFFIX)
+        if state.digest != identity.digest:
+            begun = stem.startswith(f"{place.filename}_") and state.chunk > 0 and not done
+            what = identity.changed_since(state) if begun and not options.restart else ""
+            if what and not _is_written(place.folder / (stem + LOCK_SUFFIX)):
+                changed.append(f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on.")
+            continue
         video = place.folder / (stem + _suffix(options))
         if not options.restart and (reason := _does_not_fit(state, plan, options, done)):
             if not done:
-                log.warning("%s is unfinished and is not resumed: %s", video.name, reason)
+                notes.append(f"{video.name} is unfinished and is not resumed: {reason}")
             continue
         lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
         try:
             if not lock.acquire():
-                log.warning("%s is being written by another ComfyUI; it is left alone.", video.name)
+                notes.append(f"{video.name} is being written by another ComfyUI; it is left alone.")
                 continue
             if options.restart:
                 # The video stays; without its state nothing will go on with it by surprise.
@@ -217,12 +265,25 @@ def resume_video(
             writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
         except (OSError, VideoWriteError) as error:
             lock.release()
-            log.warning("%s cannot be resumed (%s); a new video is begun.", video.name, error)
+            notes.append(f"{video.name} cannot be resumed ({error}); a new video is begun.")
             continue
         stack.callback(lock.release)
         stack.callback(writer.abandon)
         return Opened(video, path, state, writer, place.subfolder, again=True)
+    notes += changed[:1]  # the newest
     return None
+
+
+def _is_written(path: Path) -> bool:
+    """Whether another ComfyUI holds a video's lock."""
+    lock = StreamLock(path)
+    try:
+        if not lock.acquire():
+            return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 def _suffix(options: StreamOptions) -> str:
@@ -250,13 +311,17 @@ def begin_video(
     place: Place,
     options: StreamOptions,
     plan: ClipPlan,
-    digest: str,
+    identity: Identity,
     spec: VideoSpec,
     stack: contextlib.ExitStack,
 ) -> Opened:
     """Open a new video under the next free number, with a state that says it is empty."""
     state = StreamState(
-        digest=digest, length=options.frames, latent_frames=plan.shape[2], run=for_people(options, plan)
+        digest=identity.digest,
+        parts=identity.parts,
+        length=options.frames,
+        latent_frames=plan.shape[2],
+        run=for_people(options, plan),
     )
     counter = place.counter
     while True:

@@ -47,6 +47,7 @@ class StreamState:
 
     Attributes:
         digest: of everything that decides the result, except the length.
+        parts: the digests of its parts, by name, to tell what another run changed.
         length: pixel frames that the video was to have.
         latent_frames: latent frames of the whole clip then.
         chunk: chunks made.
@@ -69,6 +70,7 @@ class StreamState:
     forwards: int = 0
     dropped: int = 0
     live: Sequence[Mapping[str, Any]] = ()
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -113,13 +115,13 @@ def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
-def find_states(folder: Path, digest: str) -> list[tuple[Path, StreamState]]:
-    """The states of one graph in a folder, newest first."""
+def find_states(folder: Path) -> list[tuple[Path, StreamState]]:
+    """The states in a folder, newest first."""
     found = []
     for path in folder.iterdir():
         if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)):
             state = read_state(path)
-            if state is not None and state.digest == digest:
+            if state is not None:
                 found.append((path.stat().st_mtime_ns, path, state))
     return [(path, state) for _, path, state in sorted(found, key=lambda item: item[0], reverse=True)]
 

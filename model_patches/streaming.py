@@ -37,6 +37,7 @@ from .stream_files import (
     KEYS_VALUES,
     TAIL,
     TAIL_FRAMES,
+    Identity,
     Opened,
     Place,
     StreamOptions,
@@ -130,7 +131,7 @@ def stream_video(
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}
     )
-    digest = digest_of(
+    parts = dict(
         model=model,
         vae=vae.patcher,
         positive=positive,
@@ -148,14 +149,18 @@ def stream_video(
         filename_prefix=options.filename_prefix,
         graph=graph_digest(prompt, node_id, GRAPH_INPUTS),
     )
+    identity = Identity({name: digest_of(part=part) for name, part in parts.items()})
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
         place = Place.find(options)
-        opened = resume_video(place, options, plan, digest, spec, stack) or begin_video(
-            place, options, plan, digest, spec, stack
+        notes: list[str] = []
+        opened = resume_video(place, options, plan, identity, spec, stack, notes) or begin_video(
+            place, options, plan, identity, spec, stack
         )
-        message = opened.announcement(options)
-        log.info(message)
+        for note in notes:
+            log.warning(note)
+        message = "\n".join([opened.announcement(options), *notes])
+        log.info(opened.announcement(options))
         if announce is not None:
             announce(message)
         started = time.perf_counter()
@@ -319,6 +324,7 @@ class _Run:
         before = self.opened.state
         state = StreamState(
             digest=before.digest,
+            parts=before.parts,
             length=self.options.frames,
             latent_frames=self.plan.shape[2],
             chunk=chunk.index + 1,

@@ -628,13 +628,17 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
     for number, change in enumerate(changes):
         stream(options(**{"seconds": 0.3, **change}), announce=lines.append)
         assert "Resumed" not in lines[-1] and f"v_{number + 2:05}_" in lines[-1]
+        name = {"fps": "fps", "width": "width or height"}.get(next(iter(change)), next(iter(change)))
+        # With guidance the negative prompt counts, too.
+        assert "v_00001_ is unfinished and is not gone on with: " in lines[-1] and f"{name} changed." in lines[-1]
     model, positive, negative, vae = demo
     other = model.clone()
     key = next(name for name in model.model.state_dict() if name.endswith("ffn.0.weight"))
     other.add_patches({key: ("diff", (torch.ones_like(model.model.state_dict()[key]),))}, 0.1)
-    for inputs in ((model, negative, negative, vae), (other, positive, negative, vae)):
+    prompt_words = "positive (a text, a time, switch or blend_chunks)"
+    for what, *inputs in ((prompt_words, model, negative, negative, vae), ("model", other, positive, negative, vae)):
         result = streaming.stream_video(*inputs, SCHEDULE, options(seconds=0.3), announce=lines.append)
-        assert "Resumed" not in lines[-1]
+        assert "Resumed" not in lines[-1] and f"{what} changed." in lines[-1]
         result.path.unlink()
     # Too short a length, which has nothing left to make.
     with caplog.at_level(logging.WARNING):
@@ -643,6 +647,8 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
     assert "v_00001_.state.safetensors" in files(output)
     assert stream(options(seconds=4.0), announce=lines.append).path.name == "v_00001_.mp4"
     assert "Resumed" in lines[-1]
+    stream(options(seconds=0.3, seed=5), announce=lines.append)
+    assert "unfinished" not in lines[-1]
 
 
 def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, options, output):
