@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
+
+from .frames import latent_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +125,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: not a list of whole numbers from 1 to 1000.
     """
-    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    parts = [part.strip() for part in re.split("[,;，；、]", text) if part.strip()]
     rule = f"Write whole numbers from 1 to {MAX_STEPS} with commas, one a chunk, such as 4,3,2 (the last repeats)."
     if not parts:
         raise ValueError(f"steps is empty. {rule}")
@@ -142,12 +145,12 @@ def parse_sigmas(text: str) -> Levels:
     Raises:
         ValueError: not numbers.
     """
-    rows = [row.strip() for row in text.replace("\n", ";").split(";") if row.strip()]
+    rows = [row.strip() for row in re.split("[\n;；]", text) if row.strip()]
     try:
-        return tuple(tuple(float(value) for value in row.split(",") if value.strip()) for row in rows)
+        return tuple(tuple(float(value) for value in re.split("[,，]", row) if value.strip()) for row in rows)
     except ValueError:
         raise ValueError(
-            f"sigmas is {text!r}. Write numbers in (0, 1] with commas, and a semicolon between chunks, such as "
+            f"sigmas is {text!r}. Write numbers in (0, 1] with commas, and a line or a semicolon a chunk, such as "
             "1, 0.93, 0.36; 1, 0.36 (the last chunk repeats)."
         ) from None
 
@@ -213,7 +216,7 @@ class DiagonalSchedule:
     def __post_init__(self) -> None:
         if not self.sigmas:
             raise ValueError("sigmas is empty; give at least one chunk's list, such as 1, 0.93, 0.36.")
-        for chunk, row in enumerate(self.sigmas):
+        for chunk, row in enumerate(self.sigmas, start=1):  # as people count them
             if not row:
                 raise ValueError(f"sigmas of chunk {chunk} are empty; every chunk needs at least one step.")
             if len(row) > MAX_STEPS:
@@ -337,8 +340,13 @@ class DiagonalSchedule:
             raise ValueError(f"The starting sigma is {sigma}; it must be in (0, 1].")
         return replace(self, sigmas=tuple((sigma, *(s for s in row if s < sigma)) for row in self.sigmas))
 
-    def cost(self, chunks: int = 7) -> Cost:
-        """What a clip of `chunks` chunks takes, beside a uniform schedule with a cache pass (Self Forcing's)."""
+    def cost(self, chunks: int | None = None) -> Cost:
+        """What a clip of `chunks` chunks takes, beside a uniform schedule with a cache pass (Self Forcing's).
+
+        chunks: by default those of 81 pixel frames, five seconds of Wan.
+        """
+        if chunks is None:
+            chunks = -(-latent_frames(81) // (self.frames_per_chunk or 3))
         steps = max(self.steps(chunk) for chunk in range(chunks))
         shown = ",".join(str(self.steps(chunk)) for chunk in range(min(chunks, len(self.sigmas) + 1)))
         return Cost(
@@ -349,11 +357,11 @@ class DiagonalSchedule:
             uniform_forwards=(steps + 1) * chunks,
         )
 
-    def describe(self, chunks: int = 7) -> str:
-        """One line: the steps, and what they cost."""
+    def describe(self, chunks: int | None = None) -> str:
+        """One line: the steps, and what they cost; see `cost`."""
         cost = self.cost(chunks)
         return (
-            f"{cost.steps} steps, {self.context_mode} context: {cost.forwards} forwards for {chunks} chunks; "
+            f"{cost.steps} steps, {self.context_mode} context: {cost.forwards} forwards for {cost.chunks} chunks; "
             f"{cost.uniform_steps} uniform steps with a cache pass need {cost.uniform_forwards} "
             f"({cost.uniform_forwards / cost.forwards:.2f}x)."
         )
@@ -361,15 +369,17 @@ class DiagonalSchedule:
     @property
     def uninformative_sigma(self) -> float | None:
         """The noise level of a context that tells the next chunk almost nothing; None where there is none."""
-        last = max(row[-1] for row in self.sigmas)
-        return last if self.context_mode == "noisy" and last > UNINFORMATIVE_SIGMA else None
+        last = max(row[-1] for row in self.sigmas) if self.cache_pass_sigma is None else self.cache_pass_sigma
+        return last if last > UNINFORMATIVE_SIGMA else None
 
     def warnings(self) -> list[str]:
         """What a person should know before running this."""
         sigma = self.uninformative_sigma
         if sigma is None:
             return []
-        return [
-            f"A chunk ends at sigma {sigma:.3f} with noisy context: the next chunk is conditioned on almost pure "
-            "noise. Use context_mode renoise or clean, or more steps."
-        ]
+        if self.context_mode == "noisy":
+            what = f"A chunk ends at sigma {sigma:.3f} with noisy context"
+            remedy = "Use context_mode renoise or clean, or more steps."
+        else:
+            what, remedy = f"A chunk's context is at sigma {sigma:.3f}", "Lower context_sigma."
+        return [f"{what}: the next chunk is conditioned on almost pure noise. {remedy}"]

@@ -152,6 +152,10 @@ def test_description_says_what_it_costs_and_saves():
         assert part in text, text
     assert "..." not in DiagonalSchedule.preset("diagonal 4-3-2").describe(3)
     assert "1.00x" in DiagonalSchedule.preset("self forcing").describe(7)
+    # Five seconds of Wan, whatever a chunk holds.
+    for frames, chunks in ((None, 7), (3, 7), (1, 21), (4, 6), (64, 1)):
+        cost = replace(DiagonalSchedule.preset("self forcing"), frames_per_chunk=frames).cost()
+        assert (cost.chunks, cost.forwards) == (chunks, 5 * chunks)
 
 
 def test_a_context_of_almost_pure_noise_is_warned_of():
@@ -159,6 +163,9 @@ def test_a_context_of_almost_pure_noise_is_warned_of():
     assert any("0.36" in w or "pure noise" in w for w in one.warnings())
     assert DiagonalSchedule.from_steps((4, 1)).warnings()
     assert not replace(one, context_mode="clean").warnings()
+    assert not replace(one, context_mode="renoise").warnings()
+    (warning,) = replace(one, context_mode="renoise", context_sigma=0.95).warnings()
+    assert "context is at sigma 0.950" in warning and "Lower context_sigma" in warning
     assert not any(DiagonalSchedule.preset(name).warnings() for name in PRESETS)
 
 
@@ -169,14 +176,14 @@ NAN, INF = float("nan"), float("inf")
     ("build", "named"),
     [
         (lambda: DiagonalSchedule(sigmas=()), "sigmas"),
-        (lambda: DiagonalSchedule(sigmas=((1.0,), ())), "sigmas of chunk 1"),
-        (lambda: DiagonalSchedule(sigmas=((1.0, 0.0),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((1.5, 0.5),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((1.0, -0.5),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((1.0, NAN),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((INF,),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((0.5, 1.0),)), "sigmas of chunk 0"),
-        (lambda: DiagonalSchedule(sigmas=((1.0,), (0.5, 0.5))), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,), ())), "sigmas of chunk 2"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, 0.0),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.5, 0.5),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, -0.5),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.0, NAN),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((INF,),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((0.5, 1.0),)), "sigmas of chunk 1"),
+        (lambda: DiagonalSchedule(sigmas=((1.0,), (0.5, 0.5))), "sigmas of chunk 2"),
         (lambda: DiagonalSchedule(sigmas=(tuple(1 - i / 2000 for i in range(1001)),)), "steps"),
         (lambda: DiagonalSchedule(sigmas=((1.0,),), context_mode="dirty"), "context_mode"),
         (lambda: DiagonalSchedule(sigmas=((1.0,),), context_sigma=1.1), "context_sigma"),
@@ -209,7 +216,14 @@ def test_frozen():
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("4,3,2", (4, 3, 2)), (" 4 , 2 ", (4, 2)), ("1000", (1000,)), ("5;3", (5, 3)), ("4,3,", (4, 3))],
+    [
+        ("4,3,2", (4, 3, 2)),
+        (" 4 , 2 ", (4, 2)),
+        ("1000", (1000,)),
+        ("5;3", (5, 3)),
+        ("4,3,", (4, 3)),
+        ("4，3、2", (4, 3, 2)),
+    ],
 )
 def test_steps_are_read(text, steps):
     assert parse_steps(text) == steps
@@ -243,6 +257,7 @@ def test_steps_round_trip_and_garbage_never_crashes():
         ("1, 0.93, 0.36; 1, 0.36", ((1.0, 0.93, 0.36), (1.0, 0.36))),
         ("1,.5\n1,.25\n", ((1.0, 0.5), (1.0, 0.25))),
         ("1,0.5;\n1", ((1.0, 0.5), (1.0,))),
+        ("1，0.5；1", ((1.0, 0.5), (1.0,))),
     ],
 )
 def test_sigmas_are_read(text, rows):
