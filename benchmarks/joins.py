@@ -5,7 +5,9 @@
 
 Each caption's clip is decoded, its last frames are given to Diagonal Context Frames, and the clip that goes on from
 them is appended, as the workflow extend_video does. A join holds where its step between neighbouring frames is no
-larger than the largest other step of the joined video, the rule of the tests. Needs COMFYUI_DIR, or the host that
+larger than the largest other step of the joined video, the rule of the tests. Beside it the same place, between the
+same two chunks, in a video of that length that was made in one run: it cannot hold more often than that but by luck.
+Needs COMFYUI_DIR, or the host that
 quickstart.py fetched.
 """
 
@@ -60,24 +62,29 @@ def main() -> None:
     vae = demo.load_demo_vae(DEMO / "demo_autoencoder.safetensors")
     schedule = trained_for(arguments.dit).schedule
 
-    def make(caption: str, seed: int, context: dict | None = None) -> Tensor:
+    def make(caption: str, seed: int, context: Tensor | None = None, frames: int = LATENT_FRAMES) -> Tensor:
         """[1, T, 64, 64, 3] in [0, 1]."""
-        latent = {"samples": torch.zeros(1, 16, LATENT_FRAMES, SIDE, SIDE)}
+        latent = {"samples": torch.zeros(1, 16, frames, SIDE, SIDE)}
         text = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
         return vae.decode(sample_latent(model, text, [], latent, schedule, seed=seed, context=context)["samples"])
 
-    joins: dict[str, list[tuple[float, float]]] = {"colour": [], "sharpness": []}
+    joins: dict[str, list[tuple[float, float]]] = {}
+
+    def note(video: Tensor, at: int, what: str) -> None:
+        for name, steps in steps_of(video).items():
+            others = torch.cat([steps[:at], steps[at + 1 :]])
+            joins.setdefault(f"{name}, {what}", []).append((float(steps[at]), float(others.max())))
+
     right = sprites_asked = 0
     for caption in sprites.held_out_captions(arguments.captions):
         with torch.inference_mode():
             first = make(caption, FIRST_SEED).flatten(0, 1)
             given = encode_context(vae, first, arguments.latent_frames)
             following = make(caption, NEXT_SEED, given.latent).flatten(0, 1)
-        video = 255 * torch.cat([first, following[given.pixel_frames :]]).float()
+            once = make(caption, FIRST_SEED, frames=2 * LATENT_FRAMES - given.latent.shape[2]).flatten(0, 1)
         join = len(first) - 1
-        for name, steps in steps_of(video).items():
-            others = torch.cat([steps[:join], steps[join + 1 :]])
-            joins[name].append((float(steps[join]), float(others.max())))
+        note(255 * torch.cat([first, following[given.pixel_frames :]]).float(), join, "extended")
+        note(255 * once.float(), join, "in one run")
         # From the given frames on: the same length as a clip that the score is made for.
         found = score_clip((255 * following).round().to(torch.uint8).movedim(-1, 1), caption).sprites
         right += sum(sprite.colour_right and sprite.shape_right for sprite in found)
@@ -86,7 +93,7 @@ def main() -> None:
     print(
         f"{arguments.dit.name}: joins of {arguments.captions} captions, {arguments.latent_frames} latent frames given\n"
     )
-    print("| step at the join | median, levels of 255 | largest other step, median | joins that hold |")
+    print("| step | median, levels of 255 | largest other step, median | within it |")
     print("|---|---|---|---|")
     for name, pairs in joins.items():
         at, other = torch.tensor(pairs).median(dim=0).values.tolist()
