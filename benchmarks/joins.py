@@ -93,12 +93,13 @@ def main() -> None:
     print(
         f"{arguments.dit.name}: joins of {arguments.captions} captions, {arguments.latent_frames} latent frames given\n"
     )
-    print("| step | median, levels of 255 | largest other step, median | within it |")
-    print("|---|---|---|---|")
+    print("| step | median, levels of 255 | largest other step, median | within it | beyond it at most |")
+    print("|---|---|---|---|---|")
     for name, pairs in joins.items():
         at, other = torch.tensor(pairs).median(dim=0).values.tolist()
         held = sum(step <= largest for step, largest in pairs) / len(pairs)
-        print(f"| {name} | {at:.2f} | {other:.2f} | {held:.0%} |")
+        beyond = max(max(0.0, step - largest) for step, largest in pairs)
+        print(f"| {name} | {at:.2f} | {other:.2f} | {held:.0%} | {beyond:.2f} |")
     print(f"\ncolour and shape right in what follows: {right} of {sprites_asked} sprites")
 
 
