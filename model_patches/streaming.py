@@ -125,8 +125,6 @@ def stream_video(
         VideoWriteError: ffmpeg or the disk failed; what was written is kept.
     """
     plan = _plan(model, schedule, options, context)
-    if plan.given is not None and plan.given.shape[0] != 1:
-        raise ValueError(f"context holds {plan.given.shape[0]} videos; one is written here. Give the frames of one.")
     _warn_about_rate(positive, options)
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}

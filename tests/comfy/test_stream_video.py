@@ -735,7 +735,7 @@ def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, o
 
 
 def test_a_context_that_does_not_fit_is_refused(stream, options, output):
-    with pytest.raises(ValueError, match="holds 2 videos"):
+    with pytest.raises(ValueError, match="are of 2 videos and the latent has 1"):
         stream(options(), context=torch.zeros(2, 16, 1, 8, 8))
     with pytest.raises(ValueError, match="48x64 but the video is 64x64"):
         stream(options(), context=torch.zeros(1, 16, 1, 8, 6))
