@@ -39,7 +39,7 @@ const STYLE = `
 .diagonal-memory .decoder { background: #a37bd6; }
 .diagonal-memory .words { overflow: auto; }
 .diagonal-memory .detail { color: var(--descrip-text, #999); }
-.diagonal-memory.red .text-line { color: #f07070; font-weight: 600; }
+.diagonal-memory.red .text-line { color: var(--diagonal-error); font-weight: 600; }
 `;
 
 /** What cannot be known before the run, in words. */

@@ -1,12 +1,63 @@
 // What the pack's drawings inside nodes share. ComfyUI loads every file of this folder as an extension: this one
 // registers nothing.
 
+import { app } from "../../scripts/app.js";
+
+const MIDDLE = { button: 1, held: 4 }; // the mouse's middle button, in an event's `button` and `buttons`
+
 const STYLE = `
 .diagonal-widget { box-sizing: border-box; font: 10px sans-serif; color: var(--fg-color, #ddd);
-  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden; }
-.diagonal-widget .warning { color: #e0a458; }
-.diagonal-widget .error { color: #f07070; }
+  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden;
+  --diagonal-warning: #6b4500; --diagonal-error: #9b1c15; }
+.dark-theme .diagonal-widget { --diagonal-warning: #e0a458; --diagonal-error: #f07070; }
+.diagonal-widget .warning { color: var(--diagonal-warning); }
+.diagonal-widget .error { color: var(--diagonal-error); }
 `;
+
+const living = new Set(); // drawings of nodes that are in a graph
+const kept = new Map(); // place -> what a drawing leaves to the one that comes there
+const watched = new WeakSet(); // root graphs
+
+function place({ node, name }) {
+  return [node.graph.rootGraph.id, node.graph.id, node.id, name].join(" ");
+}
+
+/**
+ * Undo opens the graph anew, with other nodes in the places of the same ones. Only between these two events is a node
+ * with the same ids the same to a person: opening a file clears the graph before the first.
+ */
+function watch(root) {
+  if (watched.has(root)) return;
+  watched.add(root);
+  root.events?.addEventListener("configuring", ({ detail }) => {
+    if (!detail.clearGraph) return;
+    for (const drawing of [...living]) {
+      const { graph } = drawing.node;
+      const inside = graph !== root;
+      if (!inside || root.subgraphs.get(graph.id) === graph) kept.set(place(drawing), drawing.leave?.());
+      if (inside) drawing.remove(); // ComfyUI tells nothing to the nodes inside subgraphs
+    }
+  });
+  root.events?.addEventListener("configured", () => kept.clear());
+}
+
+function scrolls(target, root) {
+  for (let at = target; at && at !== root; at = at.parentElement)
+    if (at.scrollHeight > at.clientHeight && /auto|scroll/.test(getComputedStyle(at).overflowY)) return true;
+  return false;
+}
+
+/** Zooming and panning go on to the classic canvas, as from ComfyUI's own texts. Vue nodes do so by themselves. */
+function forward(root) {
+  const pass = (type, isCanvas, process) =>
+    root.addEventListener(type, (event) => {
+      if (!LiteGraph.vueNodesMode && isCanvas(event)) app.canvas[process](event);
+    });
+  pass("wheel", (event) => event.ctrlKey || !scrolls(event.target, root), "processMouseWheel");
+  pass("pointerdown", (event) => event.button === MIDDLE.button, "processMouseDown");
+  pass("pointermove", (event) => event.buttons & MIDDLE.held, "processMouseMove");
+  pass("pointerup", (event) => event.button === MIDDLE.button, "processMouseUp");
+}
 
 /** Runs `act` after the node's own `method`. */
 function after(node, method, act) {
