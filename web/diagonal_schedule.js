@@ -197,7 +197,9 @@ class ScheduleDrawing {
       if (!by) return;
       event.preventDefault();
       event.stopPropagation();
+      const before = this.widget("steps").value;
       this.setSteps(chunk, last, this.reply.sigmas[chunk].length + by);
+      this.record(before);
     });
     area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last));
   }
@@ -206,6 +208,7 @@ class ScheduleDrawing {
     event.preventDefault();
     event.stopPropagation();
     const began = event.clientY;
+    const before = this.widget("steps").value;
     const steps = this.reply.sigmas[chunk].length;
     // The node may be zoomed: as many screen pixels a step as the drawing shows.
     const pixels = (PIXELS_PER_STEP * this.svg.getBoundingClientRect().height) / PLOT.height;
@@ -214,10 +217,18 @@ class ScheduleDrawing {
       window.removeEventListener("pointermove", move, true);
       window.removeEventListener("pointerup", end, true);
       window.removeEventListener("pointercancel", end, true);
+      this.record(before);
     };
     window.addEventListener("pointermove", move, true);
     window.addEventListener("pointerup", end, true);
     window.addEventListener("pointercancel", end, true);
+  }
+
+  /** Makes a change of the steps a step of ComfyUI's undo, which sees by itself what its own widgets do. */
+  record(before) {
+    if (this.widget("steps").value === before) return;
+    app.canvas.emitBeforeChange?.();
+    app.canvas.emitAfterChange?.();
   }
 
   /** Changes one chunk's steps; the last one shown stands for all later chunks too. */
