@@ -180,9 +180,15 @@ class MemoryLine {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.bar, this.words);
-    const onRemoved = () => clearInterval(this.timer);
-    addDrawing(node, "memory", this.root, { style: STYLE, height: HEIGHT, before: "live", onRemoved });
+    addDrawing(this, "memory", { style: STYLE, height: HEIGHT, before: "live" });
+  }
+
+  begin() {
     this.timer = setInterval(() => this.refresh(), POLL_MS);
+  }
+
+  end() {
+    clearInterval(this.timer);
   }
 
   async refresh() {

@@ -57,11 +57,13 @@ class ScheduleDrawing {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.words);
-    const onRemoved = () => this.end();
-    addDrawing(node, "drawing", this.root, { style: STYLE, height: HEIGHT, maxHeight: HEIGHT + 30, onRemoved });
-    this.watch();
-    this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes = new ResizeObserver(() => this.draw());
+    addDrawing(this, "drawing", { style: STYLE, height: HEIGHT, maxHeight: HEIGHT + 30 });
+  }
+
+  begin() {
+    if (this.watched !== this.node) this.watch();
+    this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes.observe(this.root);
   }
 
@@ -75,6 +77,7 @@ class ScheduleDrawing {
   }
 
   watch() {
+    this.watched = this.node;
     for (const name of WIDGETS) {
       const widget = this.widget(name);
       const before = widget.callback;
@@ -93,6 +96,7 @@ class ScheduleDrawing {
   }
 
   async refresh() {
+    if (!this.node.graph) return;
     const linked = this.linked();
     const query = linked.length
       ? `linked:${linked}`
@@ -205,6 +209,7 @@ class ScheduleDrawing {
   }
 
   drag(event, chunk, last) {
+    if (event.button !== 0) return; // the middle button pans the canvas
     event.preventDefault();
     event.stopPropagation();
     const began = event.clientY;

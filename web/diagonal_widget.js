@@ -14,8 +14,8 @@ const STYLE = `
 .diagonal-widget .error { color: var(--diagonal-error); }
 `;
 
-const living = new Set(); // drawings of nodes that are in a graph
-const kept = new Map(); // place -> what a drawing leaves to the one that comes there
+const living = new Set(); // what is held by nodes that are in a graph
+const kept = new Map(); // place -> the drawing for the node that comes there
 const watched = new WeakSet(); // root graphs
 
 function place({ node, name }) {
@@ -23,19 +23,20 @@ function place({ node, name }) {
 }
 
 /**
- * Undo opens the graph anew, with other nodes in the places of the same ones. Only between these two events is a node
- * with the same ids the same to a person: opening a file clears the graph before the first.
+ * Undo opens the graph anew, with other nodes in the places of the same ones: they take over the drawings, with all
+ * that these show. Vue nodes would go on showing the former ones. Only between these two events is a node with the same
+ * ids the same to a person: opening a file clears the graph before the first.
  */
 function watch(root) {
   if (watched.has(root)) return;
   watched.add(root);
   root.events?.addEventListener("configuring", ({ detail }) => {
     if (!detail.clearGraph) return;
-    for (const drawing of [...living]) {
-      const { graph } = drawing.node;
+    for (const held of [...living]) {
+      const { graph } = held.node;
       const inside = graph !== root;
-      if (!inside || root.subgraphs.get(graph.id) === graph) kept.set(place(drawing), drawing.leave?.());
-      if (inside) drawing.remove(); // ComfyUI tells nothing to the nodes inside subgraphs
+      if (!inside || root.subgraphs.get(graph.id) === graph) kept.set(place(held), held.drawing);
+      if (inside) held.end(); // ComfyUI tells nothing to the nodes inside subgraphs
     }
   });
   root.events?.addEventListener("configured", () => kept.clear());
@@ -77,31 +78,50 @@ function grow(node) {
 }
 
 /**
- * Puts `root` into the node, below its widgets. Nothing of it is saved, and nothing reaches the API's graph.
+ * Puts a drawing into its node, below the widgets. Nothing of it is saved, and nothing reaches the API's graph.
  *
+ * @param drawing has its `node`, which undo replaces, and its `root` element; `begin` is called when the node comes
+ *   into a graph, which the clone that ComfyUI makes to copy a node never does, and `end` when it goes.
  * @param style rules, all under a class of our own.
  * @param height in canvas units; `maxHeight` where it may become higher than that.
  * @param before the drawing that this one is to stand above, whichever is made first.
- * @param onRemoved called when the node goes.
  */
-export function addDrawing(node, name, root, { style, height, maxHeight = height, before, onRemoved }) {
+export function addDrawing(drawing, name, { style, height, maxHeight = height, before }) {
+  const { node, root } = drawing;
   const sheet = document.createElement("style");
   sheet.textContent = STYLE + style; // here and not in the page's head, which other packs share
   root.append(sheet);
   root.classList.add("diagonal-widget");
   root.style.maxHeight = `${maxHeight}px`; // Vue nodes share out free height evenly
+  forward(root);
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
     serialize: false,
     getMinHeight: () => height,
     getMaxHeight: () => maxHeight,
   });
   widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
-  const place = node.widgets.findIndex((other) => other.name === before);
-  if (place >= 0) node.widgets.splice(place, 0, ...node.widgets.splice(node.widgets.indexOf(widget), 1));
+  const above = node.widgets.findIndex((other) => other.name === before);
+  if (above >= 0) node.widgets.splice(above, 0, ...node.widgets.splice(node.widgets.indexOf(widget), 1));
   grow(node);
+  const held = { node, name, drawing, end };
+  function begin() {
+    if (living.has(held)) return;
+    living.add(held);
+    watch(node.graph.rootGraph);
+    const former = kept.get(place(held));
+    if (former) {
+      held.drawing = Object.assign(former, { node });
+      widget.element = former.root;
+    }
+    held.drawing.begin();
+  }
+  function end() {
+    if (living.delete(held)) held.drawing.end();
+  }
   after(node, "onConfigure", () => grow(node));
-  after(node, "onRemoved", onRemoved);
-  return widget;
+  after(node, "onAdded", begin);
+  after(node, "onRemoved", end);
+  if (node.graph) begin();
 }
 
 /** Whether an event that names a node, perhaps one inside a subgraph ("5:3"), means this one. */
