@@ -9,7 +9,7 @@ const STYLE = `
 .diagonal-widget { box-sizing: border-box; font: 10px sans-serif; color: var(--fg-color, #ddd);
   background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden;
   --diagonal-warning: #6b4500; --diagonal-error: #9b1c15; }
-.dark-theme .diagonal-widget { --diagonal-warning: #e0a458; --diagonal-error: #f07070; }
+.diagonal-widget:is(.dark-theme *) { --diagonal-warning: #e0a458; --diagonal-error: #f07070; }
 .diagonal-widget .warning { color: var(--diagonal-warning); }
 .diagonal-widget .error { color: var(--diagonal-error); }
 `;
