@@ -24,12 +24,14 @@ const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
 const PARTS = ["weights", "keys_values", "text", "forward", "decoder"]; // names of the server, texts and colours
+const [ACTIVE, MUTED, BYPASSED] = [0, 2, 4]; // a node's mode
 const [GB, MB] = [1e9, 1e6];
 
 const STYLE = `
 .diagonal-memory { display: flex; flex-direction: column; gap: 2px; padding: 4px 8px; line-height: 1.3; }
 .diagonal-memory .bar { display: flex; height: 5px; flex: none; border-radius: 2px; overflow: hidden;
   background: rgb(128 128 128 / 0.3); }
+.diagonal-memory .bar[hidden] { display: none; }
 .diagonal-memory .weights { background: #5b8def; }
 .diagonal-memory .keys_values { background: #e0a458; }
 .diagonal-memory .text { background: #c9c25a; }
@@ -37,7 +39,7 @@ const STYLE = `
 .diagonal-memory .decoder { background: #a37bd6; }
 .diagonal-memory .words { overflow: auto; }
 .diagonal-memory .detail { color: var(--descrip-text, #999); }
-.diagonal-memory.red .text-line { color: #f07070; font-weight: 600; }
+.diagonal-memory.red .text-line { color: var(--diagonal-error); font-weight: 600; }
 `;
 
 /** What cannot be known before the run, in words. */
@@ -74,12 +76,14 @@ function value(node, name) {
   throw new Unknown(phrase("from_other_node", { node: node.title, name: shownName(node, name) }));
 }
 
-/** Walks up from an input until `found` says so; a node between passes on its input of that type. */
+/** Walks up from an input until `found` says so; other nodes and bypassed ones pass on their input of that type. */
 function walk(node, name, type, found) {
   let at = source(node, name);
   for (let step = 0; at && step < MOST_STEPS; step++) {
-    if (found(at)) return at;
+    if (at.mode === MUTED) throw new Unknown(phrase("muted", { node: at.title }));
+    if (at.mode !== BYPASSED && found(at)) return at;
     const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
+    if (!input && at.mode === BYPASSED) break; // ComfyUI drops the link
     if (!input) throw new Unknown(phrase("made_by", { node: at.title, type }));
     at = source(at, input.name);
   }
@@ -90,7 +94,7 @@ function walk(node, name, type, found) {
 function modelOf(sampler) {
   let causal = null;
   const loader = walk(sampler, "model", "MODEL", (node) => {
-    if (node.type === CAUSAL && node.mode === 0) causal ??= node;
+    if (node.type === CAUSAL) causal ??= node;
     return node.type in FILES;
   });
   return [loader, causal ?? (loader.type === "DiagonalModelLoader" ? loader : null)];
@@ -134,18 +138,34 @@ function sizeQuery(sampler) {
   return query;
 }
 
-/** What to ask the server for a node, and what to say of the assumptions. */
-function question(node) {
-  if (SAMPLERS.includes(node.type)) return { ...modelQuery(...modelOf(node)), ...scheduleQuery(node), ...sizeQuery(node) };
-  for (const sampler of node.graph.nodes.filter((other) => SAMPLERS.includes(other.type))) {
+function samplerQuery(sampler) {
+  return { ...modelQuery(...modelOf(sampler)), ...scheduleQuery(sampler), ...sizeQuery(sampler) };
+}
+
+/** What to ask the server for a node: of a loader, for each sampler that it feeds; perhaps with what is assumed. */
+function questions(node) {
+  if (SAMPLERS.includes(node.type)) return [samplerQuery(node)];
+  const asked = [];
+  for (const sampler of node.graph.nodes) {
+    if (!SAMPLERS.includes(sampler.type) || sampler.mode !== ACTIVE) continue;
     try {
-      const [loader, causal] = modelOf(sampler);
-      if (loader === node) return { ...modelQuery(loader, causal), ...scheduleQuery(sampler), ...sizeQuery(sampler) };
+      if (modelOf(sampler)[0] === node) asked.push(samplerQuery(sampler));
     } catch (error) {
       if (!(error instanceof Unknown)) throw error;
     }
   }
-  return { ...modelQuery(node, node.type === "DiagonalModelLoader" ? node : null), ...USUAL_SIZE, assumed: 1 };
+  if (asked.length) return asked;
+  return [{ ...modelQuery(node, node.type === "DiagonalModelLoader" ? node : null), ...USUAL_SIZE, assumed: 1 }];
+}
+
+async function ask(query) {
+  try {
+    const response = await api.fetchApi(`/diagonal/memory?${query}`);
+    if (!response.ok) throw new Error(phrase("server_status", { status: response.status }));
+    return await response.json();
+  } catch (error) {
+    return { error: phrase("memory_unknown", { why: error.message }), failed: true };
+  }
 }
 
 class MemoryLine {
@@ -160,37 +180,35 @@ class MemoryLine {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.bar, this.words);
-    const onRemoved = () => clearInterval(this.timer);
-    addDrawing(node, "memory", this.root, { style: STYLE, height: HEIGHT, before: "live", onRemoved });
+    addDrawing(this, "memory", { style: STYLE, height: HEIGHT, before: "live" });
+  }
+
+  begin() {
     this.timer = setInterval(() => this.refresh(), POLL_MS);
+  }
+
+  end() {
+    clearInterval(this.timer);
   }
 
   async refresh() {
     if (!this.node.graph) return;
-    let query, reply;
-    let failed = false;
+    let queries = [];
+    let unknown = null;
     try {
-      query = new URLSearchParams(question(this.node)).toString();
+      queries = [...new Set(questions(this.node).map((query) => new URLSearchParams(query).toString()))];
     } catch (error) {
       if (!(error instanceof Unknown)) throw error;
-      query = `unknown:${error.message}`;
-      reply = { error: error.message };
+      unknown = { error: error.message };
     }
-    if (query === this.asked) return;
-    this.asked = query;
-    if (!reply) {
-      try {
-        const response = await api.fetchApi(`/diagonal/memory?${query}`);
-        if (!response.ok) throw new Error(phrase("server_status", { status: response.status }));
-        reply = await response.json();
-      } catch (error) {
-        reply = { error: phrase("memory_unknown", { why: error.message }) };
-        failed = true;
-      }
-    }
-    if (this.asked !== query) return;
-    this.draw(reply, query.endsWith("assumed=1"));
-    if (failed) this.asked = null; // the server is asked again
+    const asked = unknown?.error ?? queries.join(" ");
+    if (asked === this.asked) return;
+    this.asked = asked;
+    const replies = unknown ? [unknown] : await Promise.all(queries.map(ask));
+    if (this.asked !== asked) return;
+    const most = replies.reduce((a, b) => ((b.total ?? 0) > (a.total ?? 0) ? b : a));
+    this.draw(most, queries[0]?.endsWith("assumed=1"));
+    if (replies.some((reply) => reply.failed)) this.asked = null; // the server is asked again
   }
 
   draw(reply, assumed) {

@@ -47,26 +47,34 @@ class Preview {
     this.line = document.createElement("div");
     this.line.className = "line";
     this.root.append(this.image, this.bars, this.line);
-    const onRemoved = () => this.remove();
-    addDrawing(node, "live", this.root, { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT, onRemoved });
     this.reset(null);
     this.line.textContent = phrase("idle");
-    previews.add(this);
+    addDrawing(this, "live", { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT });
   }
 
-  remove() {
+  begin() {
+    previews.add(this);
+    if (this.frames.length) this.play();
+  }
+
+  end() {
     previews.delete(this);
+    this.pause();
+  }
+
+  pause() {
     clearTimeout(this.timer);
+    this.timer = null;
   }
 
   reset(promptId) {
-    clearTimeout(this.timer);
-    this.timer = null;
+    this.pause();
     this.promptId = promptId;
     this.frames = [];
     this.shown = -1;
     this.first = null; // seconds until the first chunk
     this.state = null;
+    this.ending = null; // the name of a text
     this.steps = new Map(); // chunk -> [steps done, steps]
     this.image.removeAttribute("src");
     this.bars.replaceChildren();
@@ -76,6 +84,7 @@ class Preview {
     if (!isNode(data.node, this.node)) return false;
     if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
     this.root.classList.remove("idle");
+    this.ending = null;
     return true;
   }
 
@@ -129,13 +138,13 @@ class Preview {
     );
   }
 
-  say(ending = null) {
+  say() {
     const { chunk, chunks, forwards, made, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
     const parts = [];
     if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
     if (pixelFrames) parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
-    if (ending) parts.push(ending);
+    if (this.ending) parts.push(phrase(this.ending));
     else if (forwards && forwards < total)
       parts.push(phrase("left", { time: seconds((elapsed / made) * (total - forwards)) }));
     else if (forwards) parts.push(phrase("forwards_in", { forwards: made, time: seconds(elapsed) }));
@@ -143,8 +152,15 @@ class Preview {
     this.line.title = this.line.textContent;
   }
 
-  end(promptId, how) {
-    if (promptId === this.promptId && this.state && this.state.forwards < this.state.total) this.say(how);
+  stop(promptId, ending) {
+    if (promptId !== this.promptId || !(this.state?.forwards < this.state?.total)) return;
+    this.ending = ending;
+    this.say();
+  }
+
+  /** A run that has not ended goes on unseen, or is gone with its server. */
+  onLost() {
+    if (!this.ending) this.stop(this.promptId, "connection_lost");
   }
 }
 
@@ -152,10 +168,13 @@ app.registerExtension({
   name: "diagonaldistillation.preview",
   init() {
     const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
+    // For programs that use the API; without a listener ComfyUI's page warns of it.
+    api.addEventListener("diagonal.stream", () => {});
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));
-    api.addEventListener("execution_interrupted", all((p, data) => p.end(data.prompt_id, phrase("cancelled"))));
-    api.addEventListener("execution_error", all((p, data) => p.end(data.prompt_id, phrase("failed"))));
+    api.addEventListener("execution_interrupted", all((p, data) => p.stop(data.prompt_id, "cancelled")));
+    api.addEventListener("execution_error", all((p, data) => p.stop(data.prompt_id, "failed")));
+    api.addEventListener("reconnecting", all((preview) => preview.onLost()));
   },
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) new Preview(node);

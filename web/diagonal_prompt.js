@@ -21,7 +21,8 @@ const STYLE = `
   border-radius: 4px; cursor: pointer; }
 .diagonal-prompt button:disabled { background: rgb(128 128 128 / 0.3); color: var(--descrip-text, #999);
   cursor: default; }
-.diagonal-prompt .line { flex: none; height: 26px; line-height: 13px; overflow: hidden; }
+.diagonal-prompt .line { flex: none; height: 26px; line-height: 13px; overflow: hidden; overflow-wrap: anywhere; }
+.diagonal-prompt .line.error { height: auto; min-height: 26px; max-height: 39px; overflow: auto; }
 `;
 
 const fields = new Set();
@@ -32,6 +33,9 @@ class PromptField {
     this.running = false;
     this.sending = false;
     this.promptId = null;
+    this.words = phrase("prompt_idle");
+    this.lost = false;
+    this.refusal = null; // why the last prompt was not taken
     this.root = document.createElement("div");
     this.root.className = "diagonal-prompt";
     const row = document.createElement("div");
@@ -47,7 +51,10 @@ class PromptField {
     this.line.className = "line";
     this.line.setAttribute("role", "status");
     this.root.append(row, this.line);
-    this.text.addEventListener("input", () => this.refresh());
+    this.text.addEventListener("input", () => {
+      this.refusal = null;
+      this.refresh();
+    });
     this.text.addEventListener("keydown", (event) => {
       event.stopPropagation(); // the canvas has shortcuts of its own
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -56,20 +63,25 @@ class PromptField {
       }
     });
     this.button.addEventListener("click", () => this.send());
-    addDrawing(node, "live_prompt", this.root, { style: STYLE, height: HEIGHT, onRemoved: () => fields.delete(this) });
-    this.say(phrase("prompt_idle"));
     this.refresh();
+    addDrawing(this, "live_prompt", { style: STYLE, height: HEIGHT });
+  }
+
+  begin() {
     fields.add(this);
   }
 
-  refresh() {
-    this.button.disabled = !this.running || this.sending || !this.text.value.trim();
+  end() {
+    fields.delete(this);
   }
 
-  say(words, isError = false) {
-    this.line.textContent = words;
+  /** A refusal stays until the person types or sends: the next chunk's event comes at once. */
+  refresh() {
+    const words = this.sending ? phrase("sending") : (this.refusal ?? this.words);
+    if (this.line.textContent !== words) this.line.textContent = words;
     this.line.title = words;
-    this.line.classList.toggle("error", isError);
+    this.line.classList.toggle("error", this.lost || this.refusal !== null);
+    this.button.disabled = !this.running || this.sending || !this.text.value.trim();
   }
 
   value(name) {
@@ -81,15 +93,17 @@ class PromptField {
     const wasRunning = this.running;
     this.running = data.running;
     this.promptId = data.prompt_id;
-    if (data.running) this.say(phrase("prompt_now", data));
-    else if (wasRunning) this.say(phrase("run_ended"));
+    if (data.running) this.words = phrase("prompt_now", data);
+    else if (wasRunning) this.words = phrase("run_ended");
+    this.lost = false;
     this.refresh();
   }
 
   onLost() {
     if (!this.running) return;
     this.running = false;
-    this.say(phrase("connection_lost"), true);
+    this.words = phrase("connection_lost");
+    this.lost = true;
     this.refresh();
   }
 
@@ -97,8 +111,8 @@ class PromptField {
     if (this.button.disabled) return;
     const text = this.text.value.trim();
     this.sending = true;
+    this.refusal = null;
     this.refresh();
-    this.say(phrase("sending"));
     try {
       const reply = await api.fetchApi(ROUTE, {
         method: "POST",
@@ -113,14 +127,14 @@ class PromptField {
         }),
       });
       const answer = await reply.json();
-      if (!reply.ok) this.say(answer.error ?? phrase("prompt_refused", { status: reply.status }), true);
+      if (!reply.ok) this.refusal = answer.error ?? phrase("prompt_refused", { status: reply.status });
       else {
         if (this.text.value.trim() === text) this.text.value = "";
         const taken = { chunk: answer.chunk, how: answer.switch, text: answer.text };
-        this.say(reply.status === LATER ? phrase("prompt_later") : phrase("prompt_taken", taken));
+        this.words = reply.status === LATER ? phrase("prompt_later") : phrase("prompt_taken", taken);
       }
     } catch (error) {
-      this.say(phrase("unreachable", { why: error.message }), true);
+      this.refusal = phrase("unreachable", { why: error.message });
     } finally {
       this.sending = false;
       this.refresh();

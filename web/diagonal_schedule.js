@@ -12,6 +12,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 190; // of the whole drawing, in canvas units
 const PLOT = { top: 22, bottom: 18, left: 24, right: 8, height: 140 };
 const PIXELS_PER_STEP = 12; // of a drag
+const NUMBER_WIDTH = 14; // of a chunk's number, in canvas units
 const POLL_MS = 300; // undo and other extensions change values without saying so
 
 const STYLE = `
@@ -23,11 +24,11 @@ const STYLE = `
 .diagonal-schedule .column.editable { cursor: ns-resize; }
 .diagonal-schedule .column.editable:hover, .diagonal-schedule .column:focus-visible { fill: rgb(128 128 128 / 0.18); }
 .diagonal-schedule .descent { fill: none; stroke: #5b8def; stroke-width: 1.2; }
-.diagonal-schedule .context { stroke: #e0a458; stroke-width: 1; stroke-dasharray: 2 2; }
+.diagonal-schedule .context { stroke: var(--diagonal-warning); stroke-width: 1; stroke-dasharray: 2 2; }
 .diagonal-schedule .forward { fill: #5b8def; }
-.diagonal-schedule .pass { fill: none; stroke: #e0a458; stroke-width: 1.4; }
+.diagonal-schedule .pass { fill: none; stroke: var(--diagonal-warning); stroke-width: 1.4; }
 .diagonal-schedule .count { fill: var(--fg-color, #ddd); font-weight: 600; }
-.diagonal-schedule .words { padding: 2px 8px 4px; line-height: 1.35; overflow: auto; }
+.diagonal-schedule .words { padding: 2px 8px 4px; line-height: 1.35; overflow: auto; overflow-wrap: anywhere; }
 `;
 
 function element(name, attributes, parent, text) {
@@ -56,11 +57,13 @@ class ScheduleDrawing {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.words);
-    const onRemoved = () => this.end();
-    addDrawing(node, "drawing", this.root, { style: STYLE, height: HEIGHT, maxHeight: HEIGHT + 30, onRemoved });
-    this.watch();
-    this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes = new ResizeObserver(() => this.draw());
+    addDrawing(this, "drawing", { style: STYLE, height: HEIGHT, maxHeight: HEIGHT + 30 });
+  }
+
+  begin() {
+    if (this.watched !== this.node) this.watch();
+    this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes.observe(this.root);
   }
 
@@ -74,6 +77,7 @@ class ScheduleDrawing {
   }
 
   watch() {
+    this.watched = this.node;
     for (const name of WIDGETS) {
       const widget = this.widget(name);
       const before = widget.callback;
@@ -92,6 +96,7 @@ class ScheduleDrawing {
   }
 
   async refresh() {
+    if (!this.node.graph) return;
     const linked = this.linked();
     const query = linked.length
       ? `linked:${linked}`
@@ -142,11 +147,13 @@ class ScheduleDrawing {
       element("text", { x: PLOT.left - 4, y: y(sigma) + 3, "text-anchor": "end" }, this.svg, `${sigma}`);
     }
     element("text", { x: 4, y: 11 }, this.svg, "σ");
+    const end = reply.sigmas.length - 1;
+    const repeats = reply.listed <= reply.sigmas.length; // else there are other chunks behind the last one shown
     const column = (width - PLOT.left - PLOT.right) / reply.sigmas.length;
-    const numbered = Math.max(1, Math.ceil(14 / column)); // chunk numbers that would touch are left out
+    const numbered = Math.max(1, Math.ceil(NUMBER_WIDTH / column)); // numbers that would touch are left out
     reply.sigmas.forEach((sigmas, chunk) => {
       const left = PLOT.left + chunk * column;
-      const last = chunk === reply.sigmas.length - 1;
+      const last = chunk === end;
       const levels = reply.cache_pass === null ? sigmas : [...sigmas, reply.cache_pass];
       const x = (i) => left + ((i + 0.5) / levels.length) * column;
       const points = sigmas.map((sigma, i) => `${x(i)},${y(sigma)}`).join(" ");
@@ -156,13 +163,15 @@ class ScheduleDrawing {
         element("circle", { class: "pass", cx: x(sigmas.length), cy: y(reply.cache_pass), r: 2.6 }, this.svg);
       if (!last) {
         const level = y(reply.context_sigma[chunk]);
-        element("line", { class: "context", x1: x(levels.length - 1), x2: left + 1.5 * column, y1: level, y2: level }, this.svg);
+        const [x1, x2] = [x(levels.length - 1), left + 1.5 * column];
+        element("line", { class: "context", x1, x2, y1: level, y2: level }, this.svg);
       }
       const middle = left + column / 2;
       element("text", { class: "count", x: middle, y: 11, "text-anchor": "middle" }, this.svg, `${sigmas.length}`);
-      if (last || chunk % numbered === 0)
-        element("text", { x: middle, y: PLOT.height - 5, "text-anchor": "middle" }, this.svg, `${chunk + 1}${last ? "…" : ""}`);
-      this.addColumn(chunk, last, left, column, bottom);
+      const number = `${chunk + 1}${last && repeats ? "…" : ""}`;
+      if (last || (chunk % numbered === 0 && end - chunk >= numbered))
+        element("text", { class: "number", x: middle, y: PLOT.height - 5, "text-anchor": "middle" }, this.svg, number);
+      this.addColumn(chunk, last, last && repeats, left, column, bottom);
     });
     this.svg.querySelector(`[data-chunk="${focused}"]`)?.focus();
     const { steps, forwards, chunks, uniform_steps: uniform, uniform_forwards: more } = reply.cost;
@@ -175,12 +184,11 @@ class ScheduleDrawing {
     else if (!reply.editable) say(phrase("own_sigmas"), "hint");
   }
 
-  addColumn(chunk, last, left, column, bottom) {
+  addColumn(chunk, last, repeats, left, column, bottom) {
     const steps = this.reply.sigmas[chunk].length;
     const area = element("rect", { x: left, y: 0, width: column, height: bottom + PLOT.bottom }, this.svg);
     area.setAttribute("class", this.reply.editable ? "column editable" : "column");
     area.dataset.chunk = chunk;
-    const repeats = last && this.reply.listed <= this.reply.sigmas.length;
     const name = phrase(repeats ? "chunk_and_later" : "chunk", { chunk: chunk + 1 });
     const levels = this.reply.sigmas[chunk].map((sigma) => sigma.toFixed(3)).join(", ");
     element("title", {}, area, phrase("chunk_steps", { name, steps, levels }));
@@ -193,15 +201,19 @@ class ScheduleDrawing {
       if (!by) return;
       event.preventDefault();
       event.stopPropagation();
+      const before = this.widget("steps").value;
       this.setSteps(chunk, last, this.reply.sigmas[chunk].length + by);
+      this.record(before);
     });
     area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last));
   }
 
   drag(event, chunk, last) {
+    if (event.button !== 0) return; // the middle button pans the canvas
     event.preventDefault();
     event.stopPropagation();
     const began = event.clientY;
+    const before = this.widget("steps").value;
     const steps = this.reply.sigmas[chunk].length;
     // The node may be zoomed: as many screen pixels a step as the drawing shows.
     const pixels = (PIXELS_PER_STEP * this.svg.getBoundingClientRect().height) / PLOT.height;
@@ -210,10 +222,18 @@ class ScheduleDrawing {
       window.removeEventListener("pointermove", move, true);
       window.removeEventListener("pointerup", end, true);
       window.removeEventListener("pointercancel", end, true);
+      this.record(before);
     };
     window.addEventListener("pointermove", move, true);
     window.addEventListener("pointerup", end, true);
     window.addEventListener("pointercancel", end, true);
+  }
+
+  /** Makes a change of the steps a step of ComfyUI's undo, which sees by itself what its own widgets do. */
+  record(before) {
+    if (this.widget("steps").value === before) return;
+    app.canvas.emitBeforeChange?.();
+    app.canvas.emitAfterChange?.();
   }
 
   /** Changes one chunk's steps; the last one shown stands for all later chunks too. */

@@ -1,12 +1,64 @@
 // What the pack's drawings inside nodes share. ComfyUI loads every file of this folder as an extension: this one
 // registers nothing.
 
+import { app } from "../../scripts/app.js";
+
+const MIDDLE = { button: 1, held: 4 }; // the mouse's middle button, in an event's `button` and `buttons`
+
 const STYLE = `
 .diagonal-widget { box-sizing: border-box; font: 10px sans-serif; color: var(--fg-color, #ddd);
-  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden; }
-.diagonal-widget .warning { color: #e0a458; }
-.diagonal-widget .error { color: #f07070; }
+  background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden;
+  --diagonal-warning: #6b4500; --diagonal-error: #9b1c15; }
+.diagonal-widget:is(.dark-theme *) { --diagonal-warning: #e0a458; --diagonal-error: #f07070; }
+.diagonal-widget .warning { color: var(--diagonal-warning); }
+.diagonal-widget .error { color: var(--diagonal-error); }
 `;
+
+const living = new Set(); // what is held by nodes that are in a graph
+const kept = new Map(); // place -> the drawing for the node that comes there
+const watched = new WeakSet(); // root graphs
+
+function place({ node, name }) {
+  return [node.graph.rootGraph.id, node.graph.id, node.id, name].join(" ");
+}
+
+/**
+ * Undo opens the graph anew, with other nodes in the places of the same ones: they take over the drawings, with all
+ * that these show. Vue nodes would go on showing the former ones. Only between these two events is a node with the same
+ * ids the same to a person: opening a file clears the graph before the first.
+ */
+function watch(root) {
+  if (watched.has(root)) return;
+  watched.add(root);
+  root.events?.addEventListener("configuring", ({ detail }) => {
+    if (!detail.clearGraph) return;
+    for (const held of [...living]) {
+      const { graph } = held.node;
+      const inside = graph !== root;
+      if (!inside || root.subgraphs.get(graph.id) === graph) kept.set(place(held), held.drawing);
+      if (inside) held.end(); // ComfyUI tells nothing to the nodes inside subgraphs
+    }
+  });
+  root.events?.addEventListener("configured", () => kept.clear());
+}
+
+function scrolls(target, root) {
+  for (let at = target; at && at !== root; at = at.parentElement)
+    if (at.scrollHeight > at.clientHeight && /auto|scroll/.test(getComputedStyle(at).overflowY)) return true;
+  return false;
+}
+
+/** Zooming and panning go on to the classic canvas, as from ComfyUI's own texts. Vue nodes do so by themselves. */
+function forward(root) {
+  const pass = (type, isCanvas, process) =>
+    root.addEventListener(type, (event) => {
+      if (!LiteGraph.vueNodesMode && isCanvas(event)) app.canvas[process](event);
+    });
+  pass("wheel", (event) => event.ctrlKey || !scrolls(event.target, root), "processMouseWheel");
+  pass("pointerdown", (event) => event.button === MIDDLE.button, "processMouseDown");
+  pass("pointermove", (event) => event.buttons & MIDDLE.held, "processMouseMove");
+  pass("pointerup", (event) => event.button === MIDDLE.button, "processMouseUp");
+}
 
 /** Runs `act` after the node's own `method`. */
 function after(node, method, act) {
@@ -26,31 +78,50 @@ function grow(node) {
 }
 
 /**
- * Puts `root` into the node, below its widgets. Nothing of it is saved, and nothing reaches the API's graph.
+ * Puts a drawing into its node, below the widgets. Nothing of it is saved, and nothing reaches the API's graph.
  *
+ * @param drawing has its `node`, which undo replaces, and its `root` element; `begin` is called when the node comes
+ *   into a graph, which the clone that ComfyUI makes to copy a node never does, and `end` when it goes.
  * @param style rules, all under a class of our own.
  * @param height in canvas units; `maxHeight` where it may become higher than that.
  * @param before the drawing that this one is to stand above, whichever is made first.
- * @param onRemoved called when the node goes.
  */
-export function addDrawing(node, name, root, { style, height, maxHeight = height, before, onRemoved }) {
+export function addDrawing(drawing, name, { style, height, maxHeight = height, before }) {
+  const { node, root } = drawing;
   const sheet = document.createElement("style");
   sheet.textContent = STYLE + style; // here and not in the page's head, which other packs share
   root.append(sheet);
   root.classList.add("diagonal-widget");
   root.style.maxHeight = `${maxHeight}px`; // Vue nodes share out free height evenly
+  forward(root);
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
     serialize: false,
     getMinHeight: () => height,
     getMaxHeight: () => maxHeight,
   });
   widget.serialize = false; // the option above speaks of the API's graph, this of the saved one
-  const place = node.widgets.findIndex((other) => other.name === before);
-  if (place >= 0) node.widgets.splice(place, 0, ...node.widgets.splice(node.widgets.indexOf(widget), 1));
+  const above = node.widgets.findIndex((other) => other.name === before);
+  if (above >= 0) node.widgets.splice(above, 0, ...node.widgets.splice(node.widgets.indexOf(widget), 1));
   grow(node);
+  const held = { node, name, drawing, end };
+  function begin() {
+    if (living.has(held)) return;
+    living.add(held);
+    watch(node.graph.rootGraph);
+    const former = kept.get(place(held));
+    if (former) {
+      held.drawing = Object.assign(former, { node });
+      widget.element = former.root;
+    }
+    held.drawing.begin();
+  }
+  function end() {
+    if (living.delete(held)) held.drawing.end();
+  }
   after(node, "onConfigure", () => grow(node));
-  after(node, "onRemoved", onRemoved);
-  return widget;
+  after(node, "onAdded", begin);
+  after(node, "onRemoved", end);
+  if (node.graph) begin();
 }
 
 /** Whether an event that names a node, perhaps one inside a subgraph ("5:3"), means this one. */

@@ -91,7 +91,7 @@ def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
     )
     # The input by the name that the node shows.
     wait_words(page, ".diagonal-memory .detail", "连接“潜在图像”后才能得知所需内存。")
-    wait_words(page, ".diagonal-memory .detail", "未连接采样器；按 832x480：")
+    wait_words(page, ".diagonal-memory .detail", "此图中没有采样器给出尺寸；按 832x480：")
     assert frontend.errors == []
 
 

@@ -33,7 +33,7 @@ def page(frontend):
 
 def wait_line(page, words: str) -> str:
     page.wait_for_function(
-        "words => document.querySelector('.diagonal-preview .line').textContent.includes(words)",
+        "words => document.querySelector('.diagonal-preview .line')?.textContent.includes(words)",
         arg=words,
         timeout=90_000,
     )
@@ -74,4 +74,12 @@ def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
     comfy_server.post("/interrupt", {})
     wait_line(page, "cancelled; these frames stay")
     assert page.locator(".diagonal-preview img").get_attribute("src").startswith("data:image/jpeg")
+    line, bars = page.locator(".diagonal-preview .line").inner_text(), page.locator(".diagonal-preview .bar").count()
+    frontend.undo_a_move()
+    wait_line(page, line)
+    assert page.locator(".diagonal-preview .bar").count() == bars
+    assert page.locator(".diagonal-preview img").get_attribute("src").startswith("data:image/jpeg")
+    # The same file opened anew, with the same ids, is another run's place.
+    page.evaluate("async () => app.loadGraphData(app.graph.serialize(), true, true)")
+    wait_line(page, "Chunks play here")
     assert frontend.errors == []

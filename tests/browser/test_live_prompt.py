@@ -27,7 +27,11 @@ def page(frontend):
             find("DiagonalDemoLoader").connect(1, node, node.inputs.findIndex((input) => input.name === "clip"));
             const sampler = find("DiagonalChunkSampler");
             node.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "positive"));
-            find("EmptyARVideoLatent").widgets.find((widget) => widget.name === "length").value = 369;
+            const set = (type, name, value) => {
+                find(type).widgets.find((widget) => widget.name === name).value = value;
+            };
+            set("EmptyARVideoLatent", "length", 1021); // with so many steps it takes longer than the test
+            set("DiagonalSchedule", "steps", "8");
             app.canvas.ds.scale = 0.9;
             app.canvas.ds.offset = [540, 120];
         }""",
@@ -53,15 +57,26 @@ def test_a_prompt_is_sent_while_the_run_goes_on(page, comfy_server, frontend):
     field.fill("a purple dog")
     assert button.is_disabled()
     page.evaluate("() => app.queuePrompt(0, 1)")
-    wait_line(page, "Chunk 2 of 31")
+    wait_line(page, "Chunk 2 of 86")
     button.click()
     wait_line(page, "words the demo model does not know")
+    # The reason stays while chunks are made, until the person goes on.
+    page.evaluate("() => { window.told = 0; app.api.addEventListener('diagonal.prompt', () => told++); }")
+    page.wait_for_function("() => told >= 2")
+    line = page.locator(".diagonal-prompt .line.error")
+    assert "words the demo model does not know" in line.inner_text()
+    assert line.evaluate("line => getComputedStyle(line).overflowY") == "auto", "all of it can be read"
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "live_prompt_refused.png")
     field.fill(BLUE)
+    assert line.count() == 0
+    frontend.undo_a_move()
+    assert field.input_value() == BLUE, "a text half typed stays"
+    assert button.is_enabled()
     field.press("Control+Enter")
     wait_line(page, "(recache): " + BLUE)
     assert field.input_value() == ""
     wait_line(page, f": {BLUE}")
-    ARTIFACTS.mkdir(exist_ok=True)
     page.wait_for_timeout(1500)
     page.screenshot(path=ARTIFACTS / "live_prompt.png")
     comfy_server.post("/interrupt", {})

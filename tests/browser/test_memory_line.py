@@ -50,6 +50,20 @@ def cache_mb(line: str) -> float:
     return float(re.search(r"latent frames\) ([\d.]+) MB", line)[1])
 
 
+def contrast(page, selector: str) -> float:
+    """Of a text with its drawing's background, by WCAG's formula."""
+    return page.locator(selector).first.evaluate(
+        """(text) => {
+            const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+                .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+                .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0.05);
+            const back = getComputedStyle(text.closest(".diagonal-widget")).backgroundColor;
+            const both = [light(getComputedStyle(text).color), light(back)];
+            return Math.max(...both) / Math.min(...both);
+        }"""
+    )
+
+
 def test_the_line_follows_window_and_size_and_goes_red(page, frontend):
     (line, other) = wait_lines(page, "Needs ", "64x64", "(12 latent frames)")
     assert line == other and "RAM (no GPU)" in line
@@ -69,6 +83,18 @@ def test_the_line_follows_window_and_size_and_goes_red(page, frontend):
     assert colour == "rgb(240, 112, 112)"
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / "memory_line.png")
+    frontend.set_widget("DiagonalSchedule", "steps", "1")
+    page.wait_for_selector(".diagonal-schedule .warning", state="attached")
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    page.wait_for_function("() => !document.querySelector('.dark-theme')")
+    try:
+        page.wait_for_timeout(1000)
+        page.screenshot(path=ARTIFACTS / "memory_line_light.png")
+        assert contrast(page, f"{LINES}.red .text-line") > 4.5
+        assert contrast(page, ".diagonal-schedule .warning") > 4.5
+    finally:
+        page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+        page.wait_for_selector(".dark-theme", state="attached")
     assert frontend.errors == []
 
 
@@ -109,10 +135,104 @@ def test_what_cannot_be_known_is_said(page, frontend):
             line.textContent === "Connect latent_image to know the memory.")""",
         timeout=20_000,
     )
+    assert page.locator(f"{LINES} .bar:visible").count() == 1, "no bar of what is not known"
     # The loader feeds no sampler whose size is known, and says what it reckons with.
     page.wait_for_function(
         """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
-            line.textContent.includes("No sampler is connected; for 832x480"))""",
+            line.textContent.includes("No sampler in this graph gives its size; for 832x480"))""",
         timeout=20_000,
     )
+    assert frontend.errors == []
+
+
+def test_a_loader_answers_for_the_active_sampler_that_needs_most(page, frontend):
+    wait_lines(page, "Needs ", "64x64", "(12 latent frames)")
+    causal = page.evaluate(
+        """() => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            const [latent, sampler] = ["EmptyARVideoLatent", "DiagonalChunkSampler"].map((type) => {
+                const copy = find(type).clone();
+                app.graph.add(copy);
+                copy.pos = [0, 1200];
+                return copy;
+            });
+            latent.widgets.find((widget) => widget.name === "width").value = 640;
+            find("DiagonalCausalAttention").connect(0, sampler, 0);
+            latent.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "latent_image"));
+            window.second = sampler;
+            return find("DiagonalCausalAttention").title;
+        }"""
+    )
+
+    def wait_loader(words: str) -> None:
+        page.wait_for_function(
+            """words => app.graph.nodes.find((node) => node.type === "DiagonalDemoLoader")
+                .widgets.find((widget) => widget.name === "memory").element.textContent.includes(words)""",
+            arg=words,
+            timeout=20_000,
+        )
+
+    wait_loader("640x64")
+    for mode, words in ((2, "64x64"), (0, "640x64"), (4, "64x64")):
+        page.evaluate("mode => (second.mode = mode)", mode)
+        wait_loader(words)
+    page.evaluate("() => app.graph.remove(second)")
+    # A bypassed node sets nothing, a muted one passes nothing on.
+    frontend.set_widget("DiagonalCausalAttention", "window", 6)
+    wait_lines(page, "(6 latent frames)")
+    set_mode = "mode => (app.graph.nodes.find((node) => node.type === 'DiagonalCausalAttention').mode = mode)"
+    page.evaluate(set_mode, 4)
+    wait_lines(page, "(12 latent frames)")
+    page.evaluate(set_mode, 2)
+    page.wait_for_function(
+        "words => [...document.querySelectorAll('.diagonal-memory')].some((line) => line.title === words)",
+        arg=f"{causal} is muted.",
+        timeout=20_000,
+    )
+    wait_loader("No sampler in this graph")
+    assert frontend.errors == []
+
+
+def test_nodes_that_are_gone_ask_nothing(page, frontend):
+    """Copies for the clipboard are never in a graph, and ComfyUI tells nodes inside subgraphs nothing as they go."""
+    page.evaluate(
+        """() => {
+            const [start, stop] = [window.setInterval, window.clearInterval];
+            window.ticking = new Set();
+            window.setInterval = (act, every, ...rest) => {
+                const id = start(act, every, ...rest);
+                if ([300, 500].includes(every)) ticking.add(id); // of our drawings
+                return id;
+            };
+            window.clearInterval = (id) => (ticking.delete(id), stop(id));
+            window.restoreIntervals = () => Object.assign(window, { setInterval: start, clearInterval: stop });
+        }"""
+    )
+
+    def ticking() -> int:
+        return page.evaluate("() => ticking.size")
+
+    try:
+        frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
+        assert ticking() == 3, "the schedule's and two memory lines"
+        page.evaluate("() => { app.canvas.selectItems(app.graph.nodes); app.canvas.copyToClipboard(); }")
+        assert ticking() == 3
+        page.evaluate("() => app.canvas.pasteFromClipboard()")
+        assert ticking() == 6
+        page.evaluate("() => app.canvas.deleteSelected()")
+        assert ticking() == 3
+        page.evaluate(
+            """() => {
+                const sampler = app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler");
+                app.graph.remove(sampler);
+                app.graph.add(sampler);
+                app.graph.convertToSubgraph(new Set([sampler]));
+            }"""
+        )
+        assert ticking() == 3
+        for _ in range(2):
+            frontend.undo_a_move()
+            assert ticking() == 3
+    finally:
+        page.evaluate("() => restoreIntervals()")
     assert frontend.errors == []

@@ -95,6 +95,12 @@ def test_dragging_a_chunk_changes_the_text_and_the_text_changes_the_drawing(draw
     page.mouse.up()
     drawing.wait([4, 3, 5, 2, 2, 2, 2])
     assert drawing.get("steps") == "4,3,5,2"
+    assert page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified")
+    page.keyboard.press("Control+z")
+    drawing.wait([4, 3, 2, 2, 2, 2, 2])
+    assert drawing.get("steps") == ""
+    page.keyboard.press("Control+y")
+    drawing.wait([4, 3, 5, 2, 2, 2, 2])
     drawing.set("steps", "5,3")
     drawing.wait([5, 3, 3, 3, 3, 3, 3])
     page.locator(".diagonal-schedule [data-chunk='6']").focus()
@@ -104,7 +110,40 @@ def test_dragging_a_chunk_changes_the_text_and_the_text_changes_the_drawing(draw
     page.keyboard.press("ArrowUp")
     drawing.wait([5, 3, 3, 3, 3, 3, 3])
     assert drawing.get("steps") == "5,3"
+    page.keyboard.press("Control+z")
+    drawing.wait([5, 3, 3, 3, 3, 3, 2])
     assert drawing.frontend.errors == []
+
+
+def test_wheel_and_middle_button_move_the_canvas_over_the_drawing(drawing):
+    page = drawing.page
+
+    def view() -> list[float]:
+        return page.evaluate("() => [app.canvas.ds.scale, ...app.canvas.ds.offset]")
+
+    x, y = drawing.point_at(2)
+    scale, left, top = view()
+    page.mouse.down(button="middle")
+    page.mouse.move(x + 60, y + 30, steps=4)
+    page.mouse.up(button="middle")
+    assert view() == pytest.approx([scale, left + 60 / scale, top + 30 / scale], abs=0.1)
+    assert drawing.get("steps") == "", "that is no drag"
+    page.mouse.wheel(0, -100)
+    page.wait_for_function("scale => app.canvas.ds.scale > scale", arg=scale)
+    # What can scroll does so.
+    drawing.set("steps", "4" * 400)
+    words = page.locator(".diagonal-schedule .words")
+    page.wait_for_function(
+        """() => {
+            const words = document.querySelector(".diagonal-schedule .words");
+            return words.scrollHeight > words.clientHeight && words.scrollWidth <= words.clientWidth;
+        }"""
+    )
+    words.hover()
+    before = view()
+    page.mouse.wheel(0, 20)
+    page.wait_for_function("() => document.querySelector('.diagonal-schedule .words').scrollTop > 0")
+    assert view() == before
 
 
 def test_a_value_set_without_a_callback_is_drawn_too(drawing):
@@ -128,10 +167,13 @@ def test_more_chunks_than_are_drawn_are_said(drawing):
     drawing.set("steps", ",".join(["4", "3"] * 15))
     drawing.wait([4, 3] * 12)
     assert drawing.words("hint") == "The first 24 of 30 listed chunks are drawn; change steps in the text."
+    numbers = drawing.page.locator(".diagonal-schedule .number")
+    assert numbers.all_text_contents()[-2:] == ["21", "24"], "numbers that do not touch, and nothing said to follow"
     titles = drawing.page.locator(".diagonal-schedule title").all_text_contents()
     assert not any("and later" in title for title in titles)
     drawing.set("steps", "4,3")
     drawing.wait([4, 3, 3, 3, 3, 3, 3])
+    assert numbers.all_text_contents() == ["1", "2", "3", "4", "5", "6", "7…"]
     assert any("chunk 7 and later" in text for text in drawing.page.locator("title").all_text_contents())
 
 

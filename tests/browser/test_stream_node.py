@@ -18,10 +18,22 @@ def wait_line(page, words: str) -> None:
     )
 
 
+def lose_connection(page) -> None:
+    """Until ComfyUI's page has it again."""
+    page.evaluate(
+        """() => new Promise((done) => {
+            app.api.addEventListener("reconnected", done, { once: true });
+            app.api.socket.close();
+        })"""
+    )
+
+
 def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server):
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
     page = frontend.page
+    warnings: list[str] = []
+    page.on("console", lambda message: warnings.append(message.text) if message.type == "warning" else None)
     page.evaluate(
         """(seconds) => {
             const node = app.graph.nodes.find((found) => found.type === "DiagonalStreamVideo");
@@ -57,6 +69,9 @@ def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server):
     wait_line(page, "cancelled; these frames stay")
     assert list((comfy_server.output_dir / "video").glob("canvas*.mp4")) == [video]
     assert video.stat().st_size > kept
+    lose_connection(page)
+    assert "cancelled" in page.locator(".diagonal-preview .line").inner_text()
+    assert [line for line in warnings if "Unhandled message" in line] == []
     assert frontend.errors == []
 
 
@@ -64,17 +79,39 @@ def test_a_resumed_run_is_timed_by_its_own_forwards(frontend):
     """The server says how many of the forwards this run made: of those before it no time is known."""
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
-    line = frontend.page.evaluate(
+    page = frontend.page
+    line = page.locator(".diagonal-preview .line")
+    page.evaluate(
         """() => {
             const node = app.graph.nodes.find((found) => found.type === "DiagonalStreamVideo");
-            const tell = (detail) => app.api.dispatchCustomEvent("diagonal.progress", {
-                node: String(node.id), prompt_id: "resumed", chunks: 9000, total: 20000, steps: 2, step: 1, ...detail,
+            window.tell = (made, place = node.id) => app.api.dispatchCustomEvent("diagonal.progress", {
+                node: String(place), prompt_id: "resumed", chunks: 9000, total: 20000, steps: 2, step: 1,
+                chunk: 4000 + made, forwards: 10000 + made, made, elapsed: made / 100,
             });
-            for (let made = 1; made <= 100; made++)
-                tell({ chunk: 4000 + made, forwards: 10000 + made, made, elapsed: made / 100 });
-            return document.querySelector(".diagonal-preview .line").textContent;
+            for (let made = 1; made <= 100; made++) tell(made);
         }"""
     )
-    assert line == "chunk 4100 of 9000 · 1:39 min left"
-    assert frontend.page.locator(".diagonal-preview .bar").count() == 32, "the newest chunks alone"
+    assert line.inner_text() == "chunk 4100 of 9000 · 1:39 min left"
+    assert page.locator(".diagonal-preview .bar").count() == 32, "the newest chunks alone"
+    lose_connection(page)
+    assert line.inner_text() == "chunk 4100 of 9000 · The connection was lost."
+    page.evaluate("() => tell(101)")
+    assert line.inner_text() == "chunk 4101 of 9000 · 1:39 min left"
+    # ComfyUI's undo tells nodes inside a subgraph nothing.
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalStreamVideo");
+            const { node: outer, subgraph } = app.graph.convertToSubgraph(new Set([node]));
+            app.canvas.setGraph(subgraph);
+            tell(102, `${outer.id}:${subgraph.nodes[0].id}`);
+        }"""
+    )
+    frontend.undo_a_move()
+    page.wait_for_function(
+        """() => {
+            const [node] = app.canvas.graph.nodes;
+            const { element } = node.widgets.find((widget) => widget.name === "live");
+            return node.graph !== app.graph && element.querySelector(".line").textContent.startsWith("chunk 4102");
+        }"""
+    )
     assert frontend.errors == []

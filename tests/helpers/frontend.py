@@ -89,6 +89,22 @@ class Frontend:
             [kind, name, value],
         )
 
+    def undo_a_move(self) -> None:
+        """Move the first node and undo that: ComfyUI makes every node anew."""
+        self.page.evaluate(
+            """() => {
+                app.canvas.emitBeforeChange();
+                const [x, y] = app.graph.nodes[0].pos;
+                app.graph.nodes[0].pos = [x + 10, y];
+                app.canvas.emitAfterChange();
+                for (const node of app.graph.nodes) node.seenBefore = true;
+                return app.extensionManager.command.execute("Comfy.Undo"); // the key is for a text typed last, too
+            }"""
+        )
+        self.page.wait_for_function(
+            "() => app.graph.nodes.length && !app.graph.nodes.some((node) => node.seenBefore)", timeout=20_000
+        )
+
     def open_help(self, kind: str, label: str = "Node Info") -> None:
         """Replace the graph by one node of a type and open its help; `label` is what the button is called."""
         self.page.evaluate(
