@@ -177,8 +177,10 @@ class ScheduleDrawing {
     const { steps, forwards, chunks, uniform_steps: uniform, uniform_forwards: more } = reply.cost;
     const ratio = (more / forwards).toFixed(2);
     say(phrase("cost", { steps, mode: reply.context_mode, forwards, chunks, uniform, more, ratio }), "info");
-    if (reply.uninformative !== null)
-      say(phrase("uninformative", { sigma: reply.uninformative.toFixed(3) }), "warning");
+    if (reply.uninformative !== null) {
+      const name = reply.cache_pass === null ? "uninformative" : "uninformative_pass";
+      say(phrase(name, { sigma: reply.uninformative.toFixed(3) }), "warning");
+    }
     const drawn = reply.sigmas.length;
     if (reply.listed > drawn) say(phrase("drawn_part", { drawn, listed: reply.listed }), "hint");
     else if (!reply.editable) say(phrase("own_sigmas"), "hint");

@@ -66,6 +66,10 @@ const TEXTS = {
       "context_mode renoise or clean, or more steps.",
     "有块在 sigma {sigma} 处结束，而上下文方式为 noisy：下一块的条件几乎是纯噪声。请改用 renoise 或 clean，或增加步数。",
   ],
+  uninformative_pass: [
+    "A chunk's context is at sigma {sigma}: the next chunk is conditioned on almost pure noise. Lower context_sigma.",
+    "块的上下文处于 sigma {sigma}：下一块的条件几乎是纯噪声。请调低 context_sigma。",
+  ],
   own_sigmas: [
     "Steps follow your sigmas; empty that field to drag them.",
     "步数由自定义噪声水平决定；清空该栏后才能拖动。",

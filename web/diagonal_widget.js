@@ -96,6 +96,7 @@ export function addDrawing(drawing, name, { style, height, maxHeight = height, b
   forward(root);
   const widget = node.addDOMWidget(name, `diagonal_${name}`, root, {
     serialize: false,
+    hideInPanel: true, // ComfyUI's side panel would list it as a row without anything
     getMinHeight: () => height,
     getMaxHeight: () => maxHeight,
   });

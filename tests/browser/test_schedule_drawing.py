@@ -150,6 +150,12 @@ def test_a_value_set_without_a_callback_is_drawn_too(drawing):
     drawing.page.evaluate("() => { app.graph.nodes[0].widgets.find((w) => w.name === 'steps').value = '1'; }")
     drawing.wait([1] * 7)
     assert "almost pure noise" in drawing.words("warning")
+    for name, value in {"steps": "4,3", "context_mode": "renoise", "context_sigma": 0.95}.items():
+        drawing.set(name, value)
+    drawing.wait([4, 3, 3, 3, 3, 3, 3])
+    drawing.page.wait_for_function(
+        """() => document.querySelector(".diagonal-schedule .warning")?.textContent.includes("Lower context_sigma")"""
+    )
 
 
 def test_a_bad_value_is_said_and_own_sigmas_cannot_be_dragged(drawing):
