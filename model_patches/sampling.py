@@ -626,5 +626,5 @@ def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
     if cache.max_position > limit:
         raise ValueError(
             f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
-            "only. Set positions to window, or to auto, on the causal model, or use a shorter length."
+            "only. Set a window on the causal model, such as 12 with sink 3, and positions auto, or a shorter length."
         )

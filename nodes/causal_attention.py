@@ -16,9 +16,9 @@ class DiagonalCausalAttention(io.ComfyNode):
             node_id="DiagonalCausalAttention",
             display_name="Diagonal Causal Attention",
             category=f"{CATEGORY}/model",
-            description="Makes a Wan 2.1 text-to-video MODEL (Load Diffusion Model, GGUF, LoRAs) causal, for "
-            "the Diagonal Chunk Sampler. The weights must come from a causal model such as Self Forcing; with any "
-            "other sampler the MODEL behaves as before.",
+            description="Makes a Wan 2.1 text-to-video MODEL (Load Diffusion Model, GGUF, LoRAs) causal, for Diagonal "
+            "Chunk Sampler and Diagonal Stream Video. The weights must come from a causal model such as Self Forcing; "
+            "with any other sampler the MODEL behaves as before.",
             search_aliases=["causal wan", "self forcing", "kv cache", "autoregressive video"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video MODEL with the weights of a causal model."),

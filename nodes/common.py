@@ -38,7 +38,8 @@ def window_inputs() -> list[io.Input]:
             options=list(POSITIONS),
             default=_DEFAULTS.positions,
             tooltip="How time is counted (RoPE, in latent frames). absolute: from the start of the clip. window: "
-            "inside the window, for any length. auto: absolute up to 21 latent frames (81 pixel frames), else window.",
+            "inside the window, for any length. auto: absolute up to 21 latent frames (81 pixel frames), else window. "
+            "With window -1 always absolute.",
         ),
     ]
 

@@ -15,9 +15,9 @@ class DiagonalContextFrames(io.ComfyNode):
             node_id="DiagonalContextFrames",
             display_name="Diagonal Context Frames",
             category=f"{CATEGORY}/sampling",
-            description="Frames that a new video begins with, for the Diagonal Chunk Sampler: one image makes image "
-            "to video with a text-to-video model, the frames of a video are continued from its end. They enter the "
-            "KV cache as if the model had made them.",
+            description="Frames that a new video begins with, for Diagonal Chunk Sampler and Diagonal Stream Video: "
+            "one image makes image to video with a text-to-video model, the frames of a video are continued from its "
+            "end. They enter the KV cache as if the model had made them.",
             search_aliases=["image to video", "start image", "extend video", "continue video"],
             inputs=[
                 io.Image.Input(
@@ -36,7 +36,9 @@ class DiagonalContextFrames(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ContextType.Output(display_name="context", tooltip="For the Diagonal Chunk Sampler."),
+                ContextType.Output(
+                    display_name="context", tooltip="For Diagonal Chunk Sampler and Diagonal Stream Video."
+                ),
                 io.Int.Output(
                     display_name="frames",
                     tooltip="Pixel frames at the start of the decoded video that repeat the given ones. To append the "

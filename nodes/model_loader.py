@@ -105,7 +105,8 @@ class DiagonalModelLoader(io.ComfyNode):
                     options=list(POSITIONS),
                     default=_DEFAULTS.positions,
                     tooltip="How latent frames are counted: absolute from the start of the clip, or inside the window "
-                    "so that clips can be of any length. auto: absolute up to 21 latent frames, else window.",
+                    "so that clips can be of any length. auto: absolute up to 21 latent frames, else window. With "
+                    "window -1 always absolute.",
                     advanced=True,
                 ),
                 io.Combo.Input(

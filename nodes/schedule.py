@@ -88,7 +88,9 @@ class DiagonalScheduleNode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ScheduleType.Output(display_name="schedule", tooltip="For the Diagonal Chunk Sampler."),
+                ScheduleType.Output(
+                    display_name="schedule", tooltip="For Diagonal Chunk Sampler, Diagonal Stream Video."
+                ),
                 io.String.Output(
                     display_name="info", tooltip="Forwards of a 5 second clip, and what uniform steps need."
                 ),

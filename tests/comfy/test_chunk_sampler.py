@@ -465,8 +465,9 @@ def test_absolute_positions_that_bf16_cannot_hold_are_refused(tiny_wan_path, cau
     wan.model.manual_cast_dtype = None  # a CPU would compute in float32
     assert wan.model.get_dtype_inference() == torch.bfloat16
     latent = {"samples": torch.zeros(1, 16, 262, 2, 2)}
-    with pytest.raises(ValueError, match="Set positions to window"):
-        sample_latent(causal(wan, window=6, sink=3, positions="absolute"), prompt(), [], latent, DIAGONAL, seed=1)
+    for settings in ({"window": 6, "sink": 3, "positions": "absolute"}, {"window": -1, "positions": "window"}):
+        with pytest.raises(ValueError, match="Set a window on the causal model.* and positions auto"):
+            sample_latent(causal(wan, **settings), prompt(), [], latent, DIAGONAL, seed=1)
     result = sample_latent(causal(wan, window=6, sink=3), prompt(), [], latent, DIAGONAL, seed=1)
     assert torch.isfinite(result["samples"]).all()
 
