@@ -117,7 +117,10 @@ class OpticalFlow:
             raise ValueError("The mask holds NaN or infinite values; give numbers from 0 to 1.")
         size = (self.height, self.width)
         inside = F.interpolate(mask[: self.steps, None].float(), size, mode="bilinear", antialias=True)[:, 0] > 0.5
-        return OpticalFlow(self.flow, self.valid & inside.to(self.valid.device))
+        inside = inside.to(self.valid.device)
+        if len(inside) == 1 and self.valid.stride(0) == 0:  # one step that stands for all stays one
+            return OpticalFlow(self.flow, (self.valid[:1] & inside).expand(self.steps, -1, -1))
+        return OpticalFlow(self.flow, self.valid & inside)
 
     def fit(self, steps: int, height: int, width: int) -> OpticalFlow:
         """The field for a clip of another length and size.

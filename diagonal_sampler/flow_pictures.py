@@ -147,15 +147,18 @@ def preview(
         speed: pixels per frame of the full colour; None finds one.
 
     Returns:
-        IMAGE [steps, h, n * w, 3]; small frames are enlarged so that arrows can be seen.
+        IMAGE [steps, h, n * w, 3]; small frames are enlarged so that arrows can be seen. One picture where there are
+        no frames and one motion is held for all.
     """
+    held = optical_flow.flow.stride(0) == optical_flow.valid.stride(0) == 0
+    steps = 1 if held and frames is None else optical_flow.steps
     speed = usual_speed(optical_flow) if speed is None else speed
     height, width = optical_flow.height, optical_flow.width
     scale = max(1, round(256 / min(height, width)))
     size = (height * scale, width * scale)
     spacing = max(8, min(size) // 12)
     out = []
-    for step in range(optical_flow.steps):
+    for step in range(steps):
         frame = torch.full((height, width, 3), 0.35) if frames is None else frames[step, ..., :3].float().cpu()
         flow, valid = optical_flow.flow[step].cpu(), optical_flow.valid[step].cpu()
         arrows, there = _enlarge(flow, size) * scale, _enlarge(valid[..., None], size)[..., 0] > 0.5

@@ -16,6 +16,7 @@ from .frames import TIME_FACTOR
 
 SWITCHES = ("recache", "keep", "blend")
 UNITS = ("seconds", "chunk")
+MAX_TIME = 1e9
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(?P<chunk>chunk\s*)?(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
 _CLOCK = re.compile(r"(?P<time>(\d+:)?\d+:\d\d)\s*:(?P<prompt>.*)")
@@ -37,8 +38,8 @@ class PromptTime:
             raise ValueError(f"unit is {self.unit!r}; choose one of {', '.join(UNITS)}.")
         if self.unit == "chunk" and not (self.value >= 1 and float(self.value).is_integer()):
             raise ValueError(f"chunk is {self.value:g}; chunks are whole numbers and count from 1.")
-        if not (math.isfinite(self.value) and self.value >= 0):
-            raise ValueError(f"The time is {self.value} seconds; it must be 0 or more.")
+        if not 0 <= self.value <= MAX_TIME:
+            raise ValueError(f"The time is {self.value:g}; it must be from 0 to {MAX_TIME:g}.")
 
     def __str__(self) -> str:
         return f"chunk {self.value:g}" if self.unit == "chunk" else f"{self.value:g}s"

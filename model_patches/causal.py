@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.dit import timestep_embedding
 from ..diagonal_sampler.flow import adapter_tokens
+from ..diagonal_sampler.noise import send
 from ..diagonal_sampler.settings import CausalSettings
 
 WRAPPER_KEY = "diagonal_causal"
@@ -458,8 +459,9 @@ class FlowEmbedding:
         if features is None:
             self._tokens = None
             return
-        weight, bias = (tensor.to(device=features.device, dtype=torch.float32) for tensor in (self.weight, self.bias))
-        self._tokens = self.strength * adapter_tokens(features, weight, bias)
+        # Moved once: a run has an instance of its own.
+        self.weight, self.bias = (send(tensor.float(), features.device) for tensor in (self.weight, self.bias))
+        self._tokens = self.strength * adapter_tokens(features, self.weight, self.bias)
 
     # Always eager, as the attention is: a compiled graph would keep the first chunk's motion.
     @torch.compiler.disable

@@ -17,7 +17,7 @@ from ..diagonal_sampler.flow import AdapterField, OpticalFlow
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
 from ..diagonal_sampler.frames import TIME_FACTOR
-from ..diagonal_sampler.noise import NoiseSource, SeededNoise
+from ..diagonal_sampler.noise import NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Forward
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .causal import FlowEmbedding
@@ -139,6 +139,12 @@ class FlowRun:
                     f"denoise is {denoise}, so chunks start from the latent, and optical flow in mode reference starts "
                     "them from the carried frames. Use denoise 1, or mode adapter or noise."
                 )
+            if any(row[0] < 1 for row in schedule.sigmas):
+                raise ValueError(
+                    "The schedule starts a chunk below sigma 1, and optical flow in mode reference starts chunks from "
+                    "the carried frames itself (start_sigma). Begin every row of sigmas with 1, or use mode adapter or "
+                    "noise."
+                )
             self._reference = FlowReference(
                 field.fit(self._steps, height * ratio, width * ratio),
                 schedule,
@@ -200,7 +206,7 @@ class FlowRun:
             return  # the motion of a chunk is the same at all of its steps
         assert self._adapter_field is not None
         if self._first <= at.chunk <= self._last:
-            self._embedding.set(self._adapter_field.features(at.start_frame, at.frames).to(device))
+            self._embedding.set(send(self._adapter_field.features(at.start_frame, at.frames), device))
         else:
             self._embedding.set(None)
 
@@ -221,11 +227,11 @@ class FlowRun:
         return {} if tail is None else {_TAIL: tail}
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Goes on after a `snapshot`."""
+        """Goes on after a `snapshot`, of which it keeps copies."""
         if self._noise is not None:
-            self._noise.restore(tensors)
+            self._noise.restore({name: tensor.clone() for name, tensor in tensors.items()})
         if self._reference is not None and _TAIL in tensors:
-            self._reference.finished(tensors[_TAIL].to(device))
+            self._reference.finished(tensors[_TAIL].to(device, copy=True))
 
     def free(self) -> None:
         """Drop what the run held, also when it failed."""

@@ -81,7 +81,13 @@ def _dis():
         return (frame @ frame.new_tensor([0.299, 0.587, 0.114]) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
     def between(first: Tensor, second: Tensor) -> Tensor:
-        return torch.from_numpy(solver.calc(gray(first), gray(second), None)).clone()
+        try:
+            return torch.from_numpy(solver.calc(gray(first), gray(second), None)).clone()
+        except cv2.error as error:
+            height, width = first.shape[:2]
+            raise ValueError(
+                f"OpenCV cannot measure motion in frames of {width}x{height} pixels; give frames of 16x16 at least."
+            ) from error
 
     return between
 

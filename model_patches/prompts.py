@@ -388,7 +388,8 @@ class PromptRun:
 
     def listen(self) -> None:
         """Take live prompts; they begin with the next chunk."""
-        for request in () if self.box is None else self.box.take():
+        requests = [] if self.box is None else self.box.take()
+        for number, request in enumerate(requests):
             last = self.schedule.entries[-1]
             prompt = LivePrompt(
                 chunk=self._next,
@@ -402,7 +403,8 @@ class PromptRun:
                     raise NotSteerable("The last chunk is being made: nothing comes after it.")
                 self._add(prompt)
             except comfy.model_management.InterruptProcessingException:
-                request.answer.set_exception(NotSteerable("The run was cancelled."))
+                for unanswered in requests[number:]:
+                    unanswered.answer.set_exception(NotSteerable("The run was cancelled."))
                 raise
             # Whatever a tokenizer or a text encoder raises is about this text; the run goes on without it.
             except Exception as error:

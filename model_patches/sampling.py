@@ -445,7 +445,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
         if resume is not None:
             cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
-            history = {start: x.to(noise.device) for start, x in resume.load_history().items()}
+            # Copies: what was read still is the state's file, which Windows then does not let be replaced.
+            history = {start: x.to(noise.device, copy=True) for start, x in resume.load_history().items()}
         prompt_run = self._prompt_run(model_wrap, run)
         if prompt_run is not None and resume is not None:
             done += prompt_run.forwards_before(resume.chunk)

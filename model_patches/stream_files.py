@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -27,6 +28,7 @@ from .stream_state import (
     digest_of,
     find_states,
     load_tensors,
+    read_state,
     save_state,
 )
 from .video_containers import MAX_CRF, VideoSpec, VideoWriteError
@@ -152,6 +154,7 @@ _WORDS = {
     "settings": "the model's frames_per_chunk, window, sink or positions",
     "size": "width or height",
     "rate": "fps",
+    "optical_flow": "optical_flow (the motion, or a setting)",
     _GRAPH: "a node before it",
 }
 _MOST_CHANGED = 2
@@ -238,9 +241,10 @@ def resume_video(
         done = path.name.endswith(DONE_SUFFIX)
         stem = path.name.removesuffix(DONE_SUFFIX if done else STATE_SUFFIX)
         if state.digest != identity.digest:
-            begun = stem.startswith(f"{place.filename}_") and state.chunk > 0 and not done
-            what = identity.changed_since(state) if begun and not options.restart else ""
-            if what and not _is_written(place.folder / (stem + LOCK_SUFFIX)):
+            ours = re.fullmatch(re.escape(place.filename) + r"_\d+_", stem) is not None
+            wanted = ours and state.chunk > 0 and not done and not options.restart
+            what = identity.changed_since(state) if wanted else ""
+            if what and not StreamLock(place.folder / (stem + LOCK_SUFFIX)).is_held():
                 changed.append(f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on.")
             continue
         video = place.folder / (stem + _suffix(options))
@@ -253,10 +257,18 @@ def resume_video(
             if not lock.acquire():
                 notes.append(f"{video.name} is being written by another ComfyUI; it is left alone.")
                 continue
+            # Another ComfyUI may have gone on with it, or finished it, since the folder was read.
+            if not path.exists() or read_state(path) != state:
+                lock.release()
+                continue
             if options.restart:
                 # The video stays; without its state nothing will go on with it by surprise.
                 path.unlink(missing_ok=True)
                 lock.release()
+                continue
+            if not video.exists():
+                lock.release()
+                notes.append(f"{video.name} is not there any more; remove {path.name}, which nothing can go on from.")
                 continue
             if done:
                 unfinished = place.folder / (stem + STATE_SUFFIX)
@@ -272,18 +284,6 @@ def resume_video(
         return Opened(video, path, state, writer, place.subfolder, again=True)
     notes += changed[:1]  # the newest
     return None
-
-
-def _is_written(path: Path) -> bool:
-    """Whether another ComfyUI holds a video's lock."""
-    lock = StreamLock(path)
-    try:
-        if not lock.acquire():
-            return True
-    except OSError:
-        return False
-    lock.release()
-    return False
 
 
 def _suffix(options: StreamOptions) -> str:

@@ -13,6 +13,7 @@ import json
 import logging
 import numbers
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ STATE_SUFFIX = ".state.safetensors"
 DONE_SUFFIX = ".done.safetensors"
 """Of a finished video whose state was kept, to make it longer."""
 LOCK_SUFFIX = ".lock"
+LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
 _FORMAT = "diagonal-stream-1"
 _HEADER_KEY = "stream"
 WHOLE_TENSOR_ELEMENTS = 1 << 22
@@ -121,8 +123,9 @@ def find_states(folder: Path) -> list[tuple[Path, StreamState]]:
     for path in folder.iterdir():
         if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)):
             state = read_state(path)
-            if state is not None:
-                found.append((path.stat().st_mtime_ns, path, state))
+            with contextlib.suppress(FileNotFoundError):  # another ComfyUI may finish a video meanwhile
+                if state is not None:
+                    found.append((path.stat().st_mtime_ns, path, state))
     return [(path, state) for _, path, state in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
@@ -135,16 +138,38 @@ class StreamLock:
 
     def acquire(self) -> bool:
         """Whether it is ours now. Raises OSError where the folder cannot be written."""
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        for attempt in range(LOCK_ATTEMPTS):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _lock(handle)
+            except (BlockingIOError, PermissionError):
+                os.close(handle)
+                if attempt + 1 < LOCK_ATTEMPTS:
+                    time.sleep(LOCK_WAIT_S)  # somebody may only look (is_held)
+                continue
+            except OSError as error:
+                log.debug("%s: this file system has no locks: %s", self.path.name, error)
+            if _is_at(self.path, handle):
+                self._handle = handle
+                return True
+            os.close(handle)  # who held it has removed the file: another may have a new one by now
+        return False
+
+    def is_held(self) -> bool:
+        """Whether some process holds it; nothing is left behind."""
+        try:
+            handle = os.open(self.path, os.O_RDWR)
+        except OSError:
+            return False
         try:
             _lock(handle)
         except (BlockingIOError, PermissionError):
-            os.close(handle)
+            return True
+        except OSError:
             return False
-        except OSError as error:
-            log.debug("%s: this file system has no locks: %s", self.path.name, error)
-        self._handle = handle
-        return True
+        finally:
+            os.close(handle)
+        return False
 
     def release(self) -> None:
         if self._handle is None:
@@ -156,6 +181,14 @@ class StreamLock:
         if os.name != "nt":
             os.close(self._handle)
         self._handle = None
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 if os.name == "nt":

@@ -267,7 +267,8 @@ class _Run:
         self._prompts = len(opened.state.live)  # live prompts that the state has
         if opened.resumed:
             decoder.restore(load_tensors(opened.state_path, DECODER))
-        tail = load_tensors(opened.state_path, TAIL).get(TAIL_FRAMES) if opened.resumed else None
+        # A copy: what was read still is the state's file, which Windows then does not let be replaced.
+        tail = load_tensors(opened.state_path, TAIL)[TAIL_FRAMES].clone() if opened.resumed else None
         self._thread = WritingThread(opened, options, tail, plan, on_frames)
 
     @property
@@ -317,8 +318,10 @@ class _Run:
         tensors = {f"{KEYS_VALUES}{name}": tensor for name, tensor in chunk.cache.snapshot().items()}
         tensors |= {f"{DECODER}{name}": tensor for name, tensor in self._decoder.snapshot().items()}
         tensors[TAIL + TAIL_FRAMES] = self._thread.tail
-        tensors |= {f"{HISTORY}{start}": latents.cpu() for start, latents in chunk.history.items()}
-        tensors |= {f"{FLOW}{name}": tensor.cpu() for name, tensor in chunk.flow.items()}
+        # Copies: one may be a view of the other, and a file takes no shared memory.
+        more = {f"{HISTORY}{start}": latents for start, latents in chunk.history.items()}
+        more |= {f"{FLOW}{name}": tensor for name, tensor in chunk.flow.items()}
+        tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in more.items()}
         before = self.opened.state
         state = StreamState(
             digest=before.digest,

@@ -226,6 +226,7 @@ class EncodedWriter(VideoWriter):
         self._stop()
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, self._size)
+        with contextlib.suppress(OSError):
             os.close(self._file)
         self._file = -1
 

@@ -10,7 +10,7 @@ OpticalFlowModel = io.Custom("OPTICAL_FLOW")
 """ComfyUI's type of OpticalFlowLoader: RAFT."""
 
 _DEFAULTS = {field: FlowConditioning.__dataclass_fields__[field].default for field in ("start_sigma", "blend")}
-_MAX_CHUNK = 4096
+_MAX_CHUNK = 1_000_000
 _MAX_SIDE = 16384
 _MAX_LENGTH = 65536
 

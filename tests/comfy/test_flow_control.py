@@ -1,6 +1,7 @@
 """Optical flow through the chunk sampler: each mode equals the core's, and no flow is exactly as before."""
 
 import logging
+from dataclasses import replace
 
 import comfy.model_management
 import pytest
@@ -223,6 +224,9 @@ def test_what_cannot_be_combined_is_refused(
     video = {"samples": torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))}
     with pytest.raises(ValueError, match="denoise is 0.5.*Use denoise 1"):
         sample_latent(causal(tiny_wan), prompt(), [], video, DIAGONAL, seed=1, denoise=0.5, optical_flow=conditioning)
+    low = replace(DIAGONAL, sigmas=((0.95, 0.4),))
+    with pytest.raises(ValueError, match="starts a chunk below sigma 1"):
+        sample_latent(causal(tiny_wan), prompt(), [], video, low, seed=1, optical_flow=conditioning)
     with pytest.raises(ValueError, match="one latent frame"):
         sample(causal(tiny_wan), conditioning, frames=1)
     model = causal(with_adapter(0.5)[0])

@@ -44,6 +44,12 @@ MOTIONS = [{"pan": (speed * x, speed * y)} for speed in (1, 4, 10, 16) for x, y 
 MOTIONS += [{"zoom": 3}, {"zoom": -3}, {"rotation": 3}, {"zoom": 2, "rotation": -2, "pan": (5, 3)}]
 
 
+def test_frames_too_small_for_dis_are_refused(estimation):
+    pytest.importorskip("cv2")
+    with pytest.raises(ValueError, match="frames of 6x5 pixels; give frames of 16x16"):
+        estimation.estimate_flow(torch.rand(2, 5, 6, 3))
+
+
 @pytest.mark.parametrize("motion", MOTIONS, ids=str)
 def test_dis_finds_known_motion(estimation, motion):
     pytest.importorskip("cv2")

@@ -262,6 +262,24 @@ def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, clip,
     assert totals[-1][0] == totals[-1][1] == totals[0][1] + 1
 
 
+def test_a_cancel_while_a_prompt_is_encoded_answers_all_that_wait(prompt_run, prompts, monkeypatch):
+    import comfy.model_management
+
+    box = prompts.PromptBox()
+    run, _ = prompt_run("0: a", "keep", box=box)
+    answers = [post(prompts, box, text) for text in "bcd"]
+
+    def cancelled(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(prompts, "encode", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run.begin(1)
+    for answer in answers:
+        with pytest.raises(prompts.NotSteerable, match="was cancelled"):
+            answer.result(timeout=1)
+
+
 def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts):
     box, answers = prompts.PromptBox(), []
 

@@ -503,6 +503,74 @@ def test_an_mp4_plays_wherever_its_ending_is_cut_off(video_writer, tmp_path, mon
         path.unlink()
 
 
+def test_a_video_that_another_server_finished_is_not_touched(stream, options, output, pack_module, monkeypatch):
+    files_of = pack_module("model_patches.stream_files")
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    video = output / "v_00001_.mp4"
+    before, listed = video.read_bytes(), files_of.find_states
+
+    def and_then_it_is_done(folder):
+        found = listed(folder)
+        (output / "v_00001_.state.safetensors").unlink()
+        return found
+
+    monkeypatch.setattr(files_of, "find_states", and_then_it_is_done)
+    assert stream(options()).path.name == "v_00002_.mp4"
+    assert video.read_bytes() == before
+
+
+def test_a_lock_has_one_holder_and_a_look_leaves_nothing(stream_state, tmp_path, monkeypatch):
+    path = tmp_path / "v.lock"
+    first, second, third = (stream_state.StreamLock(path) for _ in range(3))
+    assert not first.is_held() and not path.exists()
+    assert first.acquire() and second.is_held() and not second.acquire()
+    first.release()
+    assert not second.is_held() and not path.exists()
+    # The holder lets go, and removes the file, between the second's opening it and locking it.
+    assert first.acquire()
+    own = stream_state._lock
+
+    def after_the_release(handle):
+        monkeypatch.setattr(stream_state, "_lock", own)
+        first.release()
+        assert third.acquire()
+        own(handle)
+
+    monkeypatch.setattr(stream_state, "_lock", after_the_release)
+    assert not second.acquire() and third.is_held()
+    third.release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux: tells which files are mapped")
+@pytest.mark.parametrize("mode", ("reference", "noise"))
+def test_a_resumed_run_holds_no_part_of_its_state_file(streaming, demo, options, motion, output, mode, pack_module):
+    """Windows refuses to replace a file that is mapped. With prompts and motion a state has all that it can have."""
+    model, flow = motion(mode)
+    _, _, negative, vae = demo
+    prompts = pack_module("model_patches.prompts")
+    clip = pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("student").result[1]
+    positive = prompts.schedule_prompts(
+        clip, "0: a red circle moves right\nchunk 4: a red circle moves up", fps=16.0, switch="recache", blend_chunks=1
+    )
+    wanted = options(format="png", seconds=4.0, state_every=1)
+
+    def run(on_progress):
+        return streaming.stream_video(
+            model, positive, negative, vae, SCHEDULE, wanted, optical_flow=flow, on_progress=on_progress
+        )
+
+    with pytest.raises(Stop):
+        run(stop_at(2))  # with a state after the first chunk, whose latents are history and the flow's tail at once
+    mapped = []
+
+    def look(progress):
+        mapped.append(".state.safetensors" in Path("/proc/self/maps").read_text())
+
+    run(look)
+    assert mapped and not any(mapped)
+
+
 @pytest.mark.parametrize("damage", ["overwritten", "shorter"])
 def test_an_mp4_that_another_program_changed_is_not_given_a_wrong_index(video_writer, tmp_path, damage):
     path = tmp_path / "v.mp4"

@@ -56,6 +56,9 @@ def test_masks_are_resized_and_checked():
     masked = field.masked(half)
     assert masked.valid[..., :8].all() and not masked.valid[..., 8:].any()
     assert field.masked(half[0]).valid.equal(masked.valid)
+    held = OpticalFlow.everywhere(torch.ones(1, 12, 16, 2)).fit(1000, 12, 16)
+    assert held.masked(half).valid.equal(masked.valid[:1].expand(1000, -1, -1))
+    assert held.masked(half).valid.stride(0) == 0, "held without copies"
     with pytest.raises(ValueError, match="mask is empty"):
         field.masked(torch.zeros(1, 6, 8))
     with pytest.raises(ValueError, match="mask holds NaN"):
@@ -323,6 +326,12 @@ def test_painted_refusals():
         painted_flow(torch.ones(1, 4, 4, 3), 0)
     dark = painted_flow(torch.tensor([0.3, 0, 0]).expand(1, 4, 4, 3), 4)
     assert torch.allclose(dark.flow, torch.tensor([4.0, 0.0]), atol=1e-4), "a dark stroke means its hue"
+
+
+def test_preview_without_frames_draws_a_held_motion_once():
+    held = OpticalFlow.everywhere(torch.ones(1, 16, 16, 2)).fit(10**6, 16, 16)
+    assert len(preview(None, held)) == 1
+    assert len(preview(torch.rand(4, 16, 16, 3), held.fit(3, 16, 16))) == 3
 
 
 def test_preview_shows_three_panels():

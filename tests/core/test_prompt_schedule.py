@@ -67,6 +67,7 @@ def test_a_single_row_may_have_its_time(text):
         ("chunk 3s: c", "unit 's' is unknown"),
         ("chunk 0: c", "chunk is 0; chunks are whole numbers and count from 1"),
         ("chunk 1.5: c", "chunk is 1.5"),
+        (f"0: a\n{'9' * 300}h: b", "it must be from 0 to 1e.09"),
         ("-1: c", "Row 1 is '-1: c'"),
         ("0: a\n3:  ", "Row 2 \\(3s\\) has no prompt"),
     ],
