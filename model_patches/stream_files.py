@@ -268,7 +268,7 @@ def resume_video(
                 continue
             if not video.exists():
                 lock.release()
-                notes.append(f"{video.name} is not there any more; remove {path.name}, which nothing can go on from.")
+                notes.append(f"{video.name} is not there any more; a new video is begun.")
                 continue
             if done:
                 unfinished = place.folder / (stem + STATE_SUFFIX)
