@@ -262,10 +262,14 @@ class PromptBox:
 
     Args:
         on_chunk: called in the sampling thread when a chunk begins.
+
+    Attributes:
+        on_taken: called there with all prompts that the run was given, before the newest is answered.
     """
 
     def __init__(self, on_chunk: Callable[[PromptNow], None] | None = None) -> None:
         self.on_chunk = on_chunk
+        self.on_taken: Callable[[Sequence[LivePrompt]], None] | None = None
         self._lock = threading.Lock()
         self._waiting: list[PromptRequest] = []
         self._closed = False
@@ -402,6 +406,8 @@ class PromptRun:
                 if prompt.chunk >= self._chunks:
                     raise NotSteerable("The last chunk is being made: nothing comes after it.")
                 self._add(prompt)
+                if self.box.on_taken is not None:
+                    self.box.on_taken(self.live)
             except comfy.model_management.InterruptProcessingException:
                 for unanswered in requests[number:]:
                     unanswered.answer.set_exception(NotSteerable("The run was cancelled."))

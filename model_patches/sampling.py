@@ -90,7 +90,6 @@ class Resume:
         load: gives the KVCache's snapshot there; called once, and what it gives is not kept.
         dropped: the KVCache's.
         load_history: gives StreamedChunk's history there.
-        live: StreamedChunk's.
         load_flow: gives StreamedChunk's flow there.
     """
 
@@ -99,7 +98,6 @@ class Resume:
     load: Callable[[], Mapping[str, Tensor]]
     dropped: int = 0
     load_history: Callable[[], Mapping[int, Tensor]] = dict
-    live: tuple[LivePrompt, ...] = ()
     load_flow: Callable[[], Mapping[str, Tensor]] = dict
 
 
@@ -221,6 +219,7 @@ def stream_latent(
     seed: int,
     cfg: float = 1.0,
     resume: Resume | None = None,
+    live: Sequence[LivePrompt] = (),
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     optical_flow: FlowConditioning | None = None,
@@ -236,6 +235,7 @@ def stream_latent(
         plan: from plan_clip; its shape is the whole clip's.
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
+        live: prompts that earlier runs of this clip were given while they went on.
         positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts: as in sample_latent. Progress
             counts on when resumed.
 
@@ -258,6 +258,7 @@ def stream_latent(
             on_progress=on_progress,
             stream=on_chunk,
             resume=resume,
+            live=live,
             flow_run=flow_run,
             prompts=prompts,
         ),
@@ -389,6 +390,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         on_chunk: Callable[[Chunk], None] | None = None,
         stream: Callable[[StreamedChunk], None] | None = None,
         resume: Resume | None = None,
+        live: Sequence[LivePrompt] = (),
         flow_run: FlowRun | None = None,
         prompts: PromptBox | None = None,
     ) -> None:
@@ -400,6 +402,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         self.on_chunk = on_chunk
         self.stream = stream
         self.resume = resume
+        self.live = live
 
     def sample(
         self,
@@ -610,7 +613,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             box=self.prompts,
             after_encoding=reload,
             first_chunk=0 if self.resume is None else self.resume.chunk,
-            live=() if self.resume is None else self.resume.live,
+            live=self.live,
         )
 
     def _context(self, model_wrap, noise: Tensor) -> Tensor | None:

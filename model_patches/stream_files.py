@@ -22,12 +22,14 @@ from .sampling import Resume
 from .stream_state import (
     DONE_SUFFIX,
     LOCK_SUFFIX,
+    PROMPTS_SUFFIX,
     STATE_SUFFIX,
     StreamLock,
     StreamState,
     digest_of,
     find_states,
     load_tensors,
+    read_prompts,
     read_state,
     save_state,
 )
@@ -198,6 +200,16 @@ class Opened:
     def resumed(self) -> bool:
         return self.state.chunk > 0
 
+    @property
+    def prompts_path(self) -> Path:
+        """Where live prompts are noted."""
+        return _prompts_path(self.state_path)
+
+    def live(self) -> tuple[LivePrompt, ...]:
+        """Prompts that earlier runs of this video were given, perhaps after the state."""
+        noted = read_prompts(self.prompts_path)
+        return tuple(LivePrompt(**prompt) for prompt in (self.state.live if noted is None else noted))
+
     def resume(self) -> Resume | None:
         if not self.resumed:
             return None
@@ -207,7 +219,6 @@ class Opened:
             load=lambda: load_tensors(self.state_path, KEYS_VALUES),
             dropped=self.state.dropped,
             load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
-            live=tuple(LivePrompt(**prompt) for prompt in self.state.live),
             load_flow=lambda: load_tensors(self.state_path, FLOW),
         )
 
@@ -264,6 +275,7 @@ def resume_video(
             if options.restart:
                 # The video stays; without its state nothing will go on with it by surprise.
                 path.unlink(missing_ok=True)
+                _prompts_path(path).unlink(missing_ok=True)
                 lock.release()
                 continue
             if not video.exists():
@@ -284,6 +296,11 @@ def resume_video(
         return Opened(video, path, state, writer, place.subfolder, again=True)
     notes += changed[:1]  # the newest
     return None
+
+
+def _prompts_path(state_path: Path) -> Path:
+    stem = state_path.name.removesuffix(STATE_SUFFIX).removesuffix(DONE_SUFFIX)
+    return state_path.with_name(stem + PROMPTS_SUFFIX)
 
 
 def _suffix(options: StreamOptions) -> str:
@@ -348,6 +365,7 @@ def begin_video(
     stack.callback(lock.release)
     stack.callback(writer.abandon)
     try:
+        _prompts_path(state_path).unlink(missing_ok=True)  # of a video of this number that is gone
         save_state(state_path, state, {})
     except VideoWriteError:
         writer.abandon()

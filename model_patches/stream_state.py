@@ -34,6 +34,8 @@ STATE_SUFFIX = ".state.safetensors"
 """Of a video that is not finished."""
 DONE_SUFFIX = ".done.safetensors"
 """Of a finished video whose state was kept, to make it longer."""
+PROMPTS_SUFFIX = ".prompts.json"
+"""Of the prompts that an unfinished video was given while it was made: a state would be large for a line of text."""
 LOCK_SUFFIX = ".lock"
 LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
 _FORMAT = "diagonal-stream-1"
@@ -96,6 +98,31 @@ def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) ->
             f"The state {path.name} cannot be written: {error}. The video and the state before are kept; free some "
             "space, then queue the same graph again to go on."
         ) from error
+
+
+def save_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the list of live prompts at once, on the disk. A full disk is said and does not end the run."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(prompts), encoding="utf-8")
+        sync_path(part)
+        os.replace(part, path)
+        sync_path(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        log.warning("%s cannot be written (%s): a resumed run may not know the newest prompt.", path.name, error)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]] | None:
+    """What `save_prompts` wrote; None where there is nothing, or nothing that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("The prompts %s cannot be read (%s); those in the state are used.", path.name, error)
+        return None
 
 
 def read_state(path: Path) -> StreamState | None:

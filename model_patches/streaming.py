@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .flow_control import SETTINGS as FLOW_SETTINGS
 from .flow_control import FlowConditioning
 from .loading import FLOW_ADAPTER_ATTACHMENT
 from .png_video import PngVideo
-from .prompts import PromptBox, schedule_of
+from .prompts import LivePrompt, PromptBox, schedule_of
 from .sampling import CONTEXT, Progress, StreamedChunk, stream_latent
 from .stream_decode import StreamDecoder, stream_decoder
 from .stream_files import (
@@ -54,6 +54,7 @@ from .stream_state import (
     digest_of_whole,
     graph_digest,
     load_tensors,
+    save_prompts,
     save_state,
 )
 from .video_writer import (
@@ -163,6 +164,8 @@ def stream_video(
             announce(message)
         started = time.perf_counter()
         run = _Run(opened, plan, options, decoder, on_frames)
+        if prompts is not None:
+            prompts.on_taken = run.note_prompts
         try:
             stream_latent(
                 model,
@@ -173,6 +176,7 @@ def stream_video(
                 seed=options.seed,
                 cfg=options.cfg,
                 resume=opened.resume(),
+                live=opened.live(),
                 callback=callback,
                 on_progress=run.watched(on_progress),
                 optical_flow=optical_flow,
@@ -264,7 +268,6 @@ class _Run:
         self.plan = plan
         self.options = options
         self._decoder = decoder
-        self._prompts = len(opened.state.live)  # live prompts that the state has
         if opened.resumed:
             decoder.restore(load_tensors(opened.state_path, DECODER))
         # A copy: what was read still is the state's file, which Windows then does not let be replaced.
@@ -297,17 +300,18 @@ class _Run:
         self._decoder.keep_loaded([chunk.patcher])
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         self._thread.put(self._decoder.submit(chunk.latents), name)
-        # A prompt that was accepted is not lost by a Cancel.
-        prompted = len(chunk.live) > self._prompts
-        if chunk.index != CONTEXT and self._due(chunk.index + 1, prompted=prompted):
+        if chunk.index != CONTEXT and self._due(chunk.index + 1):
             self._save(chunk)
-            self._prompts = len(chunk.live)
 
-    def _due(self, chunks: int, *, prompted: bool) -> bool:
+    def note_prompts(self, live: Sequence[LivePrompt]) -> None:
+        """Prompts that the run was given, the newest just now: one that was accepted is not lost by a Cancel."""
+        save_prompts(self.opened.prompts_path, [asdict(prompt) for prompt in live])
+
+    def _due(self, chunks: int) -> bool:
         """Whether to save after so many chunks. Never after the last: a longer length makes that one anew."""
         last = self.plan.chunks
         return chunks < last and (
-            prompted or chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == last - 1)
+            chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == last - 1)
         )
 
     def _save(self, chunk: StreamedChunk) -> None:
@@ -351,6 +355,7 @@ class _Run:
             os.replace(state_path, state_path.with_name(name))
         else:
             state_path.unlink(missing_ok=True)
+            self.opened.prompts_path.unlink(missing_ok=True)
         return self.opened.writer.frames
 
     def stop(self) -> None:
@@ -364,3 +369,4 @@ class _Run:
             self.opened.writer.abandon()
             remove_empty(self.opened.path)
             self.opened.state_path.unlink(missing_ok=True)
+            self.opened.prompts_path.unlink(missing_ok=True)

@@ -449,7 +449,7 @@ def test_a_resumed_stream_knows_its_live_prompts(stream, prompts):
     assert not torch.equal(whole[-1], stream(TEXT)[-1])
 
 
-def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts):
+def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts, output):
     text = "0: a red circle moves right"
 
     def steered(box, stopped):
@@ -458,6 +458,25 @@ def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts):
     whole = stream(text, **steered(prompts.PromptBox(), 99))
     stream(text, **steered(prompts.PromptBox(), 5))
     lines = []
-    rest = stream(text, announce=lines.append, state_every=99)
-    assert "after chunk 3" in lines[0]
-    assert len(rest) == 4 and all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+    again = stream(text, announce=lines.append, state_every=99)
+    assert "Begun again" in lines[0]
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+    assert [path.name for path in output.iterdir() if path.name.endswith(".json")] == [], "finished"
+
+
+@pytest.mark.parametrize("stopped", [2, 3])
+def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, output, stopped):
+    """Accepted in the third chunk, behind the state of the second; no state is written for it."""
+    text = "0: a red circle moves right"
+
+    def steered(stopped):
+        box = prompts.PromptBox()
+        return {"prompts": box, "on_progress": stop_at(stopped, box=box, prompts=prompts, at=2), "state_every": 2}
+
+    whole = stream(text, **steered(99))
+    stream(text, **steered(stopped))
+    assert len([path for path in output.iterdir() if path.name.endswith(".prompts.json")]) == 1
+    lines = []
+    rest = stream(text, announce=lines.append, state_every=2)
+    assert "after chunk 2" in lines[0]
+    assert len(rest) == 5 and all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
