@@ -253,16 +253,6 @@ def sample(picture: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
     return found.reshape(picture.shape[0], *points.shape[:-1])
 
 
-def warp_backward(picture: Tensor, motion: Tensor) -> Tensor:
-    """The picture seen through a field: pixel p of the result is the picture at p + motion(p).
-
-    Args:
-        picture: [C, H, W].
-        motion: [H, W, 2] pixels, from the result's pixels to the picture's.
-    """
-    return sample(picture, grid(motion.shape[0], motion.shape[1], motion.device) + motion)
-
-
 def splat(values: Tensor, points: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Puts values at points onto a picture, each shared among the four pixels around it.
 

@@ -17,8 +17,7 @@ _ARCS = (15, 6, 4, 11, 13, 6)
 _CORNERS = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1))
 _WHEEL = sum(_ARCS)
 _TOO_FAST = 0.75  # brightness of what is faster than the scale
-UNKNOWN_GRAY = 0.0
-"""Places without motion are black, which is no colour of the wheel."""
+_UNKNOWN = 0.0  # places without motion are black, which is no colour of the wheel
 _DARKEST = 0.1  # a painted pixel below this says nothing
 
 
@@ -42,7 +41,7 @@ def flow_colours(flow: Tensor, valid: Tensor, speed: float) -> Tensor:
     hue = corners[arc] * (1 - part) + corners[arc + 1] * part
     rate = (flow.norm(dim=-1) / speed)[..., None]
     colour = torch.where(rate <= 1, 1 - rate * (1 - hue), _TOO_FAST * hue)
-    return torch.where(valid[..., None], colour, UNKNOWN_GRAY)
+    return torch.where(valid[..., None], colour, _UNKNOWN)
 
 
 def painted_flow(images: Tensor, speed: float) -> OpticalFlow:

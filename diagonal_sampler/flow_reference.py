@@ -57,7 +57,7 @@ class FlowReference:
     """What the reference mode adds to one run of `sample_chunks`: its schedule, its source, and the blend.
 
     Args:
-        optical_flow: fitted to the clip: 4 * (T - 1) steps of the decoded size.
+        optical_flow: of the decoded size, with at most the clip's 4 * (T - 1) steps; nothing is commanded behind them.
         schedule: the usual one.
         counts: latent frames of each chunk.
         decode, encode: the autoencoder, see Decode and Encode.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import OpticalFlow, grid, sample
+from ..diagonal_sampler.flow import OpticalFlow, grid, inside, sample
 
 OPENCV_MISSING = (
     "Measuring motion needs OpenCV, which is not installed: run `pip install opencv-python-headless` in ComfyUI's "
@@ -61,8 +61,7 @@ def _leads_home(there: Tensor, back: Tensor) -> Tensor:
     returned = sample(back.movedim(-1, 0), end).movedim(0, -1)
     error = (there + returned).square().sum(-1)
     allowed = _HOME_PIXELS_SQUARED + _HOME_SHARE * (there.square().sum(-1) + returned.square().sum(-1))
-    inside = (end >= -0.5).all(-1) & (end[..., 0] <= width - 0.5) & (end[..., 1] <= height - 0.5)
-    return (error <= allowed) & inside
+    return (error <= allowed) & inside(end, height, width)
 
 
 def _dis():

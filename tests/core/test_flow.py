@@ -15,7 +15,6 @@ from diagonal_sampler.flow import (
     sample,
     splat,
     tracks_flow,
-    warp_backward,
 )
 from diagonal_sampler.flow_pictures import flow_colours, painted_flow, preview, usual_speed
 
@@ -202,11 +201,11 @@ def test_adapter_features():
 # --- moving pictures ---
 
 
-def test_backward_warping_reads_at_the_moved_place():
+def test_a_picture_is_read_at_its_own_pixels_and_between_them():
     picture = smooth_picture(30, 40)
-    moved = warp_backward(picture, torch.tensor([1.5, -0.5]).expand(30, 40, 2))
-    assert (moved - sample(picture, grid(30, 40) + torch.tensor([1.5, -0.5]))).abs().max() < 1e-6
-    assert torch.allclose(warp_backward(picture, torch.zeros(30, 40, 2)), picture, atol=1e-5)
+    assert torch.allclose(sample(picture, grid(30, 40)), picture, atol=1e-5)
+    between = sample(picture, grid(30, 40)[:, :-1] + torch.tensor([0.5, 0.0]))
+    assert torch.allclose(between, (picture[..., 1:] + picture[..., :-1]) / 2, atol=1e-5)
 
 
 def test_splatting_conserves_and_finds_holes():
