@@ -52,7 +52,8 @@ class CausalRun:
 
     Attributes:
         cache: keys and values of this run.
-        fixed_weights: no hook changes weights during the run, so that what follows from them alone can be kept.
+        fixed_weights: no hook changes weights during the run, and no function wrapper a forward's text or noise level,
+            so that what follows from these alone can be kept.
         sigma: the noise level of the current forward, the same for all rows of the batch; None if it is not known.
         seen: conditions that the current forward has predicted so far.
         wrote: blocks whose keys and values it has written.

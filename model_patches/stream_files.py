@@ -207,8 +207,10 @@ class Opened:
 
     def live(self) -> tuple[LivePrompt, ...]:
         """Prompts that earlier runs of this video were given, perhaps after the state."""
-        noted = read_prompts(self.prompts_path)
-        return tuple(LivePrompt(**prompt) for prompt in (self.state.live if noted is None else noted))
+        for prompts in (read_prompts(self.prompts_path), self.state.live):
+            with contextlib.suppress(TypeError):  # nothing there, or not what we wrote
+                return tuple(LivePrompt(**prompt) for prompt in prompts)
+        return ()
 
     def resume(self) -> Resume | None:
         if not self.resumed:

@@ -176,10 +176,12 @@ class StreamLock:
                 continue
             except OSError as error:
                 log.debug("%s: this file system has no locks: %s", self.path.name, error)
-            if _is_at(self.path, handle):
+            # Who held it may have removed the file, and another may have a new one by now. At the last attempt the lock
+            # counts: a file system may give one file other numbers each time.
+            if _is_at(self.path, handle) or attempt + 1 == LOCK_ATTEMPTS:
                 self._handle = handle
                 return True
-            os.close(handle)  # who held it has removed the file: another may have a new one by now
+            os.close(handle)
         return False
 
     def is_held(self) -> bool:

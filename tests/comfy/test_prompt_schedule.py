@@ -1,5 +1,6 @@
 """Prompts over time on ComfyUI's Wan: when they switch, what the cache holds then, and what is refused."""
 
+import json
 import threading
 from concurrent.futures import Future
 
@@ -464,6 +465,18 @@ def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts, o
     assert [path.name for path in output.iterdir() if path.name.endswith(".json")] == [], "finished"
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[3]", '[{"chunk": 1}]'])
+def test_a_damaged_list_of_prompts_leaves_those_of_the_state(stream, prompts, output, content):
+    text = "0: a red circle moves right"
+    box = prompts.PromptBox()
+    whole = stream(text, prompts=box, on_progress=stop_at(99, box=box, prompts=prompts, at=0))
+    box = prompts.PromptBox()
+    stream(text, prompts=box, on_progress=stop_at(3, box=box, prompts=prompts, at=0))
+    next(output.glob("*.prompts.json")).write_text(content)
+    rest = stream(text)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+
+
 @pytest.mark.parametrize("stopped", [2, 3])
 def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, output, stopped):
     """Accepted in the third chunk, behind the state of the second; no state is written for it."""
@@ -476,6 +489,8 @@ def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, out
     whole = stream(text, **steered(99))
     stream(text, **steered(stopped))
     assert len([path for path in output.iterdir() if path.name.endswith(".prompts.json")]) == 1
+    for path in output.glob("*.prompts.json"):
+        assert [prompt["text"] for prompt in json.loads(path.read_text())] == ["a blue square moves up"]
     lines = []
     rest = stream(text, announce=lines.append, state_every=2)
     assert "after chunk 2" in lines[0]
