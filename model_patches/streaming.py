@@ -158,8 +158,9 @@ def stream_video(
         )
         for note in notes:
             log.warning(note)
-        message = "\n".join([opened.announcement(options), *notes])
-        log.info(opened.announcement(options))
+        headline = opened.announcement(options)
+        log.info(headline)
+        message = "\n".join([headline, *notes])
         if announce is not None:
             announce(message)
         started = time.perf_counter()
