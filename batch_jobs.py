@@ -93,6 +93,13 @@ def load_graph(path: Path) -> Graph:
     )
     if not is_api or not graph:
         raise BatchError(f"{path} is no ComfyUI API graph: every node needs class_type and inputs")
+    for node_id, node in graph.items():
+        try:
+            json.dumps({node_id: node}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            # JSON can hold half of a surrogate pair. ComfyUI's worker does not survive such text in an error.
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise BatchError(f"{path} has {half} in node {printable(node_id)}: half a character, no text") from error
     return graph
 
 

@@ -469,8 +469,9 @@ def test_prompts_file(tmp_path):
 
 def test_graph_files_that_are_none(tmp_path):
     file = tmp_path / "graph.json"
-    cases = ['{"nodes": [], "links": []}', '{"1": {"inputs": {}}}', "[]", "{}", "not json", "[" * 100_000]
-    messages = ["canvas workflow", "API graph", "API graph", "API graph", "not JSON", "not JSON"]
+    half = r'{"7": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a\ud800"}}}'
+    cases = ['{"nodes": [], "links": []}', '{"1": {"inputs": {}}}', "[]", "{}", "not json", "[" * 100_000, half]
+    messages = ["canvas workflow", "API graph", "API graph", "API graph", "not JSON", "not JSON", r"\\ud800 in node 7"]
     for text, message in zip(cases, messages, strict=True):
         file.write_text(text)
         with pytest.raises(batch_jobs.BatchError, match=message):
