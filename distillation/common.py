@@ -1,8 +1,9 @@
-"""What every training program here needs: seeded generators, precision, memory and provenance."""
+"""What every training program here needs: seeded generators, precision, memory, whole files and provenance."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -84,6 +85,23 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)  # the largest glibc takes
     mallopt(trim_threshold, (1 << 31) - 1)
     mallopt(top_pad, 256 << 20)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: what is written there takes its place at the end, or goes with an error."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, which is never half there."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def git_commit() -> str:

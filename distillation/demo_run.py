@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.common import fast_bf16, keep_freed_memory
+from distillation.common import fast_bf16, keep_freed_memory, whole_file
 
 log = logging.getLogger("demo_run")
 
@@ -194,9 +194,8 @@ class Losses:
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """torch.save to a temporary name, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(state, partial)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

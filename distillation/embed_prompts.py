@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diagonal_sampler.weight_files import listed, short, write_weights
+from distillation.common import write_text
 from distillation.prompts import TOKENS_ENTRY, WAN_TEXT_TOKENS, read_prompt_lines
 
 log = logging.getLogger("embed_prompts")
@@ -268,10 +269,7 @@ def write_prompts_file(path: Path, shards: Sequence[Shard], prompts: Sequence[st
         {"negative": negative.texts[0], "embedding": NEGATIVE_FILE, "key": NEGATIVE_KEY},
         *({"prompt": prompt, **places[prompt]} for prompt in prompts),
     ]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 @contextmanager

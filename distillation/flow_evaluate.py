@@ -54,6 +54,7 @@ from diagonal_sampler.frames import TIME_FACTOR, latent_frames, pixel_frames
 from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
 from distillation import demo_files, score, sprites
+from distillation.common import write_text
 from distillation.losses import guided
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
@@ -459,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(found, options))
         if chosen.write:
             chosen.write.parent.mkdir(parents=True, exist_ok=True)
-            chosen.write.write_text(page(found, options, player, chosen.dit, to=chosen.write, modes=chosen.modes))
+            write_text(chosen.write, page(found, options, player, chosen.dit, to=chosen.write, modes=chosen.modes))
     except (ValueError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from distillation.common import write_text
 from distillation.recipes import Recipe
 
 # A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding), except
@@ -49,10 +50,8 @@ _ADAMW = ("exp_avg", "exp_avg_sq")
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes under a temporary name, then renames; `indent` None is one line."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=indent))
-    os.replace(partial, path)
+    """Writes a JSON file, which is never half there; `indent` None is one line."""
+    write_text(path, json.dumps(value, indent=indent))
 
 
 SPRITE_PROMPTS = "prompts.txt"
@@ -226,9 +225,7 @@ class Log:
         self.path = folder / "log.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _update_of(line) < update]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(partial, self.path)
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
         self.file = self.path.open("a", buffering=1)
 
     def write(self, entry: Mapping[str, Any]) -> None:

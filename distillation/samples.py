@@ -96,7 +96,7 @@ def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoenc
     final, folder = folder, folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     for index, clip in enumerate(to_host_scale(latents.float().cpu())):
         # ComfyUI's own format of SaveLatent.
         tensors = {"latent_tensor": clip[None].contiguous(), "latent_format_version_0": torch.tensor([])}

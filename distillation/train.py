@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from diagonal_sampler.captions import caption_of, load_caption_encoder
 from diagonal_sampler.sampler import count_chunks, split_frames
 from distillation import losses, run_folder, sprites
-from distillation.common import Stopwatch, generator_at, keep_freed_memory
+from distillation.common import Stopwatch, generator_at, keep_freed_memory, write_text
 from distillation.flow_fields import FlowFields
 from distillation.networks import Role, build_networks, local, precision_of, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
@@ -592,9 +592,7 @@ def read_all_prompts(recipe: Recipe, folder: Path, ranks: Ranks) -> PromptSet:
         path = folder / run_folder.SPRITE_PROMPTS
         if ranks.main and not path.exists():
             scenes = (sprites.sample_specs(_numpy_generator(recipe.seed, row)) for row in range(CAPTION_COUNT))
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{caption_of(specs)}\n" for specs in scenes))
-            os.replace(partial, path)
+            write_text(path, "".join(f"{caption_of(specs)}\n" for specs in scenes))
         run_folder.barrier()
     return read_prompts(path, encode=encode)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distillation.common import whole_file, write_text
 from distillation.evidence.claims import Claim, Goal, answer_claims, shipped_goals, spread, written
 from distillation.evidence.measures import (
     DRIFTING,
@@ -303,9 +304,8 @@ def draw_plots(results: Mapping[str, Measured], out: Path, length: int) -> list[
     made: list[str] = []
 
     def save(figure: Any, name: str) -> None:
-        partial = out / f".{name}.partial"
-        figure.savefig(partial, format="png", dpi=110)
-        os.replace(partial, out / name)
+        with whole_file(out / name) as partial:
+            figure.savefig(partial, format="png", dpi=110)
         made.append(name)
 
     rolled = [name for name in NAMES if name in results and results[name].drift]
@@ -404,7 +404,5 @@ def build(out: Path, results: Mapping[str, Measured], options: Options, *, runs:
     claims = answer_claims(results, options.length)
     plots = draw_plots(results, out, options.length)
     write_json(out / "results.json", make_results(results, absent, options, claims))
-    partial = out / "README.partial"
-    partial.write_text(make_readme(results, absent, options, claims, plots))
-    os.replace(partial, out / "README.md")
+    write_text(out / "README.md", make_readme(results, absent, options, claims, plots))
     return claims
