@@ -24,6 +24,8 @@ const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
 const PARTS = ["weights", "keys_values", "text", "forward", "decoder"]; // names of the server, texts and colours
+// What a run leaves loaded or frees changes what the next one could have.
+const RUN_ENDS = ["execution_success", "execution_interrupted", "execution_error"];
 const [ACTIVE, MUTED, BYPASSED] = [0, 2, 4]; // a node's mode
 const [GB, MB] = [1e9, 1e6];
 
@@ -180,15 +182,18 @@ class MemoryLine {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.bar, this.words);
+    this.askAgain = () => (this.asked = null);
     addDrawing(this, "memory", { style: STYLE, height: HEIGHT, before: "live" });
   }
 
   begin() {
     this.timer = setInterval(() => this.refresh(), POLL_MS);
+    for (const name of RUN_ENDS) api.addEventListener(name, this.askAgain);
   }
 
   end() {
     clearInterval(this.timer);
+    for (const name of RUN_ENDS) api.removeEventListener(name, this.askAgain);
   }
 
   async refresh() {

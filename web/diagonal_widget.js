@@ -8,8 +8,8 @@ const MIDDLE = { button: 1, held: 4 }; // the mouse's middle button, in an event
 const STYLE = `
 .diagonal-widget { box-sizing: border-box; font: 10px sans-serif; color: var(--fg-color, #ddd);
   background: var(--comfy-input-bg, #222); border-radius: 6px; overflow: hidden;
-  --diagonal-warning: #6b4500; --diagonal-error: #9b1c15; }
-.diagonal-widget:is(.dark-theme *) { --diagonal-warning: #e0a458; --diagonal-error: #f07070; }
+  --diagonal-warning: color-mix(in srgb, #e08a00 40%, var(--fg-color, #ddd)); /* readable on dark and light palettes */
+  --diagonal-error: color-mix(in srgb, #e81c1c 55%, var(--fg-color, #ddd)); }
 .diagonal-widget .warning { color: var(--diagonal-warning); }
 .diagonal-widget .error { color: var(--diagonal-error); }
 `;

@@ -50,11 +50,27 @@ def cache_mb(line: str) -> float:
     return float(re.search(r"latent frames\) ([\d.]+) MB", line)[1])
 
 
+def is_red(page, selector: str) -> bool:
+    """Whether a text has far more red than green and blue."""
+    colour = page.locator(selector).first.evaluate("text => getComputedStyle(text).color")
+    red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
+    return red > 1.6 * max(green, blue)
+
+
+def choose_palette(page, name: str) -> None:
+    """Choose one of ComfyUI's palettes, and wait until the page has its colours."""
+    background = "() => getComputedStyle(document.documentElement).getPropertyValue('--comfy-input-bg')"
+    before = page.evaluate(background)
+    page.evaluate("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", name)
+    page.wait_for_function(f"before => ({background})() !== before", arg=before)
+
+
 def contrast(page, selector: str) -> float:
     """Of a text with its drawing's background, by WCAG's formula."""
     return page.locator(selector).first.evaluate(
         """(text) => {
-            const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+            const parts = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map(Number);
+            const light = (colour) => parts(colour).map((part) => (colour.startsWith("color(") ? part : part / 255))
                 .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
                 .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0.05);
             const back = getComputedStyle(text.closest(".diagonal-widget")).backgroundColor;
@@ -79,22 +95,22 @@ def test_the_line_follows_window_and_size_and_goes_red(page, frontend):
         frontend.set_widget("EmptyARVideoLatent", name, 8192)
     wait_lines(page, "8192x8192", "Fits with ")
     assert page.locator(f"{LINES}.red").count() == 2
-    colour = page.locator(f"{LINES}.red .text-line").first.evaluate("line => getComputedStyle(line).color")
-    assert colour == "rgb(240, 112, 112)"
+    assert is_red(page, f"{LINES}.red .text-line")
+    assert contrast(page, f"{LINES}.red .text-line") > 4.5
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / "memory_line.png")
     frontend.set_widget("DiagonalSchedule", "steps", "1")
     page.wait_for_selector(".diagonal-schedule .warning", state="attached")
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
-    page.wait_for_function("() => !document.querySelector('.dark-theme')")
+    assert contrast(page, ".diagonal-schedule .warning") > 4.5
+    choose_palette(page, "light")
     try:
         page.wait_for_timeout(1000)
         page.screenshot(path=ARTIFACTS / "memory_line_light.png")
+        assert is_red(page, f"{LINES}.red .text-line")
         assert contrast(page, f"{LINES}.red .text-line") > 4.5
         assert contrast(page, ".diagonal-schedule .warning") > 4.5
     finally:
-        page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
-        page.wait_for_selector(".dark-theme", state="attached")
+        choose_palette(page, "dark")
     assert frontend.errors == []
 
 
@@ -120,6 +136,14 @@ def test_a_server_that_did_not_answer_is_asked_again(page, frontend):
     page.unroute("**/diagonal/memory**")
     wait_lines(page, "Needs ", "640x64")
     frontend.errors.clear()  # the browser's own, of the requests that were stopped
+
+
+def test_what_is_free_is_asked_again_behind_a_run(page, frontend):
+    wait_lines(page, "Needs ", "64x64")
+    page.wait_for_timeout(2000)  # what was added to the graph is asked for once
+    with page.expect_request("**/diagonal/memory**", timeout=120_000):
+        page.evaluate("() => app.queuePrompt(0, 1)")
+    assert frontend.errors == []
 
 
 def test_what_cannot_be_known_is_said(page, frontend):

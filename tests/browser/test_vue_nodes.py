@@ -55,7 +55,7 @@ def test_the_drawing_follows_as_a_person_types(vue):
     page = vue.page
     page.evaluate("() => { app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [200, 120]; }")
     node = page.evaluate("() => app.graph.nodes.find((node) => node.type === 'DiagonalSchedule').id")
-    field = page.locator(f"[data-node-id='{node}'] input[type='text']").first
+    field = page.locator(f"[data-node-id='{node}'] input:not([role='spinbutton'])").first
     field.wait_for(state="visible", timeout=20_000)
     field.click()
     # Each key in turn, with the field never left.

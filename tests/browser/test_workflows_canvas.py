@@ -58,4 +58,4 @@ def test_a_note_names_every_model_file_and_its_folder(path):
         for value in node["inputs"].values():
             if isinstance(value, str) and value.endswith(MODEL_SUFFIXES):
                 line = next((line for line in notes.splitlines() if f"**{value}**" in line), "")
-                assert re.match(r"- in `(diffusion_models|text_encoders|vae|vae_approx)/`: ", line), value
+                assert re.match(r"- in `(diffusion_models|loras|text_encoders|vae|vae_approx)/`: ", line), value

@@ -98,7 +98,7 @@ def table() -> str:
     notes = [f"Measured on: {'; '.join(sorted(devices))}."] if devices else []
     if missing:
         notes.append(f"Still to be run in full: `python tests/faults/run.py --full {' '.join(missing)}`.")
-    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + versions()
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n\n" + versions() + "\n\n" + frontends()
 
 
 def versions() -> str:
@@ -108,6 +108,17 @@ def versions() -> str:
     lines = ["| ComfyUI | graphs | when |", "|---|---|---|"]
     lines += [f"| {version} | {entry['result']} | {entry['date']} |" for version, entry in kept.items()]
     return "\n".join(lines) + "\n\nBy `python tests/faults/versions.py`."
+
+
+def frontends() -> str:
+    """What tests/faults/frontends.py found, in Markdown."""
+    path = RESULTS / "frontends.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    lines = ["| frontend | browser tests passed | failed | when |", "|---|---|---|---|"]
+    for version, entry in kept.items():
+        failed = ", ".join(entry["failed"]) or "none"
+        lines.append(f"| {version}: {entry['what']} | {entry['passed']} | {failed} | {entry['date']} |")
+    return "\n".join(lines) + "\n\nBy `python tests/faults/frontends.py`, ComfyUI 0.30.0 behind each."
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ MARGIN, BADGE_HEIGHT = 12, 18
 HIDDEN = ".graph-canvas-menu, .litegraph-minimap, [class*=minimap], .comfy-img-preview { display: none !important }"
 QUALITY = 82
 THUMBNAIL_WIDTH = 1280
-THUMBNAILS = ("wan_1_3b_self_forcing", "krea_14b", "causal_any_wan")  # the others show what they make
+# The others show what they make.
+THUMBNAILS = ("wan_1_3b_self_forcing", "wan_1_3b_stream", "wan_1_3b_image_to_video", "krea_14b", "causal_any_wan")
 SIZES = {
     "1.3B": WanDims(dim=1536, depth=30, ffn_dim=8960, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16),
     "14B": WanDims(dim=5120, depth=40, ffn_dim=13824, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16),

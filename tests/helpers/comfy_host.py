@@ -37,6 +37,8 @@ PACK_NAME = str(ROOT).replace(".", "_x_")
 NO_COMFYUI = "no ComfyUI: set COMFYUI_DIR to an install, or run `python quickstart.py --test`"
 # Tests run on the CPU, so that their numbers are the same everywhere; DIAGONAL_TEST_GPU=1 uses the GPU.
 USE_GPU = os.environ.get("DIAGONAL_TEST_GPU", "") == "1"
+# The `static` folder of another comfyui-frontend-package than the one that is installed.
+OTHER_FRONTEND = os.environ.get("DIAGONAL_TEST_FRONTEND", "")
 START_TIMEOUT_S = 600.0
 CORE_PACKAGE = "diagonal_sampler"
 
@@ -167,6 +169,8 @@ class ComfyServer:
         self.url = f"http://127.0.0.1:{port}"
         command = command_line(sys.executable, comfyui, base=base_dir, output=self.output_dir, port=port, gpu=USE_GPU)
         command += ["--base-directory", str(base_dir), *extra_args]
+        if OTHER_FRONTEND:
+            command += ["--front-end-root", OTHER_FRONTEND]
         with self.log_path.open("wb") as log:
             self.process = CHILDREN.start(command, cwd=base_dir, stdout=log, stderr=subprocess.STDOUT)
 

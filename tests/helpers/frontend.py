@@ -17,9 +17,10 @@ CHROMIUM_ARGUMENTS = [
 ]
 START_MS = 300_000  # on a machine that is busy with a training run, minutes
 SETTLE_MS = 500  # widgets that depend on others are made a moment after the graph is there
-# A fresh user of ComfyUI has no files of their own yet; its frontend asks for them and the console says 404.
+# A fresh user of ComfyUI has no files of their own yet; its frontend asks for them and the console says 404. Older
+# ones have no icon either.
 ABSENT_USER_FILES = re.compile(
-    r"/(api/userdata/user\.css|user\.css|api/userdata/comfy\.templates\.json"
+    r"/(favicon\.ico|api/userdata/user\.css|user\.css|api/userdata/comfy\.templates\.json"
     r"|api/userdata\?dir=(workflows|subgraphs)&\S*)$"
 )
 # It opens a new user's first graph, whose models it looks up on the internet; the server's page policy forbids that.
