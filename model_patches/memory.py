@@ -130,15 +130,28 @@ def _gguf_facts(path: Path, options: dict) -> FileFacts:
 @lru_cache(maxsize=32)
 def _decoder_facts(path: str, changed: int, size: int, frames: int, demo: bool) -> DecoderFacts:
     vae = load_demo_vae(Path(path)) if demo else _empty_vae(path)
-    with stream_decoder(vae) as decoder:
-        cell_bytes = decoder.memory_required((1, vae.latent_channels, frames, 1, 1))
+    try:
+        with stream_decoder(vae) as decoder:
+            cell_bytes = decoder.memory_required((1, vae.latent_channels, frames, 1, 1))
+    except RuntimeError as error:
+        raise ValueError(f"{Path(path).name!r} cannot decode video: {_first_line(error)}") from error
     return DecoderFacts(weight_bytes=vae.patcher.model_size(), cell_bytes=cell_bytes)
 
 
 def _empty_vae(path: str) -> comfy.sd.VAE:
     file = read_weight_shapes(path)
-    with torch.device("meta"):
-        return comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))
+    try:
+        with torch.device("meta"):
+            vae = comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))
+    except Exception as error:  # ComfyUI recognises a VAE by some keys and takes the others for granted
+        raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI can read: {_first_line(error)}") from error
+    if vae.first_stage_model is None:
+        raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI knows.")
+    return vae
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

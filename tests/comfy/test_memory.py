@@ -126,6 +126,17 @@ def test_a_vaes_facts_are_those_of_the_vae_that_it_becomes(memory, pack_module, 
         assert facts.cell_bytes * 60 * 104 == pytest.approx(decoder.memory_required((1, 16, 3, 60, 104)), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [{"nothing": (1,)}, {"decoder.22.bias": (12,)}, {"decoder.middle.0.residual.0.gamma": (8, 1, 1, 1)}],
+    ids=["no VAE", "half a TAEHV", "half a Wan VAE"],
+)
+def test_a_file_that_is_no_vae_is_said_to_be_none(memory, tmp_path, state):
+    save_file({name: torch.zeros(shape) for name, shape in state.items()}, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="'vae.safetensors' is no VAE that ComfyUI"):
+        memory.decoder_facts(tmp_path / "vae.safetensors", 3)
+
+
 # --- the answer to the canvas ---
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests" / "helpers"), str(ROOT)]
 
 import torch  # noqa: E402
-from comfy_host import ComfyServer, find_comfyui  # noqa: E402
+from comfy_host import ComfyServer, find_comfyui, put_on_path  # noqa: E402
 from frontend import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES, Frontend  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
@@ -63,11 +63,15 @@ SIZES = {
 
 def place_models(models: Path) -> None:
     """Every file that a workflow's note names: a safetensors header, and a hole for the weights."""
+    from comfy.taesd.taehv import TAEHV  # ComfyUI must be on the path
+
     for path in sorted((ROOT / "workflows").glob("*.json")):
         for folder, name in re.findall(r"in `(\w+)/`: \*\*([^*]+)\*\*", path.read_text(encoding="utf-8")):
             shapes = {"nothing": (1,)}
             if folder == "diffusion_models":
                 shapes = expected_shapes(SIZES["14B" if "14b" in name else "1.3B"])
+            elif name.startswith("lighttae"):
+                shapes = {tensor: tuple(value.shape) for tensor, value in TAEHV(16).state_dict().items()}
             (models / folder).mkdir(parents=True, exist_ok=True)
             if name.endswith(".pt"):
                 with FakeTensorMode():
@@ -176,7 +180,9 @@ def main(wanted: list[str]) -> int:
         sys.stderr.write("This needs ComfyUI (COMFYUI_DIR, or quickstart.py) and Chromium.\n")
         return 1
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as engine:
+        put_on_path(comfyui)
         place_models(Path(folder, "models"))
+        shutil.copytree(comfyui / "input", Path(folder, "input"))  # every install has its picture
         server = ComfyServer(comfyui, Path(folder))
         try:
             server.wait_ready()
