@@ -1,6 +1,6 @@
-"""Makes the pictures of the help pages and the thumbnails of the workflows again, in ComfyUI's real canvas.
+"""Makes the pictures of the help pages and the README, and the thumbnails of the workflows, in ComfyUI's real canvas.
 
-    COMFYUI_DIR=... python tests/helpers/canvas_pictures.py [help] [thumbnails] [NODE ...]
+    COMFYUI_DIR=... python tests/helpers/canvas_pictures.py [help] [thumbnails] [readme] [NODE ...]
 
 It starts a server of its own, with a header and a hole in the place of each model file, and headless Chromium.
 Look at what it made.
@@ -52,7 +52,8 @@ MARGIN, BADGE_HEIGHT = 12, 18
 # Of the page; and the finished video, which ComfyUI shows below its node: it may not be loaded yet.
 HIDDEN = ".graph-canvas-menu, .litegraph-minimap, [class*=minimap], .comfy-img-preview { display: none !important }"
 QUALITY = 82
-THUMBNAIL_WIDTH = 1280
+THUMBNAIL_WIDTH, README_WIDTH = 1280, 1600
+README_WORKFLOW = "endless_prompts"
 # The others show what they make.
 THUMBNAILS = ("wan_1_3b_self_forcing", "wan_1_3b_stream", "wan_1_3b_image_to_video", "krea_14b", "causal_any_wan")
 SIZES = {
@@ -150,27 +151,46 @@ def take_help(frontend: Frontend, nodes: list[str]) -> None:
         picture.save(PICTURES / f"{node}.webp", quality=QUALITY, method=6)
 
 
+def whole_graph(page) -> Image.Image:
+    """All nodes and groups of the open graph, a pixel a canvas unit."""
+    left, top, right, bottom = page.evaluate(
+        """() => {
+            const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => [...item.pos, ...item.size]);
+            const low = (i) => Math.min(...boxes.map((box) => box[i]));
+            const high = (i) => Math.max(...boxes.map((box) => box[i] + box[i + 2]));
+            return [low(0) - 20, low(1) - 60, high(0) + 20, high(1) + 20];
+        }"""
+    )
+    shown(page, left - 100, top - 100, 1.0)
+    clip = {"x": 100, "y": 100, "width": right - left, "height": bottom - top}
+    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+
+
+def narrower(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+
+
 def take_thumbnails(frontend: Frontend) -> None:
-    page = frontend.page
     for name in THUMBNAILS:
         load(frontend, name)
-        left, top, right, bottom = page.evaluate(
-            """() => {
-                const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => [...item.pos, ...item.size]);
-                const low = (i) => Math.min(...boxes.map((box) => box[i]));
-                const high = (i) => Math.max(...boxes.map((box) => box[i] + box[i + 2]));
-                return [low(0) - 20, low(1) - 60, high(0) + 20, high(1) + 20];
-            }"""
-        )
-        shown(page, left - 100, top - 100, 1.0)
-        clip = {"x": 100, "y": 100, "width": right - left, "height": bottom - top}
-        picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
-        size = THUMBNAIL_WIDTH, round(picture.height * THUMBNAIL_WIDTH / picture.width)
-        picture.resize(size, Image.Resampling.LANCZOS).save(ROOT / "workflows" / f"{name}.jpg", quality=QUALITY)
+        picture = narrower(whole_graph(frontend.page), THUMBNAIL_WIDTH)
+        picture.save(ROOT / "workflows" / f"{name}.jpg", quality=QUALITY)
+
+
+def take_readme(frontend: Frontend) -> None:
+    """A workflow behind its run, without its note."""
+    load(frontend, README_WORKFLOW, run_until="forwards in")
+    frontend.page.evaluate(
+        """() => {
+            for (const node of app.graph.nodes.filter((found) => found.type === "MarkdownNote")) app.graph.remove(node);
+        }"""
+    )
+    picture = narrower(whole_graph(frontend.page), README_WIDTH)
+    picture.save(ROOT / "docs" / "canvas.webp", quality=QUALITY, method=6)
 
 
 def main(wanted: list[str]) -> int:
-    unknown = set(wanted) - {"help", "thumbnails", *HELP}
+    unknown = set(wanted) - {"help", "thumbnails", "readme", *HELP}
     if unknown:
         sys.stderr.write(f"Unknown: {', '.join(sorted(unknown))}. Nodes: {', '.join(HELP)}.\n")
         return 1
@@ -197,6 +217,8 @@ def main(wanted: list[str]) -> int:
             take_help(frontend, nodes)
             if "thumbnails" in wanted or not wanted:
                 take_thumbnails(frontend)
+            if "readme" in wanted or not wanted:
+                take_readme(frontend)
             browser.close()
         finally:
             server.stop()
