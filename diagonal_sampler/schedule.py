@@ -24,6 +24,8 @@ TABLE_STEP = 1 / MAX_STEPS
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
 UNINFORMATIVE_SIGMA = 0.9
 
+_NARROW = str.maketrans("\uff0c\u3001\uff1b", ",,;")
+"""The commas and the semicolon of Chinese keyboards."""
 
 Time = TypeVar("Time", float, "Tensor")
 Levels = tuple[tuple[float, ...], ...]
@@ -125,7 +127,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: not a list of whole numbers from 1 to 1000.
     """
-    parts = [part.strip() for part in re.split("[,;，；、]", text) if part.strip()]
+    parts = [part.strip() for part in re.split("[,;]", text.translate(_NARROW)) if part.strip()]
     rule = f"Write whole numbers from 1 to {MAX_STEPS} with commas, one a chunk, such as 4,3,2 (the last repeats)."
     if not parts:
         raise ValueError(f"steps is empty. {rule}")
@@ -145,9 +147,9 @@ def parse_sigmas(text: str) -> Levels:
     Raises:
         ValueError: not numbers.
     """
-    rows = [row.strip() for row in re.split("[\n;；]", text) if row.strip()]
+    rows = [row.strip() for row in re.split("[\n;]", text.translate(_NARROW)) if row.strip()]
     try:
-        return tuple(tuple(float(value) for value in re.split("[,，]", row) if value.strip()) for row in rows)
+        return tuple(tuple(float(value) for value in row.split(",") if value.strip()) for row in rows)
     except ValueError:
         raise ValueError(
             f"sigmas is {text!r}. Write numbers in (0, 1] with commas, and a line or a semicolon a chunk, such as "

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
+# What the drawings are to say, beside the code: a source of this pack can be read in any encoding of Windows.
+WORDS = json.loads((ROOT / "tests" / "data" / "chinese.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def page(frontend):
     wait_words(page, ".diagonal-memory .text-line", "Needs ")
     speak(page, "zh")
     frontend.load(graph)
-    wait_words(page, ".diagonal-memory .text-line", "需要 ")
+    wait_words(page, ".diagonal-memory .text-line", WORDS["memory"])
     yield page
     speak(page, "en")
     wait_words(page, ".diagonal-memory .words", "Needs ")
@@ -61,13 +63,13 @@ def wait_words(page, selector: str, words: str) -> None:
 
 
 def test_the_drawings_speak_chinese(page, frontend):
-    wait_words(page, ".diagonal-memory .detail", "KV 缓存（12 个潜在帧）")
-    wait_words(page, ".diagonal-schedule .info", "7 个块共 17 次前向；均匀 4 步加缓存前向需要 35 次（2.06 倍）。")
+    wait_words(page, ".diagonal-memory .detail", WORDS["window"])
+    wait_words(page, ".diagonal-schedule .info", WORDS["forwards"])
     label = page.locator(".diagonal-schedule [data-chunk='6']").get_attribute("aria-label")
-    assert label == "第 7 块及以后的步数"
-    wait_words(page, ".diagonal-preview .line", "生成的块会在这里播放。")
-    wait_words(page, ".diagonal-prompt .line", "运行期间可从这里发送新提示词。")
-    assert page.locator(".diagonal-prompt button").inner_text() == "发送"
+    assert label == WORDS["later_chunks"]
+    wait_words(page, ".diagonal-preview .line", WORDS["nothing_yet"])
+    wait_words(page, ".diagonal-prompt .line", WORDS["no_run"])
+    assert page.locator(".diagonal-prompt button").inner_text() == WORDS["send"]
     ARTIFACTS.mkdir(exist_ok=True)
     page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
     page.wait_for_timeout(1000)
@@ -77,11 +79,11 @@ def test_the_drawings_speak_chinese(page, frontend):
 
 def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
     frontend.set_widget("DiagonalSchedule", "steps", "1")
-    wait_words(page, ".diagonal-schedule .warning", "下一块的条件几乎是纯噪声")
+    wait_words(page, ".diagonal-schedule .warning", WORDS["noise"])
     frontend.set_widget("DiagonalCausalAttention", "window", -1)
     for name in ("width", "height"):
         frontend.set_widget("EmptyARVideoLatent", name, 8192)
-    wait_words(page, ".diagonal-memory.red .text-line", "即可放下。")
+    wait_words(page, ".diagonal-memory.red .text-line", WORDS["fits"])
     page.screenshot(path=ARTIFACTS / "chinese_red.png")
     page.evaluate(
         """() => {
@@ -90,14 +92,14 @@ def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
         }"""
     )
     # The input by the name that the node shows.
-    wait_words(page, ".diagonal-memory .detail", "连接“潜在图像”后才能得知所需内存。")
-    wait_words(page, ".diagonal-memory .detail", "此图中没有采样器给出尺寸；按 832x480：")
+    wait_words(page, ".diagonal-memory .detail", WORDS["connect"])
+    wait_words(page, ".diagonal-memory .detail", WORDS["no_sampler"])
     assert frontend.errors == []
 
 
 def test_the_help_panel_shows_the_chinese_page(page, frontend):
-    frontend.open_help("DiagonalStreamVideo", "节点信息")
-    wait_words(page, ".node-help-content h2, .node-help-content h1", "停止与续跑")
+    frontend.open_help("DiagonalStreamVideo", WORDS["node_info"])
+    wait_words(page, ".node-help-content h2, .node-help-content h1", WORDS["heading"])
     page.wait_for_function(
         """() => [...document.images].some((image) =>
             image.src.endsWith("/docs/images/DiagonalStreamVideo.webp") && image.naturalWidth > 100)""",
@@ -111,13 +113,13 @@ def test_the_help_panel_shows_the_chinese_page(page, frontend):
 def test_a_run_is_shown_in_chinese(page, frontend):
     frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
     page.evaluate("() => app.queuePrompt(0, 1)")
-    wait_words(page, ".diagonal-preview .line", "次前向，用时 ")
+    wait_words(page, ".diagonal-preview .line", WORDS["took"])
     line = page.locator(".diagonal-preview .line").inner_text()
     names = page.evaluate(
         """() => app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler").inputs
             .map((input) => input.label || input.localized_name)"""
     )
-    assert {"模型", "潜在图像", "种子"} <= set(names), "a template does not hold on to English names"
-    assert line.startswith("第 7 块，共 7 块 · 首块用时 ") and "每秒 " in line
-    assert page.locator(".diagonal-preview .bar").last.get_attribute("title") == "第 7 块：第 2 步，共 2 步"
+    assert set(WORDS["inputs"]) <= set(names), "a template does not hold on to English names"
+    assert line.startswith(WORDS["chunk"]) and WORDS["a_second"] in line
+    assert page.locator(".diagonal-preview .bar").last.get_attribute("title") == WORDS["bar"]
     assert frontend.errors == []

@@ -330,6 +330,17 @@ def test_nothing_runs_code_from_data_or_swallows_everything(path):
     assert unsafe(path.read_text(encoding="utf-8")) == []
 
 
+def test_sources_are_readable_in_the_usual_encoding_of_windows():
+    """A rule of `comfy-test lint`: tools there name no encoding. Text in other languages lies in data files."""
+    unreadable = []
+    for path in [*REPOSITORY, *(ROOT / "tests").rglob("*.py")]:
+        try:
+            path.read_text(encoding="utf-8").encode("cp1252")
+        except UnicodeEncodeError as error:
+            unreadable.append(f"{name_of(path)}: {error}")
+    assert unreadable == []
+
+
 # Routes of ComfyUI's own server are aiohttp's; a video is encoded by imageio-ffmpeg's program.
 ALLOWED = {
     "nodes/memory.py": "imports aiohttp",
