@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import comfy.lora
 import comfy.model_management
@@ -27,6 +28,11 @@ UNIFORM = DiagonalSchedule.preset("self forcing")
 EXACT = 1e-5
 # The header of a Wan file whose text embedding is not UMT5's; without "causal_ar" ComfyUI takes its plain class.
 TINY_TEXT = {"config": '{"transformer": {"text_dim": 64}}'}
+
+
+ONE_KEYFRAME, TWO_KEYFRAMES = (
+    SimpleNamespace(hook_keyframe=SimpleNamespace(keyframes=[None] * count)) for count in (1, 2)
+)
 
 
 class ArVideoNoise:
@@ -437,6 +443,10 @@ def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_lat
         ({"area": ("percentage", 0.5, 0.5, 0, 0)}, "area in percent"),
         ({"control": object()}, "ControlNet"),
         ({"concat_latent_image": torch.zeros(1)}, "image to concatenate"),
+        ({"clip_start_percent": 0.1}, "timestep range"),
+        ({"clip_end_percent": 0.9}, "timestep range"),
+        ({"area": (1, 4, 4, 0, 0, 0)}, "area in percent or in time"),
+        ({"hooks": SimpleNamespace(hooks=[ONE_KEYFRAME, TWO_KEYFRAMES])}, "hook with several keyframes"),
     ],
 )
 def test_conditionings_that_cannot_be_followed_are_refused_by_name(
@@ -501,8 +511,37 @@ def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_l
         noise = SeededNoise(1, (1, 16, 4, 4))(chunk, step, frames)
         return noise * (math.nan if chunk == 1 and step == 0 else 1)
 
-    with pytest.raises(ValueError, match="Chunk 2 of 3.*NaN"):
+    # The noise behind its first step is the input of its second.
+    words = r"Chunk 2 of 3 \(latent frames 3 to 5\) .* NaN or infinite values, first at step 2 of 3 \(sigma 0.933\)"
+    with pytest.raises(ValueError, match=words):
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
+
+
+def test_the_host_is_at_most_one_forward_ahead_of_a_gpu(pack_module, monkeypatch):
+    queued, done = [], []
+
+    class Stream:
+        def record_event(self):
+            return Event(len(queued) - 1)
+
+    class Event:
+        def __init__(self, forward):
+            self.forward = forward
+
+        def synchronize(self):
+            done.append(self.forward)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    pace = pack_module("model_patches.pace").Pace(torch.device("cuda"))
+    for forward in range(5):
+        pace.wait()
+        assert done == list(range(forward - 1)), "all but the last one have been waited for"
+        queued.append(forward)
+        pace.mark()
+    still = pack_module("model_patches.pace").Pace(torch.device("cpu"))
+    still.mark()
+    still.wait()
+    assert done == [0, 1, 2]
 
 
 def block_patches(model) -> list[str]:

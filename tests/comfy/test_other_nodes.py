@@ -52,6 +52,28 @@ def test_nodes_that_skip_forwards_are_refused(tiny_wan, causal, run, name):
         run(model)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("context_handler", "Context windows cut the clip in another way"),
+        ("multigpu_clones", "one forward over devices"),
+    ],
+)
+def test_nodes_that_split_the_clip_or_a_forward_are_refused(tiny_wan, causal, run, option, words):
+    model = causal(tiny_wan)
+    model.model_options[option] = {"cuda:1": model}  # as ComfyUI's own nodes leave it
+    with pytest.raises(ValueError, match=words):
+        run(model)
+
+
+def test_a_latent_of_several_streams_is_refused(tiny_wan, causal, run):
+    from comfy.nested_tensor import NestedTensor
+
+    video, audio = torch.zeros(1, 16, 9, 4, 4), torch.zeros(1, 8, 9, 4)
+    with pytest.raises(ValueError, match="several streams .video with audio.; a causal Wan model makes video only"):
+        run(causal(tiny_wan), {"samples": NestedTensor([video, audio])})
+
+
 def test_a_step_cache_of_another_pack_is_refused(tiny_wan, causal, run):
     from comfy.patcher_extension import WrappersMP
 

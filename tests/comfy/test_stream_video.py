@@ -24,6 +24,7 @@ from PIL import Image
 from diagonal_sampler.flow import OpticalFlow, camera_flow
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
 
 av = pytest.importorskip("av")
 
@@ -396,6 +397,24 @@ def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rat
         video_writer.open_writer(path, spec)
 
 
+def test_an_encoder_that_would_write_other_frames_does_not_go_on_with_a_video(video_writer, tmp_path):
+    """A header holds for the whole file: frames of another kind behind it would not play."""
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.zeros(3, 32, 48, 3))
+    mark = writer.settle()
+    writer.abandon()
+    before = path.read_bytes()
+    other = video_writer.VideoSpec(width=64, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, other, mark)
+    with pytest.raises(video_writer.VideoWriteError, match="encodes in another way than the one that began v.mp4"):
+        writer.write(torch.zeros(3, 32, 64, 3))
+        writer.settle()
+    writer.abandon()
+    assert path.read_bytes() == before and not children()
+
+
 @pytest.mark.parametrize("metadata", [{}, {"prompt": "x" * 999}], ids=["bare", "metadata"])
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_a_finished_video_says_how_long_it_is_and_a_growing_one_nothing_wrong(video_writer, tmp_path, suffix, metadata):
@@ -680,12 +699,41 @@ def test_a_longer_length_goes_on(stream, options, output):
     # 38 frames end inside the last chunk, which a longer length makes anew.
     finished = stream(options(seconds=2.4, keep_state=True, state_every=9))
     assert "v_00003_.done.safetensors" in files(output) and len(decoded(finished.path)) == 38
+    before = finished.path.read_bytes()
+    with pytest.raises(Stop):  # no longer than it is: another video, which is stopped before its first frame
+        stream(options(seconds=2.2), on_progress=stop_at(0))
+    assert finished.path.read_bytes() == before and "v_00003_.done.safetensors" in files(output)
     lines = []
     longer = stream(options(seconds=4.0), announce=lines.append).path
     assert longer == finished.path and "after chunk 3" in lines[0]
     assert len(decoded(longer)) == len(decoded(unfinished)) == 64
     assert unfinished.read_bytes() == whole.read_bytes()
     assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+
+
+@pytest.mark.parametrize(("stopped", "goes_on"), [(4, True), (5, False)])
+def test_a_length_that_counts_positions_in_another_way_goes_on_only_before_that_matters(
+    stream, options, stopped, goes_on
+):
+    """80 frames are 21 latent frames, counted from the start; with more they count in the window of 12."""
+    with pytest.raises(Stop):
+        stream(options(seconds=5.0, state_every=stopped), on_progress=stop_at(stopped))
+    lines = []
+    with pytest.raises(Stop):
+        stream(options(seconds=6.0), announce=lines.append, on_progress=stop_at(stopped if goes_on else 0))
+    assert (f"after chunk {stopped}" in lines[0]) == goes_on
+    assert ("counts positions in another way" in lines[0]) == (not goes_on)
+    stream(options(seconds=5.0), announce=lines.append)
+    assert f"Resumed v_00001_.mp4 at {(12 * stopped - 3) / FPS:.1f} s" in lines[1]
+
+
+def test_memory_that_grows_with_the_length_is_said(streaming, demo, options, output, pack_module, caplog):
+    make_causal = pack_module("model_patches.causal").make_causal
+    for window, said in ((12, False), (-1, True)):
+        model = make_causal(demo[0], CausalSettings(window=window, sink=0))
+        with pytest.raises(Stop):
+            streaming.stream_video(model, *demo[1:], SCHEDULE, options(), on_progress=stop_at(0))
+        assert ("memory grows with the length: 9 latent frames" in caplog.text) == said
 
 
 def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, caplog):
