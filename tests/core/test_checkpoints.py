@@ -59,6 +59,14 @@ def test_weights_choice_takes_the_one_asked_for(tmp_path: Path) -> None:
     assert f"generator_ema ({len(tiny_wan())} tensors)" in checkpoint.info.unused
 
 
+def test_averaged_weights_are_preferred_however_deep_they_lie(tmp_path: Path) -> None:
+    tree = {"generator": tiny_wan(1), "state_dict": {"generator_ema": tiny_wan(0), "model": tiny_wan(2)}}
+    torch.save(tree, tmp_path / "model.pt")
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    assert checkpoint.info.source == "state_dict/generator_ema"
+    assert torch.equal(checkpoint.state_dict["head.head.weight"], tiny_wan(0)["head.head.weight"])
+
+
 def test_ema_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     path = LAYOUTS["causvid, generator"](tmp_path, tiny_wan(0), {})
     with pytest.raises(ValueError, match=r"weights='ema'.*holds only generator.*choose auto"):
@@ -231,6 +239,17 @@ def test_quantised_layer_without_its_scale_is_missing(tmp_path: Path) -> None:
     assert load_checkpoint(save(tmp_path, tensors)).info.quantization == "int8_tensorwise (1 layers)"
 
 
+@pytest.mark.parametrize("layer", ["text_embedding.0", "time_embedding.0", "blocks.0.ffn.0"])
+def test_weights_that_share_a_byte_count_as_two(layer: str, tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    rows, columns = tensors[f"{layer}.weight"].shape
+    tensors[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    tensors |= {f"{layer}.{name}": torch.ones(1) for name in ("weight_scale", "weight_scale_2")}
+    header = {"_quantization_metadata": json.dumps({"layers": {layer: {"format": "nvfp4"}}})}
+    info = load_checkpoint(save(tmp_path, tensors, header)).info
+    assert info.dims == DIMS and info.quantization == "nvfp4 (1 layers)"
+
+
 # --- refusals of what a file is ---
 
 
@@ -262,6 +281,7 @@ def test_variants_are_refused_by_name(extra: dict, match: str, tmp_path: Path) -
         (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "text encoder; load it with CLIPLoader"),
         (["decoder.middle.0.residual.0.gamma"], "Wan VAE; load it with VAELoader"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
+        (["patch_embedding.weight", "layers.0.weight"], "found 2 tensors: layers.0.weight, patch_embedding.weight"),
         ([f"layer{i}.weight" for i in range(12)], "found 12 tensors: layer0.weight, layer1.weight.* and 7 more"),
     ],
 )
