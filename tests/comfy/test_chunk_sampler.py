@@ -141,6 +141,30 @@ def test_guidance_keeps_one_cache_per_condition(
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
 
 
+def test_prompts_that_memory_lets_be_predicted_only_one_by_one_keep_their_own_text(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, monkeypatch
+):
+    model, batches = causal(tiny_wan), []
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (
+            batches.append(args["input"].shape[0]) or apply(args["input"], args["timestep"], **args["c"])
+        )
+    )
+
+    def run(model):
+        return sample_latent(model, prompt(0), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0)["samples"]
+
+    run(model)
+    assert set(batches) == {2}
+    together = run(causal(tiny_wan))
+    batches.clear()
+    # What ComfyUI asks before it puts several prompts into one forward.
+    monkeypatch.setattr(tiny_wan.model, "memory_required", lambda *args, **kwargs: 1e18)
+    run(model)
+    assert set(batches) == {1}
+    assert (run(causal(tiny_wan)) - together).abs().max() < EXACT
+
+
 def test_a_batch_equals_its_samples_alone(tiny_wan, causal, prompt, sample_latent):
     model = causal(tiny_wan, window=6, sink=3)
     pair = SeededNoise(1, (2, 16, 4, 4))
@@ -434,6 +458,28 @@ def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_lat
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, denoise=0.5)
 
 
+@pytest.mark.parametrize("denoise", [0.0, -0.1, 1.01, math.nan])
+def test_a_denoise_that_is_no_share_is_refused(tiny_wan, causal, prompt, sample_latent, denoise):
+    with pytest.raises(ValueError, match=f"denoise is {denoise}; it must be above 0 and at most 1"):
+        sample_latent(
+            causal(tiny_wan), prompt(), [], {"samples": torch.ones(1, 16, 9, 4, 4)}, DIAGONAL, seed=1, denoise=denoise
+        )
+
+
+def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_one(
+    tiny_wan, causal, prompt, sample_latent
+):
+    """Empty latents of 16 pixels a cell and 8 frames a latent frame become Wan's: 8 and 4."""
+    latent = {
+        "samples": torch.zeros(1, 32, 3, 2, 2),
+        "downscale_ratio_spacial": 16,
+        "downscale_ratio_temporal": 8,
+        "of_another_node": 7,
+    }
+    made = sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=1)
+    assert made.pop("samples").shape == (1, 16, 6, 4, 4) and made == {"of_another_node": 7}
+
+
 @pytest.mark.parametrize(
     "extra, name",
     [
@@ -480,6 +526,21 @@ def test_absolute_positions_that_bf16_cannot_hold_are_refused(tiny_wan_path, cau
             sample_latent(causal(wan, **settings), prompt(), [], latent, DIAGONAL, seed=1)
     result = sample_latent(causal(wan, window=6, sink=3), prompt(), [], latent, DIAGONAL, seed=1)
     assert torch.isfinite(result["samples"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_position_up_to_the_limit_is_exact_and_the_next_is_not(pack_module, dtype):
+    """In bf16 positions are wrong from latent frame 257 on, counted from 0."""
+    limit = pack_module("model_patches.causal").exact_positions(dtype)
+    assert limit == {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2**24}[dtype]
+    numbers = torch.arange(limit - 256, limit + 1, dtype=torch.float64)
+    assert torch.equal(numbers.to(dtype).double(), numbers)
+    assert torch.tensor(limit + 1.0, dtype=torch.float64).to(dtype).item() != limit + 1
+    check = pack_module("model_patches.sampling")._require_exact_positions
+    whole = CausalSettings(window=-1, sink=0)
+    check(KVCache(whole, limit + 1), dtype)
+    with pytest.raises(ValueError, match=f"reaches RoPE position {limit + 1}, but {dtype} holds whole numbers up to"):
+        check(KVCache(whole, limit + 2), dtype)
 
 
 def test_a_thousand_latent_frames_at_constant_memory(tiny_wan, causal, prompt, sample_latent, pack_module, monkeypatch):
@@ -615,6 +676,23 @@ def test_noise_levels_and_text_are_embedded_once(tiny_wan, causal, prompt, sampl
         assert few == (4, 1) and many == (DIAGONAL.nfe(3), DIAGONAL.nfe(3))
 
 
+def test_of_many_noise_levels_only_the_newest_are_kept(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
+):
+    causal_module, sampling = pack_module("model_patches.causal"), pack_module("model_patches.sampling")
+    runs, kept = [], []
+    monkeypatch.setattr(
+        sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
+    )
+    steps = DiagonalSchedule.uniform(20)
+    sample_latent(
+        causal(tiny_wan), prompt(), [], empty_latent(3), steps, seed=1,
+        on_progress=lambda progress: kept.append(len(runs[0]._levels)),
+    )  # fmt: skip
+    assert kept[:8] == list(range(1, 9)) and max(kept) == 8
+    assert not runs[0]._levels and not runs[0]._text and not runs[0]._rope, "nothing is left when it returns"
+
+
 def test_a_forward_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt, sample_latent, empty_latent):
     path, calls = "diffusion_model.forward_orig", []
     theirs = tiny_wan.clone()
@@ -728,8 +806,8 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     sample_latent(model, prompt(), [], latent, more, seed=7)
     assert not [record for record in caplog.records if "steps_per_chunk" in record.getMessage()]
     sample_latent(model, prompt(), [], latent, UNIFORM, seed=7)  # other steps: that is what it says
-    fewer = DiagonalSchedule.preset(DEMO_PRESET, steps=(4, 2))
-    sample_latent(model, prompt(), [], latent, fewer, seed=7)
+    for fewer in ((4, 2), (4, 3, 2, 1)):  # also where the file lists no chunk of its own
+        sample_latent(model, prompt(), [], latent, DiagonalSchedule.preset(DEMO_PRESET, steps=fewer), seed=7)
     told = [record.getMessage() for record in caplog.records]
     assert not any("sigmas" in line for line in told)
-    assert len([line for line in told if "steps_per_chunk is set to" in line]) == 2
+    assert len([line for line in told if "steps_per_chunk is set to" in line]) == 3
