@@ -256,6 +256,31 @@ def test_a_lora_hook_applies_to_its_condition(tiny_wan, causal, prompt, sample_l
     assert (plain["samples"] - expected["samples"]).abs().max() > 0.01
 
 
+def test_a_hook_on_one_prompt_leaves_the_noise_levels_of_the_other_alone(
+    tiny_wan, causal, prompt, sample_latent, empty_latent
+):
+    """What follows from the noise level is kept for a run, but not where a hook changes the weights it is made with."""
+    import comfy.hooks
+
+    generator = torch.Generator().manual_seed(1)
+    path = "diffusion_model.time_embedding.2"
+    size = tiny_wan.model.diffusion_model.time_embedding[2].weight.shape[0]
+    lora = {
+        f"{path}.lora_A.weight": torch.randn(4, size, generator=generator),
+        f"{path}.lora_B.weight": torch.randn(size, 4, generator=generator),
+    }
+    hooked = prompt(0, hooks=comfy.hooks.create_hook_lora(lora, 0.7, 0.0))
+    lean, theirs = causal(tiny_wan), causal(tiny_wan)
+    for patch in [*block_patches(theirs), "diffusion_model.forward_orig"]:
+        del theirs.object_patches[patch]
+    found, expected, plain = (
+        sample_latent(model, positive, prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0)["samples"]
+        for model, positive in ((lean, hooked), (theirs, hooked), (lean, prompt(0)))
+    )
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - plain).abs().max() > 0.01
+
+
 def test_two_conditions_are_averaged(tiny_wan, causal, prompt, sample_latent, empty_latent):
     model = causal(tiny_wan)
     both = sample_latent(model, prompt(0) + prompt(1), [], empty_latent(), DIAGONAL, seed=1)
@@ -512,6 +537,9 @@ def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prom
         sample_latent(tiny_wan, prompt(), [], empty_latent(), DIAGONAL, seed=1)
     other = torch.nn.Module()
     other.diffusion_model = torch.nn.Linear(2, 2)
+    tiny_wan.model.diffusion_model.ref_conv = torch.nn.Conv2d(16, 128, 2)  # Wan Fun's, for a reference image
+    with pytest.raises(ValueError, match="only Wan 2.1 text-to-video models can stream"):
+        causal(tiny_wan)
     with pytest.raises(ValueError, match="Linear, not a Wan"):
         causal(comfy.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu")))
 

@@ -815,9 +815,11 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent):
     whole = sample_latent(model, positive, negative, latent, SCHEDULE, seed=3, context=given)["samples"]
     with pytest.raises(Stop):
         stream(wanted, context=given, on_progress=stop_at(2))
-    lines = []
-    result = stream(wanted, context=given, announce=lines.append)
+    lines, forwards = [], []
+    result = stream(wanted, context=given, announce=lines.append, on_progress=forwards.append)
     assert "frame 25 of 32, after chunk 2" in lines[0]
+    total = forwards[0].total
+    assert [at.forwards for at in forwards] == list(range(total + 1 - len(forwards), total + 1)), "counts on"
     expected = (vae.decode(whole)[0][:32] * 255).clamp(0, 255)
     found = result.video.get_components().images * 255
     assert (found - expected).abs().max() <= 1.001  # both are rounded
