@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -522,7 +523,10 @@ def test_an_mp4_plays_wherever_its_ending_is_cut_off(video_writer, tmp_path, mon
         path.unlink()
 
 
-def test_a_video_that_another_server_finished_is_not_touched(stream, options, output, pack_module, monkeypatch):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_video_that_another_server_finished_or_went_on_with_is_not_touched(
+    stream, options, output, pack_module, stream_state, monkeypatch, finished
+):
     files_of = pack_module("model_patches.stream_files")
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
@@ -530,8 +534,8 @@ def test_a_video_that_another_server_finished_is_not_touched(stream, options, ou
     before, listed = video.read_bytes(), files_of.find_states
 
     def and_then_it_is_done(folder):
-        found = listed(folder)
-        (output / "v_00001_.state.safetensors").unlink()
+        ((path, state),) = found = listed(folder)
+        path.unlink() if finished else stream_state.save_state(path, dataclasses.replace(state, chunk=3), {})
         return found
 
     monkeypatch.setattr(files_of, "find_states", and_then_it_is_done)
@@ -690,7 +694,7 @@ def test_a_long_workflow_is_in_the_file(stream, options, format):
     assert found["note"] == metadata["note"]
 
 
-def test_a_longer_length_goes_on(stream, options, output):
+def test_a_longer_length_goes_on(stream, options, output, stream_state):
     whole = stream(options(seconds=4.0)).path
     with pytest.raises(Stop):
         stream(options(seconds=3.0), on_progress=stop_at(3))
@@ -709,6 +713,10 @@ def test_a_longer_length_goes_on(stream, options, output):
     assert len(decoded(longer)) == len(decoded(unfinished)) == 64
     assert unfinished.read_bytes() == whole.read_bytes()
     assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+    # Its last chunk lacks frames that a longer length has: it is never in the state, however often that is saved.
+    again = stream(options(seconds=2.4, keep_state=True, state_every=1))
+    state = stream_state.read_state(output / "v_00004_.done.safetensors")
+    assert len(decoded(again.path)) == 38 and (state.chunk, state.frames) == (3, 33)
 
 
 @pytest.mark.parametrize(("stopped", "goes_on"), [(4, True), (5, False)])
@@ -768,6 +776,56 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
     assert "unfinished" not in lines[-1]
 
 
+def test_what_changed_is_said_for_videos_of_the_same_name_only(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    lines = []
+    for change in ({"seed": 4}, {"filename_prefix": "w"}, {"filename_prefix": "v_1"}):
+        with pytest.raises(Stop):
+            stream(options(**change), announce=lines.append, on_progress=stop_at(0))
+    assert ["unfinished" in line for line in lines] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"graph"}, "a node before it"),
+        ({"seed"}, "seed"),
+        ({"model", "graph"}, "model"),  # the graph holds the model's node, too
+        ({"rate", "size", "graph"}, "width or height and fps"),
+        ({"seed", "cfg", "crf"}, ""),
+        (set(), ""),
+    ],
+)
+def test_what_a_person_changed_is_said_by_name(pack_module, stream_state, changed, said):
+    names = ("model", "size", "seed", "cfg", "rate", "crf", "graph")
+    state = stream_state.StreamState(digest="d", length=1, latent_frames=1, parts=dict.fromkeys(names, "before"))
+    now = {name: "now" if name in changed else "before" for name in names}
+    identity = pack_module("model_patches.stream_files").Identity(now)
+    assert identity.changed_since(state) == said
+    assert identity.changed_since(dataclasses.replace(state, parts={})) == "", "a state of an older version"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "frames", "latent_frames"),
+    [
+        (2.0, 16, 32, 9),
+        (0.3, 16, 5, 2),
+        (0.34375, 16, 6, 3),
+        (0.03125, 16, 1, 1),
+        (1.0, 29.97, 30, 9),
+        (0.1, 0.001, 0, 0),
+    ],
+)
+def test_a_length_is_rounded_to_whole_frames(options, seconds, fps, frames, latent_frames):
+    if not frames:
+        with pytest.raises(ValueError, match="less than half a frame"):
+            options(seconds=seconds, fps=fps)
+        return
+    wanted = options(seconds=seconds, fps=fps)
+    assert (wanted.frames, wanted.latent_frames) == (frames, latent_frames)
+
+
 def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, options, output):
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
@@ -796,6 +854,24 @@ def test_a_video_or_state_that_is_damaged_is_not_resumed(stream, options, output
         result = stream(options())
     assert len(decoded(result.path)) == 32 and result.path.name != ("" if damage == "gone" else "v_00001_.mp4")
     assert ("is not there any more" if damage == "gone" else "cannot be") in caplog.text
+
+
+def test_of_two_unfinished_videos_the_newest_goes_on(stream, options, output, stream_state):
+    lock = stream_state.StreamLock(output / "v_00001_.lock")
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    assert lock.acquire()  # else the second run would go on with it
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(1))
+    lock.release()
+    for number, (newer, older) in enumerate(((2, 1), (1, 2)), start=1):
+        for video, age in ((newer, 0), (older, 60)):
+            state = output / f"v_{video:05}_.state.safetensors"
+            os.utime(state, (time.time() - age, time.time() - age))
+        lines = []
+        with pytest.raises(Stop):
+            stream(options(), announce=lines.append, on_progress=stop_at(2 if newer == 1 else 1))
+        assert f"Resumed v_{newer:05}_.mp4" in lines[0], number
 
 
 def test_a_video_that_another_process_writes_is_left_alone(stream, options, output, stream_state):
