@@ -776,6 +776,37 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
     assert "unfinished" not in lines[-1]
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 2, 1), (2, 0, 1, 0), (3, 4, 5, 1)])
+def test_every_value_of_a_motion_counts(stream_state, place):
+    motion = torch.zeros(4, 5, 6, 2)
+    before = stream_state.digest_of_whole(motion)
+    motion[place] = 1e-6
+    assert stream_state.digest_of_whole(motion) != before
+    motion[place] = 0
+    assert stream_state.digest_of_whole(motion) == before
+
+
+def test_another_lora_is_another_model(demo, stream_state):
+    """ComfyUI keeps a LoRA's tensors in an object of its own."""
+    import comfy.sd
+
+    path = "diffusion_model.blocks.0.ffn.0"
+    rows, columns = demo[0].model.state_dict()[f"{path}.weight"].shape
+
+    def digest(seed, strength=0.5):
+        generator = torch.Generator().manual_seed(seed)
+        lora = {
+            f"{path}.lora_A.weight": torch.randn(2, columns, generator=generator),
+            f"{path}.lora_B.weight": torch.randn(rows, 2, generator=generator),
+        }
+        model = comfy.sd.load_lora_for_models(demo[0], None, lora, strength, 0)[0]
+        assert model.patches
+        return stream_state.digest_of(model=model)
+
+    assert digest(1) == digest(1)
+    assert len({stream_state.digest_of(model=demo[0]), digest(1), digest(2), digest(1, 0.4)}) == 4
+
+
 def test_what_changed_is_said_for_videos_of_the_same_name_only(stream, options, output):
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
