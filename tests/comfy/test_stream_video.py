@@ -394,6 +394,10 @@ def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rat
     for number, frame in enumerate(frames):
         assert abs(frame.time - number / rate) < 0.00051  # WebM counts milliseconds
         assert abs(frame.to_ndarray(format="rgb24").mean() / 255 - number / 8) < 0.03
+    if suffix == ".mp4":  # fragments are numbered through, too: the number lies behind the name, version and flags
+        data = path.read_bytes()
+        places = [at for at in range(len(data)) if data.startswith(b"mfhd", at)]
+        assert [int.from_bytes(data[at + 8 : at + 12], "big") for at in places] == list(range(1, 10))
     with pytest.raises(FileExistsError):
         video_writer.open_writer(path, spec)
 
