@@ -6,8 +6,10 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -496,6 +498,14 @@ def test_a_finished_mp4_is_a_plain_one(video_writer, tmp_path, rate):
         assert video.duration * video.time_base == count / rate
         container.seek(round((count - 10) / rate * av.time_base))
         assert next(container.demux(video)).is_keyframe
+    # Players that ask the index alone find the length and the texts there: the movie's and the track's, rounded up.
+    index = finished[len(growing) :]
+    (movie_rate, movie), (track,) = (
+        struct.unpack_from(format, index, index.index(name) + at)
+        for name, at, format in ((b"mvhd", 16, ">II"), (b"tkhd", 24, ">I"))
+    )
+    assert movie == track == math.ceil(count / rate * movie_rate)
+    assert index.count(b"moov avcC") == 1
     again = video_writer.open_writer(path, spec, mark)
     assert path.read_bytes() == growing[: mark.size]
     again.write(images[count - 9 :])
