@@ -175,7 +175,7 @@ class KVCache:
 
     def segments(self) -> list[Segment]:
         """Slots of the current chunk: the sink's own, then a ring over the rest of the buffer."""
-        sink = min(self.settings.sink, self.capacity)
+        sink = self.settings.sink
         ring = self.capacity - sink
         out: list[Segment] = []
         source = 0
@@ -270,7 +270,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far."""
-        return sum(condition.nbytes for condition in self._conditions.values())
+        return sum(condition.nbytes for condition in (*self._conditions.values(), *self._restored))
 
     @staticmethod
     def bytes_needed(
@@ -404,7 +404,7 @@ class ConditionKV:
             )
         delta = cache._position_shift - layer.shift
         if delta:
-            first = min(cache.settings.sink, cache.capacity) * tokens
+            first = cache.settings.sink * tokens
             for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)
                 if moved.start < moved.stop:

@@ -239,7 +239,7 @@ def sample_chunks(
         start += piece
 
     for index, count in list(enumerate(counts))[first_chunk:]:
-        if recache is not None and recache(index) and start:
+        if recache is not None and recache(index):
             write_again(count)
         sigmas = schedule.chunk_sigmas(schedule_row(index))
         exit_at = None if exit_step is None else exit_step(index)

@@ -605,9 +605,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             frames_per_chunk=plan.settings.frames_per_chunk,
             context_frames=plan.context_frames,
             set_context=set_context,
-            recache_forwards=lambda chunk: (
-                count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames) if chunk else 0
-            ),
+            recache_forwards=lambda chunk: count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames),
             # In mode reference each chunk has noise levels of its own, and in mode noise a step's noise is carried on.
             levels=plan.schedule if self.flow_run is None or self.flow_run.mode == "adapter" else None,
             box=self.prompts,

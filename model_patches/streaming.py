@@ -218,7 +218,8 @@ def _flow_parts(optical_flow: FlowConditioning | None, model: ModelPatcher) -> d
 def _warn_about_rate(positive: list, options: StreamOptions) -> None:
     """Prompts at seconds of another frame rate would begin at other moments of this video."""
     prompts = schedule_of(positive)
-    for rate in sorted({entry.fps for entry in prompts.entries if entry.at.unit == "seconds"} if prompts else ()):
+    later = [entry for entry in prompts.entries if not entry.at.is_start] if prompts else []
+    for rate in sorted({entry.fps for entry in later if entry.at.unit == "seconds"}):
         if rate != options.fps:
             log.warning(
                 "The prompt schedule counts seconds at %g frames a second and the video has %g: its prompts begin at "

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import comfy.lora
 import comfy.model_management
@@ -27,6 +28,11 @@ UNIFORM = DiagonalSchedule.preset("self forcing")
 EXACT = 1e-5
 # The header of a Wan file whose text embedding is not UMT5's; without "causal_ar" ComfyUI takes its plain class.
 TINY_TEXT = {"config": '{"transformer": {"text_dim": 64}}'}
+
+
+ONE_KEYFRAME, TWO_KEYFRAMES = (
+    SimpleNamespace(hook_keyframe=SimpleNamespace(keyframes=[None] * count)) for count in (1, 2)
+)
 
 
 class ArVideoNoise:
@@ -135,6 +141,30 @@ def test_guidance_keeps_one_cache_per_condition(
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
 
 
+def test_prompts_that_memory_lets_be_predicted_only_one_by_one_keep_their_own_text(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, monkeypatch
+):
+    model, batches = causal(tiny_wan), []
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (
+            batches.append(args["input"].shape[0]) or apply(args["input"], args["timestep"], **args["c"])
+        )
+    )
+
+    def run(model):
+        return sample_latent(model, prompt(0), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0)["samples"]
+
+    run(model)
+    assert set(batches) == {2}
+    together = run(causal(tiny_wan))
+    batches.clear()
+    # What ComfyUI asks before it puts several prompts into one forward.
+    monkeypatch.setattr(tiny_wan.model, "memory_required", lambda *args, **kwargs: 1e18)
+    run(model)
+    assert set(batches) == {1}
+    assert (run(causal(tiny_wan)) - together).abs().max() < EXACT
+
+
 def test_a_batch_equals_its_samples_alone(tiny_wan, causal, prompt, sample_latent):
     model = causal(tiny_wan, window=6, sink=3)
     pair = SeededNoise(1, (2, 16, 4, 4))
@@ -224,6 +254,31 @@ def test_a_lora_hook_applies_to_its_condition(tiny_wan, causal, prompt, sample_l
     plain = sample_latent(model, prompt(0), [], {"samples": torch.zeros(1, 16, 9, 4, 4)}, DIAGONAL, seed=3)
     assert (result["samples"] - expected["samples"]).abs().max() < 1e-4
     assert (plain["samples"] - expected["samples"]).abs().max() > 0.01
+
+
+def test_a_hook_on_one_prompt_leaves_the_noise_levels_of_the_other_alone(
+    tiny_wan, causal, prompt, sample_latent, empty_latent
+):
+    """What follows from the noise level is kept for a run, but not where a hook changes the weights it is made with."""
+    import comfy.hooks
+
+    generator = torch.Generator().manual_seed(1)
+    path = "diffusion_model.time_embedding.2"
+    size = tiny_wan.model.diffusion_model.time_embedding[2].weight.shape[0]
+    lora = {
+        f"{path}.lora_A.weight": torch.randn(4, size, generator=generator),
+        f"{path}.lora_B.weight": torch.randn(size, 4, generator=generator),
+    }
+    hooked = prompt(0, hooks=comfy.hooks.create_hook_lora(lora, 0.7, 0.0))
+    lean, theirs = causal(tiny_wan), causal(tiny_wan)
+    for patch in [*block_patches(theirs), "diffusion_model.forward_orig"]:
+        del theirs.object_patches[patch]
+    found, expected, plain = (
+        sample_latent(model, positive, prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0)["samples"]
+        for model, positive in ((lean, hooked), (theirs, hooked), (lean, prompt(0)))
+    )
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - plain).abs().max() > 0.01
 
 
 def test_two_conditions_are_averaged(tiny_wan, causal, prompt, sample_latent, empty_latent):
@@ -428,6 +483,28 @@ def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_lat
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, denoise=0.5)
 
 
+@pytest.mark.parametrize("denoise", [0.0, -0.1, 1.01, math.nan])
+def test_a_denoise_that_is_no_share_is_refused(tiny_wan, causal, prompt, sample_latent, denoise):
+    with pytest.raises(ValueError, match=f"denoise is {denoise}; it must be above 0 and at most 1"):
+        sample_latent(
+            causal(tiny_wan), prompt(), [], {"samples": torch.ones(1, 16, 9, 4, 4)}, DIAGONAL, seed=1, denoise=denoise
+        )
+
+
+def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_one(
+    tiny_wan, causal, prompt, sample_latent
+):
+    """Empty latents of 16 pixels a cell and 8 frames a latent frame become Wan's: 8 and 4."""
+    latent = {
+        "samples": torch.zeros(1, 32, 3, 2, 2),
+        "downscale_ratio_spacial": 16,
+        "downscale_ratio_temporal": 8,
+        "of_another_node": 7,
+    }
+    made = sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=1)
+    assert made.pop("samples").shape == (1, 16, 6, 4, 4) and made == {"of_another_node": 7}
+
+
 @pytest.mark.parametrize(
     "extra, name",
     [
@@ -437,6 +514,10 @@ def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_lat
         ({"area": ("percentage", 0.5, 0.5, 0, 0)}, "area in percent"),
         ({"control": object()}, "ControlNet"),
         ({"concat_latent_image": torch.zeros(1)}, "image to concatenate"),
+        ({"clip_start_percent": 0.1}, "timestep range"),
+        ({"clip_end_percent": 0.9}, "timestep range"),
+        ({"area": (1, 4, 4, 0, 0, 0)}, "area in percent or in time"),
+        ({"hooks": SimpleNamespace(hooks=[ONE_KEYFRAME, TWO_KEYFRAMES])}, "hook with several keyframes"),
     ],
 )
 def test_conditionings_that_cannot_be_followed_are_refused_by_name(
@@ -456,6 +537,9 @@ def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prom
         sample_latent(tiny_wan, prompt(), [], empty_latent(), DIAGONAL, seed=1)
     other = torch.nn.Module()
     other.diffusion_model = torch.nn.Linear(2, 2)
+    tiny_wan.model.diffusion_model.ref_conv = torch.nn.Conv2d(16, 128, 2)  # Wan Fun's, for a reference image
+    with pytest.raises(ValueError, match="only Wan 2.1 text-to-video models can stream"):
+        causal(tiny_wan)
     with pytest.raises(ValueError, match="Linear, not a Wan"):
         causal(comfy.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu")))
 
@@ -470,6 +554,21 @@ def test_absolute_positions_that_bf16_cannot_hold_are_refused(tiny_wan_path, cau
             sample_latent(causal(wan, **settings), prompt(), [], latent, DIAGONAL, seed=1)
     result = sample_latent(causal(wan, window=6, sink=3), prompt(), [], latent, DIAGONAL, seed=1)
     assert torch.isfinite(result["samples"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_position_up_to_the_limit_is_exact_and_the_next_is_not(pack_module, dtype):
+    """In bf16 positions are wrong from latent frame 257 on, counted from 0."""
+    limit = pack_module("model_patches.causal").exact_positions(dtype)
+    assert limit == {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2**24}[dtype]
+    numbers = torch.arange(limit - 256, limit + 1, dtype=torch.float64)
+    assert torch.equal(numbers.to(dtype).double(), numbers)
+    assert torch.tensor(limit + 1.0, dtype=torch.float64).to(dtype).item() != limit + 1
+    check = pack_module("model_patches.sampling")._require_exact_positions
+    whole = CausalSettings(window=-1, sink=0)
+    check(KVCache(whole, limit + 1), dtype)
+    with pytest.raises(ValueError, match=f"reaches RoPE position {limit + 1}, but {dtype} holds whole numbers up to"):
+        check(KVCache(whole, limit + 2), dtype)
 
 
 def test_a_thousand_latent_frames_at_constant_memory(tiny_wan, causal, prompt, sample_latent, pack_module, monkeypatch):
@@ -501,8 +600,37 @@ def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_l
         noise = SeededNoise(1, (1, 16, 4, 4))(chunk, step, frames)
         return noise * (math.nan if chunk == 1 and step == 0 else 1)
 
-    with pytest.raises(ValueError, match="Chunk 2 of 3.*NaN"):
+    # The noise behind its first step is the input of its second.
+    words = r"Chunk 2 of 3 \(latent frames 3 to 5\) .* NaN or infinite values, first at step 2 of 3 \(sigma 0.933\)"
+    with pytest.raises(ValueError, match=words):
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
+
+
+def test_the_host_is_at_most_one_forward_ahead_of_a_gpu(pack_module, monkeypatch):
+    queued, done = [], []
+
+    class Stream:
+        def record_event(self):
+            return Event(len(queued) - 1)
+
+    class Event:
+        def __init__(self, forward):
+            self.forward = forward
+
+        def synchronize(self):
+            done.append(self.forward)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    pace = pack_module("model_patches.pace").Pace(torch.device("cuda"))
+    for forward in range(5):
+        pace.wait()
+        assert done == list(range(forward - 1)), "all but the last one have been waited for"
+        queued.append(forward)
+        pace.mark()
+    still = pack_module("model_patches.pace").Pace(torch.device("cpu"))
+    still.mark()
+    still.wait()
+    assert done == [0, 1, 2]
 
 
 def block_patches(model) -> list[str]:
@@ -574,6 +702,23 @@ def test_noise_levels_and_text_are_embedded_once(tiny_wan, causal, prompt, sampl
         expected, many = run(theirs, **options)
         assert (found - expected).abs().max() < EXACT and expected.std() > 0.1
         assert few == (4, 1) and many == (DIAGONAL.nfe(3), DIAGONAL.nfe(3))
+
+
+def test_of_many_noise_levels_only_the_newest_are_kept(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
+):
+    causal_module, sampling = pack_module("model_patches.causal"), pack_module("model_patches.sampling")
+    runs, kept = [], []
+    monkeypatch.setattr(
+        sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
+    )
+    steps = DiagonalSchedule.uniform(20)
+    sample_latent(
+        causal(tiny_wan), prompt(), [], empty_latent(3), steps, seed=1,
+        on_progress=lambda progress: kept.append(len(runs[0]._levels)),
+    )  # fmt: skip
+    assert kept[:8] == list(range(1, 9)) and max(kept) == 8
+    assert not runs[0]._levels and not runs[0]._text and not runs[0]._rope, "nothing is left when it returns"
 
 
 def test_a_forward_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt, sample_latent, empty_latent):
@@ -689,8 +834,8 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     sample_latent(model, prompt(), [], latent, more, seed=7)
     assert not [record for record in caplog.records if "steps_per_chunk" in record.getMessage()]
     sample_latent(model, prompt(), [], latent, UNIFORM, seed=7)  # other steps: that is what it says
-    fewer = DiagonalSchedule.preset(DEMO_PRESET, steps=(4, 2))
-    sample_latent(model, prompt(), [], latent, fewer, seed=7)
+    for fewer in ((4, 2), (4, 3, 2, 1)):  # also where the file lists no chunk of its own
+        sample_latent(model, prompt(), [], latent, DiagonalSchedule.preset(DEMO_PRESET, steps=fewer), seed=7)
     told = [record.getMessage() for record in caplog.records]
     assert not any("sigmas" in line for line in told)
-    assert len([line for line in told if "steps_per_chunk is set to" in line]) == 2
+    assert len([line for line in told if "steps_per_chunk is set to" in line]) == 3

@@ -36,7 +36,8 @@ def test_guidance_that_predicts_a_prompt_again_leaves_the_cache_alone(tiny_wan, 
     plain = run(model, cfg=cfg)
 
     def guided(scale):
-        options = {"double_layers": "1", "start_percent": 0.0, "end_percent": 1.0}
+        # Without the first block, so that the second one has other keys than in the first prediction.
+        options = {"double_layers": "0", "start_percent": 0.0, "end_percent": 1.0}
         return run(SkipLayerGuidanceDiT.execute(model, scale, **options).result[0], cfg=cfg)
 
     assert difference(guided(1e-6), plain) < CLOSE
@@ -50,6 +51,28 @@ def test_nodes_that_skip_forwards_are_refused(tiny_wan, causal, run, name):
     (model,) = getattr(nodes_easycache, name).execute(causal(tiny_wan), 1.0, 0.0, 0.95, False).result
     with pytest.raises(ValueError, match="EasyCache and LazyCache skip forwards"):
         run(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("context_handler", "Context windows cut the clip in another way"),
+        ("multigpu_clones", "one forward over devices"),
+    ],
+)
+def test_nodes_that_split_the_clip_or_a_forward_are_refused(tiny_wan, causal, run, option, words):
+    model = causal(tiny_wan)
+    model.model_options[option] = {"cuda:1": model}  # as ComfyUI's own nodes leave it
+    with pytest.raises(ValueError, match=words):
+        run(model)
+
+
+def test_a_latent_of_several_streams_is_refused(tiny_wan, causal, run):
+    from comfy.nested_tensor import NestedTensor
+
+    video, audio = torch.zeros(1, 16, 9, 4, 4), torch.zeros(1, 8, 9, 4)
+    with pytest.raises(ValueError, match="several streams .video with audio.; a causal Wan model makes video only"):
+        run(causal(tiny_wan), {"samples": NestedTensor([video, audio])})
 
 
 def test_a_step_cache_of_another_pack_is_refused(tiny_wan, causal, run):
@@ -120,6 +143,21 @@ def test_replaced_self_attention_is_refused(tiny_wan, causal, run):
         return original(*args, **kwargs)
 
     assert torch.equal(run(replaced(causal(tiny_wan), "self_attn", around)), run(causal(tiny_wan)))
+
+
+def test_a_block_that_another_node_leaves_out_is_not_missed(tiny_wan, causal, run):
+    """As SkipLayerGuidance does, and as a node may for good: such a block has no keys and values to keep."""
+    plain = run(causal(tiny_wan))
+
+    def replaced_block(replacement):
+        model = causal(tiny_wan)
+        model.set_model_patch_replace(replacement, "dit", "double_block", 1)
+        return run(model)
+
+    around = replaced_block(lambda args, extra: extra["original_block"](args))
+    assert difference(around, plain) < CLOSE
+    left_out = replaced_block(lambda args, extra: {"img": args["img"]})
+    assert torch.isfinite(left_out).all() and difference(left_out, plain) > 0.01
 
 
 def test_a_function_wrapper_may_change_text_and_noise_level_in_any_forward(tiny_wan, causal, prompt, run):

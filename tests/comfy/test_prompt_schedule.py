@@ -299,6 +299,16 @@ def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts)
         post(prompts, box, "b")
 
 
+def test_no_more_prompts_than_a_person_writes_wait_for_a_run(prompts):
+    box = prompts.PromptBox()
+    for number in range(prompts.MAX_WAITING):
+        post(prompts, box, f"{number}")
+    with pytest.raises(prompts.NotSteerable, match=f"{prompts.MAX_WAITING} prompts wait already"):
+        post(prompts, box, "one more")
+    assert [request.text for request in box.take()] == [f"{number}" for number in range(prompts.MAX_WAITING)]
+    post(prompts, box, "now there is room")
+
+
 @pytest.fixture
 def prompt_run(prompts, schedule, clip):
     """`run, shown = prompt_run(text, ...)`: a run of 40 chunks without a model; shown gets embeddings."""
@@ -379,14 +389,14 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
     model, clip, vae = demo
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    def run(text, switch="recache", schedule=CLEAN, state_every=1, **more):
+    def run(text, switch="recache", schedule=CLEAN, state_every=1, fps=16.0, **more):
         found = []
         submit = streaming.StreamDecoder.submit
         with monkeypatch.context() as patch:
             patch.setattr(
                 streaming.StreamDecoder, "submit", lambda self, x: (found.append(x.clone()), submit(self, x))[1]
             )
-            positive = prompts.schedule_prompts(clip, text, fps=16.0, switch=switch, blend_chunks=2, node_id="7")
+            positive = prompts.schedule_prompts(clip, text, fps=fps, switch=switch, blend_chunks=2, node_id="7")
             options = streaming.StreamOptions(
                 width=64,
                 height=64,
@@ -435,6 +445,13 @@ def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch
         assert seen[-1].forwards == seen[-1].total, "what was done before is counted"
         assert f"after chunk {stopped}" in lines[0]
         assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+
+
+@pytest.mark.parametrize(("text", "fps", "said"), [("2s", 24.0, True), ("2s", 16.0, False), ("chunk 5", 24.0, False)])
+def test_seconds_at_another_frame_rate_than_the_videos_are_said(stream, caplog, text, fps, said):
+    """Not where they only say the start, which is the same at any rate."""
+    stream(f"0: a red circle moves right\n{text}: a blue square moves up", fps=fps, on_progress=stop_at(0))
+    assert ("counts seconds at 24 frames a second and the video has 16" in caplog.text) == said
 
 
 def test_a_resumed_stream_knows_its_live_prompts(stream, prompts):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +27,7 @@ from PIL import Image
 from diagonal_sampler.flow import OpticalFlow, camera_flow
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import CausalSettings
 
 av = pytest.importorskip("av")
 
@@ -392,8 +396,30 @@ def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rat
     for number, frame in enumerate(frames):
         assert abs(frame.time - number / rate) < 0.00051  # WebM counts milliseconds
         assert abs(frame.to_ndarray(format="rgb24").mean() / 255 - number / 8) < 0.03
+    if suffix == ".mp4":  # fragments are numbered through, too: the number lies behind the name, version and flags
+        data = path.read_bytes()
+        places = [at for at in range(len(data)) if data.startswith(b"mfhd", at)]
+        assert [int.from_bytes(data[at + 8 : at + 12], "big") for at in places] == list(range(1, 10))
     with pytest.raises(FileExistsError):
         video_writer.open_writer(path, spec)
+
+
+def test_an_encoder_that_would_write_other_frames_does_not_go_on_with_a_video(video_writer, tmp_path):
+    """A header holds for the whole file: frames of another kind behind it would not play."""
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.zeros(3, 32, 48, 3))
+    mark = writer.settle()
+    writer.abandon()
+    before = path.read_bytes()
+    other = video_writer.VideoSpec(width=64, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, other, mark)
+    with pytest.raises(video_writer.VideoWriteError, match="encodes in another way than the one that began v.mp4"):
+        writer.write(torch.zeros(3, 32, 64, 3))
+        writer.settle()
+    writer.abandon()
+    assert path.read_bytes() == before and not children()
 
 
 @pytest.mark.parametrize("metadata", [{}, {"prompt": "x" * 999}], ids=["bare", "metadata"])
@@ -472,6 +498,14 @@ def test_a_finished_mp4_is_a_plain_one(video_writer, tmp_path, rate):
         assert video.duration * video.time_base == count / rate
         container.seek(round((count - 10) / rate * av.time_base))
         assert next(container.demux(video)).is_keyframe
+    # Players that ask the index alone find the length and the texts there: the movie's and the track's, rounded up.
+    index = finished[len(growing) :]
+    (movie_rate, movie), (track,) = (
+        struct.unpack_from(format, index, index.index(name) + at)
+        for name, at, format in ((b"mvhd", 16, ">II"), (b"tkhd", 24, ">I"))
+    )
+    assert movie == track == math.ceil(count / rate * movie_rate)
+    assert index.count(b"moov avcC") == 1
     again = video_writer.open_writer(path, spec, mark)
     assert path.read_bytes() == growing[: mark.size]
     again.write(images[count - 9 :])
@@ -503,7 +537,10 @@ def test_an_mp4_plays_wherever_its_ending_is_cut_off(video_writer, tmp_path, mon
         path.unlink()
 
 
-def test_a_video_that_another_server_finished_is_not_touched(stream, options, output, pack_module, monkeypatch):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_video_that_another_server_finished_or_went_on_with_is_not_touched(
+    stream, options, output, pack_module, stream_state, monkeypatch, finished
+):
     files_of = pack_module("model_patches.stream_files")
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
@@ -511,8 +548,8 @@ def test_a_video_that_another_server_finished_is_not_touched(stream, options, ou
     before, listed = video.read_bytes(), files_of.find_states
 
     def and_then_it_is_done(folder):
-        found = listed(folder)
-        (output / "v_00001_.state.safetensors").unlink()
+        ((path, state),) = found = listed(folder)
+        path.unlink() if finished else stream_state.save_state(path, dataclasses.replace(state, chunk=3), {})
         return found
 
     monkeypatch.setattr(files_of, "find_states", and_then_it_is_done)
@@ -671,7 +708,7 @@ def test_a_long_workflow_is_in_the_file(stream, options, format):
     assert found["note"] == metadata["note"]
 
 
-def test_a_longer_length_goes_on(stream, options, output):
+def test_a_longer_length_goes_on(stream, options, output, stream_state):
     whole = stream(options(seconds=4.0)).path
     with pytest.raises(Stop):
         stream(options(seconds=3.0), on_progress=stop_at(3))
@@ -680,12 +717,45 @@ def test_a_longer_length_goes_on(stream, options, output):
     # 38 frames end inside the last chunk, which a longer length makes anew.
     finished = stream(options(seconds=2.4, keep_state=True, state_every=9))
     assert "v_00003_.done.safetensors" in files(output) and len(decoded(finished.path)) == 38
+    before = finished.path.read_bytes()
+    with pytest.raises(Stop):  # no longer than it is: another video, which is stopped before its first frame
+        stream(options(seconds=2.2), on_progress=stop_at(0))
+    assert finished.path.read_bytes() == before and "v_00003_.done.safetensors" in files(output)
     lines = []
     longer = stream(options(seconds=4.0), announce=lines.append).path
     assert longer == finished.path and "after chunk 3" in lines[0]
     assert len(decoded(longer)) == len(decoded(unfinished)) == 64
     assert unfinished.read_bytes() == whole.read_bytes()
     assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+    # Its last chunk lacks frames that a longer length has: it is never in the state, however often that is saved.
+    again = stream(options(seconds=2.4, keep_state=True, state_every=1))
+    state = stream_state.read_state(output / "v_00004_.done.safetensors")
+    assert len(decoded(again.path)) == 38 and (state.chunk, state.frames) == (3, 33)
+
+
+@pytest.mark.parametrize(("stopped", "goes_on"), [(4, True), (5, False)])
+def test_a_length_that_counts_positions_in_another_way_goes_on_only_before_that_matters(
+    stream, options, stopped, goes_on
+):
+    """80 frames are 21 latent frames, counted from the start; with more they count in the window of 12."""
+    with pytest.raises(Stop):
+        stream(options(seconds=5.0, state_every=stopped), on_progress=stop_at(stopped))
+    lines = []
+    with pytest.raises(Stop):
+        stream(options(seconds=6.0), announce=lines.append, on_progress=stop_at(stopped if goes_on else 0))
+    assert (f"after chunk {stopped}" in lines[0]) == goes_on
+    assert ("counts positions in another way" in lines[0]) == (not goes_on)
+    stream(options(seconds=5.0), announce=lines.append)
+    assert f"Resumed v_00001_.mp4 at {(12 * stopped - 3) / FPS:.1f} s" in lines[1]
+
+
+def test_memory_that_grows_with_the_length_is_said(streaming, demo, options, output, pack_module, caplog):
+    make_causal = pack_module("model_patches.causal").make_causal
+    for window, said in ((12, False), (-1, True)):
+        model = make_causal(demo[0], CausalSettings(window=window, sink=0))
+        with pytest.raises(Stop):
+            streaming.stream_video(model, *demo[1:], SCHEDULE, options(), on_progress=stop_at(0))
+        assert ("memory grows with the length: 9 latent frames" in caplog.text) == said
 
 
 def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, caplog):
@@ -713,10 +783,92 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
         stream(options(seconds=1.0), announce=lines.append)
     assert "Resumed" not in lines[-1] and "57 frames already, and 16 are asked for" in caplog.text
     assert "v_00001_.state.safetensors" in files(output)
-    assert stream(options(seconds=4.0), announce=lines.append).path.name == "v_00001_.mp4"
-    assert "Resumed" in lines[-1]
+    # Without guidance the negative prompt has no say.
+    anew = streaming.stream_video(model, positive, positive, vae, SCHEDULE, options(seconds=4.0), announce=lines.append)
+    assert anew.path.name == "v_00001_.mp4" and "Resumed" in lines[-1]
     stream(options(seconds=0.3, seed=5), announce=lines.append)
     assert "unfinished" not in lines[-1]
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 2, 1), (2, 0, 1, 0), (3, 4, 5, 1)])
+def test_every_value_of_a_motion_counts(stream_state, place):
+    motion = torch.zeros(4, 5, 6, 2)
+    before = stream_state.digest_of_whole(motion)
+    motion[place] = 1e-6
+    assert stream_state.digest_of_whole(motion) != before
+    motion[place] = 0
+    assert stream_state.digest_of_whole(motion) == before
+
+
+def test_another_lora_is_another_model(demo, stream_state):
+    """ComfyUI keeps a LoRA's tensors in an object of its own."""
+    import comfy.sd
+
+    path = "diffusion_model.blocks.0.ffn.0"
+    rows, columns = demo[0].model.state_dict()[f"{path}.weight"].shape
+
+    def digest(seed, strength=0.5):
+        generator = torch.Generator().manual_seed(seed)
+        lora = {
+            f"{path}.lora_A.weight": torch.randn(2, columns, generator=generator),
+            f"{path}.lora_B.weight": torch.randn(rows, 2, generator=generator),
+        }
+        model = comfy.sd.load_lora_for_models(demo[0], None, lora, strength, 0)[0]
+        assert model.patches
+        return stream_state.digest_of(model=model)
+
+    assert digest(1) == digest(1)
+    assert len({stream_state.digest_of(model=demo[0]), digest(1), digest(2), digest(1, 0.4)}) == 4
+
+
+def test_what_changed_is_said_for_videos_of_the_same_name_only(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    lines = []
+    for change in ({"seed": 4}, {"filename_prefix": "w"}, {"filename_prefix": "v_1"}):
+        with pytest.raises(Stop):
+            stream(options(**change), announce=lines.append, on_progress=stop_at(0))
+    assert ["unfinished" in line for line in lines] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"graph"}, "a node before it"),
+        ({"seed"}, "seed"),
+        ({"model", "graph"}, "model"),  # the graph holds the model's node, too
+        ({"rate", "size", "graph"}, "width or height and fps"),
+        ({"seed", "cfg", "crf"}, ""),
+        (set(), ""),
+    ],
+)
+def test_what_a_person_changed_is_said_by_name(pack_module, stream_state, changed, said):
+    names = ("model", "size", "seed", "cfg", "rate", "crf", "graph")
+    state = stream_state.StreamState(digest="d", length=1, latent_frames=1, parts=dict.fromkeys(names, "before"))
+    now = {name: "now" if name in changed else "before" for name in names}
+    identity = pack_module("model_patches.stream_files").Identity(now)
+    assert identity.changed_since(state) == said
+    assert identity.changed_since(dataclasses.replace(state, parts={})) == "", "a state of an older version"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "frames", "latent_frames"),
+    [
+        (2.0, 16, 32, 9),
+        (0.3, 16, 5, 2),
+        (0.34375, 16, 6, 3),
+        (0.03125, 16, 1, 1),
+        (1.0, 29.97, 30, 9),
+        (0.1, 0.001, 0, 0),
+    ],
+)
+def test_a_length_is_rounded_to_whole_frames(options, seconds, fps, frames, latent_frames):
+    if not frames:
+        with pytest.raises(ValueError, match="less than half a frame"):
+            options(seconds=seconds, fps=fps)
+        return
+    wanted = options(seconds=seconds, fps=fps)
+    assert (wanted.frames, wanted.latent_frames) == (frames, latent_frames)
 
 
 def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, options, output):
@@ -749,6 +901,24 @@ def test_a_video_or_state_that_is_damaged_is_not_resumed(stream, options, output
     assert ("is not there any more" if damage == "gone" else "cannot be") in caplog.text
 
 
+def test_of_two_unfinished_videos_the_newest_goes_on(stream, options, output, stream_state):
+    lock = stream_state.StreamLock(output / "v_00001_.lock")
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    assert lock.acquire()  # else the second run would go on with it
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(1))
+    lock.release()
+    for number, (newer, older) in enumerate(((2, 1), (1, 2)), start=1):
+        for video, age in ((newer, 0), (older, 60)):
+            state = output / f"v_{video:05}_.state.safetensors"
+            os.utime(state, (time.time() - age, time.time() - age))
+        lines = []
+        with pytest.raises(Stop):
+            stream(options(), announce=lines.append, on_progress=stop_at(2 if newer == 1 else 1))
+        assert f"Resumed v_{newer:05}_.mp4" in lines[0], number
+
+
 def test_a_video_that_another_process_writes_is_left_alone(stream, options, output, stream_state):
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
@@ -767,9 +937,11 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent):
     whole = sample_latent(model, positive, negative, latent, SCHEDULE, seed=3, context=given)["samples"]
     with pytest.raises(Stop):
         stream(wanted, context=given, on_progress=stop_at(2))
-    lines = []
-    result = stream(wanted, context=given, announce=lines.append)
+    lines, forwards = [], []
+    result = stream(wanted, context=given, announce=lines.append, on_progress=forwards.append)
     assert "frame 25 of 32, after chunk 2" in lines[0]
+    total = forwards[0].total
+    assert [at.forwards for at in forwards] == list(range(total + 1 - len(forwards), total + 1)), "counts on"
     expected = (vae.decode(whole)[0][:32] * 255).clamp(0, 255)
     found = result.video.get_components().images * 255
     assert (found - expected).abs().max() <= 1.001  # both are rounded

@@ -299,6 +299,40 @@ def test_only_the_last_forward_of_a_chunk_counts():
 
 
 @torch.no_grad()
+def test_a_prediction_beside_the_chunks_own_sees_itself_and_leaves_the_cache_alone():
+    """Guidance asks a weakened network for the same step again."""
+    cache, condition = history_cache()
+    own, other = tagged(range(9, 12)), tagged(range(90, 93))
+    condition.update(0, own, own)
+    keys, values = condition.update(0, other, other, write=False)
+    assert attended_frames(keys) == attended_frames(values) == [0, 1, 7, 8, 90, 91, 92]
+    keys.fill_(-1)
+    values.fill_(-1)
+    cache.commit()
+    cache.begin(3)
+    keys, values = condition.update(0, tagged(range(12, 15)), tagged(range(12, 15)))
+    assert attended_frames(keys) == attended_frames(values) == [0, 1, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@torch.no_grad()
+def test_a_window_can_be_written_again_any_number_of_times(positions):
+    cache = KVCache(settings_of(7, 2, 3, positions), 40)
+    condition = cache.condition("only")
+    fill(cache, condition, chunks=4)
+    for _ in range(3):
+        for run in cache.rewind(3):
+            cache.skip_to(run.start)
+            fill(cache, condition, chunks=len(run), chunk=1)
+        start = cache.start_frame
+        cache.begin(3)
+        tags = tagged(range(start, start + 3))
+        _, values = condition.update(0, tags, tags)
+        assert attended_frames(values) == kept_frames(start + 3, 7, 2)
+        cache.commit()
+
+
+@torch.no_grad()
 def test_one_allocation_for_the_whole_clip():
     cache = KVCache(settings_of(7, 2, 3, "window"), 40)
     condition = cache.condition("only")
@@ -453,6 +487,86 @@ def test_the_buffer_holds_no_graph():
     assert values._base.grad_fn is None and not values._base.requires_grad
 
 
+# Snapshots
+
+
+@torch.no_grad()
+def one_chunk(cache: KVCache, names: tuple[str, ...]) -> list[torch.Tensor]:
+    """Commit a chunk of random keys and values in two layers of each condition; what they attend to, copied."""
+    cache.begin(min(cache.settings.frames_per_chunk, cache.total_frames - cache.committed))
+    seen = []
+    for number, name in enumerate(names):
+        for layer in range(2):
+            seed = 100 * cache.committed + 10 * number + layer
+            keys, values = normal(seed, 2, 1, cache.frames * TOKENS, HEADS, HEAD_DIM)
+            seen += [tensor.clone() for tensor in cache.condition(name).update(layer, keys, values)]
+    cache.commit()
+    return seen
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@pytest.mark.parametrize("made", [1, 2, 4])
+def test_a_restored_cache_goes_on_bit_by_bit_whatever_the_order_of_the_snapshot(positions, made):
+    """A file gives its tensors in an order of its own; and another run calls its conditions by other names."""
+    settings = settings_of(7, 2, 3, positions)
+    cache = KVCache(settings, 20)
+    for _ in range(made):
+        one_chunk(cache, ("positive", "negative"))
+    snapshot = cache.snapshot()
+    before = {name: tensor.clone() for name, tensor in snapshot.items()}
+    restored = KVCache(settings, 20)
+    restored.restore(cache.committed, dict(reversed(snapshot.items())))
+    while cache.committed < cache.total_frames:
+        assert restored.position == cache.position
+        expected, found = one_chunk(cache, ("positive", "negative")), one_chunk(restored, ("first", "second"))
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    # Neither run writes into the snapshot: it is a copy, also on a CPU.
+    assert all(torch.equal(before[name], snapshot[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("committed", "dropped", "words"),
+    [
+        (20, 0, "ends at latent frame 20"),
+        (0, 0, "ends at latent frame 0"),
+        (6, 7, "dropped is 7"),
+        (6, -1, "dropped is -1"),
+        (5, 0, "keys has 12 tokens, no multiple of the 5"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_is_refused(committed, dropped, words):
+    settings = settings_of(7, 2, 3)
+    cache = KVCache(settings, 20)
+    fill(cache, cache.condition("only"), chunks=2)
+    with pytest.raises(ValueError, match=words):
+        KVCache(settings, 20).restore(committed, cache.snapshot(), dropped=dropped)
+
+
+def test_snapshots_are_taken_between_chunks_and_restored_into_an_unused_cache():
+    cache = KVCache(settings_of(7, 2, 3), 20)
+    fill(cache, cache.condition("only"), chunks=2)
+    snapshot = cache.snapshot()
+    with pytest.raises(RuntimeError, match="in use"):
+        cache.restore(6, snapshot)
+    asked = KVCache(settings_of(7, 2, 3), 20)
+    asked.condition("only")  # it would have no keys
+    with pytest.raises(RuntimeError, match="in use"):
+        asked.restore(6, snapshot)
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="inside a chunk"):
+        cache.snapshot()
+
+
+def test_a_restored_cache_that_nobody_used_is_freed_too():
+    cache = KVCache(settings_of(7, 2, 3), 20)
+    fill(cache, cache.condition("only"), chunks=2)
+    restored = KVCache(cache.settings, 20)
+    restored.restore(6, cache.snapshot())
+    assert restored.nbytes == cache.nbytes
+    restored.free()
+    assert restored.nbytes == 0
+
+
 # Misuse
 
 
@@ -496,6 +610,20 @@ def test_a_condition_that_misses_a_chunk():
     cache.begin(3)
     with pytest.raises(RuntimeError, match="unwritten"):
         condition.update(0, tagged(range(3)), tagged(range(3)))
+
+
+@torch.no_grad()
+def test_a_restored_cache_that_is_rewound_must_be_written_again():
+    cache = KVCache(settings_of(7, 2, 3), 20)
+    fill(cache, cache.condition("only"), chunks=3)
+    restored = KVCache(cache.settings, 20)
+    restored.restore(9, cache.snapshot())
+    restored.rewind(3)
+    restored.begin(2)
+    restored.commit()
+    restored.begin(3)
+    with pytest.raises(RuntimeError, match="frames 0 to 2 of a layer were committed unwritten"):
+        restored.condition("only").update(0, tagged(range(3)), tagged(range(3)))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 2, 128), (1, 9, 2, 128), (1, 6, 1, 128), (1, 6, 2, 64)])

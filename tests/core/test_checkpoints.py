@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
 
 from diagonal_sampler import weight_files
-from diagonal_sampler.checkpoints import load_checkpoint
+from diagonal_sampler.checkpoints import load_checkpoint, recognise
 from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
-from diagonal_sampler.wan_layout import expected_shapes
-from diagonal_sampler.weight_files import is_finite, listed, read_weight_file, write_weights
+from diagonal_sampler.wan_layout import WanDims, expected_shapes
+from diagonal_sampler.weight_files import WeightFile, is_finite, listed, read_weight_file, write_weights
 
 
 def save(folder: Path, tensors: dict, metadata: dict | None = None, name: str = "model.safetensors") -> Path:
@@ -59,6 +59,14 @@ def test_weights_choice_takes_the_one_asked_for(tmp_path: Path) -> None:
     assert f"generator_ema ({len(tiny_wan())} tensors)" in checkpoint.info.unused
 
 
+def test_averaged_weights_are_preferred_however_deep_they_lie(tmp_path: Path) -> None:
+    tree = {"generator": tiny_wan(1), "state_dict": {"generator_ema": tiny_wan(0), "model": tiny_wan(2)}}
+    torch.save(tree, tmp_path / "model.pt")
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    assert checkpoint.info.source == "state_dict/generator_ema"
+    assert torch.equal(checkpoint.state_dict["head.head.weight"], tiny_wan(0)["head.head.weight"])
+
+
 def test_ema_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     path = LAYOUTS["causvid, generator"](tmp_path, tiny_wan(0), {})
     with pytest.raises(ValueError, match=r"weights='ema'.*holds only generator.*choose auto"):
@@ -72,7 +80,9 @@ def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
     marked = load_checkpoint(save(tmp_path, weights, {"config": wan_files.CONFIG})).info
     plain = load_checkpoint(save(tmp_path, weights)).info
     section = load_checkpoint(LAYOUTS["causvid, generator"](tmp_path, weights, {})).info
-    assert [info.causal_marker for info in (marked, plain, section)] == ["header", None, "section"]
+    both = load_checkpoint(save(tmp_path, prefixed(weights, "generator.model."), {"config": wan_files.CONFIG})).info
+    markers = [info.causal_marker for info in (marked, plain, section, both)]
+    assert markers == ["header", None, "section", "header"]
     assert marked.warnings == section.warnings == ()
     assert "bidirectional" in plain.warnings[0]
 
@@ -80,6 +90,25 @@ def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
 def test_all_in_one_file_names_the_models_it_leaves(tmp_path: Path) -> None:
     tensors = prefixed(tiny_wan(), "model.diffusion_model.") | {"vae.decoder.conv1.weight": torch.zeros(2)}
     assert load_checkpoint(save(tmp_path, tensors)).info.unused == ("vae (1 tensors)",)
+
+
+@pytest.mark.parametrize(
+    ("depth", "ffn_dim", "size", "warned"), [(30, 8960, "1.3B, ", False), (29, 8960, "", True), (30, 8192, "", True)]
+)
+def test_a_published_width_with_another_depth_or_ffn_is_said(depth: int, ffn_dim: int, size: str, warned: bool) -> None:
+    dims = WanDims(dim=1536, depth=depth, ffn_dim=ffn_dim, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16)
+    # As such files are: most numbers in bf16, most tensors (biases, norms) in float32.
+    tensors = {
+        key: torch.zeros((), dtype=torch.bfloat16 if len(shape) > 1 else torch.float32).expand(shape)
+        for key, shape in expected_shapes(dims).items()
+    }
+    assert sum(tensor.dtype == torch.float32 for tensor in tensors.values()) > len(tensors) / 2
+    marked = {"config": '{"transformer": {"causal_ar": true}}'}
+    file = WeightFile(name="wan.safetensors", tree=tensors, metadata=marked)
+    found = recognise(file, check_values=False).info
+    assert found.dtype == "bfloat16" and f"({size}dim 1536, {depth} blocks" in found.summary()
+    said = f"dim 1536 is that of Wan 2.1 1.3B (30 blocks, ffn 8960), but this file has {depth} blocks and ffn {ffn_dim}"
+    assert found.warnings == ((said,) if warned else ())
 
 
 # --- header ---
@@ -124,11 +153,14 @@ def test_preset_is_suggested_only_where_all_agrees(entries: dict, preset: str | 
         ("frames_per_chunk", "0"),
         ("frames_per_chunk", "three"),
         ("window", "0"),
+        ("window", "-2"),
         ("sink", "-1"),
+        ("shift", "0"),
         ("shift", "nan"),
         ("shift", "inf"),
         ("steps_per_chunk", "4,,2"),
         ("sigmas", "[[2.0]]"),
+        ("sigmas", "[[-0.1]]"),
         ("sigmas", "[[true]]"),
         ("sigmas", "{}"),
         ("sigmas", "[" * 100_000),
@@ -137,7 +169,10 @@ def test_preset_is_suggested_only_where_all_agrees(entries: dict, preset: str | 
         ("config", "[]"),
         ("config", '{"transformer": 3}'),
         ("config", '{"transformer": {"num_layers": 30}}'),
-        ("config", '{"transformer": {"text_len": -1}}'),
+        ("config", '{"transformer": {"text_len": 0}}'),
+        ("config", '{"transformer": {"text_len": true}}'),
+        ("config", '{"transformer": {"eps": 0}}'),
+        ("config", '{"transformer": {"eps": 1.5}}'),
         ("_quantization_metadata", "{}"),
     ],
 )
@@ -145,6 +180,18 @@ def test_wrong_header_entry_names_file_and_key(key: str, value: str, tmp_path: P
     path = save(tmp_path, tiny_wan(), {key: value})
     with pytest.raises(ValueError, match=f"model.safetensors.*{key}"):
         load_checkpoint(path)
+
+
+def test_the_host_is_told_what_the_header_says_of_the_network(tmp_path: Path) -> None:
+    header = {"transformer": {"text_len": 77, "eps": 1e-5, "num_layers": DIMS.depth}}
+    checkpoint = load_checkpoint(save(tmp_path, tiny_wan(), {"config": json.dumps(header)}))
+    assert json.loads(checkpoint.host_metadata["config"])["transformer"] == {
+        "causal_ar": True,
+        "text_dim": DIMS.text_dim,
+        "freq_dim": DIMS.freq_dim,
+        "text_len": 77,
+        "eps": 1e-5,
+    }
 
 
 def test_settings_follow_widget_then_file_then_default() -> None:
@@ -231,6 +278,17 @@ def test_quantised_layer_without_its_scale_is_missing(tmp_path: Path) -> None:
     assert load_checkpoint(save(tmp_path, tensors)).info.quantization == "int8_tensorwise (1 layers)"
 
 
+@pytest.mark.parametrize("layer", ["text_embedding.0", "time_embedding.0", "blocks.0.ffn.0"])
+def test_weights_that_share_a_byte_count_as_two(layer: str, tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    rows, columns = tensors[f"{layer}.weight"].shape
+    tensors[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    tensors |= {f"{layer}.{name}": torch.ones(1) for name in ("weight_scale", "weight_scale_2")}
+    header = {"_quantization_metadata": json.dumps({"layers": {layer: {"format": "nvfp4"}}})}
+    info = load_checkpoint(save(tmp_path, tensors, header)).info
+    assert info.dims == DIMS and info.quantization == "nvfp4 (1 layers)"
+
+
 # --- refusals of what a file is ---
 
 
@@ -262,6 +320,7 @@ def test_variants_are_refused_by_name(extra: dict, match: str, tmp_path: Path) -
         (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "text encoder; load it with CLIPLoader"),
         (["decoder.middle.0.residual.0.gamma"], "Wan VAE; load it with VAELoader"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
+        (["patch_embedding.weight", "layers.0.weight"], "found 2 tensors: layers.0.weight, patch_embedding.weight"),
         ([f"layer{i}.weight" for i in range(12)], "found 12 tensors: layer0.weight, layer1.weight.* and 7 more"),
     ],
 )
@@ -328,6 +387,16 @@ def test_any_wrong_shape_is_named_with_expected_and_got(key: str, tmp_path: Path
     assert str(tuple(tensors[key].shape)) in str(error.value)
     if "1 tensors do not fit" not in str(error.value):
         assert "expected 2 dimensions" in str(error.value) or "expected 5 dimensions" in str(error.value)
+
+
+@pytest.mark.parametrize("width", [0, 64])
+def test_a_width_that_no_wan_has_is_refused(width: int, tmp_path: Path) -> None:
+    tensors = {
+        key: value[..., :width] if key.endswith("modulation") or key == "patch_embedding.bias" else value
+        for key, value in tiny_wan().items()
+    }
+    with pytest.raises(ValueError, match=f"'head.modulation': dim must be a multiple of 128.*got {width}"):
+        load_checkpoint(save(tmp_path, tensors))
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:

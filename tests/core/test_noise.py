@@ -84,3 +84,11 @@ def test_samples_of_a_batch_differ():
     noise = SeededNoise(0, SHAPE)(0, 0, 3)
     assert (noise[0] * noise[1]).mean().abs() < 0.2
     assert (noise[0] - noise[1]).abs().max() > 1
+
+
+def test_samples_taken_from_a_batch_keep_their_noise():
+    whole = SeededNoise(5, (4, *SHAPE[1:]))(2, 1, 3)
+    assert torch.equal(SeededNoise(5, SHAPE, rows=[3, 1])(2, 1, 3), whole[[3, 1]])
+    for rows in ([0], [0, 1, 2], [0, -1], []):
+        with pytest.raises(ValueError, match="2 samples need as many numbers from 0 on"):
+            SeededNoise(5, SHAPE, rows=rows)

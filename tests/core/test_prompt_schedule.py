@@ -98,6 +98,12 @@ def test_a_time_is_in_the_chunk_that_shows_it(given, size):
     assert PromptTime(7, "chunk").chunk(fps, size, given) == 6
 
 
+def test_a_time_that_is_a_whole_frame_counts_as_that_frame():
+    """0.29 s at 100 frames a second is frame 29, which the eighth latent frame begins with; as floats it is less."""
+    assert 0.29 * 100 < 29
+    assert PromptTime(0.29).chunk(100.0, 1) == 8 and PromptTime(0.2899).chunk(100.0, 1) == 7
+
+
 def prompts(*parts):
     return [
         ChunkPrompt(chunk=chunk, text=str(at), context=caption(at), switch=switch, blend_chunks=over)
@@ -119,6 +125,12 @@ def test_a_blend_that_is_interrupted_goes_on_from_where_it_was():
     torch.testing.assert_close(context_at(found, 3), (a + b) / 2)
     torch.testing.assert_close(context_at(found, 4), ((a + b) / 2 + c) / 2)
     assert context_at(found, 5) is found[2].context
+
+
+def test_a_clip_that_begins_with_a_blend_has_nothing_to_blend_from():
+    found = prompts((0, "blend", 3), (4, "keep", 1))
+    assert all(context_at(found, chunk) is found[0].context for chunk in range(4))
+    assert [seen_from(found, chunk) for chunk in range(5)] == [0, 0, 0, 0, 1]
 
 
 def test_any_number_of_blends_may_begin_within_blends():

@@ -11,9 +11,11 @@ from diagonal_sampler.schedule import (
     DEMO_PRESET,
     MAX_STEPS,
     PRESETS,
+    UNINFORMATIVE_SIGMA,
     DiagonalSchedule,
     parse_sigmas,
     parse_steps,
+    same_levels,
     select_times,
     shift_sigma,
 )
@@ -151,6 +153,7 @@ def test_description_says_what_it_costs_and_saves():
     for part in ("4,3,2,2,...", "17 forwards", "7 chunks", "35", "2.06x", "noisy"):
         assert part in text, text
     assert "..." not in DiagonalSchedule.preset("diagonal 4-3-2").describe(3)
+    assert DiagonalSchedule.preset("diagonal 4-3-2").describe(4).startswith("4,3,2,2 steps")
     assert "1.00x" in DiagonalSchedule.preset("self forcing").describe(7)
     # Five seconds of Wan, whatever a chunk holds.
     for frames, chunks in ((None, 7), (3, 7), (1, 21), (4, 6), (64, 1)):
@@ -160,13 +163,31 @@ def test_description_says_what_it_costs_and_saves():
 
 def test_a_context_of_almost_pure_noise_is_warned_of():
     one = DiagonalSchedule.from_steps((1,))
-    assert any("0.36" in w or "pure noise" in w for w in one.warnings())
-    assert DiagonalSchedule.from_steps((4, 1)).warnings()
+    (warning,) = one.warnings()
+    assert "ends at sigma 1.000 with noisy context" in warning and "more steps" in warning
+    assert DiagonalSchedule.from_steps((4, 1)).warnings() and DiagonalSchedule.from_steps((1, 4)).warnings()
+    # At the limit a noisy context still tells enough, by the rule for given frames as by the warning.
+    limit = DiagonalSchedule(sigmas=((1.0, UNINFORMATIVE_SIGMA),))
+    assert limit.finds_given_inputs and not limit.warnings()
     assert not replace(one, context_mode="clean").warnings()
     assert not replace(one, context_mode="renoise").warnings()
     (warning,) = replace(one, context_mode="renoise", context_sigma=0.95).warnings()
     assert "context is at sigma 0.950" in warning and "Lower context_sigma" in warning
     assert not any(DiagonalSchedule.preset(name).warnings() for name in PRESETS)
+
+
+def test_levels_are_the_same_to_an_entry_of_the_table_and_the_last_chunk_repeats():
+    levels = ((1.0, 0.75, 0.5), (1.0, 0.5))
+    assert same_levels(levels, (*levels, levels[-1], levels[-1])) and same_levels((*levels, levels[-1]), levels)
+    assert same_levels(levels, ((1.0, 0.7509, 0.4991), (1.0, 0.5)))
+    for other in (
+        levels[:1],
+        (*levels, levels[0]),
+        ((1.0, 0.752, 0.5), (1.0, 0.5)),
+        ((1.0, 0.748, 0.5), (1.0, 0.5)),
+        ((1.0, 0.75, 0.5), (1.0, 0.5, 0.25)),
+    ):
+        assert not same_levels(levels, other) and not same_levels(other, levels)
 
 
 NAN, INF = float("nan"), float("inf")

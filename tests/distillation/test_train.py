@@ -127,6 +127,15 @@ def test_a_window_at_the_end_of_a_long_rollout_is_all_that_gets_gradients(inputs
         torch.testing.assert_close(value.grad, found[name], rtol=1e-5, atol=1e-7)
 
 
+def test_every_clip_of_every_update_of_every_seed_is_another_one():
+    places = [
+        (seed, update, who, clip) for seed in (0, 1, 10) for update in (0, 1, 11) for who in "ab" for clip in (0, 1)
+    ]
+    seeds = [sample_seed(*place) for place in places]
+    assert len(set(seeds)) == len(places) and seeds == [sample_seed(*place) for place in places]
+    assert sample_seed(1, 11) != sample_seed(11, 1) and sample_seed(1, 1, 1) != sample_seed(1, 11)
+
+
 def test_exit_steps_follow_the_schedule_and_the_seed_alone(inputs):
     schedule = tiny_recipe(inputs, steps="4,3,2").schedule
     drawn = [exit_steps(schedule, 7, sample_seed(0, update, "student", "exit")) for update in range(400)]
