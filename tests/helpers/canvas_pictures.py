@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests" / "helpers"), str(ROOT)]
 
 import torch  # noqa: E402
-from comfy_host import ComfyServer, find_comfyui, put_on_path  # noqa: E402
+from comfy_host import EXAMPLE_PICTURE, ComfyServer, find_comfyui, put_on_path  # noqa: E402
 from frontend import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES, Frontend  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
@@ -202,7 +202,8 @@ def main(wanted: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as engine:
         put_on_path(comfyui)
         place_models(Path(folder, "models"))
-        shutil.copytree(comfyui / "input", Path(folder, "input"))  # every install has its picture
+        Path(folder, "input").mkdir()
+        shutil.copy(comfyui / "input" / EXAMPLE_PICTURE, Path(folder, "input"))
         server = ComfyServer(comfyui, Path(folder))
         try:
             server.wait_ready()

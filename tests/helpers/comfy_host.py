@@ -27,6 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL import Image
+
 from bootstrap.host import link_pack
 from bootstrap.processes import CHILDREN
 from bootstrap.server import command_line, free_port
@@ -40,6 +42,7 @@ USE_GPU = os.environ.get("DIAGONAL_TEST_GPU", "") == "1"
 # The `static` folder of another comfyui-frontend-package than the one that is installed.
 OTHER_FRONTEND = os.environ.get("DIAGONAL_TEST_FRONTEND", "")
 START_TIMEOUT_S = 600.0
+EXAMPLE_PICTURE = "example.png"  # in the input folder of every install
 CORE_PACKAGE = "diagonal_sampler"
 
 
@@ -164,6 +167,10 @@ class ComfyServer:
         self.input_dir = base_dir / "input"
         self.log_path = base_dir / "server.log"
         (base_dir / "models").mkdir(parents=True, exist_ok=True)
+        self.input_dir.mkdir(exist_ok=True)
+        picture = self.input_dir / EXAMPLE_PICTURE
+        if not picture.exists():
+            Image.new("RGB", (96, 64), (40, 90, 160)).save(picture)
         link_pack(base_dir / "custom_nodes")
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"

@@ -58,17 +58,7 @@ def test_all_other_graphs_need_no_file():
     assert BUNDLED == {path.stem for path in API} - {path.stem for path in NEED_MODELS}
 
 
-@pytest.fixture
-def own_picture(comfy_server) -> Iterator[None]:
-    """The picture that every install of ComfyUI has in its input folder, and the test server's has not."""
-    file = comfy_server.input_dir / "example.png"
-    Image.new("RGB", (96, 64), (40, 90, 160)).save(file)
-    yield
-    file.unlink()
-
-
 @pytest.mark.parametrize("path", NEED_MODELS, ids=lambda path: path.stem)
-@pytest.mark.usefixtures("own_picture")
 def test_missing_model_files_are_the_only_complaint(comfy_server, path):
     graph = _graph(path)
     status, answer = comfy_server.post("/prompt", {"prompt": graph})
@@ -102,7 +92,6 @@ def placeholders(comfy_server) -> Iterator[callable]:
 
 
 @pytest.mark.parametrize("path", NEED_MODELS, ids=lambda path: path.stem)
-@pytest.mark.usefixtures("own_picture")
 def test_with_the_files_in_the_folders_of_the_note_the_graph_is_valid(comfy_server, placeholders, path):
     graph = _graph(path)
     placeholders(graph)
