@@ -69,6 +69,7 @@ from batch_jobs import (  # noqa: E402
 MAX_ATTEMPTS = 3  # a job that takes its server down with it is not tried for ever
 POLL_SECONDS = 5.0  # the websocket tells at once; this finds what it missed
 TICK_SECONDS = 0.5
+QUIET_SECONDS = 600.0  # without a word of the job whose turn it is: few nodes take that long, a dead worker for ever
 HEARTBEAT_SECONDS = 30.0  # generous: a server in a long compile answers pings late
 FIRST_CONTACT_SECONDS = 10.0  # a server that never answered is given up sooner than one that was lost
 STABLE_SECONDS = 5.0  # a connection that held this long was a good one
@@ -127,6 +128,8 @@ class Server:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     reached: bool = False
     settled: int = 0  # jobs that ended here
+    heard: float = 0.0  # when it last said something of a job that it has
+    quiet: bool = False  # whether a person was told that it says nothing
 
     @property
     def label(self) -> str:
@@ -407,7 +410,7 @@ class Batch:
     async def _pump(self, server: Server, socket: aiohttp.ClientWebSocketResponse) -> None:
         """Fill the server's slots and settle what finishes, while the connection holds."""
         reader = asyncio.create_task(self._read_events(server, socket))
-        last_poll = time.monotonic()
+        last_poll = server.heard = time.monotonic()
         try:
             while self.unfinished:
                 while self.waiting and len(server.jobs) < self.options.in_flight:
@@ -437,11 +440,24 @@ class Batch:
             data = event.get("data")
             if not isinstance(data, dict) or data.get("prompt_id") not in server.jobs:
                 continue
+            server.heard, server.quiet = time.monotonic(), False
             job = server.jobs[data["prompt_id"]]
             if event.get("type") == "executing" and data.get("node") is None:
                 server.wake.set()  # sent after the job is in the history
             elif event.get("type") == "progress" and data.get("max"):
                 self.display.note(server.url, f"seed {job.seed} {job.prompt}", data.get("value", 0) / data["max"])
+
+    def _notice_silence(self, server: Server, queued: list[str]) -> None:
+        """Tell a person once when the job at the head of a server's queue is ours and nothing is heard of it."""
+        if not queued or queued[0] not in server.jobs:
+            server.heard = time.monotonic()  # it is the turn of others
+        silence = time.monotonic() - server.heard
+        if silence > QUIET_SECONDS and not server.quiet:
+            server.quiet = True
+            self.display.line(
+                f"{server.label}: no word of its job for {silence / 60:.0f} minutes; if its log ends with an error, "
+                "restart it: what it has is sent again"
+            )
 
     # -- what became of the jobs
 
@@ -453,7 +469,8 @@ class Batch:
 
     async def _poll(self, server: Server) -> None:
         """Find jobs that finished without a word, or that someone took off the queue."""
-        queued = set(await server.queued_ids())  # before the history: a job moves from here to there, never back
+        queued = await server.queued_ids()  # before the history: a job moves from here to there, never back
+        self._notice_silence(server, queued)
         await self._settle(server)
         for job in list(server.jobs.values()):
             job.missing = 0 if job.prompt_id in queued else job.missing + 1

@@ -337,6 +337,16 @@ def test_a_lost_connection_runs_no_job_twice(probe, tmp_path):
     assert sum(run.done().values()) == 6
 
 
+def test_a_job_of_which_nothing_is_heard_is_told_once(probe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "graph.json").write_text(json.dumps(probe_graph(3.0)))
+    (tmp_path / "prompts.txt").write_text("p")
+    monkeypatch.setattr(queue_batch, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(queue_batch, "QUIET_SECONDS", 1.0)
+    arguments = [str(tmp_path / "graph.json"), "--prompts", str(tmp_path / "prompts.txt"), "--server", probe.url]
+    assert queue_batch.main([*arguments, "--log", str(tmp_path / "batch.jsonl")]) == 0
+    assert capsys.readouterr().out.count("no word of its job") == 1
+
+
 def test_a_server_that_goes_silent_is_given_up_and_resume_looks_there_first(probe, tmp_path, monkeypatch):
     proxy = Proxy(probe.port)
     run = Run(tmp_path / "a", probe_graph(1.0), "p", "0", [proxy.url])
