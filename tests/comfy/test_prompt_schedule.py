@@ -207,6 +207,32 @@ def test_what_cannot_be_is_refused_with_its_row(schedule, text, options, words):
         schedule(text, **options)
 
 
+def test_hooks_of_a_later_prompt_are_refused(schedule, clip):
+    hooks = iter([None, "a LoRA"])
+    usual = clip.encode_from_tokens_scheduled
+    clip.encode_from_tokens_scheduled = lambda text: [[usual(text)[0][0], {"hooks": next(hooks)}]]
+    with pytest.raises(ValueError, match=r"Row 2 \(3s\): the CLIP carries hooks that the first prompt has not"):
+        schedule("0: a\n3s: b")
+    clip.encode_from_tokens_scheduled = lambda text: usual(text) * 2
+    with pytest.raises(ValueError, match=r"Row 1 \(.*\): The CLIP has hooks with 2 keyframes"):
+        schedule("0: a")
+
+
+def test_a_blend_that_cannot_be_is_refused_before_the_run_begins(sample, schedule):
+    """Times alternate, so that the row before is not the prompt before."""
+    early = schedule("0: a\n30s: long", "keep")
+    done = []
+    with pytest.raises(ValueError, match="only prompts of equal length can be blended"):
+        sample(schedule("chunk 3: longer", "blend", previous=early), on_progress=done.append)
+    assert not done
+
+
+def test_a_node_is_found_inside_a_subgraph_and_the_newest_without_a_name(prompts):
+    source = prompts.PromptSource({"3": "first", "5:7": "last"})
+    found = [source.find(node) for node in ("3", "7", "5:7", None, "5")]
+    assert found == ["3", "5:7", "5:7", "5:7", None]
+
+
 def test_conditionings_that_cannot_follow_are_refused(sample, clip, schedule):
     positive = schedule("0: a\nchunk 2: b")
     with pytest.raises(ValueError, match="combines 2 prompt schedules"):
@@ -279,6 +305,30 @@ def test_a_cancel_while_a_prompt_is_encoded_answers_all_that_wait(prompt_run, pr
     for answer in answers:
         with pytest.raises(prompts.NotSteerable, match="was cancelled"):
             answer.result(timeout=1)
+
+
+def test_a_live_prompt_that_a_later_one_could_not_blend_from_is_refused(sample, clip, schedule, prompts):
+    box, answers = prompts.PromptBox(), []
+
+    def steer(progress):
+        if progress.chunk == 1 and progress.step == 0:
+            answers.append(post(prompts, box, "long", switch="keep"))
+
+    found = sample(schedule("0: a\nchunk 5: b", "blend"), prompts=box, on_progress=steer)
+    with pytest.raises(ValueError, match="only prompts of equal length can be blended"):
+        answers[0].result()
+    assert torch.equal(found, sample(schedule("0: a\nchunk 5: b", "blend")))
+
+
+def test_a_live_prompt_in_a_written_ones_chunk_switches_in_its_own_way(prompt_run, prompts):
+    now = []
+    box = prompts.PromptBox(now.append)
+    run, _ = prompt_run("0: a\nchunk 4: b\nchunk 9: c", "recache", box=box)
+    assert [run.begin(chunk) for chunk in range(3)] == [False] * 3
+    post(prompts, box, "d", switch="keep")
+    before = run.extra_forwards
+    assert run.begin(3) is False and run.extra_forwards < before
+    assert [begun.text for begun in now] == ["a", "a", "a", "d"] and run.begin(8) is True
 
 
 def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts):
