@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import comfy.samplers
 import node_helpers
@@ -562,3 +563,14 @@ def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, out
     rest = stream(text, announce=lines.append, state_every=2)
     assert "after chunk 2" in lines[0]
     assert len(rest) == 5 and all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+
+
+def test_the_nodes_widgets_reach_the_schedule(pack_module, clip, schedule, monkeypatch):
+    node = pack_module("nodes.prompt_schedule").DiagonalPromptSchedule
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="12"), raising=False)
+    widgets = {"text": "2s: b", "switch": "blend", "blend_chunks": 3, "fps": 12.0}
+    (found,) = node.execute(clip, **widgets, previous=schedule("0: a")).result
+    made = found[0][1]["diagonal_prompt_schedule"]
+    last = made.entries[-1]
+    assert (last.text, last.switch, last.blend_chunks, last.fps) == ("b", "blend", 3, 12.0)
+    assert [entry.text for entry in made.entries] == ["a", "b"] and list(made.source.clips) == ["7", "12"]

@@ -1214,3 +1214,45 @@ def test_kill_9_loses_no_announced_frame_and_the_run_resumes(stream, options, ou
     whole = stream(wanted)
     assert whole.path != path
     assert whole.path.read_bytes() == path.read_bytes()
+
+
+# --- the node ---
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_the_nodes_widgets_and_inputs_reach_the_stream(pack_module, monkeypatch, options, metadata):
+    nodes = pack_module("nodes.stream_video")
+    hidden = SimpleNamespace(unique_id="", prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    monkeypatch.setattr(nodes.DiagonalStreamVideo, "hidden", hidden, raising=False)
+    monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
+    monkeypatch.setattr(nodes.args, "disable_metadata", not metadata)
+    asked = []
+    result = SimpleNamespace(
+        message="done",
+        path=Path("v_00001_"),
+        subfolder="a",
+        video=SimpleNamespace(get_frame_count=lambda: 9),
+        context="X",
+    )
+    monkeypatch.setattr(nodes, "stream_video", lambda *given, **named: asked.append((given, named)) or result)
+    widgets = {
+        "width": 96, "height": 64, "fps": 12.0, "seed": 7, "cfg": 2.0, "filename_prefix": "a/v", "format": "png",
+        "crf": 30.0, "state_every": 4, "restart": True, "keep_state": True,
+    }  # fmt: skip
+    output = nodes.DiagonalStreamVideo.execute(
+        "M", [], "N", "V", "S", length=3.0, context="C", optical_flow="F", **widgets
+    )
+    ((given, named),) = asked
+    assert given == ("M", [], "N", "V", "S", options(seconds=3.0, **widgets))
+    told = {"context": "C", "optical_flow": "F", "prompt": {"1": {}}, "node_id": "", "prompts": None}
+    assert {name: named[name] for name in told} == told
+    assert named["metadata"] == ({"workflow": {"nodes": []}, "prompt": {"1": {}}} if metadata else {})
+    assert output.result == (result.video, "X")
+    (shown,) = output.ui["images"]
+    assert (shown["filename"], shown["subfolder"], shown["in_sequence"]) == ("00000009.png", "a/v_00001_", True)
+
+
+def test_only_restart_makes_a_finished_video_again(pack_module):
+    node = pack_module("nodes.stream_video").DiagonalStreamVideo
+    assert node.fingerprint_inputs(restart=False, seed=1) == node.fingerprint_inputs(seed=2)
+    assert node.fingerprint_inputs(restart=True) != node.fingerprint_inputs(restart=True)
