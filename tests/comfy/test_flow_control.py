@@ -224,9 +224,10 @@ def test_noise_equals_the_core_and_warns(tiny_wan, tiny_wan_path, causal, sample
 def test_noise_moves_as_far_as_strength_and_degrade_let_it(tiny_wan, causal, control):
     draws, model = SeededNoise(3, (1, 16, SIZE, SIZE)), causal(tiny_wan, **SETTINGS)
     settings = {"mode": "noise", "strength": 0.5, "degrade": 0.2, "first_chunk": 1, "last_chunk": 2}
-    conditioning = control.FlowConditioning(optical_flow=PAN, **settings)
+    turning = OpticalFlow(torch.cat([PAN.flow[:12], -PAN.flow[12:]]), PAN.valid)
+    conditioning = control.FlowConditioning(optical_flow=turning, **settings)
     found = control.FlowRun(conditioning, model, SHAPE, DIAGONAL, (3, 3), given_frames=2).noise(draws, 3)
-    small = PAN.fit(4 * (FRAMES - 1), SIZE, SIZE).composed()
+    small = turning.fit(4 * (FRAMES - 1), SIZE, SIZE).composed()
     other = SeededNoise(3 ^ control._OTHER_SEED, (1, 16, SIZE, SIZE))
     expected = FlowNoise(draws, small, (3, 3), start_frame=2, last_chunk=1, degrade=1 - 0.5 * 0.8, other=other)
     for chunk in range(2):

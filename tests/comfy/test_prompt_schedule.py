@@ -1,5 +1,6 @@
 """Prompts over time on ComfyUI's Wan: when they switch, what the cache holds then, and what is refused."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import Future
@@ -574,3 +575,79 @@ def test_the_nodes_widgets_reach_the_schedule(pack_module, clip, schedule, monke
     last = made.entries[-1]
     assert (last.text, last.switch, last.blend_chunks, last.fps) == ("b", "blend", 3, 12.0)
     assert [entry.text for entry in made.entries] == ["a", "b"] and list(made.source.clips) == ["7", "12"]
+
+
+# Prompts from outside
+
+
+@pytest.fixture
+def steering(pack_module, monkeypatch):
+    """nodes.steering before a server that keeps what it is to send, as (data, client)."""
+    module = pack_module("nodes.steering")
+    server = SimpleNamespace(client_id="C", last_prompt_id="P", sent=[])
+    server.send_sync = lambda event, data, client: server.sent.append((data, client))
+    monkeypatch.setattr(module, "PromptServer", SimpleNamespace(instance=server))
+    return SimpleNamespace(module=module, server=server)
+
+
+def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedule, clip, prompts):
+    find, server = steering.module._find, steering.server
+
+    def refused(status, words, **body):
+        with pytest.raises(steering.module._Refused, match=words) as error:
+            find({"client_id": "C", **body})
+        assert error.value.status == status
+
+    refused(409, "No run takes prompts now")
+    with steering.module.steerable(clip("a")) as box:
+        assert box is None and not server.sent, "without a schedule"
+    with pytest.raises(KeyError), steering.module.steerable(schedule("0: a", node="5:7")) as first:
+        server.client_id, server.last_prompt_id = None, "Q"
+        with steering.module.steerable(schedule("0: a", node="8")):
+            assert find({"client_id": "C"})[0].box is first
+            assert [find({"client_id": "C", "node": node})[1] for node in (7, "7", "5:7")] == ["5:7"] * 3
+            assert find({"client_id": "C", "prompt_id": "P"})[1] == "5:7"
+            refused(403, "belongs to another client", client_id="D")
+            refused(404, "prompt_id 'Q' does not run now", prompt_id="Q")
+            refused(404, "node '8' is in no schedule that runs; those that do are 5:7", node="8")
+        first.on_chunk(prompts.PromptNow(chunk=1, chunks=6, text="a", nodes=("5:7",)))
+        raise KeyError
+    usual = {"prompt_id": "P", "nodes": ["5:7"]}
+    running = {**usual, "running": True, "chunk": 2, "chunks": 6, "text": "a"}
+    assert server.sent == [(running, "C"), ({**usual, "running": False}, "C")], "a run without a client tells nobody"
+    refused(409, "No run takes prompts now")
+    with pytest.raises(prompts.NotSteerable, match="just ended"):
+        post(prompts, first, "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({}, 0, ""),
+        ({"text": "x" * 16384, "node": 7, "switch": "blend", "blend_chunks": 1, "prompt_id": None}, 0, ""),
+        ({"text": "x" * 16385}, 413, "text has 16385 characters; the most is 16384"),
+        ({"text": "x" * 70000}, 413, "The body is larger than 65536 bytes"),
+        ({"text": " "}, 400, "text is empty"),
+        ({"text": None}, 400, "text is None; it must be text"),
+        ({"client_id": 3}, 400, "client_id is 3; it must be text"),
+        ({"node": True}, 400, "node is True; it must be text or a whole number"),
+        ({"switch": "cut"}, 400, "switch is 'cut'"),
+        ({"blend_chunks": 0}, 400, "blend_chunks is 0"),
+        ({"blend_chunks": True}, 400, "blend_chunks is True; it must be a whole number"),
+    ],
+)
+def test_a_prompts_body_is_checked(steering, change, status, words):
+    body = {"client_id": "C", "text": "a", **change}
+
+    async def parts(size):
+        data = json.dumps(body).encode()
+        for first in range(0, len(data), 1000):
+            yield data[first : first + 1000]
+
+    reading = steering.module._body(SimpleNamespace(content=SimpleNamespace(iter_chunked=parts)))
+    if not status:
+        assert asyncio.run(reading) == body
+        return
+    with pytest.raises(steering.module._Refused, match=words) as error:
+        asyncio.run(reading)
+    assert error.value.status == status
