@@ -992,6 +992,8 @@ def test_stages_load_only_the_networks_they_need(inputs, tmp_path):
     forcing = trainer_of(tiny_recipe(inputs, stage="forcing", clips=clips, updates=1), tmp_path / "forcing").networks
     assert ode.teacher is not None and ode.fake_score is None
     assert forcing.teacher is None and forcing.fake_score is None
+    unguided = trainer_of(tiny_recipe(inputs, cfg=1.0), tmp_path / "unguided")
+    assert unguided.negative is None, "there need not be a negative prompt"
 
 
 def test_the_readme_lists_every_flag_with_its_default():
