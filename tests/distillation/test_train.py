@@ -442,14 +442,15 @@ def test_samples_are_the_averaged_students_of_as_many_prompts_as_there_are(input
 
 
 def test_the_teachers_motion_head_begins_as_the_students_and_follows_it(inputs, tmp_path):
-    trainer = trainer_of(tiny_recipe(inputs, motion_form="head", regression_weight=0.5, seed=3), tmp_path)
+    fast = {"motion_head_learning_rate": 0.1, "epsilon": 1e-8}
+    trainer = trainer_of(tiny_recipe(inputs, motion_form="head", regression_weight=0.5, seed=3, **fast), tmp_path)
     head, follower = (dict(head.named_parameters()) for head in trainer.heads)
     before = {name: value.detach().clone() for name, value in head.items()}
     assert all(torch.equal(follower[name], value) for name, value in before.items())
     trainer.update(0)
     for name, value in head.items():
         torch.testing.assert_close(follower[name], (before[name] + value) / 2)
-    assert any(not torch.equal(before[name], value) for name, value in head.items())
+    assert max(float((before[name] - value).abs().max()) for name, value in head.items()) > 0.05
     other = trainer_of(tiny_recipe(inputs, motion_form="head", seed=4), tmp_path).heads[0]
     assert any(not torch.equal(before[name], value) for name, value in other.named_parameters())
 
