@@ -656,6 +656,7 @@ def test_a_job_in_flight_is_known_to_the_next_run_until_its_end(tmp_path):
     jobs = batch_jobs.make_jobs(["a", "b"], [1], "g")
     for job in jobs:
         first.start(job, "http://s")
+    assert len(json.loads(first.inflight_path.read_text())["jobs"]) == 2, "written down before anything is sent"
     first.forget(jobs[0])
     first.close()
     with pytest.raises(batch_jobs.BatchError, match="is there from an earlier run; add --resume"):
