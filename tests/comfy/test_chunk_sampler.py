@@ -1,6 +1,7 @@
 """The chunk sampler on ComfyUI's Wan: exactness, isolation, refusals."""
 
 import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -839,3 +840,78 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     told = [record.getMessage() for record in caplog.records]
     assert not any("sigmas" in line for line in told)
     assert len([line for line in told if "steps_per_chunk is set to" in line]) == 3
+
+
+# --- the nodes ---
+
+
+def test_the_samplers_widgets_and_inputs_reach_the_run(pack_module, monkeypatch):
+    nodes = pack_module("nodes.chunk_sampler")
+    monkeypatch.setattr(nodes.DiagonalChunkSampler, "hidden", SimpleNamespace(unique_id="5"), raising=False)
+    monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
+    asked = []
+    monkeypatch.setattr(nodes, "sample_latent", lambda *given, **named: asked.append((given, named)) or "latent")
+    inputs = {"model": "M", "positive": [], "negative": "N", "latent_image": "L", "schedule": "S"}
+    widgets = {"seed": 7, "cfg": 2.0, "denoise": 0.5, "context": "C", "optical_flow": "F"}
+    assert nodes.DiagonalChunkSampler.execute(**inputs, **widgets).result == ("latent",)
+    ((given, named),) = asked
+    assert given == ("M", [], "N", "L", "S")
+    assert {name: named[name] for name in widgets} == widgets
+    assert named["callback"] == "preview" and named["prompts"] is None
+    live = named["on_progress"].__self__
+    assert (live.node_id, live.model, named["on_chunk"].__self__) == ("5", "M", live)
+
+
+def test_the_causal_nodes_widgets_are_the_models_settings(pack_module, tiny_wan):
+    node = pack_module("nodes.causal_attention").DiagonalCausalAttention
+    (model,) = node.execute(tiny_wan, 2, 9, 4, "window").result
+    settings = pack_module("model_patches.causal").causal_settings(model)
+    assert settings == CausalSettings(frames_per_chunk=2, window=9, sink=4, positions="window")
+
+
+def test_the_schedule_nodes_widgets_change_the_preset_where_they_say_something(pack_module):
+    nodes = pack_module("nodes.schedule")
+
+    def build(**changes):
+        usual = {"steps": " ", "context_mode": "from preset", "context_sigma": 0.25, "shift": 0.0}
+        return nodes.build_schedule(**{"preset": "diagonal 4-3-2", "frames_per_chunk": 0, **usual, **changes})
+
+    plain = build()
+    assert plain == dataclasses.replace(DIAGONAL, context_sigma=0.25)
+    assert build(preset="causal forcing framewise").frames_per_chunk == 1
+    assert build(preset="causal forcing framewise", frames_per_chunk=2).frames_per_chunk == 2
+    assert [len(row) for row in build(steps="3,1").sigmas] == [3, 1]
+    assert build(shift=1.0).shift == 1 and build(shift=1.0).sigmas != plain.sigmas
+    assert build(context_mode="renoise").context_mode == "renoise"
+    own = build(sigmas="1, 0.5\n1, 0.25", steps="4", shift=2.0)
+    assert own.sigmas == ((1.0, 0.5), (1.0, 0.25)) and own.context_mode == plain.context_mode
+    widgets = {"preset": "diagonal 4-3-2", "steps": "", "context_mode": "renoise", "context_sigma": "0.25"}
+    drawn = nodes.drawing({**widgets, "shift": "0", "frames_per_chunk": "0"})
+    assert [len(row) for row in drawn["sigmas"]] == [4, 3, 2, 2, 2, 2, 2]
+    assert (drawn["editable"], drawn["listed"], drawn["cache_pass"]) == (True, 3, 0.25)
+    listed = nodes.drawing({**widgets, "shift": "0", "frames_per_chunk": "0", "steps": ",".join("2" * 30)})
+    assert (len(listed["sigmas"]), listed["listed"], listed["editable"]) == (24, 30, False)
+    typed = nodes.drawing({**widgets, "shift": "0", "frames_per_chunk": "0", "sigmas": "1, 0.5"})
+    assert not typed["editable"]
+    assert nodes.drawing(widgets) == {"error": "shift is missing; reload the page."}
+    assert "error" in nodes.drawing({**widgets, "shift": "much", "frames_per_chunk": "0"})
+
+
+def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queued_it(pack_module, monkeypatch):
+    live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
+    sent = []
+    server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
+    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(live, "preview_of", lambda model: lambda latents: [])
+    report = live.LiveReport("5", None)
+    for forwards, step in ((83, 0), (84, -2)):
+        report.progress(
+            progress(chunk=46, chunks=50, step=step, steps=2 if step == 0 else 0, forwards=forwards, total=100)
+        )
+    names = ("node", "prompt_id", "forwards", "made", "total", "chunk", "chunks", "step", "steps")
+    found = [tuple(data[name] for name in names) for _, data, _ in sent]
+    assert found == [("5", "P", 83, 1, 100, 47, 50, 1, 2), ("5", "P", 84, 2, 100, 47, 50, 0, 0)]
+    for start in (2, 5):  # behind two given latent frames, which are five pixel frames
+        report.chunk(SimpleNamespace(start_frame=start, latents=torch.zeros(1, 16, 3, 2, 2)))
+    assert [data["pixel_frames"] for _, data, _ in sent[2:]] == [12, 24]
+    assert sent[2][1]["first"] == sent[3][1]["first"] and {client for *_, client in sent} == {"C"}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
-from diagonal_sampler.flow import adapter_features, camera_flow
+from diagonal_sampler.flow import OpticalFlow, adapter_features, camera_flow
 from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import FlowReference
 from diagonal_sampler.noise import SeededNoise
@@ -68,7 +68,7 @@ def in_model_space(model, samples):
     return model.get_model_object("latent_format").process_in(samples)
 
 
-def core(weights, text, schedule, noise, *, features=None, reference=None, strength=1.0):
+def core(weights, text, schedule, noise, *, features=None, chunks=range(3), reference=None, strength=1.0):
     """The same run on the core's DiT."""
     network = WanDiT(WanConfig.from_state_dict(weights))
     network.load_state_dict(weights)
@@ -79,19 +79,20 @@ def core(weights, text, schedule, noise, *, features=None, reference=None, stren
     cache = KVCache(CausalSettings(**SETTINGS), FRAMES)
 
     def denoise(x, at):
-        rows = None if features is None else features[:, :, at.start_frame : at.start_frame + at.frames]
+        told = features is not None and at.chunk in chunks
+        rows = features[:, :, at.start_frame : at.start_frame + at.frames] if told else None
         flow = network(x, torch.full((1,), 1000 * at.sigma), text, cache=cache.condition("only"), optical_flow=rows)
         x0 = x - at.sigma * flow
         return x0 if reference is None else reference.blend(x0, at)
 
-    chunks = []
+    clip = []
     with torch.no_grad():
         source = None if reference is None else reference.source
         for chunk in sample_chunks(denoise, noise, schedule, cache, frames=FRAMES, frames_per_chunk=3, source=source):
-            chunks.append(chunk.latents)
+            clip.append(chunk.latents)
             if reference is not None:
                 reference.finished(chunk.latents)
-    return torch.cat(chunks, dim=2)
+    return torch.cat(clip, dim=2)
 
 
 def test_strength_0_and_no_flow_are_bit_identical(tiny_wan, causal, sample, control, demo_vae):
@@ -123,6 +124,43 @@ def test_adapter_equals_the_core(with_adapter, causal, sample, prompt, control, 
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
     assert (result - plain).abs().max() > 0.05
     assert torch.equal(sample(model), plain), "the run's patch is gone"
+
+
+@pytest.mark.parametrize(("last_chunk", "chunks"), [(2, [1]), (0, [1, 2])])
+def test_the_adapter_moves_the_chunks_that_it_is_told_to(
+    with_adapter, causal, sample, prompt, control, last_chunk, chunks
+):
+    loaded, weights = with_adapter(0.5)
+    some = control.FlowConditioning(optical_flow=PAN, first_chunk=2, last_chunk=last_chunk)
+    model = causal(loaded, **SETTINGS)
+    noise, features = SeededNoise(3, (1, 16, SIZE, SIZE)), adapter_features(PAN, FRAMES, SIZE, SIZE)
+    expected = core(weights, prompt()[0][0], DIAGONAL, noise, features=features, chunks=chunks)
+    assert (in_model_space(model, sample(model, some)) - expected).abs().max() < 1e-4
+
+
+def test_a_recache_writes_each_chunk_with_its_own_motion(
+    with_adapter, causal, sample_latent, control, pack_module, prompt
+):
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, text):
+            return prompt()  # of any text: what is written again is what was there
+
+    flow = control.FlowConditioning(optical_flow=PAN, last_chunk=1)
+    model, clean = causal(with_adapter(0.5)[0]), DiagonalSchedule.preset("self forcing", steps=(2,))
+
+    def clip(text, optical_flow=flow):
+        positive = pack_module("model_patches.prompts").schedule_prompts(
+            Clip(), text, fps=16.0, switch="recache", blend_chunks=1
+        )
+        latent = {"samples": torch.zeros(SHAPE)}
+        return sample_latent(model, positive, [], latent, clean, seed=3, optical_flow=optical_flow)["samples"]
+
+    plain = clip("0: a")
+    assert (clip("0: a\nchunk 3: b") - plain).abs().max() < 1e-4
+    assert (clip("0: a", None) - plain)[:, :, 6:].abs().max() > 0.01, "the last chunk sees how the first one moved"
 
 
 def test_adapter_under_guidance_and_over_some_chunks(with_adapter, causal, sample, prompt, sample_latent, control):
@@ -183,6 +221,20 @@ def test_noise_equals_the_core_and_warns(tiny_wan, tiny_wan_path, causal, sample
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
 
 
+def test_noise_moves_as_far_as_strength_and_degrade_let_it(tiny_wan, causal, control):
+    draws, model = SeededNoise(3, (1, 16, SIZE, SIZE)), causal(tiny_wan, **SETTINGS)
+    settings = {"mode": "noise", "strength": 0.5, "degrade": 0.2, "first_chunk": 1, "last_chunk": 2}
+    turning = OpticalFlow(torch.cat([PAN.flow[:12], -PAN.flow[12:]]), PAN.valid)
+    conditioning = control.FlowConditioning(optical_flow=turning, **settings)
+    found = control.FlowRun(conditioning, model, SHAPE, DIAGONAL, (3, 3), given_frames=2).noise(draws, 3)
+    small = turning.fit(4 * (FRAMES - 1), SIZE, SIZE).composed()
+    other = SeededNoise(3 ^ control._OTHER_SEED, (1, 16, SIZE, SIZE))
+    expected = FlowNoise(draws, small, (3, 3), start_frame=2, last_chunk=1, degrade=1 - 0.5 * 0.8, other=other)
+    for chunk in range(2):
+        assert torch.equal(found(chunk, -1, 3), expected(chunk, -1, 3))
+    assert not torch.equal(other(0, -1, 3), draws(0, -1, 3)), "what is mixed in is noise of its own"
+
+
 def test_the_demos_follower_goes_where_it_is_told(pack_module, sample_latent, control):
     """A caption says right; the flow, from the second chunk on, says up (the camera goes down)."""
     attachment = pack_module("model_patches.loading").FLOW_ADAPTER_ATTACHMENT
@@ -227,6 +279,9 @@ def test_what_cannot_be_combined_is_refused(
     low = replace(DIAGONAL, sigmas=((0.95, 0.4),))
     with pytest.raises(ValueError, match="starts a chunk below sigma 1"):
         sample_latent(causal(tiny_wan), prompt(), [], video, low, seed=1, optical_flow=conditioning)
+    later = replace(DIAGONAL, sigmas=((1.0, 0.4), (0.95, 0.4)))
+    with pytest.raises(ValueError, match="starts a chunk below sigma 1"):
+        sample_latent(causal(tiny_wan), prompt(), [], video, later, seed=1, optical_flow=conditioning)
     with pytest.raises(ValueError, match="one latent frame"):
         sample(causal(tiny_wan), conditioning, frames=1)
     model = causal(with_adapter(0.5)[0])
@@ -256,6 +311,12 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
         sample(causal(tiny_wan), control.FlowConditioning(optical_flow=field, vae=demo_vae))
     assert "has 10 steps and the video 28; the end of the video is free" in caplog.text
     assert "40x30 and the video 64x64" in caplog.text
+    caplog.clear()
+    longer = camera_flow(40, 32, 32, pan=(-2, 1))  # of the video's shape: nothing is stretched
+    with caplog.at_level(logging.WARNING):
+        sample(causal(tiny_wan), control.FlowConditioning(optical_flow=longer, vae=demo_vae))
+    assert "has 40 steps and the video 28; the rest of it is not used" in caplog.text
+    assert "another shape" not in caplog.text
 
 
 # --- the nodes ---
@@ -315,6 +376,34 @@ def test_the_node_makes_each_source(conditioning_node):
     assert torch.allclose(painted.optical_flow.flow, torch.tensor([3.0, 0.0]), atol=1e-4)
     masked = conditioning_node(width=64, height=48, length=9, pan_x=2.0, mask=torch.eye(4)[:1, None].expand(1, 4, 4))
     assert 0 < masked.optical_flow.valid.float().mean() < 0.5
+
+
+def test_the_nodes_widgets_reach_the_motion_and_the_run(conditioning_node, demo_vae):
+    found = conditioning_node(
+        width=64, height=48, length=9, pan_x=2.0, pan_y=-1.0, zoom=0.5, rotation=3.0, mode="reference", strength=0.9,
+        start_sigma=0.8, blend=0.7, first_chunk=2, last_chunk=3, degrade=0.1, vae=demo_vae,
+    )  # fmt: skip
+    camera = camera_flow(8, 48, 64, pan=(2.0, -1.0), zoom=0.5, rotation=3.0)
+    assert torch.equal(found.optical_flow.flow, camera.flow)
+    settings = found.mode, found.strength, found.start_sigma, found.blend, found.degrade
+    assert settings == ("reference", 0.9, 0.8, 0.7, 0.1)
+    assert (found.first_chunk, found.last_chunk, found.vae) == (2, 3, demo_vae)
+
+
+def test_the_error_of_a_result_is_taken_where_both_motions_are_known(pack_module, monkeypatch):
+    sources = pack_module("model_patches.flow_sources")
+    field, measured = (
+        OpticalFlow(torch.tensor([x, 0.0]).repeat(2, 16, 16, 1), torch.ones(2, 16, 16, dtype=torch.bool))
+        for x in (-1.0, -3.0)
+    )
+    field.flow[:, :8], field.valid[:, :8] = 99.0, False  # wrong where it is not known
+    measured.flow[:, :, :8], measured.valid[:, :, :8] = 77.0, False
+    monkeypatch.setattr(sources, "estimate_flow", lambda images, estimator: measured)
+    images = torch.zeros(3, 16, 16, 3)
+    text = sources.flow_preview(field, images, None, measure=True, speed=None)[1]
+    assert text == "end-point error over 25% of the pixels: mean 2.00, median 2.00 px per frame"
+    measured.valid[:] = False
+    assert sources.flow_preview(field, images, None, measure=True, speed=None)[1] == "nowhere are both motions known"
 
 
 def test_the_node_measures_a_video_and_the_preview_shows_it(conditioning_node, pack_module):

@@ -77,6 +77,18 @@ def test_what_is_covered_is_not_trusted(estimation):
     assert found.valid[0, 65:135, 140:148].float().mean() < 0.5, "the strip that the square covers"
 
 
+def test_a_motion_is_trusted_where_the_way_back_leads_home(estimation):
+    def trusted(x, back):
+        there = torch.tensor([x, 0.0]).expand(4, 40, 2)
+        return estimation._leads_home(there, torch.tensor([back, 0.0]).expand(4, 40, 2))
+
+    assert trusted(10.0, -10.0)[:, :30].all()
+    assert not trusted(10.0, -10.0)[:, 30:].any(), "what leaves the picture has no way back"
+    # Half a squared pixel, and 1% of both squared lengths.
+    assert trusted(0.0, 0.7).all() and not trusted(0.0, 0.72).any()
+    assert trusted(10.0, -8.52)[:, :30].all() and not trusted(10.0, -8.45).any()
+
+
 def test_bad_videos_are_refused(estimation):
     with pytest.raises(ValueError, match="has 1 frame; motion needs at least 2"):
         estimation.estimate_flow(torch.zeros(1, 64, 64, 3))

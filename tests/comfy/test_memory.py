@@ -196,6 +196,29 @@ def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
     assert not without_gpu["fits"] and without_gpu["waiting"] == 0
 
 
+def test_all_that_there_is_may_be_taken_and_only_weights_wait(predict, pack_module, monkeypatch):
+    nodes = pack_module("nodes.memory")
+    needed = predict(width="64", height="64")
+    working = needed["total"] - needed["parts"]["weights"]
+    for available, fits, waiting in (
+        (needed["total"], True, 0),
+        (working, False, needed["parts"]["weights"]),
+        (working - 1, False, 0),
+    ):
+        monkeypatch.setattr(nodes, "available_memory", lambda available=available: (available, 10**9, True))
+        found = predict(width="64", height="64")
+        assert (found["fits"], found["waiting"]) == (fits, waiting)
+
+
+def test_guidance_and_each_video_of_a_batch_have_their_own_keys_and_values(predict):
+    one, unguided, guided, two = (
+        predict(width="64", height="64", **more)["parts"] for more in ({}, {"cfg": "1.0"}, {"cfg": "2"}, {"batch": "2"})
+    )
+    assert one == unguided
+    assert guided["keys_values"] == two["keys_values"] == 2 * one["keys_values"] > 0
+    assert guided["text"] == 2 * one["text"] > 0 and two["forward"] == pytest.approx(2 * one["forward"], abs=2)
+
+
 def test_the_demo_and_its_decoder(predict):
     reply = predict(node="DiagonalDemoLoader", file="student", vae_node="DiagonalDemoLoader", width="64", height="64")
     assert reply["fits"] and reply["parts"]["decoder"] > 0
@@ -232,3 +255,9 @@ def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded])
     assert memory.available_memory()[0] == alone + 5 * 10**8
     assert (total, on_gpu) == (10**10, False)
+    monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 3 * 10**8)
+    elsewhere = SimpleNamespace(device=torch.device("meta"), model_loaded_memory=lambda: 10**8)
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded, elsewhere])
+    assert memory.available_memory()[0] == 12 * 10**8, "what is kept in reserve, or lies elsewhere, cannot"
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *a: 10**9)
+    assert memory.available_memory()[0] == 10**9

@@ -1,8 +1,10 @@
 """Prompts over time on ComfyUI's Wan: when they switch, what the cache holds then, and what is refused."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import comfy.samplers
 import node_helpers
@@ -207,6 +209,32 @@ def test_what_cannot_be_is_refused_with_its_row(schedule, text, options, words):
         schedule(text, **options)
 
 
+def test_hooks_of_a_later_prompt_are_refused(schedule, clip):
+    hooks = iter([None, "a LoRA"])
+    usual = clip.encode_from_tokens_scheduled
+    clip.encode_from_tokens_scheduled = lambda text: [[usual(text)[0][0], {"hooks": next(hooks)}]]
+    with pytest.raises(ValueError, match=r"Row 2 \(3s\): the CLIP carries hooks that the first prompt has not"):
+        schedule("0: a\n3s: b")
+    clip.encode_from_tokens_scheduled = lambda text: usual(text) * 2
+    with pytest.raises(ValueError, match=r"Row 1 \(.*\): The CLIP has hooks with 2 keyframes"):
+        schedule("0: a")
+
+
+def test_a_blend_that_cannot_be_is_refused_before_the_run_begins(sample, schedule):
+    """Times alternate, so that the row before is not the prompt before."""
+    early = schedule("0: a\n30s: long", "keep")
+    done = []
+    with pytest.raises(ValueError, match="only prompts of equal length can be blended"):
+        sample(schedule("chunk 3: longer", "blend", previous=early), on_progress=done.append)
+    assert not done
+
+
+def test_a_node_is_found_inside_a_subgraph_and_the_newest_without_a_name(prompts):
+    source = prompts.PromptSource({"3": "first", "5:7": "last"})
+    found = [source.find(node) for node in ("3", "7", "5:7", None, "5")]
+    assert found == ["3", "5:7", "5:7", "5:7", None]
+
+
 def test_conditionings_that_cannot_follow_are_refused(sample, clip, schedule):
     positive = schedule("0: a\nchunk 2: b")
     with pytest.raises(ValueError, match="combines 2 prompt schedules"):
@@ -279,6 +307,30 @@ def test_a_cancel_while_a_prompt_is_encoded_answers_all_that_wait(prompt_run, pr
     for answer in answers:
         with pytest.raises(prompts.NotSteerable, match="was cancelled"):
             answer.result(timeout=1)
+
+
+def test_a_live_prompt_that_a_later_one_could_not_blend_from_is_refused(sample, clip, schedule, prompts):
+    box, answers = prompts.PromptBox(), []
+
+    def steer(progress):
+        if progress.chunk == 1 and progress.step == 0:
+            answers.append(post(prompts, box, "long", switch="keep"))
+
+    found = sample(schedule("0: a\nchunk 5: b", "blend"), prompts=box, on_progress=steer)
+    with pytest.raises(ValueError, match="only prompts of equal length can be blended"):
+        answers[0].result()
+    assert torch.equal(found, sample(schedule("0: a\nchunk 5: b", "blend")))
+
+
+def test_a_live_prompt_in_a_written_ones_chunk_switches_in_its_own_way(prompt_run, prompts):
+    now = []
+    box = prompts.PromptBox(now.append)
+    run, _ = prompt_run("0: a\nchunk 4: b\nchunk 9: c", "recache", box=box)
+    assert [run.begin(chunk) for chunk in range(3)] == [False] * 3
+    post(prompts, box, "d", switch="keep")
+    before = run.extra_forwards
+    assert run.begin(3) is False and run.extra_forwards < before
+    assert [begun.text for begun in now] == ["a", "a", "a", "d"] and run.begin(8) is True
 
 
 def test_a_live_prompt_that_comes_too_late_is_told_so(sample, schedule, prompts):
@@ -512,3 +564,90 @@ def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, out
     rest = stream(text, announce=lines.append, state_every=2)
     assert "after chunk 2" in lines[0]
     assert len(rest) == 5 and all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+
+
+def test_the_nodes_widgets_reach_the_schedule(pack_module, clip, schedule, monkeypatch):
+    node = pack_module("nodes.prompt_schedule").DiagonalPromptSchedule
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="12"), raising=False)
+    widgets = {"text": "2s: b", "switch": "blend", "blend_chunks": 3, "fps": 12.0}
+    (found,) = node.execute(clip, **widgets, previous=schedule("0: a")).result
+    made = found[0][1]["diagonal_prompt_schedule"]
+    last = made.entries[-1]
+    assert (last.text, last.switch, last.blend_chunks, last.fps) == ("b", "blend", 3, 12.0)
+    assert [entry.text for entry in made.entries] == ["a", "b"] and list(made.source.clips) == ["7", "12"]
+
+
+# Prompts from outside
+
+
+@pytest.fixture
+def steering(pack_module, monkeypatch):
+    """nodes.steering before a server that keeps what it is to send, as (data, client)."""
+    module = pack_module("nodes.steering")
+    server = SimpleNamespace(client_id="C", last_prompt_id="P", sent=[])
+    server.send_sync = lambda event, data, client: server.sent.append((data, client))
+    monkeypatch.setattr(module, "PromptServer", SimpleNamespace(instance=server))
+    return SimpleNamespace(module=module, server=server)
+
+
+def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedule, clip, prompts):
+    find, server = steering.module._find, steering.server
+
+    def refused(status, words, **body):
+        with pytest.raises(steering.module._Refused, match=words) as error:
+            find({"client_id": "C", **body})
+        assert error.value.status == status
+
+    refused(409, "No run takes prompts now")
+    with steering.module.steerable(clip("a")) as box:
+        assert box is None and not server.sent, "without a schedule"
+    with pytest.raises(KeyError), steering.module.steerable(schedule("0: a", node="5:7")) as first:
+        server.client_id, server.last_prompt_id = None, "Q"
+        with steering.module.steerable(schedule("0: a", node="8")):
+            assert find({"client_id": "C"})[0].box is first
+            assert [find({"client_id": "C", "node": node})[1] for node in (7, "7", "5:7")] == ["5:7"] * 3
+            assert find({"client_id": "C", "prompt_id": "P"})[1] == "5:7"
+            refused(403, "belongs to another client", client_id="D")
+            refused(404, "prompt_id 'Q' does not run now", prompt_id="Q")
+            refused(404, "node '8' is in no schedule that runs; those that do are 5:7", node="8")
+        first.on_chunk(prompts.PromptNow(chunk=1, chunks=6, text="a", nodes=("5:7",)))
+        raise KeyError
+    usual = {"prompt_id": "P", "nodes": ["5:7"]}
+    running = {**usual, "running": True, "chunk": 2, "chunks": 6, "text": "a"}
+    assert server.sent == [(running, "C"), ({**usual, "running": False}, "C")], "a run without a client tells nobody"
+    refused(409, "No run takes prompts now")
+    with pytest.raises(prompts.NotSteerable, match="just ended"):
+        post(prompts, first, "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({}, 0, ""),
+        ({"text": "x" * 16384, "node": 7, "switch": "blend", "blend_chunks": 1, "prompt_id": None}, 0, ""),
+        ({"text": "x" * 16385}, 413, "text has 16385 characters; the most is 16384"),
+        ({"text": "x" * 70000}, 413, "The body is larger than 65536 bytes"),
+        ({"text": " "}, 400, "text is empty"),
+        ({"text": None}, 400, "text is None; it must be text"),
+        ({"client_id": 3}, 400, "client_id is 3; it must be text"),
+        ({"node": True}, 400, "node is True; it must be text or a whole number"),
+        ({"switch": "cut"}, 400, "switch is 'cut'"),
+        ({"blend_chunks": 0}, 400, "blend_chunks is 0"),
+        ({"blend_chunks": True}, 400, "blend_chunks is True; it must be a whole number"),
+    ],
+)
+def test_a_prompts_body_is_checked(steering, change, status, words):
+    body = {"client_id": "C", "text": "a", **change}
+
+    async def parts(size):
+        data = json.dumps(body).encode()
+        for first in range(0, len(data), 1000):
+            yield data[first : first + 1000]
+
+    reading = steering.module._body(SimpleNamespace(content=SimpleNamespace(iter_chunked=parts)))
+    if not status:
+        assert asyncio.run(reading) == body
+        return
+    with pytest.raises(steering.module._Refused, match=words) as error:
+        asyncio.run(reading)
+    assert error.value.status == status

@@ -16,6 +16,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy_host
@@ -402,6 +403,89 @@ def test_times_go_on_over_a_settling_and_a_reopening(video_writer, tmp_path, rat
         assert [int.from_bytes(data[at + 8 : at + 12], "big") for at in places] == list(range(1, 10))
     with pytest.raises(FileExistsError):
         video_writer.open_writer(path, spec)
+
+
+def test_frames_become_bytes_as_comfyuis_own_nodes_make_them(video_writer):
+    images = torch.tensor([[-0.5, 0.5, 0.999, 0.3], [1.0, 2.0, 0.0, 0.3]])[None, None]  # the fourth is no colour
+    assert video_writer.as_bytes(images).tolist() == [[[[0, 127, 254], [255, 255, 0]]]]
+    for value in (math.nan, math.inf):
+        with pytest.raises(video_writer.FrameValueError, match="hold NaN or infinite values"):
+            video_writer.as_bytes(torch.full((1, 1, 1, 3), value))
+
+
+def test_a_folder_of_images_is_cut_back_to_its_mark_and_keeps_what_is_not_its_own(video_writer, tmp_path):
+    path = tmp_path / "v"
+    spec = video_writer.VideoSpec(width=2, height=2, rate=Fraction(16), crf=20.0, metadata={"note": "x"})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.zeros(3, 2, 2, 3))
+    mark = writer.settle()
+    writer.write(torch.ones(2, 2, 2, 3))
+    own = [f"0000000{number}.png" for number in range(1, 4)]
+    for name in ("00000006.png.part", "note.txt", "x0000009.png", "00000009.jpg"):
+        (path / name).touch()
+    writer = video_writer.open_writer(path, spec, mark)
+    assert files(path) == [*own, "00000009.jpg", "note.txt", "x0000009.png"]
+    writer.write(torch.ones(1, 2, 2, 3))
+    assert (writer.frames, writer.submitted) == (4, 4)
+    texts = [Image.open(path / f"0000000{number}.png").text.get("note") for number in (1, 2, 4)]
+    assert texts == ["x", None, None]
+    (path / own[1]).unlink()
+    with pytest.raises(video_writer.VideoWriteError, match="v has no 00000002.png any more"):
+        video_writer.open_writer(path, spec, mark)
+    assert (path / "00000004.png").exists()
+
+
+def test_frames_of_another_size_are_refused_and_quality_is_in_each_formats_own_measure(video_writer, tmp_path):
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=34.0, metadata={})
+    for suffix, crf in ((".mp4", "34"), (".webm", "42")):  # of H.264's 51 and VP9's 63
+        arguments = video_writer.CONTAINERS[suffix](spec).arguments()
+        assert arguments[arguments.index("-crf") + 1] == crf
+    writer = video_writer.open_writer(tmp_path / "v.mp4", spec)
+    with pytest.raises(ValueError, match="makes frames of 32x48 pixels where 48x32 are due"):
+        writer.write(torch.zeros(1, 48, 32, 3))
+    writer.abandon()
+
+
+def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_module):
+    """Two chunks behind two given latent frames, of a video of 11 frames; a third chunk cannot be written."""
+    writing = pack_module("model_patches.writing_thread")
+    error, written, shown = pack_module("model_patches.video_writer").FrameValueError("frames hold NaN"), [], []
+
+    class Writer:
+        frames = submitted = 0
+
+        def write(self, images):
+            if images.isnan().any():
+                raise error
+            written.append(images)
+            self.frames = self.submitted = self.frames + len(images)
+
+    def chunk(first, count):
+        pixels = torch.arange(first, first + count).float()[None, :, None, None, None].expand(1, count, 1, 1, 4)
+        return SimpleNamespace(result=lambda: pixels)
+
+    state = SimpleNamespace(frames=0)
+    opened = SimpleNamespace(state=state, writer=Writer(), path=Path("v"), subfolder="")
+    options = SimpleNamespace(frames=11, width=1, height=1, rate=Fraction(16))
+    plan = SimpleNamespace(settings=CausalSettings(frames_per_chunk=2), context_frames=2)
+    thread = writing.WritingThread(opened, options, None, plan, shown.append)
+    try:
+        for handle in (chunk(0, 5), chunk(5, 4), chunk(9, 4)):
+            thread.put(handle, "Chunk")
+            thread.drain()
+        assert torch.cat(written)[:, 0, 0, 0].tolist() == list(range(11))
+        assert thread.tail[:, 0, 0].tolist() == [[float(frame)] * 3 for frame in range(6, 11)], "a chunk's frames"
+        assert [(progress.frames, progress.made) for progress in shown] == [(5, 0), (9, 4), (11, 6)]
+        assert [len(progress.newest) for progress in shown] == [5, 4, 2]
+        options.frames = 99
+        thread.put(SimpleNamespace(result=lambda: torch.full((1, 1, 1, 1, 3), math.nan)), "Chunk 4")
+        with pytest.raises(ValueError, match="Chunk 4: its decoded frames hold NaN at the step of decoding"):
+            thread.drain()
+        with pytest.raises(ValueError, match="Chunk 4"):
+            thread.put(chunk(0, 1), "Chunk 5")
+        assert len(written) == 3
+    finally:
+        thread.end()
 
 
 def test_an_encoder_that_would_write_other_frames_does_not_go_on_with_a_video(video_writer, tmp_path):
@@ -1130,3 +1214,45 @@ def test_kill_9_loses_no_announced_frame_and_the_run_resumes(stream, options, ou
     whole = stream(wanted)
     assert whole.path != path
     assert whole.path.read_bytes() == path.read_bytes()
+
+
+# --- the node ---
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_the_nodes_widgets_and_inputs_reach_the_stream(pack_module, monkeypatch, options, metadata):
+    nodes = pack_module("nodes.stream_video")
+    hidden = SimpleNamespace(unique_id="", prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    monkeypatch.setattr(nodes.DiagonalStreamVideo, "hidden", hidden, raising=False)
+    monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
+    monkeypatch.setattr(nodes.args, "disable_metadata", not metadata)
+    asked = []
+    result = SimpleNamespace(
+        message="done",
+        path=Path("v_00001_"),
+        subfolder="a",
+        video=SimpleNamespace(get_frame_count=lambda: 9),
+        context="X",
+    )
+    monkeypatch.setattr(nodes, "stream_video", lambda *given, **named: asked.append((given, named)) or result)
+    widgets = {
+        "width": 96, "height": 64, "fps": 12.0, "seed": 7, "cfg": 2.0, "filename_prefix": "a/v", "format": "png",
+        "crf": 30.0, "state_every": 4, "restart": True, "keep_state": True,
+    }  # fmt: skip
+    output = nodes.DiagonalStreamVideo.execute(
+        "M", [], "N", "V", "S", length=3.0, context="C", optical_flow="F", **widgets
+    )
+    ((given, named),) = asked
+    assert given == ("M", [], "N", "V", "S", options(seconds=3.0, **widgets))
+    told = {"context": "C", "optical_flow": "F", "prompt": {"1": {}}, "node_id": "", "prompts": None}
+    assert {name: named[name] for name in told} == told
+    assert named["metadata"] == ({"workflow": {"nodes": []}, "prompt": {"1": {}}} if metadata else {})
+    assert output.result == (result.video, "X")
+    (shown,) = output.ui["images"]
+    assert (shown["filename"], shown["subfolder"], shown["in_sequence"]) == ("00000009.png", "a/v_00001_", True)
+
+
+def test_only_restart_makes_a_finished_video_again(pack_module):
+    node = pack_module("nodes.stream_video").DiagonalStreamVideo
+    assert node.fingerprint_inputs(restart=False, seed=1) == node.fingerprint_inputs(seed=2)
+    assert node.fingerprint_inputs(restart=True) != node.fingerprint_inputs(restart=True)

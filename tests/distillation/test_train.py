@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import (
     command,
     flags,
@@ -24,15 +24,18 @@ from tiny_run import (
     train_here,
     write_teacher,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from diagonal_sampler.cache import KVCache
+from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP
 from diagonal_sampler.sampler import sample_chunks, split_frames
+from diagonal_sampler.settings import CausalSettings
 from distillation import recipes, run_folder, train
+from distillation.common import generator_at
 from distillation.networks import read_wan
 from distillation.recipes import RECIPES, Recipe
-from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed
-from distillation.trajectories import teacher_settings, trajectory_schedule
+from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
+from distillation.trajectories import schedule_sigmas, teacher_settings, trajectory_schedule
 
 TIMEOUT_S = 300
 
@@ -146,6 +149,58 @@ def test_exit_steps_follow_the_schedule_and_the_seed_alone(inputs):
         assert sum(counts) == len(drawn)
         assert all(0.6 < count * steps / len(drawn) < 1.4 for count in counts)
     assert exit_steps(schedule, 3, 1, last=True) == [3, 2, 1]
+
+
+def test_exits_of_a_rollout_are_those_of_its_update_and_role(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, micro_batch=2), tmp_path)
+    recipe = trainer.recipe
+    for update, role, part in ((0, "fake0", 0), (3, "fake0", 1), (3, "student", 1)):
+        exits = exit_steps(recipe.schedule, 3, sample_seed(0, update, role, "exit"))
+        assert trainer.rollout(update, 0, role, part)[0].exits == exits
+    trainer.recipe = replace(recipe, exit="last")
+    assert trainer.rollout(3, 0, "student", 0)[0].exits == [2, 1, 1]
+
+
+def test_a_prediction_is_x_minus_sigma_times_what_the_network_says_at_wans_timestep():
+    seen = []
+
+    def network(x, timestep, context, cache=None, **options):
+        seen.append((timestep.tolist(), options))
+        return torch.full_like(x, 2.0)
+
+    x, settings = torch.ones(1, 1, 2, 1, 1), CausalSettings(frames_per_chunk=2, window=6, sink=4)
+    (one, per_frame) = (
+        predict_x0(network, x, sigma, x, torch.float32, settings=settings).flatten().tolist()
+        for sigma in (0.25, torch.tensor([[0.5, 0.125]]))
+    )
+    assert (one, per_frame) == ([0.5, 0.5], [0.0, 0.75])
+    told = {"frames_per_chunk": 2, "window": 6, "sink": 4}
+    assert seen == [([250.0], told), ([[500.0, 125.0]], told)]
+
+
+def test_guidance_keeps_the_keys_of_both_prompts_apart(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, cfg=3.0), tmp_path)
+    recipe, rollout, network = trainer.recipe, rollout_of(trainer), trainer.networks.teacher.network
+    cache = KVCache(recipe.settings, recipe.frames)
+
+    def denoise(x, at):
+        texts = {"with": rollout.context, "without": trainer.negative.expand(4, -1, -1)}
+        found = [
+            predict_x0(network, x, at.sigma, text, torch.float32, cache=cache.condition(name))
+            for name, text in texts.items()
+        ]
+        return found[1] + 3 * (found[0] - found[1])
+
+    with torch.no_grad():
+        chunks = sample_chunks(
+            denoise, rollout.noise, recipe.schedule, cache, frames=5, frames_per_chunk=recipe.frames_per_chunk
+        )
+        expected = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    clip = stream(
+        network, rollout.context, rollout.noise, recipe.schedule, recipe.settings, 5, precision=torch.float32, cfg=3.0,
+        negative=trainer.negative,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.cat(list(clip), dim=2), expected)
 
 
 def test_memory_of_a_rollout_does_not_grow_with_its_length(inputs, tmp_path, monkeypatch):
@@ -267,9 +322,137 @@ def test_a_window_can_be_judged_with_the_rollouts_sink_in_view(inputs, tmp_path)
         patch.setattr(Rollout, "backward", lambda self, network, gradient: seen.append(gradient))
         trainer._student_backward(update, 0)
     assert not seen[0][:, :, :2].any() and seen[0][:, :, 2:].abs().max() > 0
+    lengths = []
+    for role in (teacher, trainer.networks.fake_score):
+        role.network.register_forward_pre_hook(lambda network, inputs: lengths.append(inputs[0].shape[2]))
+    trainer._student_backward(update, 0)
+    trainer._fake_score_backward(update, turn, 0)
+    assert len(lengths) == 4 and set(lengths) == {2 + 4}, "with a prompt and without, and the fake score twice"
     for changes in ({"score_attention": "bidirectional"}, {"sink": 1}):
         with pytest.raises(ValueError, match="score_sink needs"):
             replace(recipe, **changes)
+
+
+def test_ranks_and_parts_share_a_batch(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, batch=8, micro_batch=2), tmp_path)
+    trainer.accumulation = trainer.recipe.accumulation(2)
+    places = []
+    for rank in range(2):
+        trainer.ranks = replace(trainer.ranks, rank=rank, count=2)
+        places += [place for part in range(trainer.accumulation) for place in trainer.places(part)]
+    assert places == list(range(8))
+
+
+def test_every_rollout_of_an_update_has_the_next_prompts_and_clips_of_its_own(inputs, tmp_path, monkeypatch):
+    trainer = trainer_of(tiny_recipe(inputs, batch=1, micro_batch=1), tmp_path)
+    asked, usual = [], trainer.rollout
+    monkeypatch.setattr(trainer, "rollout", lambda *place: asked.append(place) or usual(*place))
+    trainer.update(1)
+    assert asked == [(1, 0, "fake0", 0), (1, 1, "fake1", 0), (1, 2, "student", 0)]
+    rows = [trainer.prompt_rows(update, turn, 0)[0] for update in range(6) for turn in range(3)]
+    epochs = [rows[first : first + 3] for first in range(0, 18, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+
+
+def test_a_score_is_asked_at_a_level_of_each_clips_own_under_noise_that_the_student_never_had(inputs, tmp_path):
+    recipe = tiny_recipe(inputs, score_shift=1.0, score_low=1e-6, score_high=1.0)
+    trainer = trainer_of(recipe, tmp_path)
+    seeds, clip = list(range(40)), torch.randn(40, 16, 5, 4, 4, generator=generator_at(1))
+    u = trainer.under_noise(clip, seeds)[1]
+    trainer.recipe = replace(recipe, score_shift=3.0, score_low=0.3, score_high=0.9)
+    x, sigma, noise = trainer.under_noise(clip, seeds)
+    torch.testing.assert_close(sigma, (3 * u / (1 + 2 * u)).clamp(0.3, 0.9))
+    assert len(u.unique()) == 40 and float(sigma.min()) == pytest.approx(0.3) and float(sigma.max()) > 0.89
+    level = sigma[:, None, None, None, None]
+    torch.testing.assert_close(x, (1 - level) * clip + level * noise)
+    for step in (CONTEXT_STEP, INITIAL_STEP, 0, 1, 2):
+        assert (trainer.noise(seeds)(0, step, 5) - noise).abs().mean() > 1
+
+
+@pytest.mark.parametrize("form", ("differences", "head"))
+def test_each_loss_counts_by_its_weight(inputs, tmp_path, form):
+    ones = {"dmd_weight": 1.0, "motion_weight": 1.0, "motion_scale": 1.0, "regression_weight": 1.0}
+    trainer = trainer_of(tiny_recipe(inputs, motion_form=form, micro_batch=2, **ones), tmp_path)
+    recipe = trainer.recipe
+    rollout, seeds, sink, clip = trainer._clip(0, 2, "student", 0)
+
+    def terms(**changes) -> dict[str, float]:
+        trainer.recipe = replace(recipe, **changes)
+        return {
+            name: float(value)
+            for name, value in trainer._student_losses(rollout, seeds, sink, clip.detach().clone()).items()
+        }
+
+    usual = terms()
+    found = terms(dmd_weight=2.0, motion_weight=3.0, motion_scale=5.0, regression_weight=7.0)
+    factors = {"dmd": 2, "regression": 7, "motion": 15} | ({"motion_regression": 21} if form == "head" else {})
+    assert {name: value / usual[name] for name, value in found.items()} == pytest.approx(factors)
+
+
+def test_each_network_has_its_own_rate_and_the_recipes_adamw(inputs, tmp_path):
+    trainer = trainer_of(
+        tiny_recipe(
+            inputs, motion_form="head", regression_weight=0.5, learning_rate=1e-3, fake_score_learning_rate=2e-3,
+            motion_head_learning_rate=3e-3, beta1=0.25, beta2=0.75, epsilon=0.125, weight_decay=0.5,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    (groups,) = zip(*(learner.optimizer.param_groups for learner in trainer.learners), strict=True)
+    assert [group["peak"] for group in groups] == [1e-3, 2e-3, 3e-3]
+    assert {(group["betas"], group["eps"], group["weight_decay"]) for group in groups} == {((0.25, 0.75), 0.125, 0.5)}
+
+
+def test_a_step_clips_and_clears_the_gradients_and_takes_the_updates_rate(inputs):
+    recipe = tiny_recipe(inputs, updates=10, warmup=4, cooldown=4, gradient_clip=1.0, beta1=0.5)
+    factors = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [train.rate_factor(recipe, update) for update in range(10)] == factors
+    assert train.rate_factor(replace(recipe, warmup=0, cooldown=0), 0) == 1
+    weight = nn.Parameter(torch.zeros(2))
+    learner = train.Learner("student", {"weight": weight}, 0.5, recipe)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert learner.step(0) == 5 and weight.grad is None
+    assert learner.optimizer.param_groups[0]["lr"] == 0.125
+    torch.testing.assert_close(learner.tensors()["student.exp_avg/weight"], torch.tensor([0.3, 0.4]))
+    before, weight.grad = weight.detach().clone(), torch.tensor([float("inf"), 0.0])
+    with pytest.raises(ValueError, match="update 1: the gradient norm of student is"):
+        learner.step(1)
+    assert torch.equal(weight, before)
+
+
+def test_weights_are_averaged_from_an_update_on_and_lent_for_samples_only():
+    weight = nn.Parameter(torch.tensor([8.0]))
+    average = train.Ema({"weight": weight}, decay=0.75, start=2)
+    for update, value, expected in ((0, 0.0, 0.0), (1, 4.0, 4.0), (2, 8.0, 5.0), (3, 9.0, 6.0)):
+        weight.data.fill_(value)
+        average.update(update)
+        assert average.values["weight"].item() == expected
+    with pytest.raises(KeyError), average.in_place():
+        assert weight.item() == 6
+        raise KeyError
+    assert (weight.item(), average.values["weight"].item()) == (9, 6)
+
+
+def test_samples_are_the_averaged_students_of_as_many_prompts_as_there_are(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, micro_batch=2), tmp_path)
+    clips, captions = trainer.sample(9)
+    assert captions == list(trainer.prompts.prompts) and len(clips) == 3
+    for value in trainer.student.parameters.values():
+        value.data.mul_(2)  # ahead of its average
+    assert torch.equal(trainer.sample(2)[0], clips[:2])
+
+
+def test_the_teachers_motion_head_begins_as_the_students_and_follows_it(inputs, tmp_path):
+    fast = {"motion_head_learning_rate": 0.1, "epsilon": 1e-8}
+    trainer = trainer_of(tiny_recipe(inputs, motion_form="head", regression_weight=0.5, seed=3, **fast), tmp_path)
+    head, follower = (dict(head.named_parameters()) for head in trainer.heads)
+    before = {name: value.detach().clone() for name, value in head.items()}
+    assert all(torch.equal(follower[name], value) for name, value in before.items())
+    trainer.update(0)
+    for name, value in head.items():
+        torch.testing.assert_close(follower[name], (before[name] + value) / 2)
+    assert max(float((before[name] - value.detach()).abs().max()) for name, value in head.items()) > 0.05
+    other = trainer_of(tiny_recipe(inputs, motion_form="head", seed=4), tmp_path).heads[0]
+    assert any(not torch.equal(before[name], value) for name, value in other.named_parameters())
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path):
@@ -314,6 +497,64 @@ def test_causal_initialisation_learns_its_clips(inputs, tmp_path, stage):
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
 
 
+def test_stage_ode_shows_every_chunk_at_a_level_of_its_own_and_half_the_clips_behind_finished_ones(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), ode_clips=1), tmp_path)
+    known, rows = schedule_sigmas(trainer.recipe), [trainer.recipe.schedule.chunk_sigmas(chunk) for chunk in range(3)]
+    draws = torch.rand(60, 4, generator=generator_at(2))
+    paths = torch.tensor(known)[None, :, None, None, None, None].expand(60, -1, 1, 5, 1, 1)
+    sigma, x = trainer._on_trajectory(paths, draws)
+    assert torch.equal(sigma, x[:, 0, :, 0, 0]), "the teacher's clip at that level"
+    assert torch.equal(sigma[:, 0::2][:, :2], sigma[:, 1::2]), "one level a chunk"
+    for found, (context, *own) in zip(sigma[:, 0::2].tolist(), draws.tolist(), strict=True):
+        finished = int(2 * context * 3) if context < 0.5 else 0
+        expected = [
+            row[-1] if chunk < finished else row[int(u * len(row))]
+            for chunk, (row, u) in enumerate(zip(rows, own, strict=True))
+        ]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_stage_forcing_asks_for_the_flow_of_clips_as_the_student_sees_them(inputs, tmp_path, monkeypatch):
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), ode_clips=4)
+    trainer_of(recipe, tmp_path)
+    trainer = trainer_of(replace(recipe, stage="forcing", shift=3.0), tmp_path)
+    asked = []
+
+    def nothing(network, x, sigma, context, precision, *, settings, optical_flow):
+        asked.append((x, sigma, settings))
+        return torch.zeros_like(x, requires_grad=True)
+
+    monkeypatch.setattr(train, "predict_x0", nothing)
+    monkeypatch.setattr(trainer.student, "step", lambda update: 0.0)
+
+    def draws(update: int) -> Tensor:
+        seeds = trainer.seeds(update, "clip", 0)
+        return torch.stack([torch.rand(4, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds])[:, 1:]
+
+    update = next(update for update in range(999) if draws(update).min() < 0.005)  # of which a level is too low
+    loss = trainer.update(update)["forcing"]
+    ((x, sigma, settings),) = asked
+    seeds, u = trainer.seeds(update, "clip", 0), draws(update)
+    levels = (3 * u / (1 + 2 * u)).clamp(0.02, 1)
+    torch.testing.assert_close(sigma, levels.repeat_interleave(torch.tensor([2, 2, 1]), dim=1))
+    spread = spread_sigma(sigma)
+    clean = (x - spread * trainer.noise(seeds)(0, train.SCORE_STEP, 5)) / (1 - spread)
+    assert settings == recipe.settings and loss == pytest.approx(float((clean / spread).square().mean()), rel=1e-4)
+
+
+def test_the_teachers_steps_are_even_ones_and_every_level_of_the_student(inputs):
+    recipe = tiny_recipe(inputs, ode_steps=4, shift=5.0, score_attention="causal")
+    schedule = trajectory_schedule(recipe)
+    even = [5 * u / (1 + 4 * u) for u in (1.0, 0.75, 0.5, 0.25)]
+    (found,) = schedule.sigmas
+    assert list(found) == sorted(found, reverse=True) and min(a - b for a, b in pairwise(found)) > 1e-6
+    for sigma in (*even, *schedule_sigmas(recipe)):
+        assert min(abs(sigma - other) for other in found) <= 1e-6
+    assert len(found) <= len({round(sigma, 5) for sigma in (*even, *schedule_sigmas(recipe))})
+    assert schedule.context_mode == "clean", "its chunks see finished ones"
+    assert trajectory_schedule(replace(recipe, score_attention="bidirectional")).context_mode == "noisy"
+
+
 def test_trajectories_begin_with_noise_and_pass_through_the_students_levels(inputs, tmp_path):
     recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=1, micro_batch=2)
     trainer = trainer_of(recipe, tmp_path / "run")
@@ -336,6 +577,14 @@ def test_trajectories_are_kept_and_another_schedule_refused(inputs, tmp_path):
         trainer_of(replace(recipe, steps="4,2"), tmp_path / "c")
     with pytest.raises(ValueError, match="was made for .*cfg"):
         trainer_of(replace(recipe, cfg=2.0), tmp_path / "d")
+    with pytest.raises(ValueError, match=r"holds latents of .* the recipe asks for \[16, 4, 4, 4\]"):
+        trainer_of(replace(recipe, stage="forcing", frames=4), tmp_path / "e")
+    for path in files:
+        tensors = load_file(path)
+        save_file({name: tensors[name] for name in ("latents", "prompt_rows")}, path)
+    assert len(trainer_of(replace(recipe, stage="forcing"), tmp_path / "f").clips) == recipe.ode_clips
+    with pytest.raises(ValueError, match="has no sigmas, trajectory"):
+        trainer_of(recipe, tmp_path / "g")
 
 
 def test_trajectories_are_filled_up_with_another_micro_batch_or_number_of_clips(inputs, tmp_path):
@@ -403,6 +652,12 @@ def test_a_share_of_rollouts_goes_on_from_a_finished_chunk(inputs, tmp_path):
     network = trainer.networks.student.network
     sink, window = rollout.clip(network)
     assert window.shape[2] == 4 and sink.shape[2] == 0
+    opening = next(
+        stream(
+            network, rollout.context, rollout.noise, recipe.schedule, recipe.settings, chunk, precision=torch.float32
+        )
+    )
+    assert (opening - rollout.given).abs().mean() > 0.1, "of another clip than the one that follows"
     other = replace(rollout, given=rollout.given + 1).clip(network)[1]
     assert (other - window).abs().max() > 1e-4
     cache = KVCache(recipe.settings, rollout.frames)
@@ -490,6 +745,28 @@ def test_resume_equals_no_interruption_bit_for_bit(inputs, tmp_path):
     assert largest_difference(whole, parts) == 0
     lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [0, 1, 2]
+
+
+def test_a_run_keeps_its_newest_checkpoints_and_ends_with_one_and_with_samples(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "update", lambda trainer, update: {"dmd": 1.0})
+    monkeypatch.setattr(train.Trainer, "sample", lambda trainer, count: (torch.zeros(count), ["a"] * count))
+    sampled = []
+    monkeypatch.setattr(train, "try_samples", lambda folder, *clips: sampled.append(folder.name))
+    train_here(tiny_recipe(inputs, updates=7, save_every=2, keep=2, sample_every=3), tmp_path)
+    assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [6, 7]
+    assert sampled == ["update_000003", "update_000006", "update_000007"]
+    (tmp_path / "checkpoints" / "update_000008").mkdir()  # not complete: no run goes on from it
+    assert run_folder.checkpoints(tmp_path)[-1][0] == 7
+
+
+def test_the_log_of_a_resumed_run_has_every_update_once(tmp_path):
+    lines = [json.dumps({"update": update}) for update in range(4)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"upda']))
+    journal = run_folder.Log(tmp_path, 2)
+    journal.write({"update": 2, "again": True})
+    journal.close()
+    updates = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert updates == [{"update": 0}, {"update": 1}, {"update": 2, "again": True}]
 
 
 @pytest.fixture
@@ -716,6 +993,8 @@ def test_stages_load_only_the_networks_they_need(inputs, tmp_path):
     forcing = trainer_of(tiny_recipe(inputs, stage="forcing", clips=clips, updates=1), tmp_path / "forcing").networks
     assert ode.teacher is not None and ode.fake_score is None
     assert forcing.teacher is None and forcing.fake_score is None
+    unguided = trainer_of(tiny_recipe(inputs, cfg=1.0), tmp_path / "unguided")
+    assert unguided.negative is None, "there need not be a negative prompt"
 
 
 def test_the_readme_lists_every_flag_with_its_default():

@@ -461,6 +461,16 @@ def test_seeds():
     for wrong in ("", "a", "3-1", "-1", "1.5", "0-99999999999", str(2**64), "1" * 5000):
         with pytest.raises(batch_jobs.BatchError, match="--seeds"):
             batch_jobs.parse_seeds(wrong)
+    assert batch_jobs.parse_seeds(f"5-5,{2**64 - 1}") == [5, 2**64 - 1]
+
+
+def test_a_batch_may_have_as_many_jobs_as_are_allowed(monkeypatch):
+    monkeypatch.setattr(batch_jobs, "MAX_JOBS", 3)
+    assert len(batch_jobs.make_jobs(["a"], batch_jobs.parse_seeds("1-3"), "g")) == 3
+    with pytest.raises(batch_jobs.BatchError, match="holds more than 3 seeds"):
+        batch_jobs.parse_seeds("1-4")
+    with pytest.raises(batch_jobs.BatchError, match="2 prompts x 2 seeds is more than 3 jobs"):
+        batch_jobs.make_jobs(["a", "b"], [1, 2], "g")
 
 
 def test_prompts_file(tmp_path):
@@ -472,6 +482,9 @@ def test_prompts_file(tmp_path):
         batch_jobs.read_prompts(file)
     file.write_bytes(b"# nothing\n")
     with pytest.raises(batch_jobs.BatchError, match="holds no prompt"):
+        batch_jobs.read_prompts(file)
+    file.write_bytes(b"a cat\0\n")
+    with pytest.raises(batch_jobs.BatchError, match="holds a zero byte"):
         batch_jobs.read_prompts(file)
     with pytest.raises(batch_jobs.BatchError, match="cannot read"):
         batch_jobs.read_prompts(tmp_path / "missing.txt")
@@ -508,6 +521,72 @@ def test_the_prompt_goes_to_the_text_behind_positive():
     graph = {"1": _encoder(["5", 0]), "2": _encoder(), "3": _sampler("4", "4"), "4": control}
     graph["5"] = {"class_type": "PrimitiveString", "inputs": {"value": "x"}}
     assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("5", "value")]
+
+
+def test_a_node_of_one_conditioning_carries_the_prompt_on_and_one_of_two_leaves_the_choice():
+    combined = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["1", 0], "conditioning_2": ["2", 0]}}
+    area = {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["1", 0], "width": 64}}
+    graph = {"1": _encoder(), "2": _encoder(), "3": _sampler("4", "2"), "4": area}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+    with pytest.raises(batch_jobs.BatchError, match="2 places for the prompt"):
+        batch_jobs.find_prompt_targets(graph | {"4": combined}, [])
+
+
+def test_without_a_sampler_titles_decide_and_then_the_only_encoder():
+    assert batch_jobs.find_prompt_targets(PICTURE, []) == [batch_jobs.Target("1", "value")]
+    assert batch_jobs.find_seed_targets(PICTURE, []) == [batch_jobs.Target("2", "value")]
+    graph = {"1": _encoder(), "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a"}}}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+
+
+def test_only_a_widget_of_its_kind_takes_prompt_or_seed():
+    number = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    graph = {"1": _encoder(["4", 0]), "2": _encoder(), "3": _sampler(seed=True), "4": number}
+    with pytest.raises(batch_jobs.BatchError, match="0 places for the prompt"):
+        batch_jobs.find_prompt_targets(graph | {"2": number}, [])
+    with pytest.raises(batch_jobs.BatchError, match="0 places for the seed"):
+        batch_jobs.find_seed_targets(graph, [])
+    with pytest.raises(batch_jobs.BatchError, match="'seed' is no whole-number widget there"):
+        batch_jobs.find_seed_targets(graph, ["3.seed"])
+    odd = {"class_type": "Points", "inputs": {"positive": [[1, 2], 3]}}  # a value that only looks like a link
+    assert batch_jobs.find_prompt_targets({"1": odd, "2": _encoder()}, []) == [batch_jobs.Target("2", "text")]
+    two = {"class_type": "Note", "inputs": {"above": "a", "below": "b"}}
+    with pytest.raises(batch_jobs.BatchError, match=r"the node has 2 text widgets \(above, below\); write 1\.INPUT"):
+        batch_jobs.find_prompt_targets({"1": two}, ["1"])
+    assert batch_jobs.find_prompt_targets({"1": two}, ["note.below"]) == [batch_jobs.Target("1", "below")]
+
+
+def test_a_jobs_files_are_named_by_its_prompt_seed_and_graph():
+    def name(prompt, seed=1, digest="g"):
+        (job,) = batch_jobs.make_jobs([prompt], [seed], digest)
+        assert job.name == batch_jobs.make_jobs([prompt], [seed], digest)[0].name
+        return job.name
+
+    assert name("../../A cat,\u00e9 \U0001f408").startswith("0001_s1_a-cat-e_")
+    assert name("\U0001f408 \ud800").startswith("0001_s1_prompt_")
+    assert name("a" * 31 + " long prompt").startswith("0001_s1_" + "a" * 31 + "_")
+    assert len({name("a cat"), name("a cat!"), name("a cat", digest="h"), name("a cat", seed=2)}) == 4
+    jobs = batch_jobs.make_jobs(["a", "b"], [7, 8], "g")
+    assert [(job.index, job.prompt, job.seed) for job in jobs] == [(1, "a", 7), (2, "a", 8), (3, "b", 7), (4, "b", 8)]
+
+
+def test_a_job_changes_its_own_copy_of_the_graph_and_a_batch_is_known_by_what_stays():
+    graph = {"1": _encoder(), "3": _sampler(), "4": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a/b"}}}
+    before = json.dumps(graph)
+    targets = batch_jobs.Target("1", "text"), batch_jobs.Target("3", "seed")
+    (job,) = batch_jobs.make_jobs(["a cat"], [5], "g")
+    made = batch_jobs.graph_for(graph, job, [targets[0]], [targets[1]])
+    assert (made["1"]["inputs"]["text"], made["3"]["inputs"]["seed"]) == ("a cat", 5)
+    assert made["4"]["inputs"]["filename_prefix"] == f"a/b_{job.name}"
+    digest = batch_jobs.graph_digest(graph, targets)
+    assert json.dumps(graph) == before
+    assert batch_jobs.graph_digest(dict(reversed(list(made.items()))) | {"4": graph["4"]}, targets) == digest
+    assert batch_jobs.graph_digest(made, targets) != digest, "another file name"
+
+
+def test_text_of_others_is_fit_for_a_terminal():
+    assert batch_jobs.printable("a\x1b[31m\nb", 300) == "a [31m b"
+    assert batch_jobs.printable("x" * 6, 6) == "x" * 6 and batch_jobs.printable("x" * 7, 6) == "xxxxx\u2026"
 
 
 def test_a_prompt_schedule_takes_a_batch_prompt_as_its_only_row():
@@ -558,6 +637,10 @@ def test_log_is_repaired_only_if_it_is_one(tmp_path):
         "line\u2028separator \ud800",
     ]
     log.write_text(line)  # whole, but its line end is lost
+    opened = batch_jobs.BatchLog(log, "any", resume=True)
+    opened.close()
+    assert log.read_text() == line + "\n" and opened.done == {("a", 1)}
+    log.write_bytes(line.encode() + b"\n" + bytes(5))  # what a power cut leaves of a line
     batch_jobs.BatchLog(log, "any", resume=True).close()
     assert log.read_text() == line + "\n"
     for text in ("a prompt\nanother", "a prompt\n", line + "\nhalf a prompt"):
@@ -575,6 +658,29 @@ def test_lines_of_another_graph_are_not_skipped(tmp_path):
     opened = batch_jobs.BatchLog(log, "g1", resume=True)
     assert opened.done == {("a", 1)} and opened.foreign == 1
     opened.close()
+
+
+def test_a_job_in_flight_is_known_to_the_next_run_until_its_end(tmp_path):
+    log = tmp_path / "batch.jsonl"
+    first = batch_jobs.BatchLog(log, "g", resume=False)
+    jobs = batch_jobs.make_jobs(["a", "b"], [1], "g")
+    for job in jobs:
+        first.start(job, "http://s")
+    assert len(json.loads(first.inflight_path.read_text())["jobs"]) == 2, "written down before anything is sent"
+    first.forget(jobs[0])
+    first.close()
+    with pytest.raises(batch_jobs.BatchError, match="is there from an earlier run; add --resume"):
+        batch_jobs.BatchLog(log, "g", resume=False)
+    again = batch_jobs.BatchLog(log, "g", resume=True)
+    assert again.inflight == {("b", 1): (jobs[1].prompt_id, "http://s")}
+    again.append({"prompt": "b", "seed": 1, "status": "done", "graph": "g"})
+    again.forget(jobs[1])
+    again.close()
+    with pytest.raises(batch_jobs.BatchError, match="add --resume"):
+        batch_jobs.BatchLog(log, "g", resume=False)
+    last = batch_jobs.BatchLog(log, "g", resume=True)
+    assert (last.done, last.inflight) == ({("b", 1)}, {})
+    last.close()
 
 
 def test_ids_in_flight_are_dropped_when_the_log_has_the_job_or_another_graph_left_them(tmp_path):
@@ -621,6 +727,29 @@ def test_a_python_that_does_not_look_beside_the_script_runs_it(script, tmp_path)
     command = [sys.executable, "-I", str(ROOT / script), "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, cwd=tmp_path)
     assert ran.returncode == 0 and "usage:" in ran.stdout, ran.stderr
+
+
+def test_what_became_of_a_job_is_read_from_the_history():
+    def entry(status, *messages):
+        return {"status": {"status_str": status, "messages": [list(message) for message in messages]}}
+
+    start, end = ("execution_start", {"timestamp": 1000}), ("execution_success", {"timestamp": 3500})
+    assert queue_batch.failure(entry("success", start, end)) is None and queue_batch.failure({}) is None
+    assert queue_batch.seconds_taken(entry("success", start, end), 0.0) == 2.5
+    assert queue_batch.seconds_taken({}, 0.0) == 0 and queue_batch.seconds_taken({}, time.monotonic() - 9) >= 9
+    assert queue_batch.failure(entry("error", start, ("execution_interrupted", {}))) == "interrupted on the server"
+    assert queue_batch.failure(entry("error", start)) == "failed on the server, which gave no reason"
+    saved = {"filename": "a.png", "subfolder": "", "type": "output"}
+    preview = {"filename": "b.mp4", "subfolder": "", "type": "temp"}
+    outputs = {"outputs": {"1": {"images": [preview]}, "2": {"images": [saved]}}}
+    assert queue_batch.result_files(outputs) == [saved]
+    assert queue_batch.result_files({"outputs": {"1": {"images": [preview]}}}) == [preview]
+
+
+def test_a_refusal_says_the_servers_reason():
+    assert queue_batch.refusal(413, None) == "the server refused the graph: HTTP 413"
+    assert queue_batch.refusal(400, {"error": {"message": "no outputs"}}) == "no outputs"
+    assert queue_batch.refusal(400, {"error": "plain"}) == "plain" and queue_batch.refusal(400, {}) == "HTTP 400"
 
 
 def test_addresses():

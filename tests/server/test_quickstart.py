@@ -448,6 +448,19 @@ def test_the_options_reach_the_graph():
     assert untouched == demo_graph()
 
 
+def test_the_prompt_goes_through_nodes_between_and_the_name_to_every_file():
+    graph = demo_graph()
+    graph["7"] = {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["3", 0], "width": 64}}
+    graph["5"]["inputs"] |= {"positive": ["7", 0], "add_noise": True}
+    graph["8"] = {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "picture"}}
+    job.edit_graph(graph, prompt="a green triangle", seed=None, length=None, prefix="demo_1")
+    assert graph["3"]["inputs"]["text"] == "a green triangle"
+    assert [graph[node]["inputs"]["filename_prefix"] for node in "68"] == ["demo_1", "demo_1"]
+    graph["5"]["inputs"]["seed"] = True  # a switch is no seed
+    with pytest.raises(job.JobError, match="--seed: no node"):
+        job.edit_graph(graph, prompt=None, seed=1, length=None, prefix="demo_1")
+
+
 @pytest.mark.parametrize(
     ("gone", "says"), [("3", "--prompt: the workflow has no"), ("4", "--length: no node"), ("6", "saves no file")]
 )
@@ -492,6 +505,16 @@ def test_forwards_of_an_earlier_run_do_not_shorten_the_time_left(monkeypatch):
     assert progress.line() == "sampling · forwards 82/100 · chunk 46/50 · ETA 36 s · 2.0 frames/s"
 
 
+def test_a_run_of_one_forward_has_a_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    progress = job.Progress({"5"}, frames=9)
+    progress.event("executing", {"node": "5"})
+    now[0] += 2.0
+    progress.event("progress", {"node": "5", "value": 1, "max": 1})
+    assert progress.line() == "sampling · forwards 1/1 · 4.5 frames/s"
+
+
 def test_failures_of_a_run_are_one_line():
     entry = {
         "status": {
@@ -501,6 +524,12 @@ def test_failures_of_a_run_are_one_line():
     }
     assert job._failure(entry) == "X failed: a b"
     assert job._failure({"status": {"status_str": "success", "messages": []}}) is None
+    cancelled = [["execution_start", {}], ["execution_interrupted", {}]]
+    assert job._failure({"status": {"status_str": "error", "messages": cancelled}}) == "the run was cancelled"
+    assert job._failure({}) == "the run failed, and ComfyUI does not say why"
+    assert job._refusal(400, {"error": {"message": "no outputs"}}) == "ComfyUI refused the workflow (400): no outputs"
+    refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "", "message": "wrong type"}]}}}
+    assert job._refusal(400, refusal).endswith(": Y 4: wrong type")
     refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "length: 5000000 > 16384"}]}}}
     assert job._refusal(400, refusal) == "ComfyUI refused the workflow (400): Y 4: length: 5000000 > 16384"
 
@@ -509,12 +538,16 @@ def test_forwards_of_several_samplers_add_up_and_each_node_is_timed(monkeypatch)
     now = [100.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
     progress = job.Progress({"5", "9"}, frames=81)
-    for node, forwards in (("5", 8), ("7", 0), ("9", 4)):
+    for node, forwards in (("5", 8), ("7", 3), ("9", 4)):
         progress.event("executing", {"node": node})
         now[0] += 2.0
         progress.event("progress", {"node": node, "value": forwards, "max": 8})
     progress.event("executing", {"node": None})
-    assert "forwards 12/16" in progress.line()
+    line = progress.line()
+    assert "forwards 12/16" in line and line.endswith("10.1 frames/s"), "12 of 16 forwards in 6 seconds"
+    now[0] += 50.0
+    progress.event("progress", {"node": "5", "value": 8, "max": 8})
+    assert progress.line() == line, "said again when it was long done"
     assert progress.node_seconds == {"5": 2.0, "7": 2.0, "9": 2.0}
     graph = {
         "9": {"class_type": "DiagonalChunkSampler", "inputs": {}, "_meta": {"title": "B"}},
