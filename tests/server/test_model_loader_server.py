@@ -30,13 +30,18 @@ def graph(ckpt_name: str, lora_name: str = "none") -> dict:
 
 @pytest.fixture(scope="module")
 def models(comfy_server):
+    """Tiny models on the server that all tests share: they go again, for a workflow needs files of the same names."""
     folder = comfy_server.output_dir.parent / "models"
     for kind in ("diffusion_models", "loras"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    LAYOUTS["self forcing, ema and generator"](folder / "diffusion_models", tiny_wan(0), tiny_wan(1))
-    write_lora(folder / "loras", "longlive, generator_lora")
-    write_lora(folder / "diffusion_models", "peft, bare keys")
-    return folder
+    made = [
+        LAYOUTS["self forcing, ema and generator"](folder / "diffusion_models", tiny_wan(0), tiny_wan(1)),
+        write_lora(folder / "loras", "longlive, generator_lora")[0],
+        write_lora(folder / "diffusion_models", "peft, bare keys")[0],
+    ]
+    yield folder
+    for file in made:
+        file.unlink()
 
 
 def test_a_pickle_with_a_lora_loads_and_reports(comfy_server, models) -> None:
