@@ -15,7 +15,9 @@ import pytest
 
 GROWTH_MB = 50.0
 SLOWER = 1.1  # medians of processor time differ by a few percent from one run to the next
-SLOWER_OF_FEW = 1.3  # medians of fewer than 20 chunks, beside other work
+# Of fewer than 20 chunks: a core shared with another program gives less in a second, for seconds on end (medians
+# have differed by 48%), so the quickest chunks are compared, and a machine that slowed down is asked again.
+SLOWER_OF_FEW, TRIES_OF_FEW = 1.3, 3
 FPS, CHUNK_FRAMES = 16, 12
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory and handles are read from /proc")
@@ -52,24 +54,29 @@ def judge(row: str, ran: int, early: dict[str, float], late: dict[str, float], s
 def test_row_soak_chunks(six_chunks):
     chunks = len(fault_rows.wanted_cases("soak_chunks"))
     tenth = max(5, chunks // 10)
-    states: list[dict[str, float]] = []
-    used: list[float] = []  # processor seconds, which other programs do not change
-    last = -1
+    few = tenth < 20
+    for attempt in range(TRIES_OF_FEW if few else 1):
+        states: list[dict[str, float]] = []
+        used: list[float] = []  # processor seconds
+        last = -1
 
-    def watch(progress) -> None:
-        nonlocal last
-        if progress.chunk != last:
-            last = progress.chunk
-            used.append(time.process_time())
-            states.append(state_of())
+        def watch(progress, states=states, used=used) -> None:
+            nonlocal last
+            if progress.chunk != last:
+                last = progress.chunk
+                used.append(time.process_time())
+                states.append(state_of())
 
-    six_chunks.run("soak", seconds=(chunks * CHUNK_FRAMES - 3) / FPS, on_progress=watch)
-    assert len(used) == chunks
-    times = [after - before for before, after in zip(used, used[1:], strict=False)]
-    # The window is full after four chunks; the first tenth is taken from there.
-    early, late = statistics.median(times[5 : 5 + tenth]), statistics.median(times[-tenth:])
-    allowed = early * (SLOWER if tenth >= 20 else SLOWER_OF_FEW)
-    slower = f"a chunk took {late:.3f} s at the end and {early:.3f} s at first" if late > allowed else ""
+        six_chunks.run(f"soak{attempt}", seconds=(chunks * CHUNK_FRAMES - 3) / FPS, on_progress=watch)
+        assert len(used) == chunks
+        times = [after - before for before, after in zip(used, used[1:], strict=False)]
+        # The window is full after four chunks; the first tenth is taken from there.
+        average = min if few else statistics.median
+        early, late = average(times[5 : 5 + tenth]), average(times[-tenth:])
+        if late <= early * (SLOWER_OF_FEW if few else SLOWER):
+            slower = ""
+            break
+        slower = f"a chunk took {late:.3f} s at the end and {early:.3f} s at first"
     middle = states[chunks // 4]
     judge("soak_chunks", chunks, middle, {name: states[-1][name] for name in middle}, slower)
     assert threading.active_count() < 20
