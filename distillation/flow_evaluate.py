@@ -65,13 +65,16 @@ log = logging.getLogger("flow_evaluate")
 
 MEASURES_VERSION = 3
 """Raise it when a measure or a mode changes: clips that were scored before are then scored again."""
-MODES = ("none", "reference", "noise", "adapter")
+MODES = ("none", "reference", "noise", "adapter", "adapter+blend")
 WORDS = {
     "none": "no flow",
     "reference": "reference (training-free)",
     "noise": "noise (a model not trained for it)",
     "adapter": "adapter",
+    "adapter+blend": "adapter, blended with the carried frames",
 }
+BLENDED = ("reference", "adapter+blend")
+"""Modes whose predictions are blended with the carried frames."""
 COMMANDS = {
     "any": "any direction, against the caption",
     "caption": "the caption's direction, at another speed",
@@ -172,7 +175,7 @@ class Player:
         self.device = torch.device(device)
         self.trained = demo_files.trained_for(file)
         self.digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-        self.modes = tuple(mode for mode in MODES if mode != "adapter" or self.dit.config.flow_adapter)
+        self.modes = tuple(mode for mode in MODES if "adapter" not in mode or self.dit.config.flow_adapter)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Standardised latents -> [B, 3, H, W] in 0..1, the last pixel frame."""
@@ -199,16 +202,17 @@ class Player:
         noise: NoiseSource = SeededNoise(seed, (1, LATENT_CHANNELS, side, side), self.device)
         steps = TIME_FACTOR * (frames - 1)
         reference, features = None, None
-        if flow is not None and mode == "reference":
+        starts = mode == "reference"  # chunks from the carried frames; else these are blended with only
+        if flow is not None and mode in BLENDED:
             reference = FlowReference(
                 flow.fit(steps, sprites.FRAME_SIZE, sprites.FRAME_SIZE), schedule, counts,
                 decode=self.decode, encode=self.encode, start_sigma=start_sigma, blend=options.blend,
             )  # fmt: skip
-            schedule = reference.schedule
-        elif flow is not None and mode == "noise":
+            schedule = reference.schedule  # of start sigma 1: the usual one
+        if flow is not None and mode == "noise":
             # As in the node with first_chunk 1: the first chunk has no valid motion, so its noise is as usual.
             noise = FlowNoise(noise, flow.fit(steps, side, side).composed(), counts)
-        elif flow is not None and mode == "adapter":
+        if flow is not None and mode in ("adapter", "adapter+blend"):
             features = adapter_features(flow, frames, side, side).to(self.device)
         positive, negative = self.encoder.encode([caption]), self.encoder.encode([""])
         cache = KVCache(settings, frames)
@@ -230,7 +234,7 @@ class Player:
         try:
             for chunk in sample_chunks(
                 denoise, noise, schedule, cache, frames=frames, frames_per_chunk=settings.frames_per_chunk,
-                source=None if reference is None else reference.source,
+                source=reference.source if reference is not None and starts else None,
             ):  # fmt: skip
                 chunks.append(chunk.latents)
                 if reference is not None:
@@ -331,7 +335,7 @@ def _digest(player: Player, options: Options, row: str) -> str:
     """Of all that decides a clip's numbers but its scene and command."""
     parts: list[object] = [MEASURES_VERSION, player.digest, options.length, options.seed]
     mode, start_sigma = _mode_of(row)
-    if mode == "reference":
+    if mode in BLENDED:
         parts += [start_sigma, options.blend]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
@@ -435,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--start-sigma", type=float, nargs="+", default=Options().start_sigmas, help="reference: see the node"
     )
-    parser.add_argument("--blend", type=float, default=Options().blend, help="reference: see the node")
+    parser.add_argument("--blend", type=float, default=Options().blend, help="reference, adapter+blend: see the node")
     parser.add_argument("--modes", help=f"with commas, of {', '.join(MODES)}; default: all that the checkpoint allows")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--device", default="cpu", help="that makes the clips: cpu, which the times are of, or cuda")

@@ -25,7 +25,8 @@ from .loading import FLOW_ADAPTER_ATTACHMENT
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "adapter", "reference", "noise")
+ADAPTER, REFERENCE, NOISE, ADAPTER_AND_BLEND = "adapter", "reference", "noise", "adapter+blend"
+MODES = ("auto", ADAPTER, REFERENCE, NOISE, ADAPTER_AND_BLEND)
 LAST_CHUNK = 0
 """Value of `last_chunk` that stands for the last one of the clip; chunks are counted from 1 for people."""
 _EMBEDDING_PATH = "diffusion_model.patch_embedding.forward"
@@ -45,13 +46,15 @@ class FlowConditioning:
     Attributes:
         optical_flow: of any size and length; fitted to the clip by the rules of `OpticalFlow.fit`.
         mode: adapter (weights in the checkpoint), reference (any model; needs the VAE), noise (models trained on warped
-            noise), or auto: adapter if the model has one, else reference.
+            noise), adapter+blend (the adapter, and reference's blend without its start; needs the VAE), or auto:
+            adapter if the model has one, else reference.
         strength: in [0, 1]; 0 is as if nothing was connected.
         start_sigma: noise level in (0, 1] that a chunk of mode reference starts at.
-        blend: in [0, 1], share of the carried frames in the first prediction of mode reference; times strength.
+        blend: in [0, 1], share of the carried frames in every prediction of a chunk but the last, in modes reference
+            and adapter+blend; times strength.
         first_chunk, last_chunk: that follow it, counted from 1; LAST_CHUNK is to the end.
         degrade: in [0, 1], share of unmoved noise in mode noise.
-        vae: of the model, for mode reference.
+        vae: of the model, for modes reference and adapter+blend.
 
     Raises:
         ValueError: a value out of range.
@@ -84,7 +87,7 @@ class FlowConditioning:
 
 
 class FlowRun:
-    """One run's motion. The sampler asks it for a schedule, a source, noise and a blend; most modes change but one.
+    """One run's motion. The sampler asks it for a schedule, a source, noise and a blend; no mode changes all.
 
     Args:
         conditioning: what a person set.
@@ -133,7 +136,7 @@ class FlowRun:
         _warn_about_fit(field, steps, height * ratio, width * ratio)
         # By the rule of OpticalFlow.fit, but without writing out what is free: a stream may last for hours.
         self._steps = steps if field.steps == 1 else min(steps, field.steps)
-        if self.mode == "reference":
+        if self.mode == REFERENCE:
             if denoise < 1:
                 raise ValueError(
                     f"denoise is {denoise}, so chunks start from the latent, and optical flow in mode reference starts "
@@ -145,6 +148,7 @@ class FlowRun:
                     "the carried frames itself (start_sigma). Begin every row of sigmas with 1, or use mode adapter or "
                     "noise."
                 )
+        if self.mode in (REFERENCE, ADAPTER_AND_BLEND):
             self._reference = FlowReference(
                 field.fit(self._steps, height * ratio, width * ratio),
                 schedule,
@@ -152,14 +156,14 @@ class FlowRun:
                 decode=self._decode,
                 encode=self._encode,
                 given_frames=given_frames,
-                start_sigma=conditioning.start_sigma,
+                start_sigma=conditioning.start_sigma if self.mode == REFERENCE else 1.0,
                 blend=conditioning.blend * conditioning.strength,
                 first_chunk=self._first,
                 last_chunk=self._last,
             )
-            self.schedule = self._reference.schedule
-        elif self.mode == "adapter":
-            assert adapter is not None
+            if self.starts_chunks:
+                self.schedule = self._reference.schedule
+        if adapter is not None and self.mode in (ADAPTER, ADAPTER_AND_BLEND):
             self._adapter_field = AdapterField(field.fit(self._steps, height, width), height, width)
             original = model.get_model_object(_EMBEDDING_PATH)
             while isinstance(original, FlowEmbedding):  # of an earlier run
@@ -169,7 +173,7 @@ class FlowRun:
 
     def noise(self, draws: NoiseSource, seed: int, rows: Sequence[int] | None = None) -> NoiseSource:
         """The run's noise: moved in mode noise, `draws` otherwise. rows: SeededNoise's."""
-        if self.mode != "noise":
+        if self.mode != NOISE:
             return draws
         log.warning(
             "Optical flow in mode noise is for models and LoRAs that were trained on warped noise; any other model "
@@ -192,8 +196,13 @@ class FlowRun:
 
     @property
     def starts_chunks(self) -> bool:
-        """Whether `source` replaces the latent that chunks start from."""
-        return self._reference is not None
+        """Whether `source` replaces the latent that chunks start from, and `schedule` the usual one."""
+        return self.mode == REFERENCE
+
+    @property
+    def keeps_levels(self) -> bool:
+        """Whether chunks have the usual schedule's levels, and noise of their own: a new prompt may begin it anew."""
+        return self.mode in (ADAPTER, ADAPTER_AND_BLEND)
 
     def source(self, start_frame: int, frames: int) -> Tensor:
         """See FlowReference.source."""
@@ -262,15 +271,15 @@ class FlowRun:
 def _choose_mode(conditioning: FlowConditioning, has_adapter: bool) -> str:
     mode = conditioning.mode
     if mode == "auto":
-        mode = "adapter" if has_adapter else "reference"
-    if mode == "adapter" and not has_adapter:
+        mode = ADAPTER if has_adapter else REFERENCE
+    if mode in (ADAPTER, ADAPTER_AND_BLEND) and not has_adapter:
         raise ValueError(
-            "The optical flow's mode is adapter, but the model's checkpoint has no adapter (flow_embedding.weight). "
+            f"The optical flow's mode is {mode}, but the model's checkpoint has no adapter (flow_embedding.weight). "
             "Use mode reference, or a checkpoint with an adapter and a loader of this pack."
         )
-    if mode == "reference" and conditioning.vae is None:
+    if mode in (REFERENCE, ADAPTER_AND_BLEND) and conditioning.vae is None:
         raise ValueError(
-            "The optical flow is followed in mode reference, which decodes and encodes frames: connect the model's VAE "
+            f"The optical flow is followed in mode {mode}, which decodes and encodes frames: connect the model's VAE "
             "to Diagonal Flow Conditioning."
         )
     return mode

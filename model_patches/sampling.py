@@ -607,7 +607,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             set_context=set_context,
             recache_forwards=lambda chunk: count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames),
             # In mode reference each chunk has noise levels of its own, and in mode noise a step's noise is carried on.
-            levels=plan.schedule if self.flow_run is None or self.flow_run.mode == "adapter" else None,
+            levels=plan.schedule if self.flow_run is None or self.flow_run.keeps_levels else None,
             box=self.prompts,
             after_encoding=reload,
             first_chunk=0 if self.resume is None else self.resume.chunk,

@@ -41,7 +41,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     default="auto",
                     tooltip="How it is followed. adapter: by weights in the checkpoint. reference: each chunk starts "
                     "from the last frame carried along the motion; works with any model, needs the vae. noise: the "
-                    "noise moves; only for models trained on warped noise. auto: adapter if the model has one, else "
+                    "noise moves; only for models trained on warped noise. adapter+blend: the adapter, and the carried "
+                    "frames mixed in; the most exact, needs the vae. auto: adapter if the model has one, else "
                     "reference.",
                 ),
                 io.Float.Input(
@@ -142,8 +143,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Mode reference: share in [0, 1] of the carried frames in every prediction of a chunk but "
-                    "the last, where the motion is valid; times strength.",
+                    tooltip="Modes reference and adapter+blend: share in [0, 1] of the carried frames in every "
+                    "prediction of a chunk but the last, where the motion is valid; times strength.",
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -197,7 +198,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     optional=True,
                     tooltip="Where the motion counts (white). One for the whole video, or one a pixel frame.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for mode reference."),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for modes reference and adapter+blend."),
             ],
             outputs=[
                 FlowType.Output(

@@ -1,6 +1,7 @@
 """Optical flow through the chunk sampler: each mode equals the core's, and no flow is exactly as before."""
 
 import logging
+import re
 from dataclasses import replace
 
 import comfy.model_management
@@ -180,7 +181,15 @@ def test_reference_equals_the_core(tiny_wan, tiny_wan_path, causal, sample, prom
     model = causal(tiny_wan, **SETTINGS)
     conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", blend=0.8, strength=0.5, vae=demo_vae)
     result = sample(model, conditioning)
-    scale = model.get_model_object("latent_format")
+    coding = demo_coding(demo_vae, model.get_model_object("latent_format"))
+    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), **coding, blend=0.4)
+    noise = SeededNoise(3, (1, 16, SIZE, SIZE))
+    expected = core(load_file(tiny_wan_path), prompt()[0][0], reference.schedule, noise, reference=reference)
+    assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+
+
+def demo_coding(demo_vae, scale):
+    """FlowReference's decode and encode, by the demo's VAE as ComfyUI holds it."""
 
     def decode(latents):
         return demo_vae.decode(scale.process_out(latents))[:, -1].movedim(-1, 1)
@@ -188,10 +197,44 @@ def test_reference_equals_the_core(tiny_wan, tiny_wan_path, causal, sample, prom
     def encode(frames):
         return scale.process_in(demo_vae.encode(frames[0].movedim(0, -1)))
 
-    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), decode=decode, encode=encode, blend=0.4)
-    noise = SeededNoise(3, (1, 16, SIZE, SIZE))
-    expected = core(load_file(tiny_wan_path), prompt()[0][0], reference.schedule, noise, reference=reference)
+    return {"decode": decode, "encode": encode}
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_adapter_blended_with_carried_frames_equals_the_core(
+    with_adapter, causal, sample, prompt, control, demo_vae, strength
+):
+    loaded, weights = with_adapter(0.5)
+    model = causal(loaded, **SETTINGS)
+    conditioning = control.FlowConditioning(
+        optical_flow=PAN, mode="adapter+blend", blend=0.8, strength=strength, start_sigma=0.3, vae=demo_vae
+    )
+    result = sample(model, conditioning)
+    coding = demo_coding(demo_vae, model.get_model_object("latent_format"))
+    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), **coding, start_sigma=1.0, blend=0.8 * strength)
+    assert reference.schedule.chunk_sigmas(2) == DIAGONAL.chunk_sigmas(2), "no chunk starts below noise"
+    noise, features = SeededNoise(3, (1, 16, SIZE, SIZE)), adapter_features(PAN, FRAMES, SIZE, SIZE)
+    expected = core(weights, prompt()[0][0], DIAGONAL, noise, features=features, reference=reference, strength=strength)
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+    for mode in ("adapter", "reference"):
+        other = sample(model, replace(conditioning, mode=mode))
+        assert (result - other)[:, :, 3:].abs().max() > 0.02, mode
+
+
+def test_the_blended_adapter_begins_where_the_reference_cannot(
+    with_adapter, causal, prompt, sample_latent, control, demo_vae
+):
+    """It starts no chunk itself: denoise and levels below 1 are the person's."""
+    model = causal(with_adapter(0.5)[0], **SETTINGS)
+    video = {"samples": torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))}
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="adapter+blend", vae=demo_vae)
+    low = replace(DIAGONAL, sigmas=((0.95, 0.4),))
+    for schedule, options in ((DIAGONAL, {"denoise": 0.5}), (low, {})):
+        plain, moved = (
+            sample_latent(model, prompt(), [], video, schedule, seed=1, optical_flow=flow, **options)["samples"]
+            for flow in (None, conditioning)
+        )
+        assert moved.isfinite().all() and (plain - moved).abs().max() > 0.02
 
 
 def test_reference_goes_on_from_given_context_and_in_batches(
@@ -265,8 +308,13 @@ def test_auto_takes_the_adapter_where_there_is_one(with_adapter, tiny_wan, causa
     assert torch.equal(sample(model, conditioning), sample(model, named))
     with pytest.raises(ValueError, match="connect the model's VAE"):
         sample(causal(tiny_wan), control.FlowConditioning(optical_flow=PAN))
-    with pytest.raises(ValueError, match=r"has no adapter \(flow_embedding.weight\)"):
-        sample(causal(tiny_wan), named)
+    for mode in ("adapter", "adapter+blend"):
+        with pytest.raises(
+            ValueError, match=rf"mode is {re.escape(mode)}, but .* has no adapter \(flow_embedding.weight"
+        ):
+            sample(causal(tiny_wan), replace(named, mode=mode, vae=demo_vae))
+    with pytest.raises(ValueError, match=r"in mode adapter\+blend, .*connect the model's VAE"):
+        sample(model, replace(named, mode="adapter+blend"))
 
 
 def test_what_cannot_be_combined_is_refused(
@@ -293,7 +341,7 @@ def test_what_cannot_be_combined_is_refused(
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mode": "magic"}, "choose one of auto, adapter, reference, noise"),
+        ({"mode": "magic"}, r"choose one of auto, adapter, reference, noise, adapter\+blend"),
         ({"strength": 2.0}, r"strength is 2.0; it must be in \[0, 1\]"),
         ({"blend": float("nan")}, "blend is nan"),
         ({"start_sigma": 0.0}, "start_sigma is 0.0"),
@@ -322,9 +370,18 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
 # --- the nodes ---
 
 
-@pytest.mark.parametrize(("mode", "steps"), [(None, [4, 3, 4]), ("reference", [4, 3, 2]), ("noise", [4, 3, 2])])
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [
+        (None, [4, 3, 4]),
+        ("reference", [4, 3, 2]),
+        ("noise", [4, 3, 2]),
+        ("adapter", [4, 3, 4]),
+        ("adapter+blend", [4, 3, 4]),
+    ],
+)
 def test_a_new_prompt_begins_steps_anew_but_where_each_chunk_has_its_own(
-    tiny_wan, causal, sample_latent, control, demo_vae, pack_module, mode, steps
+    tiny_wan, with_adapter, causal, sample_latent, control, demo_vae, pack_module, mode, steps
 ):
     class Clip:
         def tokenize(self, text):
@@ -339,7 +396,7 @@ def test_a_new_prompt_begins_steps_anew_but_where_each_chunk_has_its_own(
     flow = mode and control.FlowConditioning(optical_flow=PAN, mode=mode, vae=demo_vae)
     found = {}
     sample_latent(
-        causal(tiny_wan, **SETTINGS),
+        causal(with_adapter(0.5)[0] if mode and "adapter" in mode else tiny_wan, **SETTINGS),
         positive,
         [],
         {"samples": torch.zeros(SHAPE)},

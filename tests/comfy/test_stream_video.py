@@ -234,7 +234,7 @@ def motion(pack_module, demo):
     return make
 
 
-@pytest.mark.parametrize("mode", ("adapter", "reference", "noise"))
+@pytest.mark.parametrize("mode", ("adapter", "reference", "noise", "adapter+blend"))
 def test_a_stream_that_follows_motion_is_the_samplers_and_resumes(
     streaming, demo, options, motion, sample_latent, monkeypatch, output, mode
 ):
@@ -297,7 +297,7 @@ def test_only_the_same_motion_resumes(streaming, demo, options, motion, output):
     assert "Resumed" in lines[-1], "motion of strength 0 is none"
 
 
-@pytest.mark.parametrize("mode", ("adapter", "reference", "noise"))
+@pytest.mark.parametrize("mode", ("adapter", "reference", "noise", "adapter+blend"))
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
 def test_motion_is_not_written_out_for_the_whole_video(pack_module, motion, mode):
     """Ten hours: one held step, or 60 and then none. Each would be 9 GB if every step were in memory."""
