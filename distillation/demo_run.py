@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import math
 import os
@@ -256,10 +257,21 @@ class Training:
         path: of the checkpoint.
         model: where it is trained.
         recipe: a dataclass; a resumed run must agree with it, but for FREE_FIELDS.
+        begun_with: files of weights that the run begins with; a resumed run must be given the same, under any name.
     """
 
-    def __init__(self, path: Path, model: nn.Module, optimizers: Optimizers, recipe: Any, *, ema_decay: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizers: Optimizers,
+        recipe: Any,
+        *,
+        ema_decay: float,
+        begun_with: Sequence[Path] = (),
+    ) -> None:
         self.path, self.model, self.optimizers, self.recipe = path, model, optimizers, recipe
+        self._begun_with = [hashlib.sha256(file.read_bytes()).hexdigest() for file in begun_with]
         self.ema = Ema(model, ema_decay)
         groups = [group for optimizer, _ in optimizers for group in optimizer.param_groups]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
@@ -268,12 +280,16 @@ class Training:
         """Goes on from the checkpoint, if there is one; the update to begin with.
 
         Raises:
-            ValueError: it is another recipe's.
+            ValueError: it is another recipe's, or began with other weights.
         """
         saved = load_checkpoint(self.path)
         if saved is None:
             return 0
         require_same_recipe(self.path, saved, self.recipe)
+        if saved.get("begun_with", self._begun_with) != self._begun_with:  # older checkpoints do not say
+            raise ValueError(
+                f"{self.path} is of a run that began with other weights; give those again, or a new folder."
+            )
         self.model.load_state_dict(saved["model"])
         for (optimizer, _), state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -302,6 +318,7 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "ema": self.ema.state,
             "recipe": asdict(self.recipe),
+            "begun_with": self._begun_with,
         }
         save_checkpoint(self.path, state | more)
 

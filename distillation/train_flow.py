@@ -376,7 +376,10 @@ def train_flow(
         add_change(dit, teacher, load_dit(learned / TEACHER_FILE))
     data = encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     before, encoder, dit = before.to(device), encoder.to(device), dit.to(device)
-    training = Training(path, dit, flow_optimizers(dit, recipe), recipe, ema_decay=recipe.ema_decay)
+    begun_with = [start / NETWORK_FILES[network], *([] if learned is None else [learned / TEACHER_FILE])]
+    training = Training(
+        path, dit, flow_optimizers(dit, recipe), recipe, ema_decay=recipe.ema_decay, begun_with=begun_with
+    )
     first = training.resume()
     size = trained.settings.frames_per_chunk
     losses = Losses("flow", "kept")

@@ -213,7 +213,15 @@ def train_follow(
     encoder = encoder.to(device)
     data = train_flow.encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     sampling = Sampling(trained, data.clips.shape[2] // trained.settings.frames_per_chunk, device)
-    training = Training(path, dit, train_flow.flow_optimizers(dit, recipe), recipe, ema_decay=recipe.ema_decay)
+    begun_with = [file, *([] if learned is None else [learned / NETWORK_FILES[network]])]
+    training = Training(
+        path,
+        dit,
+        train_flow.flow_optimizers(dit, recipe),
+        recipe,
+        ema_decay=recipe.ema_decay,
+        begun_with=begun_with,
+    )
     first = training.resume()
     kept = kept_states(recipe, before, encoder, trained, device)
 

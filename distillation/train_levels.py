@@ -467,7 +467,15 @@ def train_levels(
     openings, firsts = Sampling(trained, chunks, device), Sampling(trained, 1, device)
     extensions = Sampling(behind_given(trained), 1 + recipe.going_on_chunks, device)
     optimizer = make_adamw(list(dit.parameters()), recipe.learning_rate, weight_decay=0.0)
-    training = Training(path, dit, [(optimizer, recipe.learning_rate)], recipe, ema_decay=recipe.ema_decay)
+    begun_with = [file] if mean_with is None else [file, mean_with]
+    training = Training(
+        path,
+        dit,
+        [(optimizer, recipe.learning_rate)],
+        recipe,
+        ema_decay=recipe.ema_decay,
+        begun_with=begun_with,
+    )
     first = training.resume()
     pace = Pace(recipe.updates, recipe.warmup)
     extra = {"first": recipe.first_batch, "switch": recipe.switch_batch}

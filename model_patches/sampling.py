@@ -23,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
 from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
@@ -429,6 +430,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options[RUN_KEY] = run
         move_texts(model_wrap, noise.device)
         context = self._context(model_wrap, noise)
+        # A video decoder's first latent frame is of one pixel frame: its values are not to be compared with others'.
+        last = context[:, :, -1:] if context is not None and context.shape[2] > 1 and denoise_mask is None else None
         output = torch.zeros_like(noise)
         flow_run = self.flow_run
         starts = flow_run is not None and flow_run.starts_chunks
@@ -485,6 +488,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
             finite.settle()
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at)
+            if last is not None and at.chunk == 0 and at.step >= 0:
+                denoised = meet(denoised, last)
             if at.step >= 0:
                 steps.append((at, denoised))
             done += 1

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.joins import meet
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.sampler import sample_chunks
 from diagonal_sampler.schedule import CONTEXT_MODES, DiagonalSchedule
@@ -55,7 +56,9 @@ def test_given_frames_enter_the_cache_as_in_the_core(
 
     def denoise(x, at):
         timestep = torch.full((1,), 1000 * at.sigma)
-        return x - at.sigma * network(x, timestep, prompt()[0][0], cache=cache.condition("only"))
+        x0 = x - at.sigma * network(x, timestep, prompt()[0][0], cache=cache.condition("only"))
+        first = at.chunk == 0 and at.step >= 0  # a start image, one latent frame, has values of its own
+        return meet(x0, context[:, :, -1:]) if first and given > 1 else x0
 
     with torch.no_grad():
         context = scale.process_in(latent)
@@ -113,3 +116,14 @@ def test_the_node_gives_the_latent_and_the_frames_to_drop(pack_module, demo_vae,
     node = pack_module("nodes.context_frames").DiagonalContextFrames
     latent, frames = node.execute(clip, demo_vae, 3).result
     assert latent.shape == (1, 16, 3, 8, 8) and frames == 9
+
+
+def test_behind_given_frames_what_a_mask_protects_stays(tiny_wan, causal, prompt, sample_latent):
+    """The level of the first chunk is not moved there: it would move what is not to change."""
+    video = torch.randn(1, 16, 7, 4, 4, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 1, 7, 4, 4)
+    mask[..., 2:] = 1
+    latent = {"samples": video, "noise_mask": mask}
+    found = sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=3, context=video[:, :, :3])["samples"]
+    assert (found[..., :2] - video[..., :2]).abs().max() < 1e-4
+    assert (found[:, :, 3:, :, 2:] - video[:, :, 3:, :, 2:]).abs().max() > 0.1

@@ -17,11 +17,11 @@ class Recipe:
     batch: int = 2
 
 
-def training(path, recipe) -> Training:
+def training(path, recipe, **options) -> Training:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     return Training(
-        path, model, [(make_adamw([*model.parameters()], 1.0, weight_decay=0.0), 0.1)], recipe, ema_decay=0.5
+        path, model, [(make_adamw([*model.parameters()], 1.0, weight_decay=0.0), 0.1)], recipe, ema_decay=0.5, **options
     )
 
 
@@ -84,3 +84,16 @@ def test_losses_are_means_since_they_were_read():
     losses.add(one=torch.tensor(float("nan")))
     with pytest.raises(ValueError, match=r"the loss \(one\) is nan by update 3"):
         losses.read(3)
+
+
+def test_a_run_goes_on_only_from_the_weights_that_it_began_with(tmp_path):
+    files = [tmp_path / name for name in ("a", "b", "copy_of_a")]
+    for file, content in zip(files, (b"1", b"2", b"1"), strict=True):
+        file.write_bytes(content)
+    a, b, copy = files
+    path = tmp_path / "run.pt"
+    training(path, Recipe(), begun_with=[a, b]).save(2)
+    assert training(path, Recipe(), begun_with=[copy, b]).resume() == 2, "a name does not count"
+    for others in ([a], [b, a], [a, b, b], []):
+        with pytest.raises(ValueError, match="began with other weights"):
+            training(path, Recipe(), begun_with=others).resume()

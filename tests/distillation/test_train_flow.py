@@ -55,7 +55,7 @@ def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
     assert header["recipe"].startswith(shipped["recipe"])
     assert "train_flow --network teacher, seed 4, 4 updates" in header["recipe"] and header["recipe"].endswith(". note")
     assert Provenance.from_metadata(header, file.name).sigmas == Provenance.from_metadata(shipped, file.name).sigmas
-    assert Player(DEMO, file).modes == ("none", "reference", "noise", "adapter")
+    assert Player(DEMO, file).modes == ("none", "reference", "noise", "adapter", "adapter+blend")
 
 
 def test_a_fresh_adapter_leaves_the_teacher_as_it_is():
