@@ -1,7 +1,7 @@
 """Is the join of an extended video seen? Its step in mean colour and sharpness, against the clip's own steps.
 
     python benchmarks/joins.py                                   # the bundled student, 24 captions
-    python benchmarks/joins.py --dit student.safetensors --captions 48 --latent-frames 6
+    python benchmarks/joins.py --dit student.safetensors --captions 48 --latent-frames 3
 
 Each caption's clip is decoded, its last frames are given to Diagonal Context Frames, and the clip that goes on from
 them is appended, as the workflow extend_video does. A join holds where its step between neighbouring frames is no
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit", type=Path, default=DEMO / "demo_student.safetensors", help="a student of the demo")
     parser.add_argument("--captions", type=int, default=24, help="held-out captions")
-    parser.add_argument("--latent-frames", type=int, default=3, help="latent frames that are given")
+    parser.add_argument("--latent-frames", type=int, default=6, help="latent frames that are given")
     arguments = parser.parse_args()
     sys.argv[1:] = []  # ComfyUI reads them too
     host = open_host()

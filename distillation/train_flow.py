@@ -2,7 +2,8 @@
 
     python -m distillation.train_flow --start demo --out runs/flow              # resumes; the teacher
     python -m distillation.train_flow --start demo --out runs/flow --export F   # writes it to folder F
-    python -m distillation.train_flow --start demo --out runs/flow_student --network student --learned F
+    python -m distillation.train_flow --start demo --out runs/flow_student --network student \\
+        --learned demo/demo_teacher.safetensors F/demo_teacher.safetensors
 
 Clips of the sprite world whose sprites turn against their
 captions (distillation.sprite_motion) are denoised with their flow; beside each such batch there is one without flow, on
@@ -10,7 +11,8 @@ which the network is to say what it said before, so that no flow stays as good a
 
 The teacher goes first, from an adapter of zeros. What it learned, the difference of its weights, is then added to the
 student, which came from the same weights and follows at once; the same fine-tune, at the few noise levels of its own
-schedule, mends what that cost.
+schedule, mends what that cost. It also goes the other way: what a student learned (distillation.train_follow) is a
+start for the teacher.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ from distillation import sprite_motion, sprites
 from distillation.common import autocast, generator_at
 from distillation.demo_files import (
     NETWORK_FILES,
-    TEACHER_FILE,
     TrainedFor,
     load_dit,
     load_models,
@@ -307,7 +308,8 @@ def add_change(dit: WanDiT, before: WanDiT, after: WanDiT) -> None:
     old, new = before.state_dict(), after.state_dict()
     if not after.config.flow_adapter or any(new[name].shape != value.shape for name, value in old.items()):
         raise ValueError(
-            "the teacher that has learned to follow has no adapter, or another size; give --learned its folder"
+            "the network that has learned to follow has no adapter, or another size than before it learned; give "
+            "--learned both files, BEFORE first"
         )
     for name, value in dit.state_dict().items():
         value += new[name] - old.get(name, torch.zeros_like(value))
@@ -346,7 +348,7 @@ def train_flow(
     device: torch.device,
     *,
     network: str = "teacher",
-    learned: Path | None = None,
+    learned: tuple[Path, Path] | None = None,
     clips: Path | None = None,
     workers: int = 0,
     stop: int | None = None,
@@ -357,8 +359,8 @@ def train_flow(
     Args:
         start: folder of finished models; without flow the network is to stay what it is there.
         network: teacher or student.
-        learned: folder of a teacher that has learned from the teacher in `start`; what it learned is added to the
-            network before the first update.
+        learned: files of a network before and after it learned to follow; what it learned, the difference, is added
+            to this one before the first update.
         clips: file of encoded clips to share with other runs; default: one in `out`. Made if it is not there.
         workers: processes that prepare clips beside this one.
         seconds: end after them, clips counted in, with the cosine; an update then depends on the machine's speed.
@@ -368,18 +370,16 @@ def train_flow(
     """
     entered = time.perf_counter()
     path = out / CHECKPOINT
-    teacher, encoder, autoencoder = load_models(start)
-    before = load_dit(start / NETWORK_FILES[network])
-    trained = trained_for(start / NETWORK_FILES[network])
+    file = start / NETWORK_FILES[network]
+    before, encoder, autoencoder = load_models(start, file)
+    trained = trained_for(file)
     dit = with_adapter(before)
     if learned is not None:
-        add_change(dit, teacher, load_dit(learned / TEACHER_FILE))
+        add_change(dit, *map(load_dit, learned))
     data = encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     before, encoder, dit = before.to(device), encoder.to(device), dit.to(device)
-    begun_with = [start / NETWORK_FILES[network], *([] if learned is None else [learned / TEACHER_FILE])]
-    training = Training(
-        path, dit, flow_optimizers(dit, recipe), recipe, ema_decay=recipe.ema_decay, begun_with=begun_with
-    )
+    optimizers = flow_optimizers(dit, recipe)
+    training = Training(path, dit, optimizers, recipe, ema_decay=recipe.ema_decay, begun_with=[file, *(learned or ())])
     first = training.resume()
     size = trained.settings.frames_per_chunk
     losses = Losses("flow", "kept")
@@ -456,7 +456,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
     parser.add_argument("--network", choices=tuple(RECIPES), default="teacher", help="which learns")
-    parser.add_argument("--learned", type=Path, help="student: folder of the teacher that learned before it")
+    parser.add_argument(
+        "--learned",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="files of a network before and after it learned to follow: begin with that difference added",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/flow"))
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
@@ -473,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out,
         device,
         network=options.network,
-        learned=options.learned,
+        learned=None if options.learned is None else tuple(options.learned),
         clips=options.clips_file,
         workers=options.workers,
         seconds=options.seconds,

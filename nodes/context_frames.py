@@ -28,11 +28,11 @@ class DiagonalContextFrames(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that also decodes the video."),
                 io.Int.Input(
                     "latent_frames",
-                    default=3,
+                    default=6,
                     min=1,
                     max=1024,
                     tooltip="Latent frames to take from a video's end (the first is 1 pixel frame, each other 4). More "
-                    "carry motion and appearance better; one chunk (3) is usual. No effect on a single image.",
+                    "carry motion and appearance better; 3 are one chunk, the usual unit. No effect on a single image.",
                 ),
             ],
             outputs=[

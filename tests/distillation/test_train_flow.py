@@ -125,7 +125,8 @@ def test_what_the_teacher_learned_is_added_to_the_student(run, tmp_path):
 def test_the_student_is_trained_and_written_as_the_student(tmp_path, run):
     recipe = train_flow.student_recipe(updates=2, clips=6, length=37, batch=3, kept_batch=2, warmup=1)
     export_flow(run, DEMO, tmp_path / "learned")
-    train_flow.train_flow(recipe, DEMO, tmp_path, CPU, network="student", learned=tmp_path / "learned")
+    learned = (DEMO / demo_files.TEACHER_FILE, tmp_path / "learned" / demo_files.TEACHER_FILE)
+    train_flow.train_flow(recipe, DEMO, tmp_path, CPU, network="student", learned=learned)
     file = export_flow(tmp_path, DEMO, tmp_path / "to", network="student")
     player = Player(DEMO, file)
     assert [len(row) for row in player.trained.schedule.sigmas] == [4, 3, 2] and player.trained.cfg == 1

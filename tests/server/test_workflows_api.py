@@ -172,7 +172,7 @@ def test_the_comparison_stands_side_by_side(comfy_server):
 
 def test_an_extended_video_goes_on_without_a_jump(comfy_server):
     frames, _, graph = _run(comfy_server, "extend_video")
-    join, repeated = 81, 9
+    join, repeated = 81, 21
     assert frames.shape == (2 * 81 - repeated, 64, 64, 3)
     pixels = frames.astype(np.float32)
     colour = np.abs(np.diff(pixels.mean((1, 2)), axis=0)).max(1)
