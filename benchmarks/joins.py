@@ -80,7 +80,7 @@ def main() -> None:
         with torch.inference_mode():
             first = make(caption, FIRST_SEED).flatten(0, 1)
             given = encode_context(vae, first, arguments.latent_frames)
-            following = make(caption, NEXT_SEED, given.latent).flatten(0, 1)
+            following = make(caption, NEXT_SEED, given).flatten(0, 1)
             once = make(caption, FIRST_SEED, frames=2 * LATENT_FRAMES - given.latent.shape[2]).flatten(0, 1)
         join = len(first) - 1
         note(255 * torch.cat([first, following[given.pixel_frames :]]).float(), join, "extended")

@@ -9,9 +9,9 @@ MOST_CONTRAST = 2.0
 _PLANE = (-2, -1)
 
 
-def meet(denoised: Tensor, last: Tensor) -> Tensor:
+def meet(denoised: Tensor, level: Tensor, *, contrast: bool = True) -> Tensor:
     """A prediction of the first chunk behind given frames, whose first latent frame is as bright and as contrasty as
-    the last given one, and its others less so by equal parts; the next chunk is not changed.
+    `level`, and its others less so by equal parts; the next chunk is not changed.
 
     A prediction's level is the model's own, and that of given frames is not: without this a video that goes on begins
     with a step in colour and sharpness. Each channel's mean and standard deviation over the picture are moved, as
@@ -19,11 +19,15 @@ def meet(denoised: Tensor, last: Tensor) -> Tensor:
 
     Args:
         denoised: [B, C, n, H, W].
-        last: [B, C, 1, H, W], the last given latent frame.
+        level: [B, C, 1, H, W], a latent frame, such as the last given one.
+        contrast: False moves means only, and leaves motion as it is: in a still, the channels that carry it are flat.
     """
     n = denoised.shape[2]
     share = arange(n, 0, -1, device=denoised.device, dtype=denoised.dtype)[:, None, None] / n
-    mean, deviation = denoised.mean(_PLANE, keepdim=True), denoised.std(_PLANE, keepdim=True, correction=0)
-    wanted, contrast = last.mean(_PLANE, keepdim=True), last.std(_PLANE, keepdim=True, correction=0)
-    ratio = (contrast / deviation[:, :, :1].clamp(min=1e-6)).clamp(1 / MOST_CONTRAST, MOST_CONTRAST)
-    return (denoised - mean) * ratio**share + mean + (wanted - mean[:, :, :1]) * share
+    mean = denoised.mean(_PLANE, keepdim=True)
+    moved = (level.mean(_PLANE, keepdim=True) - mean[:, :, :1]) * share
+    if not contrast:
+        return denoised + moved
+    wanted, deviation = (x.std(_PLANE, keepdim=True, correction=0) for x in (level, denoised[:, :, :1]))
+    ratio = (wanted / deviation.clamp(min=1e-6)).clamp(1 / MOST_CONTRAST, MOST_CONTRAST)
+    return (denoised - mean) * ratio**share + mean + moved

@@ -16,6 +16,7 @@ from ..diagonal_sampler.sampler import count_chunks, count_forwards, split_frame
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from ..diagonal_sampler.settings import CausalSettings
 from .causal import causal_settings
+from .context_frames import ContextFrames
 from .memory import network_facts
 
 log = logging.getLogger(__name__)
@@ -29,18 +30,18 @@ class ClipPlan:
         shape: [B, C, T, H, W] of the latent.
         settings: the model's, with the frames per chunk of this run.
         schedule: the noise levels of this run.
-        given: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale, or None.
+        given: frames that the clip begins with, or None.
     """
 
     shape: tuple[int, int, int, int, int]
     settings: CausalSettings
     schedule: DiagonalSchedule
-    given: Tensor | None = None
+    given: ContextFrames | None = None
 
     @property
     def context_frames(self) -> int:
         """Latent frames that are given."""
-        return 0 if self.given is None else self.given.shape[2]
+        return 0 if self.given is None else self.given.latent.shape[2]
 
     @property
     def made_frames(self) -> list[int]:
@@ -67,12 +68,12 @@ class ClipPlan:
 
 
 def plan_clip(
-    model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule, context: Tensor | None = None
+    model: ModelPatcher, shape: tuple[int, ...], schedule: DiagonalSchedule, context: ContextFrames | None = None
 ) -> ClipPlan:
     """Check sizes and settle what model and schedule say of the chunk.
 
     Args:
-        context: [b, C, n, H, W] latent frames that the clip begins with, in LATENT scale; b is 1 or the batch.
+        context: frames that the clip begins with, of one video or of as many as the batch has.
 
     Raises:
         ValueError: a MODEL that is not causal, a latent size that does not fit, a context that does not, or a KV cache
@@ -96,9 +97,9 @@ def plan_clip(
     given = _initial_latent(model)
     if given is not None and context is not None:
         raise ValueError("ARVideoI2V's start image and context frames both begin the clip; remove one of them.")
-    given = context if given is None else given
+    given = context if given is None else ContextFrames(latent=given)
     if given is not None:
-        _require_context(model, shape, given)
+        _require_context(model, shape, given.latent)
     plan = ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
     _require_memory(model, plan)
     return plan

@@ -9,18 +9,28 @@ from torch import Tensor
 
 from ..diagonal_sampler import frames
 
+CONTEXT_LATENT_FRAMES = 6
+"""Of a video's end that another begins with; why six: docs/decisions.md."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextFrames:
-    """What `encode_context` made.
+    """Frames that a clip begins with: a DIAGONAL_CONTEXT.
 
     Attributes:
-        latent: [1, C, n, H, W] in LATENT scale.
-        pixel_frames: frames at the start of the decoded clip that repeat what was given: 4*(n-1) + 1.
+        latent: [b, C, n, H, W] in LATENT scale.
+        still: [b, C, 1, H, W], one latent frame of a video that only shows the last given picture; None where the
+            last of `latent` is to be compared with what is made, or nothing is known. A video VAE's first latent
+            frame is of one pixel frame and has values of its own.
     """
 
     latent: Tensor
-    pixel_frames: int
+    still: Tensor | None = None
+
+    @property
+    def pixel_frames(self) -> int:
+        """Frames at the start of the decoded clip that repeat what was given: 4*(n-1) + 1."""
+        return frames.pixel_frames(self.latent.shape[2])
 
 
 def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> ContextFrames:
@@ -46,11 +56,14 @@ def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> Con
                 f"The {name} of the images is {size} pixels; it must be a multiple of {step}. The nearest that fit are "
                 f"{down} and {size - size % step + step}: scale the images, or crop them."
             )
-    pixel_frames = frames.pixel_frames(min(latent_frames, frames.latent_frames(len(images))))
-    latent = vae.encode(images[-pixel_frames:, :, :, :3])
+    count = min(latent_frames, frames.latent_frames(len(images)))
+    latent = vae.encode(images[-frames.pixel_frames(count) :, :, :, :3])
     if latent.ndim != 5:
         raise ValueError(
             f"The VAE ({type(vae.first_stage_model).__name__}) encodes pictures, not video; connect the model's own: "
             "the Wan 2.1 VAE, lighttaew2_1 or the demo's."
         )
-    return ContextFrames(latent=latent, pixel_frames=pixel_frames)
+    if count > 1:
+        return ContextFrames(latent=latent)
+    still = vae.encode(images[-1:, :, :, :3].expand(frames.pixel_frames(2), -1, -1, -1))
+    return ContextFrames(latent=latent, still=still[:, :, -1:])

@@ -30,6 +30,7 @@ from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, level
 from .causal import RUN_KEY, CausalRun, exact_positions
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
+from .context_frames import ContextFrames
 from .flow_control import FlowConditioning, FlowRun
 from .loading import PROVENANCE_ATTACHMENT
 from .pace import FiniteLook, Pace
@@ -116,7 +117,7 @@ def sample_latent(
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_chunk: Callable[[Chunk], None] | None = None,
-    context: Tensor | None = None,
+    context: ContextFrames | None = None,
     optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
 ) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def sample_latent(
         noise: replaces the seeded noise.
         callback: ComfyUI's (step, denoised, x, total) after every forward, with the newest chunk alone.
         on_progress, on_chunk: called after every forward and every finished chunk (latents in the model's space).
-        context: latent frames that the clip begins with (see plan_clip); they count in the latent's length.
+        context: frames that the clip begins with (see plan_clip); they count in the latent's length.
         optical_flow: motion to follow; of strength 0 it is as none.
         prompts: where prompts come from while the run goes on, if the positive is a prompt schedule.
 
@@ -430,8 +431,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         transformer_options[RUN_KEY] = run
         move_texts(model_wrap, noise.device)
         context = self._context(model_wrap, noise)
-        # A video decoder's first latent frame is of one pixel frame: its values are not to be compared with others'.
-        last = context[:, :, -1:] if context is not None and context.shape[2] > 1 and denoise_mask is None else None
+        level = self._level(model_wrap, noise) if denoise_mask is None else None
         output = torch.zeros_like(noise)
         flow_run = self.flow_run
         starts = flow_run is not None and flow_run.starts_chunks
@@ -488,8 +488,8 @@ class DiagonalSampler(comfy.samplers.Sampler):
             finite.settle()
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at)
-            if last is not None and at.chunk == 0 and at.step >= 0:
-                denoised = meet(denoised, last)
+            if level is not None and at.chunk == 0 and at.step >= 0:
+                denoised = meet(denoised, level, contrast=plan.context_frames > 1)
             if at.step >= 0:
                 steps.append((at, denoised))
             done += 1
@@ -620,11 +620,22 @@ class DiagonalSampler(comfy.samplers.Sampler):
         )
 
     def _context(self, model_wrap, noise: Tensor) -> Tensor | None:
+        """The given frames, in the model's space."""
+        given = self.plan.given
+        return None if given is None else self._into_run(given.latent, model_wrap, noise)
+
+    def _level(self, model_wrap, noise: Tensor) -> Tensor | None:
+        """A latent frame whose level the first chunk is to begin at; None where none is known."""
         given = self.plan.given
         if given is None:
             return None
-        given = comfy.utils.repeat_to_batch_size(given.to(noise), noise.shape[0])
-        return model_wrap.inner_model.process_latent_in(given)
+        frame = given.latent[:, :, -1:] if given.latent.shape[2] > 1 else given.still
+        return None if frame is None else self._into_run(frame, model_wrap, noise)
+
+    @staticmethod
+    def _into_run(latent: Tensor, model_wrap, noise: Tensor) -> Tensor:
+        latent = comfy.utils.repeat_to_batch_size(latent.to(noise), noise.shape[0])
+        return model_wrap.inner_model.process_latent_in(latent)
 
 
 def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:

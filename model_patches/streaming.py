@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .clip_plan import ClipPlan, plan_clip
-from .context_frames import encode_context
+from .context_frames import CONTEXT_LATENT_FRAMES, ContextFrames, encode_context
 from .flow_control import SETTINGS as FLOW_SETTINGS
 from .flow_control import FlowConditioning
 from .loading import FLOW_ADAPTER_ATTACHMENT
@@ -77,14 +77,14 @@ class StreamResult:
         path: the file, or the folder of PNG images.
         subfolder: of ComfyUI's output folder that it lies in.
         video: as ComfyUI's VIDEO.
-        context: [1, C, n, H, W] its last frames, as Diagonal Context Frames makes them.
+        context: its last frames, as Diagonal Context Frames makes them.
         message: what was done, for people.
     """
 
     path: Path
     subfolder: str
     video: Input.Video
-    context: Tensor
+    context: ContextFrames
     message: str
 
 
@@ -96,7 +96,7 @@ def stream_video(
     schedule: DiagonalSchedule,
     options: StreamOptions,
     *,
-    context: Tensor | None = None,
+    context: ContextFrames | None = None,
     optical_flow: FlowConditioning | None = None,
     metadata: Mapping[str, Any] | None = None,
     prompt: Mapping[str, Any] | None = None,
@@ -113,7 +113,7 @@ def stream_video(
         model, positive, negative, schedule, callback, on_progress, prompts: as in sampling.sample_latent. Prompts
             that came while it ran are in the state.
         vae: decodes; it also encodes the last frames for `context`.
-        context: latent frames that the video begins with (see clip_plan.plan_clip); they count in its length.
+        context: frames that the video begins with (see clip_plan.plan_clip); they count in its length.
         optical_flow: motion to follow, counted from the video's first frame; what is shorter than the video leaves its
             rest free, except a single step, which is held.
         metadata: what the file carries, by name.
@@ -184,7 +184,7 @@ def stream_video(
                 prompts=prompts,
             )
             # While there still is a state to go on from, should this fail.
-            last = encode_context(vae, run.tail, plan.settings.frames_per_chunk).latent
+            last = encode_context(vae, run.tail, CONTEXT_LATENT_FRAMES)
             frames = run.finish()
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
@@ -229,7 +229,9 @@ def _warn_about_rate(positive: list, options: StreamOptions) -> None:
             )
 
 
-def _plan(model: ModelPatcher, schedule: DiagonalSchedule, options: StreamOptions, context: Tensor | None) -> ClipPlan:
+def _plan(
+    model: ModelPatcher, schedule: DiagonalSchedule, options: StreamOptions, context: ContextFrames | None
+) -> ClipPlan:
     """Sizes in the latent, after checking those in pixels."""
     latent_format = model.get_model_object("latent_format")
     ratio = latent_format.spacial_downscale_ratio
@@ -278,7 +280,7 @@ class _Run:
 
     @property
     def tail(self) -> Tensor:
-        """The last frames of the video, [T, H, W, 3]: those of one chunk."""
+        """The last frames of the video, [T, H, W, 3]: as many as Diagonal Context Frames takes."""
         self._thread.drain()
         return self._thread.tail
 

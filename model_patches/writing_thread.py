@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.frames import pixel_frames
 from .clip_plan import ClipPlan
+from .context_frames import CONTEXT_LATENT_FRAMES
 from .stream_decode import DecodeHandle
 from .stream_files import Opened, StreamOptions
 from .video_writer import FrameValueError
@@ -55,7 +56,7 @@ class WritingThread:
         self.opened = opened
         self.options = options
         self.tail = torch.empty(0, options.height, options.width, 3) if tail is None else tail
-        self._tail_frames = pixel_frames(plan.settings.frames_per_chunk)
+        self._tail_frames = pixel_frames(CONTEXT_LATENT_FRAMES)
         self._before = max(opened.state.frames, pixel_frames(plan.context_frames))
         self._on_frames = on_frames
         self._newest = self.tail[:0]

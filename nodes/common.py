@@ -6,7 +6,7 @@ from ..diagonal_sampler.settings import POSITIONS, CausalSettings
 
 ScheduleType = io.Custom("DIAGONAL_SCHEDULE")
 ContextType = io.Custom("DIAGONAL_CONTEXT")
-"""Latent frames [b, 16, n, H, W] in LATENT scale that a clip begins with."""
+"""Frames that a clip begins with: a ContextFrames."""
 
 FlowType = io.Custom("DIAGONAL_OPTICAL_FLOW")
 """Motion and how to follow it: a FlowConditioning."""

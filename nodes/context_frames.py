@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..model_patches.context_frames import encode_context
+from ..model_patches.context_frames import CONTEXT_LATENT_FRAMES, encode_context
 from .common import CATEGORY, ContextType
 
 
@@ -28,7 +28,7 @@ class DiagonalContextFrames(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that also decodes the video."),
                 io.Int.Input(
                     "latent_frames",
-                    default=6,
+                    default=CONTEXT_LATENT_FRAMES,
                     min=1,
                     max=1024,
                     tooltip="Latent frames to take from a video's end (the first is 1 pixel frame, each other 4). More "
@@ -50,4 +50,4 @@ class DiagonalContextFrames(io.ComfyNode):
     @classmethod
     def execute(cls, images, vae, latent_frames: int) -> io.NodeOutput:
         context = encode_context(vae, images, latent_frames)
-        return io.NodeOutput(context.latent, context.pixel_frames)
+        return io.NodeOutput(context, context.pixel_frames)

@@ -121,7 +121,7 @@ class DiagonalStreamVideo(io.ComfyNode):
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The saved video."),
                 ContextType.Output(
-                    display_name="context", tooltip="The last frames of the video (one chunk), to go on from."
+                    display_name="context", tooltip="The last frames of the video (6 latent frames), to go on from."
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],

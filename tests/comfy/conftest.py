@@ -63,3 +63,10 @@ def empty_latent():
 @pytest.fixture
 def sample_latent(pack_module):
     return pack_module("model_patches.sampling").sample_latent
+
+
+@pytest.fixture(scope="session")
+def given_frames(pack_module):
+    """A function from a latent, and perhaps that of a still, to frames that a clip begins with."""
+    made = pack_module("model_patches.context_frames").ContextFrames
+    return lambda latent, still=None: made(latent=latent, still=still)

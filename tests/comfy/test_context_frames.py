@@ -41,13 +41,13 @@ def clip():
 @pytest.mark.parametrize("mode", CONTEXT_MODES)
 @pytest.mark.parametrize("given", [1, 3, 5])
 def test_given_frames_enter_the_cache_as_in_the_core(
-    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, mode, given
+    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, given_frames, mode, given
 ):
     schedule = DiagonalSchedule(sigmas=DIAGONAL.sigmas, context_mode=mode)
     latent = torch.randn(1, 16, given, 4, 4, generator=torch.Generator().manual_seed(2))
     model = causal(tiny_wan, **SETTINGS)
     result = sample_latent(
-        model, prompt(), [], {"samples": torch.zeros(1, 16, 11, 4, 4)}, schedule, seed=3, context=latent
+        model, prompt(), [], {"samples": torch.zeros(1, 16, 11, 4, 4)}, schedule, seed=3, context=given_frames(latent)
     )["samples"]  # fmt: skip
     network = WanDiT(WanConfig.from_state_dict(load_file(tiny_wan_path)))
     network.load_state_dict(load_file(tiny_wan_path))
@@ -57,7 +57,7 @@ def test_given_frames_enter_the_cache_as_in_the_core(
     def denoise(x, at):
         timestep = torch.full((1,), 1000 * at.sigma)
         x0 = x - at.sigma * network(x, timestep, prompt()[0][0], cache=cache.condition("only"))
-        first = at.chunk == 0 and at.step >= 0  # a start image, one latent frame, has values of its own
+        first = at.chunk == 0 and at.step >= 0  # one latent frame has values of its own, and nothing says which
         return meet(x0, context[:, :, -1:]) if first and given > 1 else x0
 
     with torch.no_grad():
@@ -70,20 +70,40 @@ def test_given_frames_enter_the_cache_as_in_the_core(
     assert torch.allclose(result[:, :, :given], latent, atol=1e-5)
 
 
-def test_a_start_image_is_what_ar_video_i2v_makes_of_it(tiny_wan, causal, prompt, sample_latent, empty_latent):
+def test_a_start_image_is_what_ar_video_i2v_makes_of_it(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, given_frames
+):
     image = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
     theirs = tiny_wan.clone()
     theirs.model_options["transformer_options"]["ar_config"] = {"initial_latent": image}
     expected = sample_latent(causal(theirs), prompt(), [], empty_latent(7), DIAGONAL, seed=3)["samples"]
-    found = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=image)["samples"]
+    context = given_frames(image)
+    found = sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=context)["samples"]
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="remove one of them"):
-        sample_latent(causal(theirs), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=image)
+        sample_latent(causal(theirs), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=context)
 
 
-def test_a_context_that_does_not_fit_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
+def test_behind_a_start_image_a_video_begins_at_the_level_of_a_still_of_it(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, given_frames, monkeypatch, pack_module
+):
+    sampling = pack_module("model_patches.sampling")
+    image, still = torch.randn(2, 1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    asked = []
+    monkeypatch.setattr(sampling, "meet", lambda x, level, *, contrast: asked.append((x, level, contrast)) or x)
+    context = given_frames(image, still=still)
+    sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=context)
+    first, second = DIAGONAL.sigmas[:2]
+    assert len(asked) == len(first) and len(second), "in each prediction of the first chunk that is made"
+    wanted = tiny_wan.get_model_object("latent_format").process_in(still)
+    for denoised, level, contrast in asked:
+        assert denoised.shape[2] == 3 and not contrast
+        torch.testing.assert_close(level, wanted)
+
+
+def test_a_context_that_does_not_fit_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent, given_frames):
     def run(latent: torch.Tensor) -> None:
-        sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=latent)
+        sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=given_frames(latent))
 
     with pytest.raises(ValueError, match="is 48x32 but the video is 32x32; scale it to 32x32"):
         run(torch.zeros(1, 16, 1, 4, 6))
@@ -97,6 +117,7 @@ def test_the_last_frames_of_a_video_are_taken(context_frames, demo_vae, clip, co
     assert found.latent.shape == (1, 16, taken, 8, 8) and found.pixel_frames == 4 * (taken - 1) + 1
     again = demo_vae.decode(found.latent).reshape(-1, 64, 64, 3)
     assert len(again) == found.pixel_frames
+    assert (found.still is None) == (taken > 1)
     assert (again - clip[count - found.pixel_frames : count]).square().mean() < 0.003
 
 
@@ -112,18 +133,25 @@ def test_transparent_images_and_wrong_sizes(context_frames, demo_vae, clip):
         context_frames.encode_context(demo_vae, clip[:0], 1)
 
 
-def test_the_node_gives_the_latent_and_the_frames_to_drop(pack_module, demo_vae, clip):
+def test_a_start_image_says_how_a_video_that_shows_it_is_encoded(context_frames, demo_vae, clip):
+    found = context_frames.encode_context(demo_vae, clip[:3], 6)
+    assert torch.equal(found.latent, demo_vae.encode(clip[2:3])), "of less than five frames, the last"
+    assert torch.equal(found.still, demo_vae.encode(clip[2:3].repeat(5, 1, 1, 1))[:, :, 1:])
+
+
+def test_the_node_gives_the_frames_and_how_many_to_drop(pack_module, demo_vae, clip):
     node = pack_module("nodes.context_frames").DiagonalContextFrames
-    latent, frames = node.execute(clip, demo_vae, 3).result
-    assert latent.shape == (1, 16, 3, 8, 8) and frames == 9
+    context, frames = node.execute(clip, demo_vae, 3).result
+    assert context.latent.shape == (1, 16, 3, 8, 8) and frames == 9
 
 
-def test_behind_given_frames_what_a_mask_protects_stays(tiny_wan, causal, prompt, sample_latent):
+def test_behind_given_frames_what_a_mask_protects_stays(tiny_wan, causal, prompt, sample_latent, given_frames):
     """The level of the first chunk is not moved there: it would move what is not to change."""
     video = torch.randn(1, 16, 7, 4, 4, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, 7, 4, 4)
     mask[..., 2:] = 1
     latent = {"samples": video, "noise_mask": mask}
-    found = sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=3, context=video[:, :, :3])["samples"]
+    context = given_frames(video[:, :, :3])
+    found = sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=3, context=context)["samples"]
     assert (found[..., :2] - video[..., :2]).abs().max() < 1e-4
     assert (found[:, :, 3:, :, 2:] - video[:, :, 3:, :, 2:]).abs().max() > 0.1

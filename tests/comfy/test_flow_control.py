@@ -238,14 +238,16 @@ def test_the_blended_adapter_begins_where_the_reference_cannot(
 
 
 def test_reference_goes_on_from_given_context_and_in_batches(
-    tiny_wan, causal, prompt, sample_latent, control, demo_vae
+    tiny_wan, causal, prompt, sample_latent, given_frames, control, demo_vae
 ):
     model = causal(tiny_wan, **SETTINGS)
     context = torch.randn(1, 16, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     latent = {"samples": torch.zeros(2, *SHAPE[1:])}
     conditioning = control.FlowConditioning(optical_flow=PAN, vae=demo_vae)
     plain, moved = (
-        sample_latent(model, prompt(), [], latent, DIAGONAL, seed=3, context=context, optical_flow=flow)["samples"]
+        sample_latent(model, prompt(), [], latent, DIAGONAL, seed=3, context=given_frames(context), optical_flow=flow)[
+            "samples"
+        ]
         for flow in (None, conditioning)
     )
     assert torch.equal(plain[:, :, :2], moved[:, :, :2])

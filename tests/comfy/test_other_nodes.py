@@ -238,14 +238,14 @@ def test_model_sampling_has_no_say_and_that_is_said(tiny_wan, causal, run, caplo
     assert "shift" not in caplog.text
 
 
-def test_context_of_another_vae_or_batch_is_refused(tiny_wan, causal, run, empty_latent, pack_module):
+def test_context_of_another_vae_or_batch_is_refused(tiny_wan, causal, run, empty_latent, given_frames, pack_module):
     import comfy.sd
 
     model, latent = causal(tiny_wan), empty_latent(batch=3)
     with pytest.raises(ValueError, match="of 2 videos and the latent has 3"):
-        run(model, latent=latent, context=torch.zeros(2, 16, 1, 4, 4))
+        run(model, latent=latent, context=given_frames(torch.zeros(2, 16, 1, 4, 4)))
     with pytest.raises(ValueError, match="has 16 channels: encode them with the model's own VAE"):
-        run(model, context=torch.zeros(1, 48, 1, 4, 4))
+        run(model, context=given_frames(torch.zeros(1, 48, 1, 4, 4)))
     pixel_space = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     with pytest.raises(ValueError, match="encodes pictures, not video"):
         pack_module("model_patches.context_frames").encode_context(pixel_space, torch.rand(5, 32, 32, 3), 2)

@@ -147,8 +147,8 @@ def test_frames_equal_the_sampler_and_vae_decode(streaming, demo, stream, option
     found = (result.video.get_components().images * 255).round().to(torch.uint8)
     assert torch.equal(found, expected)
     encode = pack_module("model_patches.context_frames").encode_context
-    assert torch.allclose(result.context, encode(vae, images[:32], CHUNK).latent, atol=1e-5)
-    assert result.context.shape == (1, 16, CHUNK, 8, 8)
+    assert torch.allclose(result.context.latent, encode(vae, images[:32], 6).latent, atol=1e-5)
+    assert result.context.latent.shape == (1, 16, 6, 8, 8), "what Diagonal Context Frames takes of a video's end"
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm"])
@@ -183,7 +183,7 @@ def test_a_resumed_run_leaves_the_same_file(stream, options, output, format, cap
     assert "Resumed v_00002_" in lines[0] and "frame 33 of 48, after chunk 3" in lines[0]
     assert any("Resumed v_00002_" in record.message for record in caplog.records)
     assert began[0].chunk == 3 and began[0].forwards == 10 and began[-1].forwards == began[-1].total
-    assert torch.equal(resumed.context, whole.context)
+    assert torch.equal(resumed.context.latent, whole.context.latent)
     if format == "png":
         for name in files(whole.path):
             assert (whole.path / name).read_bytes() == (stopped / name).read_bytes()
@@ -1013,9 +1013,10 @@ def test_a_video_that_another_process_writes_is_left_alone(stream, options, outp
     assert stream(options()).path.name == "v_00001_.mp4"
 
 
-def test_a_start_image_begins_the_video(stream, options, demo, sample_latent):
+def test_a_start_image_begins_the_video(stream, options, demo, sample_latent, pack_module):
     model, positive, negative, vae = demo
-    given = vae.encode(torch.rand(1, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1)))
+    image = torch.rand(1, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1))
+    given = pack_module("model_patches.context_frames").encode_context(vae, image, 6)
     wanted = options(format="png")
     latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
     whole = sample_latent(model, positive, negative, latent, SCHEDULE, seed=3, context=given)["samples"]
@@ -1058,11 +1059,11 @@ def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, o
     assert files(output) == [] and sorted(path.name for path in output.parent.iterdir() if path.name == "v") == []
 
 
-def test_a_context_that_does_not_fit_is_refused(stream, options, output):
+def test_a_context_that_does_not_fit_is_refused(stream, options, output, given_frames):
     with pytest.raises(ValueError, match="are of 2 videos and the latent has 1"):
-        stream(options(), context=torch.zeros(2, 16, 1, 8, 8))
+        stream(options(), context=given_frames(torch.zeros(2, 16, 1, 8, 8)))
     with pytest.raises(ValueError, match="48x64 but the video is 64x64"):
-        stream(options(), context=torch.zeros(1, 16, 1, 8, 6))
+        stream(options(), context=given_frames(torch.zeros(1, 16, 1, 8, 6)))
     assert files(output) == []
 
 

@@ -36,6 +36,14 @@ def test_the_change_fades_out_within_the_chunk() -> None:
         torch.testing.assert_close((deviation / contrast)[:, :, frame], ratio**share)
 
 
+def test_without_contrast_means_alone_are_moved() -> None:
+    level, denoised = drawn(1, 1, scale=1.2, level=0.5), drawn(2, 3, scale=0.9, level=-0.4)
+    moved = meet(denoised, level, contrast=False) - denoised
+    whole = level.mean((-2, -1), keepdim=True) - denoised[:, :, :1].mean((-2, -1), keepdim=True)
+    for frame, share in enumerate((1, 2 / 3, 1 / 3)):
+        torch.testing.assert_close(moved[:, :, frame : frame + 1], (share * whole).expand(-1, -1, -1, 6, 8))
+
+
 def test_what_meets_already_stays_and_flat_channels_are_finite() -> None:
     denoised = drawn(2, 3)
     torch.testing.assert_close(meet(denoised, denoised[:, :, :1]), denoised)
