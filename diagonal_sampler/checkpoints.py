@@ -26,6 +26,7 @@ from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_q
 from .schedule import PRESETS, DiagonalSchedule, same_levels
 from .settings import CausalSettings
 from .wan_layout import (
+    DIFFUSERS_KEY,
     FLOW_ADAPTER_KEYS,
     HEAD_DIM,
     LATENT_CHANNELS,
@@ -36,6 +37,7 @@ from .wan_layout import (
     WanDims,
     count_blocks,
     expected_shapes,
+    from_diffusers,
     strip_wrappers,
 )
 from .weight_files import (
@@ -87,14 +89,12 @@ _VARIANTS = (
     ("ref_conv.weight", "Wan Fun with a reference image"),
     ("img_emb.proj.0.bias", "Wan image-to-video"),
     ("img_emb.proj.0.weight", "Wan image-to-video"),
+    ("condition_embedder.image_embedder.norm1.weight", "Wan image-to-video"),
+    ("fps_embedding.weight", "SkyReels V2"),
 )
 """A key that only this variant has -> its name. The chunk sampler feeds a model latents and text, nothing else."""
 
 _OTHER_KINDS = (
-    (
-        "condition_embedder.text_embedder.linear_1.weight",
-        "Wan in the diffusers layout; use the original layout",
-    ),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder; load it with CLIPLoader"),
     ("blocks.0.attn.q.weight", "a UMT5 text encoder; load its ComfyUI version with CLIPLoader"),
     ("decoder.middle.0.residual.0.gamma", "a Wan VAE; load it with VAELoader"),
@@ -105,6 +105,9 @@ _OTHER_KINDS = (
     ("transformer_blocks.0.attn1.to_q.weight", "a diffusers transformer such as LTX-Video"),
 )
 _LORA_KEY = re.compile(r"[._](lora_(?:A|B|up|down|mid)|lora\.(?:up|down)|hada_w\d_\w|lokr_w\d)(?:\.|_|$)")
+
+_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.")
+_FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise", re.IGNORECASE)
 
 WANTED_METADATA = (CONFIG_KEY, QUANTIZATION_KEY, *PROVENANCE_KEYS)
 
@@ -212,10 +215,11 @@ def recognise(
     source, tensors, unused = _choose_section(file, weights)
     if check_values:
         refuse_inflated(tensors, name)
-    renamed, wrapped = _strip_wrappers(tensors, name)
+    renamed, changes = _plain_names(tensors, name)
     _refuse_longlive2(renamed, name)
     prefix = _find_prefix(renamed)
     if prefix is None:
+        _refuse_part(name)
         raise ValueError(_not_wan(name, renamed))
     bare, foreign = _split_prefix(renamed, prefix)
     unused += _companions(foreign)
@@ -241,7 +245,7 @@ def recognise(
         host_metadata[QUANTIZATION_KEY] = quantization.host_metadata
     info = CheckpointInfo(
         file=name,
-        layout=_layout_in_words(source, prefix, wrapped),
+        layout=_layout_in_words(source, prefix, changes),
         source=source,
         prefix=prefix,
         dims=dims,
@@ -270,6 +274,14 @@ def suggest_preset(provenance: Provenance, *, dims: WanDims, source: str, prefix
     return None
 
 
+def frame_by_frame(path: str) -> bool:
+    """Whether a file's name, or its folder's, says that the model makes one latent frame at a time.
+
+    Causal Forcing's files are in two kinds that differ in nothing else, `framewise` and `chunkwise`.
+    """
+    return bool(_FRAME_BY_FRAME.search(path))
+
+
 def _agrees(name: str, provenance: Provenance) -> bool:
     preset, default = PRESETS[name], CausalSettings().frames_per_chunk
     schedule = DiagonalSchedule.preset(name)
@@ -288,7 +300,7 @@ def _agrees(name: str, provenance: Provenance) -> bool:
 def _choose_section(file: WeightFile, weights: str) -> tuple[str, dict[str, torch.Tensor], list[str]]:
     """The dict to load: its path, its tensors, and what of the file stays unused."""
     leaves, bookkeeping = _leaves(file.tree, (), file.name)
-    wan = [leaf for leaf in leaves if _find_prefix(_strip_wrappers(leaf[1], file.name)[0]) is not None]
+    wan = [leaf for leaf in leaves if _find_prefix(_plain_names(leaf[1], file.name)[0]) is not None]
     if wan:
         wanted = {"auto": wan, "ema": [leaf for leaf in wan if _is_ema(leaf[0])]}
         wanted["generator"] = [leaf for leaf in wan if not _is_ema(leaf[0])]
@@ -356,18 +368,24 @@ def _no_section(file: WeightFile) -> str:
     )
 
 
-def _strip_wrappers(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """Names without training wrappers, and whether there were any."""
+def _plain_names(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Wan's own names, perhaps with a prefix, and what was done to the file's for them, in words."""
+    diffusers = any(strip_wrappers(key).endswith(DIFFUSERS_KEY) for key in tensors)
     renamed: dict[str, torch.Tensor] = {}
+    wrapped = False
     for key, tensor in tensors.items():
         short = strip_wrappers(key)
+        wrapped |= short != key
+        if diffusers:
+            short = from_diffusers(short)
         if short in renamed:
             raise ValueError(
                 f"weight file {name!r}, key {key!r}: {short!r} is there twice once {', '.join(WRAPPERS)} are "
                 "removed; save the unwrapped model"
             )
         renamed[short] = tensor
-    return renamed, renamed.keys() != tensors.keys()
+    done = {"diffusers' names": diffusers, "training wrappers removed": wrapped}
+    return renamed, tuple(word for word, is_done in done.items() if is_done)
 
 
 def _find_prefix(keys: Iterable[str]) -> str | None:
@@ -430,6 +448,15 @@ def _refuse_variant(bare: Mapping[str, torch.Tensor], name: str) -> None:
         f"and out, got {channels_in} in and {channels_out} out: this is {variant}, which the chunk sampler "
         f"cannot run; {remedy}"
     )
+
+
+def _refuse_part(name: str) -> None:
+    """Say of a file that is no whole network whether its name says why."""
+    if part := _PART_OF_SEVERAL.search(name):
+        raise ValueError(
+            f"weight file {name!r} is one of the {int(part[1])} parts that its network is saved in. Nothing was "
+            "loaded; use the model as one file, as its publisher or ComfyUI's has it, or join the parts into one"
+        )
 
 
 def _is_lora(name: str, what: str) -> str:
@@ -524,6 +551,7 @@ def _check_names(
     left_over = [key for key in bare if key not in expected and key not in allowed] + foreign
     if not missing and not left_over:
         return
+    _refuse_part(name)
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {listed(missing)}")
@@ -612,10 +640,10 @@ def _check_tensors(
 # --- words ---
 
 
-def _layout_in_words(source: str, prefix: str, wrapped: bool) -> str:
+def _layout_in_words(source: str, prefix: str, changes: tuple[str, ...]) -> str:
     where = "flat state dict" if source == _FLAT else f"dict {source!r}"
     keys = f"keys after {prefix!r}" if prefix else "bare keys"
-    return f"{where}, {keys}" + (", training wrappers removed" if wrapped else "")
+    return ", ".join((where, keys, *changes))
 
 
 def _warnings(dims: WanDims, marker: str | None) -> Iterable[str]:

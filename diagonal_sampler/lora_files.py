@@ -1,4 +1,4 @@
-"""Recognise a Wan LoRA in the PEFT, ComfyUI or kohya layout and rename it to ComfyUI's, every tensor
+"""Recognise a Wan LoRA in the PEFT, diffusers, ComfyUI or kohya layout and rename it to ComfyUI's, every tensor
 accounted for.
 
 A low-rank adapter changes a weight W [out, in] to W + strength * alpha / rank * up @ down, with up [out,
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from .wan_layout import strip_wrappers
+from .wan_layout import from_diffusers, strip_wrappers
 from .weight_files import WeightFile, flat_tensors, is_finite, listed, refuse_inflated, short
 
 LORA_SECTIONS = ("generator_lora", "lora", "state_dict")
 """Dicts that may hold the adapter, best first; a critic's adapter is never one of them."""
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "generator.", "model.")
+PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "pipe.dit.", "generator.", "model.")
 """What trainers and converters put before a layer's name, in any order."""
 KOHYA_PREFIX = "lora_unet_"
 HOST_PREFIX = "diffusion_model."
@@ -220,7 +220,7 @@ def _parse_key(key: str, kohya: Mapping[str, str]) -> tuple[str, str, str | None
             # Wan Fun's own trainer writes two underscores after lora_unet.
             bare = kohya.get(layer.removeprefix(KOHYA_PREFIX).lstrip("_"))
             return None if bare is None else (bare, kind, "kohya" if layout else None, adapter)
-        return _without_prefixes(layer), kind, layout, adapter
+        return from_diffusers(_without_prefixes(layer)), kind, layout, adapter
     return None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from .frames import latent_frames
@@ -46,13 +48,15 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     return sigma / (shift - (shift - 1.0) * sigma)
 
 
+Times = tuple[float, ...] | Mapping[int, tuple[float, ...]] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A published sampling recipe.
 
     Attributes:
-        times: the full list of uniform times u in (0, 1], descending; the shift turns them into sigmas. EVEN_TIMES
-            spreads any number of steps evenly, as an undistilled model needs.
+        times: as `select_times` reads them; the shift turns them into sigmas.
         steps: steps per chunk, the last repeats.
         context_mode: see DiagonalSchedule.
         shift: the timestep shift of the recipe.
@@ -60,7 +64,7 @@ class Preset:
         fresh_noise: see DiagonalSchedule.
     """
 
-    times: tuple[float, ...] | None
+    times: Times
     steps: tuple[int, ...]
     context_mode: str
     shift: float = DEFAULT_SHIFT
@@ -74,6 +78,8 @@ _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
 # Noise levels 1, 0.75, 0.5 and 0.357: the demo's student (distillation.train_levels).
 _DEMO = (1.0, 3 / 8, 1 / 6, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
+# Its two-step list is its own; with one step a later frame has the first level alone.
+_CAUSAL_FORCING_PLUS = MappingProxyType({4: _SELF_FORCING, 2: (1.0, 0.5)})
 PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),
     "demo 4-3-2": Preset(_DEMO, (4, 3, 2), "noisy"),
@@ -82,6 +88,7 @@ PRESETS: dict[str, Preset] = {
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
+    "causal forcing++": Preset(_CAUSAL_FORCING_PLUS, (4, 2), "clean", frames_per_chunk=1),
     # Published as sigmas; as times they take part in another shift, and in `denoise`, like every other list.
     "krea": Preset(tuple(unshift_sigma(s, DEFAULT_SHIFT) for s in (1.0, 0.937, 0.833, 0.625)), (4,), "clean"),
     "undistilled": Preset(EVEN_TIMES, (12,), "clean", fresh_noise=False),
@@ -90,23 +97,26 @@ DEFAULT_PRESET = "diagonal 4-3-2"
 DEMO_PRESET = "demo 4-3-2"
 
 
-def select_times(times: tuple[float, ...] | None, steps: int) -> tuple[float, ...]:
+def select_times(times: Times, steps: int) -> tuple[float, ...]:
     """Times for any number of steps from one list, keeping its first and its last.
 
-    Without a list (EVEN_TIMES): even steps from 1 down to 1/steps.
+    Of several lists by their number of steps: that one as it is, else this rule for the longest. Without a list
+    (EVEN_TIMES): even steps from 1 down to 1/steps.
 
     Fewer steps than the list has: its first `steps - 1` entries and its last one, since steps at high noise decide
     structure (this yields the release's lists for 3 and 2). One step: the first entry. More: the list read as a
     function of its index, interpolated linearly at `steps` even places and rounded to the 1000-entry table.
 
     Args:
-        times: uniform times in (0, 1], descending, or EVEN_TIMES.
+        times: uniform times u in (0, 1], descending; such lists by their number of steps; or EVEN_TIMES.
         steps: 1 to 1000.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}; a chunk takes 1 to {MAX_STEPS} denoising steps.")
     if times is None:
         return tuple((steps - i) / steps for i in range(steps))
+    if isinstance(times, Mapping):
+        times = times.get(steps) or times[max(times)]
     if steps == 1:
         return times[:1]
     if steps <= len(times):
@@ -240,7 +250,7 @@ class DiagonalSchedule:
         cls,
         steps: tuple[int, ...],
         *,
-        times: tuple[float, ...] | None = _DIAGONAL,
+        times: Times = _DIAGONAL,
         shift: float = DEFAULT_SHIFT,
         context_mode: str = "noisy",
         context_sigma: float = DEFAULT_CONTEXT_SIGMA,

@@ -37,6 +37,33 @@ _ROOT_LINEARS = (
 )
 
 
+DIFFUSERS_KEY = "condition_embedder.text_embedder.linear_1.weight"
+"""Only a Wan in the layout of the library diffusers has it."""
+
+_DIFFUSERS = tuple(
+    (re.compile(rf"(?:^|(?<=\.)){name}(?=\.|$)"), ours)
+    for name, ours in (
+        (r"condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+        (r"condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+        (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+        (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+        (r"condition_embedder\.time_proj", "time_projection.1"),
+        (r"attn1\.to_([qkv])", r"self_attn.\1"),
+        (r"attn2\.to_([qkv])", r"cross_attn.\1"),
+        (r"attn1\.to_out\.0", "self_attn.o"),
+        (r"attn2\.to_out\.0", "cross_attn.o"),
+        (r"attn1\.(norm_[qk])", r"self_attn.\1"),
+        (r"attn2\.(norm_[qk])", r"cross_attn.\1"),
+        (r"ffn\.net\.0\.proj", "ffn.0"),
+        (r"ffn\.net\.2", "ffn.2"),
+        (r"(blocks\.\d+)\.norm2", r"\1.norm3"),  # there the norms are numbered in the order of their use
+        (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation"),
+        ("scale_shift_table", "head.modulation"),
+        ("proj_out", "head.head"),
+    )
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanDims:
     """The sizes of a Wan network, all read off its tensors. Counts, not bytes."""
@@ -104,6 +131,15 @@ def expected_shapes(dims: WanDims) -> dict[str, tuple[int, ...]]:
 def strip_wrappers(key: str) -> str:
     """Remove the components that training wrappers insert into a parameter's name."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def from_diffusers(key: str) -> str:
+    """A parameter's or a layer's name in diffusers' layout of Wan -> Wan's own; a prefix stays, other names do too."""
+    for name, ours in _DIFFUSERS:
+        renamed, count = name.subn(ours, key)
+        if count:
+            return renamed
+    return key
 
 
 def count_blocks(bare: Iterable[str], name: str) -> int:

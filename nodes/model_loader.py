@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-from ..diagonal_sampler.checkpoints import WEIGHTS
+from ..diagonal_sampler.checkpoints import WEIGHTS, frame_by_frame
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
@@ -113,7 +113,7 @@ class DiagonalModelLoader(io.ComfyNode):
                     "lora_name",
                     options=[NO_LORA, *_file_names(LORA_FOLDERS)],
                     default=NO_LORA,
-                    tooltip="LoRA in models/loras, in PEFT (LongLive) or ComfyUI layout, applied to the weights.",
+                    tooltip="LoRA in models/loras, in PEFT (LongLive), ComfyUI, kohya or diffusers layout, applied to the weights.",
                     optional=True,
                 ),
                 io.Float.Input(
@@ -169,12 +169,20 @@ class DiagonalModelLoader(io.ComfyNode):
         if lora_path is not None:
             model, lora = apply_lora(model, lora_path, lora_strength, info)
             lines.append(f"{lora.summary()}, strength {lora_strength:g}")
+        unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
+        warnings = [*info.warnings, *contradictions]
+        if unsaid and frame_by_frame(ckpt_name):
+            warnings.append(
+                "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "
+                "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
+            )
         window_text = "all" if settings.window < 0 else settings.window
         lines.append(
-            f"attention: {settings.frames_per_chunk} latent frames a chunk, window {window_text}, sink "
-            f"{settings.sink}, positions {settings.positions}"
+            f"attention: {settings.frames_per_chunk} latent frames a chunk"
+            f"{' (the usual; the file does not say)' if unsaid else ''}, window {window_text}, sink {settings.sink}, "
+            f"positions {settings.positions}"
         )
-        for warning in (*info.warnings, *contradictions):
+        for warning in warnings:
             log.warning("%s: %s", info.file, warning)
             lines.append(f"warning: {warning}")
         report = "\n".join(lines)

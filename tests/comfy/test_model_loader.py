@@ -294,7 +294,7 @@ def test_node_makes_a_causal_model_and_reports(node, folders, caplog) -> None:
     assert (settings.frames_per_chunk, settings.window, settings.sink) == (3, 12, 3)
     assert "model.pt: Wan text-to-video" in report and "'generator_ema'" in report
     assert "lora.pt: PEFT" in report and "rank 4, strength 0.5" in report
-    assert "3 latent frames a chunk, window 12, sink 3" in report
+    assert "3 latent frames a chunk (the usual; the file does not say), window 12, sink 3" in report
     assert "warning" not in report and not [r for r in caplog.records if "model_loader" in r.name]
     assert len(model.patches) == len(LORA_LAYERS)
 
@@ -322,6 +322,24 @@ def test_an_unmarked_file_warns(node, folders) -> None:
     LAYOUTS["comfyui, bare without header"](folders["diffusion_models"], tiny_wan(0), {})
     _, report = node.execute(ckpt_name="model.safetensors", **WIDGETS).args
     assert "warning: nothing in the file says that it was trained causally" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "told"),
+    [
+        ("causal_forcing-framewise.safetensors", 0, True),
+        ("framewise/model.pt", 0, True),
+        ("causal_forcing-framewise.safetensors", 1, False),
+        ("chunkwise/model.pt", 0, False),
+    ],
+)
+def test_a_name_that_says_frame_by_frame_is_heard(node, folders, name: str, chunk: int, told: bool) -> None:
+    path = folders["diffusion_models"] / name
+    path.parent.mkdir(exist_ok=True)
+    (torch.save if path.suffix == ".pt" else save_file)(tiny_wan(), path)
+    info = node.execute(ckpt_name=name, **(WIDGETS | {"frames_per_chunk": chunk})).args[1]
+    assert ("preset 'causal forcing framewise'" in info) == told
+    assert ("the file does not say" in info) == (chunk == 0)
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "missing"])

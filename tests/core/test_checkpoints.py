@@ -316,7 +316,6 @@ def test_variants_are_refused_by_name(extra: dict, match: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        (["condition_embedder.text_embedder.linear_1.weight"], "diffusers layout"),
         (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "text encoder; load it with CLIPLoader"),
         (["decoder.middle.0.residual.0.gamma"], "Wan VAE; load it with VAELoader"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion UNet"),
@@ -327,6 +326,26 @@ def test_variants_are_refused_by_name(extra: dict, match: str, tmp_path: Path) -
 def test_other_files_are_refused_with_what_was_found(keys: list, match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"model.safetensors.*not a Wan diffusion model.*{match}"):
         load_checkpoint(save(tmp_path, {key: torch.zeros(2) for key in keys}))
+
+
+def test_a_part_of_a_network_is_refused_as_one(tmp_path: Path) -> None:
+    names = {wan_files.diffusers_name(key): value for key, value in tiny_wan().items()}
+    keys = sorted(names)
+    for number, part in enumerate((keys[:20], keys[20:]), 1):
+        path = save(
+            tmp_path, {key: names[key] for key in part}, name=f"diffusion_model-{number:05}-of-00002.safetensors"
+        )
+        with pytest.raises(ValueError, match=rf"-{number:05}-of-00002.safetensors' is one of the 2 parts.*one file"):
+            load_checkpoint(path)
+    whole = save(tmp_path, names, name="diffusion_model-00001-of-00001.safetensors")
+    assert load_checkpoint(whole).info.layout == "flat state dict, bare keys, diffusers' names"
+
+
+def test_image_to_video_of_diffusers_is_refused_by_name(tmp_path: Path) -> None:
+    names = {wan_files.diffusers_name(key): value for key, value in tiny_wan().items()}
+    names["condition_embedder.image_embedder.norm1.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="is Wan image-to-video"):
+        load_checkpoint(save(tmp_path, names))
 
 
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)

@@ -33,6 +33,7 @@ PUBLISHED = {
     "longlive": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing framewise": ((SELF_FORCING,) * 7, "clean", 1, 35),
+    "causal forcing++": ((SELF_FORCING, *((1000.0, 833.3333),) * 6), "clean", 1, 23),
     "krea": ((KREA,) * 7, "clean", None, 35),
 }
 
@@ -60,13 +61,14 @@ def test_preset_has_the_published_timesteps(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_any_number_of_steps_keeps_first_and_last_and_descends(name):
-    published = PUBLISHED[name][0][0]
+    rows = PUBLISHED[name][0]
+    published, by_length = rows[0], {len(row): row for row in rows}
     for steps in range(1, 61):
         row = DiagonalSchedule.preset(name, steps=(steps,)).sigmas[0]
         assert len(row) == steps
         assert 1000 * row[0] == pytest.approx(published[0], abs=1e-3)
         if steps > 1:
-            assert 1000 * row[-1] == pytest.approx(published[-1], abs=1e-3)
+            assert 1000 * row[-1] == pytest.approx(by_length.get(steps, published)[-1], abs=1e-3)
         assert all(a > b for a, b in zip(row, row[1:], strict=False))
 
 

@@ -41,6 +41,31 @@ def wrapped(weights: dict[str, torch.Tensor], prefix: str = "model.", inner: str
     return named
 
 
+_DIFFUSERS = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "attn.o": "attn.to_out.0",
+} | {f"attn.{part}": f"attn.to_{part}" for part in "qkv"}
+
+
+def diffusers_name(name: str) -> str:
+    """A parameter or a layer as the library diffusers names it."""
+    for ours, theirs in _DIFFUSERS.items():
+        if f".{ours}." in f".{name}.".replace("self_", ".").replace("cross_", "."):
+            name = name.replace(ours, theirs)
+            break
+    return name.replace("self_attn", "attn1").replace("cross_attn", "attn2")
+
+
 def _pt(tree: Callable[[dict, dict], dict]) -> Callable[[Path, dict, dict], Path]:
     def write(folder: Path, weights: dict, others: dict) -> Path:
         path = folder / "model.pt"
@@ -98,6 +123,7 @@ LAYOUTS: dict[str, Callable[[Path, dict, dict], Path]] = {
     "comfyui, bare without header": _safetensors(),
     "comfyui, model.diffusion_model.": _safetensors("model.diffusion_model.", {"config": CONFIG}),
     "diffusion_model.": _safetensors("diffusion_model."),
+    "diffusers": lambda folder, w, o: _safetensors()(folder, {diffusers_name(k): v for k, v in w.items()}, o),
     "safetensors of both": _ema_and_generator_safetensors,
 }
 
@@ -159,6 +185,12 @@ LORA_LAYOUTS: dict[str, tuple[Callable[[dict], dict], str, float]] = {
     "peft, default adapter": (lambda p: peft(p, "base_model.model.", ".default"), ".safetensors", 1.0),
     "comfyui, no alpha": (lambda p: up_down(p, None, lambda s: f"diffusion_model.{s}"), ".safetensors", 1.0),
     "comfyui, alpha 2": (lambda p: up_down(p, 2.0, lambda s: f"diffusion_model.{s}"), ".safetensors", 0.5),
+    "diffusers, transformer.": (
+        lambda p: peft({diffusers_name(k): v for k, v in p.items()}, "transformer."),
+        ".safetensors",
+        1.0,
+    ),
+    "diffsynth, pipe.dit.": (lambda p: peft(p, "pipe.dit.", ".default"), ".safetensors", 1.0),
     "kohya, alpha 1": (
         lambda p: up_down(p, 1.0, lambda s: "lora_unet_" + s.replace(".", "_")),
         ".safetensors",
