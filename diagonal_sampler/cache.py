@@ -51,6 +51,7 @@ class KVCache:
         self.committed = 0
         self.frames = 0
         self.dropped = 0  # latent frames between sink and history that skip_to left out
+        self._begun = 0  # of a restored snapshot
         self._window_positions = settings.window_positions(total_frames)
         self._conditions: dict[Hashable, ConditionKV] = {}
         self._restored: list[ConditionKV] = []
@@ -110,7 +111,17 @@ class KVCache:
                 f"A chunk of {frames} latent frames does not fit a window of {self.capacity} beside a sink of "
                 f"{self.settings.sink}; use a window of at least {self.settings.sink + frames}."
             )
-        self.frames = frames
+        if self._begun not in (0, frames):
+            raise ValueError(
+                f"The snapshot was taken in a chunk of {self._begun} latent frames, and this one has {frames}."
+            )
+        self.frames, self._begun = frames, 0
+
+    def reopen(self, frames: int) -> None:
+        """Open the last chunk again, of `frames` latent frames, to be made anew: for a snapshot of before it."""
+        if self.frames:
+            raise RuntimeError("KVCache.reopen inside a chunk.")
+        self.committed, self.frames = self.committed - frames, frames
 
     def commit(self) -> None:
         """Turn the current chunk, as its last forward wrote it, into sink or history."""
@@ -143,7 +154,7 @@ class KVCache:
         if self.frames:
             raise RuntimeError("KVCache.rewind inside a chunk; commit() it first.")
         kept = self.kept_before(self.committed, frames)
-        self.committed = self.dropped = 0
+        self.committed = self.dropped = self._begun = 0
         self._mark_written()
         return kept
 
@@ -201,17 +212,19 @@ class KVCache:
     def snapshot(self) -> dict[str, Tensor]:
         """Keys and values after a committed chunk, by "condition/layer/keys" and ".../values"; copies on the CPU.
 
-        With `committed` and `dropped` this is all that a later run needs to go on: see `restore`.
-
-        Raises:
-            RuntimeError: inside a chunk.
+        With `committed`, `dropped` and `frames` this is all that a later run needs to go on: see `restore`. In an open
+        chunk it is what that chunk sees of those before it, also where a forward was broken off: layers that it had
+        not reached are brought to where the others are. The chunk is then to be made from its beginning.
         """
-        if self.frames:
-            raise RuntimeError("KVCache.snapshot inside a chunk; commit() it first.")
         out: dict[str, Tensor] = {}
+        filled = min(self._written, self.capacity)
+        segments = self.segments()
         for number, condition in enumerate(self._conditions.values()):
             for index, layer in condition._layers.items():
-                tokens = layer.keys_BLND.shape[1] // self.capacity * self.filled
+                each = layer.keys_BLND.shape[1] // self.capacity
+                if self.frames:
+                    condition._advance(layer, each, segments)
+                tokens = each * filled
                 out[f"{number}/{index}/keys"] = layer.keys_BLND[:, :tokens].to("cpu", copy=True)
                 out[f"{number}/{index}/values"] = layer.values_BLND[:, :tokens].to("cpu", copy=True)
         return out
@@ -223,6 +236,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         *,
         dropped: int = 0,
+        begun: int = 0,
     ) -> None:
         """Continue where a snapshot was taken, in a cache of the same settings and length that is still unused.
 
@@ -230,7 +244,7 @@ class KVCache:
 
         Args:
             committed: latent frames that were committed then.
-            dropped: the cache's `dropped` then.
+            dropped, begun: the cache's `dropped` then, and its `frames`: 0, or the open chunk's.
 
         Raises:
             ValueError: a snapshot that does not fit this cache.
@@ -243,14 +257,17 @@ class KVCache:
         if not 0 <= dropped <= committed:
             raise ValueError(f"dropped is {dropped}; it must be in [0, {committed}], the latent frames committed.")
         self.committed, self.dropped = committed, dropped
+        filled = self.filled
+        # Its history has been moved for that chunk already.
+        self.frames = self._begun = begun
         restored: dict[int, ConditionKV] = {}
         for name, tensor in snapshot.items():
             number, index, part = name.split("/")
             condition = restored.setdefault(int(number), ConditionKV(self))
-            tokens, remainder = divmod(tensor.shape[1], self.filled)
+            tokens, remainder = divmod(tensor.shape[1], filled)
             if remainder:
                 raise ValueError(
-                    f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {self.filled} latent "
+                    f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {filled} latent "
                     "frames in this window: it belongs to other settings or to another length."
                 )
             buffer = tensor.new_empty(
@@ -259,6 +276,7 @@ class KVCache:
             buffer[:, : tensor.shape[1]] = tensor
             condition._restore(int(index), part, buffer)
         self._restored = [restored[number] for number in sorted(restored)]
+        self.frames = 0
 
     def free(self) -> None:
         """Drop every buffer, also of conditions that someone still holds. The cache must not be used afterwards."""

@@ -10,7 +10,7 @@ pixel is (0, 0). "Valid" marks where the motion is known, or commanded; everywhe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,10 @@ ADAPTER_CHANNELS = 4
 """Channels of `adapter_features`: dx, dy, valid, speed."""
 TRACK_RADIUS_SHARE = 1 / 8
 """Reach of a track as a share of the frame's shorter side, where none is given."""
+WAN_CELL = 8
+"""Pixels of a frame, each way, in one pixel of Wan 2.1's latent: a track that reaches as far is seen there."""
 
+_LEAST_RADIUS = math.sqrt(0.5)  # pixels: some pixel's centre is always as near
 _HIDDEN_MARGIN = 0.5  # pixels: of two particles in one cell, the one that has moved this much less lies behind
 _HIDDEN_WEIGHT = 1e-4  # what a hidden particle still counts for
 _RESIZED_AT_ONCE = 1 << 20  # numbers of a field that are resized together
@@ -65,7 +68,7 @@ class OpticalFlow:
                 f"The mask has shape {tuple(self.valid.shape)} but the optical flow {tuple(self.flow.shape)}; give "
                 f"{tuple(self.flow.shape[:3])}."
             )
-        if not torch.isfinite(_stored(self.flow)).all():
+        if not _all_finite(_stored(self.flow)):
             raise ValueError(
                 "The optical flow holds NaN or infinite values. Mark unknown places in the mask and set them to 0, or "
                 "check the video that it was estimated from."
@@ -94,12 +97,20 @@ class OpticalFlow:
         """A field that is valid everywhere. flow: [T, H, W, 2] in pixels per pixel frame."""
         return cls(flow, torch.ones((), dtype=torch.bool, device=flow.device).expand(flow.shape[:-1]))
 
+    def told(self, start: int, count: int) -> int:
+        """How many of `count` steps from `start` on say something anywhere; beyond the field none does."""
+        count = min(count, self.steps - start)
+        if count <= 0:
+            return 0
+        rows = _stored(self.valid[start : start + count])
+        return int(rows.flatten(1).any(1).sum()) * (count // len(rows))
+
     def masked(self, mask: Tensor) -> OpticalFlow:
         """The field inside a mask only.
 
         Args:
             mask: [n, h, w] in 0..1, above 0.5 is inside; n is 1 (for every step) or at least the number of steps. It
-                is resized to the field.
+                is resized to the field. A field of a single step has as many as the mask then.
 
         Raises:
             ValueError: another shape or length, NaN, or a mask that leaves nothing.
@@ -115,6 +126,9 @@ class OpticalFlow:
             )
         if not torch.isfinite(mask).all():
             raise ValueError("The mask holds NaN or infinite values; give numbers from 0 to 1.")
+        if self.steps == 1 and len(mask) > 1:
+            held = self.flow.expand(len(mask), -1, -1, -1), self.valid.expand(len(mask), -1, -1)
+            return OpticalFlow(*held).masked(mask)
         size = (self.height, self.width)
         inside = F.interpolate(mask[: self.steps, None].float(), size, mode="bilinear", antialias=True)[:, 0] > 0.5
         inside = inside.to(self.valid.device)
@@ -137,15 +151,23 @@ class OpticalFlow:
             flow, valid = flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)
         flow, valid = flow[:steps], valid[:steps]
         if (height, width) != (self.height, self.width):
+            begun = bool(_stored(valid).any())
             flow, valid = _resize(flow, valid, height, width)
+            if begun and not _stored(valid).any():
+                reach = math.ceil(max(self.width / width, self.height / height))
+                raise NothingValid(
+                    f"The optical flow's valid part is too small: nothing of it is left at {width}x{height}, where a "
+                    f"pixel is {reach} of the motion's. Give tracks a track_radius of {reach} pixels or more, or draw "
+                    "the motion or the mask larger."
+                )
         missing = steps - len(flow)
         if missing > 0:
             flow = torch.cat([flow, flow.new_zeros(missing, height, width, 2)])
             valid = torch.cat([valid, valid.new_zeros(missing, height, width)])
         if not _stored(valid).any():
             raise NothingValid(
-                f"Nothing of the optical flow's valid part lies in the first {steps} steps at {width}x{height}; make "
-                "the clip longer, or draw the motion or the mask earlier or larger."
+                f"Nothing of the optical flow's valid part lies in the first {steps} steps; make the clip longer, or "
+                "draw the motion or the mask earlier."
             )
         return OpticalFlow(flow, valid)
 
@@ -201,6 +223,11 @@ class OpticalFlow:
 def _stored(tensor: Tensor) -> Tensor:
     """The part of a tensor that is in memory once, where its first axis only repeats."""
     return tensor[:1] if tensor.stride(0) == 0 else tensor
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN or Inf; makes no copy of it."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +350,8 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     """Carries a picture along the flow, one frame at a time; each frame is made from the picture itself, once.
 
     Every pixel is a particle. Where two meet, the one that has moved further hides the other, which goes on at its own
-    pace until it is seen again; places that nothing arrives at are filled from around them.
+    pace until it is seen again; places that nothing arrives at are filled from around them. Once nothing of the picture
+    is left in the frame, the last carried one stays.
 
     Args:
         picture: [C, H, W], pixel frame `start` of the clip, of the field's size.
@@ -347,6 +375,7 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     hidden = torch.zeros_like(commanded)
     passed = torch.zeros_like(origin)  # motion over each place so far: tells what entered from outside
     started = None
+    seen = picture
     values = picture.reshape(picture.shape[0], -1)
     low, high = picture.amin((1, 2), keepdim=True), picture.amax((1, 2), keepdim=True)
     for step in range(start, start + count):
@@ -373,10 +402,14 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
         origins = origin.view(height, width, 2) - way.movedim(0, -1)
         read = sample(picture, origins, "bicubic").clamp(low, high)
         moved = torch.cat([torch.where(spread < _ONE_WAY, read, moved[:-1]), moved[-1:]])
-        moved = fill_holes(moved[None], arrived[None])[0]
+        if arrived.any():
+            moved = fill_holes(moved[None], arrived[None])[0]
+        else:
+            moved = torch.cat([seen, torch.zeros_like(moved[-1:])])
+        seen = moved[:-1]
         mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
         entered = ~arrived & ~inside(origin - passed, height, width).view(height, width)
-        yield WarpedFrame(moved[:-1], mask.masked_fill(entered, 0.0), entered)
+        yield WarpedFrame(seen, mask.masked_fill(entered, 0.0), entered)
 
 
 def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:
@@ -432,7 +465,13 @@ def camera_flow(
 
 
 def tracks_flow(
-    path: Tensor, visible: Tensor | None, height: int, width: int, *, radius: float | None = None
+    path: Tensor,
+    visible: Tensor | None,
+    height: int,
+    width: int,
+    *,
+    radius: float | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> OpticalFlow:
     """A dense field from points that are followed over time: around each track everything moves as it does.
 
@@ -444,6 +483,7 @@ def tracks_flow(
         visible: [T, N] or [T, 1] bool (`track_visibility`), or None for all.
         height, width: pixels of the frame that the positions are measured in.
         radius: pixels; None is an eighth of the shorter side.
+        on_step: called before each of the T - 1 steps, for many tracks take seconds.
 
     Raises:
         ValueError: another shape, fewer than two frames, a visible position that is not finite, nothing visible, or a
@@ -470,8 +510,10 @@ def tracks_flow(
         frame, track = bad.nonzero()[0].tolist()
         raise ValueError(f"Track {track} is visible at frame {frame} but its position there is NaN; mark it invisible.")
     flow = torch.zeros(frames - 1, height, width, 2)
-    total = torch.zeros(frames - 1, height, width)
+    valid = torch.zeros(frames - 1, height, width, dtype=torch.bool)
     for step in range(frames - 1):
+        on_step()
+        total = torch.zeros(height, width)
         for track in (visible[step] & visible[step + 1]).nonzero()[:, 0].tolist():
             x, y = path[step, track].tolist()
             rows = slice(max(0, math.ceil(y - radius)), min(height, math.floor(y + radius) + 1))
@@ -483,15 +525,21 @@ def tracks_flow(
                 + torch.arange(columns.start, columns.stop).sub(x).square()
             )
             weight = torch.exp(-2 * away / radius**2) * (away <= radius**2)
-            total[step, rows, columns] += weight
+            total[rows, columns] += weight
             flow[step, rows, columns] += weight[..., None] * (path[step + 1, track] - path[step, track])
-    valid = total > 0
+        flow[step] /= total.clamp(min=1e-12)[..., None]
+        valid[step] = total > 0
     if not valid.any():
+        if radius < _LEAST_RADIUS:
+            raise ValueError(
+                f"track_radius is {radius:g} pixels, so that no track reaches the centre of a pixel; use {WAN_CELL} or "
+                "more, which is one pixel of Wan's latent, or 0 for an eighth of the shorter side."
+            )
         raise ValueError(
             f"No track is visible inside the {width}x{height} picture in two frames that follow each other; check that "
             "the tracks were made for this width and height."
         )
-    return OpticalFlow(flow / total.clamp(min=1e-12)[..., None], valid)
+    return OpticalFlow(flow, valid)
 
 
 # --- what the adapter sees ---

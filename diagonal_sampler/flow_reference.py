@@ -2,6 +2,7 @@
 
 The chunk's start is the carried frames, encoded and noised to `start_sigma` instead of to pure noise. Every prediction
 but the last is blended with them where the flow says something; the last is the model's own. The model is as it is.
+A weaker motion is blended less and starts nearer to pure noise: see `weaker_start`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ DEFAULT_START_SIGMA = 0.733
 """Measured on a toy as the level that follows best; it is also one of the release's own four."""
 FOLLOWED_SHARE = 1 / 16
 """Share of a latent cell's pixels, over its frames, that the motion must command for the cell to follow it wholly."""
+LEAST_COMMANDED = 1 / 2
+"""Share of a chunk's steps that the motion must command for it to start from carried frames: in the rest they stand."""
 TAIL_FRAMES = 3
 """Latent frames that are decoded to get the last pixel frame: a video decoder needs some before it."""
 
@@ -53,6 +56,24 @@ def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float)
     return (start_sigma, *(shift_sigma(scale * unshift_sigma(sigma, shift), shift) for sigma in sigmas[1:]))
 
 
+def weaker_start(start_sigma: float, strength: float, shift: float) -> float:
+    """The level that a chunk starts at under a motion of this strength: from pure noise down to `start_sigma`.
+
+    Args:
+        start_sigma: of full strength, in (0, 1].
+        strength: in [0, 1]; the way down in uniform time, as a share of the whole way.
+        shift: of the schedule.
+
+    Raises:
+        ValueError: strength out of range.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; it must be in [0, 1].")
+    if strength == 1:
+        return start_sigma
+    return min(1.0, shift_sigma(1 - strength * (1 - unshift_sigma(start_sigma, shift)), shift))
+
+
 class FlowReference:
     """What the reference mode adds to one run of `sample_chunks`: its schedule, its source, and the blend.
 
@@ -66,7 +87,8 @@ class FlowReference:
         blend: share in [0, 1] of the carried frames in every prediction but the last, where the flow is valid; a chunk
             of one step has it in that one.
         first_chunk, last_chunk: chunks that follow the flow, from 0. A chunk with nothing before it never does, nor one
-            in which the flow is valid nowhere.
+            of which the flow commands less than half of the steps (LEAST_COMMANDED); where chunks start at level 1,
+            nothing of the carried frames is in them, and any step will do.
 
     Raises:
         ValueError: a value out of range.
@@ -91,18 +113,16 @@ class FlowReference:
         self.optical_flow, self.decode, self.encode, self.blend_weight = optical_flow, decode, encode, blend
         last_chunk = len(counts) - 1 if last_chunk is None else last_chunk
         self._active: dict[int, int] = {}  # start frame -> chunk
-        valid = optical_flow.valid
-        held = valid.stride(0) == 0  # one step that stands for all
-        told = (valid[:1] if held else valid).flatten(1).any(1).tolist()
         rows = []
         start = given_frames
         for chunk, count in enumerate(counts):
             row = schedule.chunk_sigmas(chunk)
-            step = max(0, TIME_FACTOR * (start - 1))
-            commanded = told[0] and step < len(valid) if held else any(told[step : step + TIME_FACTOR * count])
-            if start > 0 and first_chunk <= chunk <= last_chunk and commanded:
-                self._active[start] = chunk
-                row = start_below_noise(row, start_sigma, schedule.shift)
+            if start > 0 and first_chunk <= chunk <= last_chunk:
+                steps = TIME_FACTOR * count
+                least = LEAST_COMMANDED * steps if start_sigma < 1 else 1
+                if optical_flow.told(TIME_FACTOR * (start - 1), steps) >= least:
+                    self._active[start] = chunk
+                    row = start_below_noise(row, start_sigma, schedule.shift)
             rows.append(row)
             start += count
         while len(rows) > 1 and rows[-1] == rows[-2]:  # the last row repeats by itself, however long the clip
@@ -110,6 +130,11 @@ class FlowReference:
         self.schedule = replace(schedule, sigmas=tuple(rows))
         self._tail: Tensor | None = None
         self._reference: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether any chunk follows the flow."""
+        return bool(self._active)
 
     def finished(self, latents: Tensor) -> None:
         """Takes what precedes the next chunk: the given context, then each chunk, [B, C, n, h, w]."""
@@ -125,13 +150,18 @@ class FlowReference:
         """The carried frames of a chunk that follows the flow, [B, C, frames, h, w] in the model's space."""
         return self._carried(start_frame, frames)[0]
 
-    def blend(self, denoised: Tensor, at: Forward) -> Tensor:
-        """A prediction with the carried frames mixed in; that of a chunk's last step as it is."""
+    def blend(self, denoised: Tensor, at: Forward, free: Tensor | None = None) -> Tensor:
+        """A prediction with the carried frames mixed in; that of a chunk's last step as it is.
+
+        Args:
+            denoised: [B, C, n, h, w].
+            free: in 0..1, of a shape that broadcasts to it; 0 where nothing may change. None is 1 everywhere.
+        """
         early = 0 <= at.step < max(1, at.steps - 1)
         if not early or at.start_frame not in self._active or self.blend_weight == 0:
             return denoised
         carried, mask = self._carried(at.start_frame, at.frames)
-        return torch.lerp(denoised, carried, self.blend_weight * mask)
+        return torch.lerp(denoised, carried, self.blend_weight * (mask if free is None else mask * free.to(mask)))
 
     @torch.no_grad()
     def _carried(self, start_frame: int, frames: int) -> tuple[Tensor, Tensor]:

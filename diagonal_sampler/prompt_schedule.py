@@ -20,6 +20,7 @@ MAX_TIME = 1e9
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(?P<chunk>chunk\s*)?(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
 _CLOCK = re.compile(r"(?P<time>(\d+:)?\d+:\d\d)\s*:(?P<prompt>.*)")
+_CLOCK_ALONE = re.compile(r"(\d+:)?\d+:\d\d(?=\s+[^\s:])")
 GRAMMAR = (
     "Write a time, a colon and a prompt in each row, such as '0: a red circle moves right', '5s: ...', '1.5m: ...', "
     "'1:30: ...' or 'chunk 12: ...' (seconds, minutes; chunks count from 1)."
@@ -87,6 +88,11 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
         return (PromptRow(lines[0][0], PromptTime(0), lines[0][1]),)
     rows: list[PromptRow] = []
     for number, line in lines:
+        if (alone := _CLOCK_ALONE.match(line)) is not None:
+            raise ValueError(
+                f"Row {number} begins with {alone[0]!r} and no colon behind it. Write '{alone[0]}: ...', or a blank "
+                f"behind the first colon where the prompt begins with a number. {GRAMMAR}"
+            )
         clock = _CLOCK.fullmatch(line)
         if clock is not None:
             seconds = sum(float(part) * 60**place for place, part in enumerate(reversed(clock["time"].split(":"))))

@@ -347,10 +347,15 @@ class DiagonalSchedule:
         return sum(listed) + (chunks - len(listed)) * len(self.sigmas[-1]) + passes
 
     def start_at(self, sigma: float) -> DiagonalSchedule:
-        """The schedule of video to video: levels above `sigma` are dropped and every chunk begins at `sigma`."""
+        """The schedule of video to video: every chunk begins at `sigma`, and levels above it are dropped.
+
+        A chunk that the schedule begins below it stays as it is.
+        """
         if not 0 < sigma <= 1:
             raise ValueError(f"The starting sigma is {sigma}; it must be in (0, 1].")
-        return replace(self, sigmas=tuple((sigma, *(s for s in row if s < sigma)) for row in self.sigmas))
+        starts = (min(sigma, row[0]) for row in self.sigmas)
+        rows = zip(starts, self.sigmas, strict=True)
+        return replace(self, sigmas=tuple((start, *(s for s in row if s < start)) for start, row in rows))
 
     def cost(self, chunks: int | None = None) -> Cost:
         """What a clip of `chunks` chunks takes, beside a uniform schedule with a cache pass (Self Forcing's).
@@ -372,9 +377,10 @@ class DiagonalSchedule:
     def describe(self, chunks: int | None = None) -> str:
         """One line: the steps, and what they cost; see `cost`."""
         cost = self.cost(chunks)
+        uniform = "1 uniform step" if cost.uniform_steps == 1 else f"{cost.uniform_steps} uniform steps"
         return (
             f"{cost.steps} steps, {self.context_mode} context: {cost.forwards} forwards for {cost.chunks} chunks; "
-            f"{cost.uniform_steps} uniform steps with a cache pass need {cost.uniform_forwards} "
+            f"{uniform} with a cache pass would take {cost.uniform_forwards} "
             f"({cost.uniform_forwards / cost.forwards:.2f}x)."
         )
 

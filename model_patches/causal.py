@@ -52,8 +52,8 @@ class CausalRun:
 
     Attributes:
         cache: keys and values of this run.
-        fixed_weights: no hook changes weights during the run, and no function wrapper a forward's text or noise level,
-            so that what follows from these alone can be kept.
+        fixed_weights: no hook changes weights during the run, and no wrapper of another node a forward's text or noise
+            level, so that what follows from these alone can be kept.
         sigma: the noise level of the current forward, the same for all rows of the batch; None if it is not known.
         seen: conditions that the current forward has predicted so far.
         wrote: blocks whose keys and values it has written.
@@ -100,8 +100,9 @@ class CausalRun:
         if self.seen != self._all_seen:
             raise ValueError(
                 "Another node skips forwards, or prompts in some of them (EasyCache, LazyCache, TeaCache, a guidance "
-                "for some steps only): every forward of a causal model writes the keys and values that later chunks "
-                "need. Remove that node."
+                "for some steps only, CFG Override to or from cfg 1): every forward of a causal model writes the keys "
+                "and values that later chunks need. Remove that node, or have it and the sampler use a cfg such as "
+                "1.01 in place of 1, which asks for both prompts."
             )
         missing = [at for at in range(blocks) if at not in self.wrote and ("double_block", at) not in replaced]
         if missing or not self.seen:
@@ -175,16 +176,35 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
         settings: window, sink, positions and frames per chunk, in latent frames.
 
     Raises:
-        ValueError: the MODEL is no Wan 2.1 text-to-video model.
+        ValueError: the MODEL is no Wan 2.1 text-to-video model, or another node has replaced its self-attention.
     """
-    network = model.get_model_object("diffusion_model")
-    network = getattr(network, "_orig_mod", network)
-    _require_text_to_video(network)
+    _require_text_to_video(_network(model))
     patched = model.clone()
+    _patch_network(patched)
+    patched.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY, _prepare_forward)
+    patched.remove_callbacks_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, WRAPPER_KEY)
+    patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, WRAPPER_KEY, _follow_clone)
+    patched.model_options[SETTINGS_KEY] = settings
+    return patched
+
+
+def _network(model: ModelPatcher) -> torch.nn.Module:
+    network = model.get_model_object("diffusion_model")
+    return getattr(network, "_orig_mod", network)
+
+
+def _patch_network(model: ModelPatcher) -> None:
+    """Put our functions into the MODEL's object patches, in place of earlier ones of ours.
+
+    Raises:
+        ValueError: another node has replaced a self-attention.
+    """
+    network = _network(model)
     for layer in range(len(network.blocks)):
         for name, make in (("self_attn", _CausalSelfAttention), ("cross_attn", _CachedCrossAttention)):
             path = f"diffusion_model.blocks.{layer}.{name}"
-            module, original = model.get_model_object(path), patched.get_model_object(f"{path}.forward")
+            module, original = model.get_model_object(path), model.get_model_object(f"{path}.forward")
             if isinstance(original, _Patch):
                 original = original.original
             if getattr(original, "__func__", None) is not type(module).forward:
@@ -194,24 +214,37 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
                     f"Another node has replaced {path}.forward, which causal attention has to replace itself. Remove "
                     "that node."
                 )
-            patched.add_object_patch(f"{path}.forward", make(module, original, layer))
+            model.add_object_patch(f"{path}.forward", make(module, original, layer))
         path = f"diffusion_model.blocks.{layer}"
-        block, original = model.get_model_object(path), patched.get_model_object(f"{path}.forward")
+        block, original = model.get_model_object(path), model.get_model_object(f"{path}.forward")
         original = original.original if isinstance(original, _LeanBlock) else original
         known = type(block) in (WanAttentionBlock, CausalWanAttentionBlock)
         if known and getattr(original, "__func__", None) is type(block).forward:  # nobody else has changed it
-            patched.add_object_patch(f"{path}.forward", _LeanBlock(block, original, layer))
-    original = patched.get_model_object(FORWARD_PATH)
+            model.add_object_patch(f"{path}.forward", _LeanBlock(block, original, layer))
+    original = model.get_model_object(FORWARD_PATH)
     original = original.original if isinstance(original, _LeanForward) else original
     if getattr(original, "__func__", None) is WanModel.forward_orig:
-        patched.add_object_patch(FORWARD_PATH, _LeanForward(network, original))
-    original = patched.get_model_object(ROPE_PATH)
+        model.add_object_patch(FORWARD_PATH, _LeanForward(network, original))
+    original = model.get_model_object(ROPE_PATH)
     original = original.original if isinstance(original, _KnownRotations) else original
-    patched.add_object_patch(ROPE_PATH, _KnownRotations(original))
-    patched.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, WRAPPER_KEY, _prepare_forward)
-    patched.model_options[SETTINGS_KEY] = settings
-    return patched
+    model.add_object_patch(ROPE_PATH, _KnownRotations(original))
+
+
+def _follow_clone(old: ModelPatcher, new: ModelPatcher) -> None:
+    """ON_CLONE callback: a clone around a network of its own gets patches that hold that network's modules.
+
+    ComfyUI makes such clones of a MODEL in dynamic VRAM where a conditioning has hooks, and for further GPUs. With the
+    old patches the forward would run in the old network, whose weights no hook changes.
+    """
+    if new.model is old.model:
+        return
+    for path, patch in list(new.object_patches.items()):
+        if isinstance(patch, (_Patch, _LeanBlock, _LeanForward, _KnownRotations)):
+            del new.object_patches[path]
+            # Only rotations are ever put around another node's function.
+            if path == ROPE_PATH and getattr(patch.original, "__func__", None) is not WanModel.rope_encode:
+                new.object_patches[path] = patch.original
+    _patch_network(new)
 
 
 def _require_text_to_video(network: torch.nn.Module) -> None:

@@ -21,6 +21,9 @@ from .memory import network_facts
 
 log = logging.getLogger(__name__)
 
+MAX_TIMESTEP = 1000
+"""What a Wan network is given at sigma 1."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPlan:
@@ -76,8 +79,8 @@ def plan_clip(
         context: frames that the clip begins with, of one video or of as many as the batch has.
 
     Raises:
-        ValueError: a MODEL that is not causal, a latent size that does not fit, a context that does not, or a KV cache
-            larger than all memory of the device.
+        ValueError: a MODEL that is not causal or counts noise levels in another way, a latent size that does not fit, a
+            context that does not, or a KV cache larger than all memory of the device.
     """
     settings = causal_settings(model)
     if settings is None:
@@ -93,6 +96,7 @@ def plan_clip(
             settings.frames_per_chunk,
         )
         settings = replace(settings, frames_per_chunk=wanted)
+    _require_timesteps(model)
     _require_size(model, shape)
     given = _initial_latent(model)
     if given is not None and context is not None:
@@ -103,6 +107,17 @@ def plan_clip(
     plan = ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
     _require_memory(model, plan)
     return plan
+
+
+def _require_timesteps(model: ModelPatcher) -> None:
+    """A node may replace how a noise level becomes the number that the network is given."""
+    top = float(model.get_model_object("model_sampling").timestep(torch.ones(1)))
+    if abs(top - MAX_TIMESTEP) > 0.5:
+        raise ValueError(
+            f"The MODEL's sampling counts noise levels up to {top:g}, and a Wan model was trained with {MAX_TIMESTEP}: "
+            "its output would be wrong. Remove the node that changes the sampling (ModelSamplingAuraFlow, "
+            "ModelSamplingFlux or the like); the shift is set in Diagonal Schedule."
+        )
 
 
 def _require_context(model: ModelPatcher, shape: tuple[int, ...], given: Tensor) -> None:

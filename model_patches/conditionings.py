@@ -17,6 +17,15 @@ UNSUPPORTED_CONDITIONS = {
     "reference_latents": "reference latents",
     "time_dim_concat": "frames to concatenate",
     "context_latents": "context latents",
+    # What ComfyUI's nodes for other Wan models leave, and a text-to-video model does not look at.
+    "vace_frames": "a video for VACE",
+    "camera_conditions": "a camera for Wan Fun Camera",
+    "control_video": "a control video",
+    "pose_video_latent": "a video of poses",
+    "face_video_pixels": "a video of a face",
+    "driving_mask_28ch": "a driving mask",
+    "reference_motion": "frames of a motion",
+    "audio_embed": "sound",
 }
 
 

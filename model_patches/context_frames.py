@@ -8,6 +8,7 @@ import comfy.sd
 from torch import Tensor
 
 from ..diagonal_sampler import frames
+from .vae_scale import PICTURES_ONLY, encode, warn_if_mistaken
 
 CONTEXT_LATENT_FRAMES = 6
 """Of a video's end that another begins with; why six: docs/decisions.md."""
@@ -57,13 +58,11 @@ def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> Con
                 f"{down} and {size - size % step + step}: scale the images, or crop them."
             )
     count = min(latent_frames, frames.latent_frames(len(images)))
-    latent = vae.encode(images[-frames.pixel_frames(count) :, :, :, :3])
+    warn_if_mistaken(vae)
+    latent = encode(vae, images[-frames.pixel_frames(count) :, :, :, :3])
     if latent.ndim != 5:
-        raise ValueError(
-            f"The VAE ({type(vae.first_stage_model).__name__}) encodes pictures, not video; connect the model's own: "
-            "the Wan 2.1 VAE, lighttaew2_1 or the demo's."
-        )
+        raise ValueError(PICTURES_ONLY.format(type(vae.first_stage_model).__name__))
     if count > 1:
         return ContextFrames(latent=latent)
-    still = vae.encode(images[-1:, :, :, :3].expand(frames.pixel_frames(2), -1, -1, -1))
+    still = encode(vae, images[-1:, :, :, :3].expand(frames.pixel_frames(2), -1, -1, -1))
     return ContextFrames(latent=latent, still=still[:, :, -1:])

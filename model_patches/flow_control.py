@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import comfy.model_management
 import comfy.sd
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from ..diagonal_sampler.flow import AdapterField, OpticalFlow
 from ..diagonal_sampler.flow_noise import FlowNoise
-from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
+from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference, weaker_start
 from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.noise import NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Forward
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .causal import FlowEmbedding
 from .loading import FLOW_ADAPTER_ATTACHMENT
+from .vae_scale import decode, encode, require_fitting, warn_if_mistaken
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class FlowConditioning:
             noise), adapter+blend (the adapter, and reference's blend without its start; needs the VAE), or auto:
             adapter if the model has one, else reference.
         strength: in [0, 1]; 0 is as if nothing was connected.
-        start_sigma: noise level in (0, 1] that a chunk of mode reference starts at.
+        start_sigma: noise level in (0, 1] that a chunk of mode reference starts at with strength 1; see weaker_start.
         blend: in [0, 1], share of the carried frames in every prediction of a chunk but the last, in modes reference
             and adapter+blend; times strength.
         first_chunk, last_chunk: that follow it, counted from 1; LAST_CHUNK is to the end.
@@ -98,6 +100,9 @@ class FlowRun:
         given_frames: latent frames that the clip begins with.
         denoise: below 1 every chunk starts from the latent, which mode reference cannot be combined with.
 
+    Raises:
+        ValueError: what cannot be combined, a VAE that does not fit, or a clip in which nothing can follow.
+
     Attributes:
         mode: the one that auto chose.
         schedule: the run's.
@@ -126,11 +131,17 @@ class FlowRun:
         self._embedding: FlowEmbedding | None = None
         self._adapter_field: AdapterField | None = None
         self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
-        ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+        latent_format = model.get_model_object("latent_format")
+        ratio = latent_format.spacial_downscale_ratio
         _, _, frames, height, width = self._shape
         if frames < 2:
+            longer = "Use a length of more than one chunk." if self.mode == REFERENCE else "Use a length of 5."
+            raise ValueError(f"The video has one latent frame (one pixel frame): nothing moves in it. {longer}")
+        if self._first >= len(counts):
             raise ValueError(
-                "The video has one latent frame (one pixel frame): nothing moves in it. Use a length of 5."
+                f"first_chunk is {conditioning.first_chunk}, but the video has {len(counts)} "
+                f"chunk{'s' * (len(counts) > 1)}, so that none follows the motion; use {len(counts)} at most, or a "
+                "longer video."
             )
         field, steps = conditioning.optical_flow, TIME_FACTOR * (frames - 1)
         _warn_about_fit(field, steps, height * ratio, width * ratio)
@@ -149,6 +160,10 @@ class FlowRun:
                     "noise."
                 )
         if self.mode in (REFERENCE, ADAPTER_AND_BLEND):
+            assert conditioning.vae is not None
+            require_fitting(conditioning.vae, latent_format)
+            warn_if_mistaken(conditioning.vae)
+            start_sigma = weaker_start(conditioning.start_sigma, conditioning.strength, schedule.shift)
             self._reference = FlowReference(
                 field.fit(self._steps, height * ratio, width * ratio),
                 schedule,
@@ -156,7 +171,7 @@ class FlowRun:
                 decode=self._decode,
                 encode=self._encode,
                 given_frames=given_frames,
-                start_sigma=conditioning.start_sigma if self.mode == REFERENCE else 1.0,
+                start_sigma=start_sigma if self.mode == REFERENCE else 1.0,
                 blend=conditioning.blend * conditioning.strength,
                 first_chunk=self._first,
                 last_chunk=self._last,
@@ -170,6 +185,37 @@ class FlowRun:
                 original = original.original
             self._embedding = FlowEmbedding(original, *adapter, conditioning.strength)
             model.add_object_patch(_EMBEDDING_PATH, self._embedding)
+        if not self._any_follows():
+            log.warning("The optical flow changes nothing in this video: %s", self._why_none_follows())
+
+    def _any_follows(self) -> bool:
+        if self._reference is not None and self.mode == REFERENCE:
+            return self._reference.follows
+        field = self._settings.optical_flow
+        field = field.fit(self._steps, field.height, field.width)  # a single step is held
+        starts = accumulate(self._counts, initial=self._given)
+        for chunk, (start, count) in enumerate(zip(starts, self._counts, strict=False)):
+            first, end = max(0, TIME_FACTOR * (start - 1)), max(1, TIME_FACTOR * (start + count - 1))
+            if self._first <= chunk <= self._last and field.told(first, end - first):
+                return True
+        return False
+
+    def _why_none_follows(self) -> str:
+        if self.mode == REFERENCE and not self._given and len(self._counts) == 1:
+            return (
+                "it has one chunk, and mode reference carries the last frame of the one before. Use a longer video, "
+                "give the sampler context, or use mode adapter."
+            )
+        if self.mode == REFERENCE and not self._given and self._last == 0:
+            return (
+                f"last_chunk is {self._settings.last_chunk}, and mode reference carries the last frame of the chunk "
+                "before, which the first one lacks. Set last_chunk to 2 or more, or to 0."
+            )
+        least = "half of a chunk" if self.mode == REFERENCE else "a step"
+        return (
+            f"it has {self._settings.optical_flow.steps} steps, and commands not even {least} where chunks may follow. "
+            "Give a longer motion or mask, or look at first_chunk and last_chunk."
+        )
 
     def noise(self, draws: NoiseSource, seed: int, rows: Sequence[int] | None = None) -> NoiseSource:
         """The run's noise: moved in mode noise, `draws` otherwise. rows: SeededNoise's."""
@@ -219,9 +265,14 @@ class FlowRun:
         else:
             self._embedding.set(None)
 
-    def after(self, denoised: Tensor, at: Forward) -> Tensor:
-        """The prediction of a forward, changed where the mode says so."""
-        return denoised if self._reference is None else self._reference.blend(denoised, at)
+    def after(self, denoised: Tensor, at: Forward, mask: Tensor | None = None) -> Tensor:
+        """The prediction of a forward, changed where the mode says so.
+
+        Args:
+            denoised: [B, C, n, H, W].
+            mask: the chunk's denoise mask, which broadcasts to it: 0 where nothing may change, 1 where all may.
+        """
+        return denoised if self._reference is None else self._reference.blend(denoised, at, mask)
 
     def finished(self, latents: Tensor) -> None:
         """To be called with the given context, and with every finished chunk, [B, C, n, H, W] in the model's space."""
@@ -254,14 +305,14 @@ class FlowRun:
         vae = self._settings.vae
         assert vae is not None
         self._loaded = self._model.loaded_size()
-        images = vae.decode(self._model.model.process_latent_out(latents.float()))
+        images = decode(vae, self._model.model.process_latent_out(latents.float()))
         images = images.reshape(latents.shape[0], -1, *images.shape[-3:])  # [B, T, H, W, 3]
         return images[:, -1, ..., :3].movedim(-1, 1).to(latents.device, torch.float32)
 
     def _encode(self, frames: Tensor) -> Tensor:
         vae = self._settings.vae
         assert vae is not None
-        latents = torch.cat([vae.encode(clip.movedim(0, -1)) for clip in frames])
+        latents = torch.cat([encode(vae, clip.movedim(0, -1)) for clip in frames])
         resident = any(loaded is self._model for loaded in comfy.model_management.loaded_models())
         if not resident or self._model.loaded_size() < self._loaded:
             comfy.model_management.load_models_gpu([self._model])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
@@ -42,17 +43,20 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> Opti
         raise ValueError(f"The video has shape {tuple(images.shape)}; it must be an IMAGE [frames, height, width, 3].")
     if len(images) < 2:
         raise ValueError(f"The video has {len(images)} frame; motion needs at least 2.")
-    if not torch.isfinite(images).all():
+    if not torch.isfinite(torch.stack(images.aminmax())).all():
         raise ValueError("The video holds NaN or infinite values; check the node that made it.")
     between = _dis() if estimator is None else _raft(estimator)
-    frames = images[..., :3].float().cpu()
-    flows, valids = [], []
-    for first, second in zip(frames, frames[1:], strict=False):
+    frames = images[..., :3]
+    steps, height, width = len(frames) - 1, *frames.shape[1:3]
+    flow, valid = torch.empty(steps, height, width, 2), torch.empty(steps, height, width, dtype=torch.bool)
+    progress = comfy.utils.ProgressBar(steps)
+    for step in range(steps):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        there, back = between(first, second), between(second, first)
-        flows.append(there)
-        valids.append(_leads_home(there, back))
-    return OpticalFlow(torch.stack(flows), torch.stack(valids))
+        first, second = frames[step].float().cpu(), frames[step + 1].float().cpu()
+        flow[step] = between(first, second)
+        valid[step] = _leads_home(flow[step], between(second, first))
+        progress.update(1)
+    return OpticalFlow(flow, valid)
 
 
 def _leads_home(there: Tensor, back: Tensor) -> Tensor:

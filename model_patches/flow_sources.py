@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import comfy.model_management
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -52,9 +54,14 @@ def _tracks(inputs: FlowInputs) -> OpticalFlow:
     tracks = _connected(inputs.tracks, "tracks")
     if "track_path" not in tracks:
         raise ValueError(f"tracks has {', '.join(tracks) or 'nothing'} and lacks track_path; connect ComfyUI's TRACKS.")
-    return tracks_flow(
-        tracks["track_path"], tracks.get("track_visibility"), inputs.height, inputs.width, radius=inputs.track_radius
-    )
+    path, visible = tracks["track_path"], tracks.get("track_visibility")
+    progress = comfy.utils.ProgressBar(len(path) - 1)
+
+    def on_step() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update(1)
+
+    return tracks_flow(path, visible, inputs.height, inputs.width, radius=inputs.track_radius, on_step=on_step)
 
 
 def _painted(inputs: FlowInputs) -> OpticalFlow:
@@ -97,7 +104,8 @@ def flow_preview(
     """The field over a video, and the video's own motion beside it.
 
     Args:
-        images: IMAGE [T, H, W, 3] of the video that followed it, or None for the field alone.
+        images: IMAGE [T, H, W, 3] of the video that followed it, or None for the field alone. A single image is held
+            for all of the field's steps.
         measure: estimate the images' motion too.
         speed: pixels per frame of the full colour; None finds one.
 
@@ -105,12 +113,17 @@ def flow_preview(
         IMAGE of panels (see flow_pictures.preview), and a sentence with the end-point error.
 
     Raises:
-        ValueError, ImportError: see estimate_flow.
+        ValueError, ImportError: see estimate_flow; a single image cannot be measured.
     """
     if images is None:
         return preview(None, field, speed=speed), f"{field.steps} steps at {field.width}x{field.height}"
-    if len(images) < 2:
-        raise ValueError(f"images has {len(images)} frame; motion needs at least 2.")
+    if not len(images) or (measure and len(images) < 2):
+        raise ValueError(
+            f"images has {len(images)} frame; motion needs at least 2 to be measured. Connect the whole video, or turn "
+            "measure off."
+        )
+    if len(images) == 1:
+        images = images.expand(field.steps + 1, -1, -1, -1)
     fitted = field.fit(len(images) - 1, images.shape[1], images.shape[2])
     if not measure:
         return preview(images, fitted, speed=speed), f"{fitted.steps} steps at {fitted.width}x{fitted.height}"

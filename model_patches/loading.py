@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import comfy.lora
@@ -37,12 +38,13 @@ FLOW_ADAPTER_ATTACHMENT = "diagonal_flow_adapter"
 
 
 def load_wan(
-    path: str | Path, *, weights: str = "auto", weight_dtype: str = "default"
+    path: str | Path, *, weights: str = "auto", weight_dtype: str = "default", disable_dynamic: bool = False
 ) -> tuple[ModelPatcher, CheckpointInfo]:
     """Load a Wan text-to-video file as a MODEL of ComfyUI's causal class, which its own AR sampler runs as
     well.
 
     path: a file below a ComfyUI model folder. weights: see `recognise`. weight_dtype: a key of WEIGHT_DTYPES.
+    disable_dynamic: without ComfyUI's dynamic VRAM, as ComfyUI itself asks where a conditioning has hooks.
 
     Raises ValueError for a file that is refused (see `load_checkpoint`) and for one that this ComfyUI does
     not load whole.
@@ -55,7 +57,11 @@ def load_wan(
         quant_formats=comfy.quant_ops.QUANT_ALGOS,
         read_safetensors=_read_safetensors,
     )
-    return host_model(checkpoint, WEIGHT_DTYPES[weight_dtype]), checkpoint.info
+    model = host_model(checkpoint, WEIGHT_DTYPES[weight_dtype], disable_dynamic=disable_dynamic)
+    # How ComfyUI loads the file anew, for hooks in dynamic VRAM or another GPU: a function, its arguments, and which of
+    # its results is the MODEL.
+    model.cached_patcher_init = (partial(load_wan, weights=weights, weight_dtype=weight_dtype), (path,), 0)
+    return model, checkpoint.info
 
 
 def apply_lora(
@@ -90,14 +96,20 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
     return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
-def host_model(checkpoint: Checkpoint, model_options: dict) -> ModelPatcher:
-    """ComfyUI's model of a recognised file. model_options: of its own loader. Raises ValueError as `load_wan` does."""
+def host_model(checkpoint: Checkpoint, model_options: dict, *, disable_dynamic: bool = False) -> ModelPatcher:
+    """ComfyUI's model of a recognised file. The options are those of its own loader.
+
+    Raises ValueError as `load_wan` does.
+    """
     info = checkpoint.info
     # ComfyUI empties the dict that it is given: keep ours whole.
     state_dict = dict(checkpoint.state_dict)
     adapter = tuple(state_dict.pop(key) for key in FLOW_ADAPTER_KEYS if key in state_dict)
     model = comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=dict(model_options), metadata=dict(checkpoint.host_metadata)
+        state_dict,
+        model_options=dict(model_options),
+        metadata=dict(checkpoint.host_metadata),
+        disable_dynamic=disable_dynamic,
     )
     if model is None:
         raise ValueError(

@@ -45,13 +45,15 @@ def network_facts(model: ModelPatcher) -> NetworkFacts:
     """Sizes of a Wan MODEL, loaded or on the meta device."""
     network = model.get_model_object("diffusion_model")
     network = getattr(network, "_orig_mod", network)
+    # A compute dtype is a patch of this MODEL's (ModelComputeDtype): what the network says is that of the last one run.
+    dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     return NetworkFacts(
         weight_bytes=model.model_size(),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         layers=len(network.blocks),
         width=network.dim,
         patch=tuple(network.patch_size[1:]),
-        element_bytes=comfy.model_management.dtype_size(model.model.get_dtype_inference()),
+        element_bytes=comfy.model_management.dtype_size(dtype),
         forward_bytes=model.model.memory_required([1, 1, 1, 1, 1]),  # it is proportional to the latent's cells
     )
 

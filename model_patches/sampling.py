@@ -8,6 +8,7 @@ only the loop over chunks and steps is ours (`diagonal_sampler.sampler`). `sampl
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,12 @@ import comfy.conds
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
@@ -27,7 +30,7 @@ from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
 from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
-from .causal import RUN_KEY, CausalRun, exact_positions
+from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
 from .context_frames import ContextFrames
@@ -58,7 +61,7 @@ class StreamedChunk:
     Attributes:
         index: the chunk, counted from 0; CONTEXT for the given frames that the clip begins with.
         latents: [B, C, frames, H, W] in LATENT scale, on the model's device.
-        cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call only.
+        cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call, and in on_cancel.
         forwards: forwards of the clip so far.
         patcher: the MODEL that is sampling, which must stay loaded.
         history: with a prompt schedule, finished latents in the model's space by start_frame (see sample_chunks).
@@ -90,7 +93,7 @@ class Resume:
         chunk: the first chunk to make, counted from 0.
         committed: latent frames before it, context included.
         load: gives the KVCache's snapshot there; called once, and what it gives is not kept.
-        dropped: the KVCache's.
+        dropped, begun: the KVCache's.
         load_history: gives StreamedChunk's history there.
         load_flow: gives StreamedChunk's flow there.
     """
@@ -99,6 +102,7 @@ class Resume:
     committed: int
     load: Callable[[], Mapping[str, Tensor]]
     dropped: int = 0
+    begun: int = 0
     load_history: Callable[[], Mapping[int, Tensor]] = dict
     load_flow: Callable[[], Mapping[str, Tensor]] = dict
 
@@ -125,7 +129,7 @@ def sample_latent(
 
     Args:
         model: a causal MODEL; it is not changed.
-        positive, negative: CONDITIONING; the negative is ignored at cfg 1.
+        positive, negative: CONDITIONING; the negative is ignored at cfg 1, unless a node behind the MODEL uses it.
         latent: LATENT with samples [B, 16, T, H, W] and perhaps a noise_mask.
         schedule: noise levels per chunk and the context mode.
         seed: of the noise; the same seed gives the same noise on any device.
@@ -151,8 +155,9 @@ def sample_latent(
         raise ValueError("The latent holds several streams (video with audio); a causal Wan model makes video only.")
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    empty = bool(torch.count_nonzero(samples) == 0)
     if denoise < 1:
-        if torch.count_nonzero(samples) == 0:
+        if empty:
             raise ValueError(
                 f"denoise is {denoise} but the latent is empty: there is nothing to start from. Use denoise 1, or "
                 "encode a video with VAE Encode."
@@ -162,7 +167,7 @@ def sample_latent(
     _warn(model, schedule)
     rows = _batch_rows(latent, plan)
     draws = noise if noise is not None else _seeded_noise(plan, seed, rows)
-    run_model = model.clone()
+    run_model = _run_clone(model, positive, negative)
     flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, draws, seed, denoise, rows)
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(plan.made_frames)], dim=2).to(samples.device)
@@ -172,7 +177,15 @@ def sample_latent(
         positive,
         negative,
         plan,
-        DiagonalSampler(plan, draws, on_progress=on_progress, on_chunk=on_chunk, flow_run=flow_run, prompts=prompts),
+        DiagonalSampler(
+            plan,
+            draws,
+            starts_from_latent=not empty,
+            on_progress=on_progress,
+            on_chunk=on_chunk,
+            flow_run=flow_run,
+            prompts=prompts,
+        ),
         initial,
         samples,
         seed=seed,
@@ -185,6 +198,17 @@ def sample_latent(
         device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
     )
     return out
+
+
+def _run_clone(model: ModelPatcher, positive: list, negative: list) -> ModelPatcher:
+    """The run's own clone of the MODEL.
+
+    With hooks in dynamic VRAM ComfyUI's guider samples another one, around a network of its own that it keeps at the
+    MODEL: taken here already, so that all that belongs to the run is of that network.
+    """
+    if model.is_dynamic() and any(comfy.sampler_helpers.cond_has_hooks(conds) for conds in (positive, negative)):
+        return model.get_non_dynamic_delegate()
+    return model.clone()
 
 
 def _flow_run(
@@ -226,6 +250,7 @@ def stream_latent(
     on_progress: Callable[[Progress], None] | None = None,
     optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
+    on_cancel: Callable[[], None] | None = None,
 ) -> None:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
 
@@ -238,6 +263,7 @@ def stream_latent(
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
         live: prompts that earlier runs of this clip were given while they went on.
+        on_cancel: called when ComfyUI's Cancel ends the run, while the last chunk that was given away still is valid.
         positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts: as in sample_latent. Progress
             counts on when resumed.
 
@@ -247,7 +273,7 @@ def stream_latent(
     _warn(model, plan.schedule)
     batch, channels, frames, height, width = plan.shape
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
-    run_model = model.clone()
+    run_model = _run_clone(model, positive, negative)
     flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, _seeded_noise(plan, seed), seed)
     _run_guider(
         run_model,
@@ -263,6 +289,7 @@ def stream_latent(
             live=live,
             flow_run=flow_run,
             prompts=prompts,
+            on_cancel=on_cancel,
         ),
         chunk,
         chunk.clone(),
@@ -320,7 +347,7 @@ def _run_guider(
     Args:
         run_model: the run's own clone of the MODEL.
     """
-    negative_used = negative if cfg != 1.0 else []
+    negative_used = negative if uses_negative(run_model, cfg) else []
     check_conditionings(run_model, positive, negative_used)
     text_tokens = [context.shape[1] for context, _ in (*positive, *negative_used)]
     run_model.add_wrapper_with_key(
@@ -341,6 +368,11 @@ def _run_guider(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+
+
+def uses_negative(model: ModelPatcher, cfg: float) -> bool:
+    """Whether ComfyUI's sampling_function predicts the negative; nodes such as NAG have it do so at cfg 1, too."""
+    return not math.isclose(cfg, 1.0) or model.model_options.get("disable_cfg1_optimization", False)
 
 
 def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[str, ...]:
@@ -381,6 +413,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
     With `stream` it collects nothing: noise and latent_image are then those of one chunk, the noise is drawn here
     chunk by chunk, and what `sample` returns means nothing.
+
+    Args:
+        starts_from_latent: the latent is a video that a schedule below sigma 1 may start from, not an empty one.
     """
 
     def __init__(
@@ -388,6 +423,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         plan: ClipPlan,
         noise: NoiseSource,
         *,
+        starts_from_latent: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
         stream: Callable[[StreamedChunk], None] | None = None,
@@ -395,7 +431,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
         live: Sequence[LivePrompt] = (),
         flow_run: FlowRun | None = None,
         prompts: PromptBox | None = None,
+        on_cancel: Callable[[], None] | None = None,
     ) -> None:
+        self.on_cancel = on_cancel
+        self.starts_from_latent = starts_from_latent
         self.flow_run = flow_run
         self.prompts = prompts
         self.plan = plan
@@ -424,8 +463,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
-        # A function wrapper may give each forward another text or noise level than the run knows of.
-        fixed = "registered_hooks" not in options and "model_function_wrapper" not in options
+        fixed = "registered_hooks" not in options and not _wraps_forwards(options)
         run = CausalRun(cache, fixed_weights=fixed)
         blocks = len(model_wrap.inner_model.diffusion_model.blocks)
         transformer_options[RUN_KEY] = run
@@ -449,7 +487,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
         rows = set(plan.schedule.sigmas[: plan.chunks])
         levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
         if resume is not None:
-            cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped)
+            cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped, begun=resume.begun)
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
             # Copies: what was read still is the state's file, which Windows then does not let be replaced.
             history = {start: x.to(noise.device, copy=True) for start, x in resume.load_history().items()}
@@ -487,7 +525,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             pace.mark()
             finite.settle()
             if flow_run is not None:
-                denoised = flow_run.after(denoised, at)
+                denoised = flow_run.after(denoised, at, mask)
             if level is not None and at.chunk == 0 and at.step >= 0:
                 denoised = meet(denoised, level, contrast=plan.context_frames > 1)
             if at.step >= 0:
@@ -516,7 +554,6 @@ class DiagonalSampler(comfy.samplers.Sampler):
             return send(self.noise(chunk, step, frames), noise.device).to(noise.dtype)
 
         def source(start: int, frames: int) -> Tensor:
-            start = 0 if streaming else start  # a stream's latent is one chunk, and empty
             return latent_image[:, :, start : start + frames]
 
         def recache(chunk: int) -> bool:
@@ -551,7 +588,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 frames=plan.shape[2],
                 frames_per_chunk=plan.settings.frames_per_chunk,
                 context=context,
-                source=flow_run.source if starts else None if latent_image is None else source,
+                source=flow_run.source if starts else source if self.starts_from_latent else None,
                 first_chunk=0 if resume is None else resume.chunk,
                 recache=None if prompt_run is None else recache,
                 history=history,
@@ -568,6 +605,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 if self.on_chunk is not None:
                     self.on_chunk(chunk)
             finite.settle()
+        except comfy.model_management.InterruptProcessingException:
+            if self.on_cancel is not None:
+                self.on_cancel()
+            raise
         finally:
             run.free()
             if flow_run is not None:
@@ -636,6 +677,14 @@ class DiagonalSampler(comfy.samplers.Sampler):
     def _into_run(latent: Tensor, model_wrap, noise: Tensor) -> Tensor:
         latent = comfy.utils.repeat_to_batch_size(latent.to(noise), noise.shape[0])
         return model_wrap.inner_model.process_latent_in(latent)
+
+
+def _wraps_forwards(options: dict[str, Any]) -> bool:
+    """Whether another node is around each forward, where it may change text and noise level from those of the run."""
+    wrappers = options["transformer_options"].get("wrappers", {})
+    around = {key for key, found in wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {}).items() if found}
+    inside = wrappers.get(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, {})
+    return "model_function_wrapper" in options or bool(around - {WRAPPER_KEY, COMPILE_KEY}) or any(inside.values())
 
 
 def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-import comfy.latent_formats
 import comfy.model_management
 import comfy.sd
 import torch
@@ -32,6 +31,7 @@ from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
 from torch import Tensor, nn
 
 from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
+from .vae_scale import into_decoder, warn_if_mistaken
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ WAN_ESTIMATE_FRAMES = 5
 """ComfyUI's estimate for Wan's decoder steps up after 4 latent frames, with the caches full; here they stay full."""
 TAEHV_LAYOUT = torch.channels_last
 """How TAEHV's activations lie on CUDA: as cuDNN's convolutions for tensor cores want them."""
+MOST_KEPT_BYTES = 256 << 20
+"""Of a decoder's memory that is kept while the next chunk is decoded, in case that is cancelled: Wan's is larger."""
 WINDOW_CONTEXT_FRAMES = 4
 """Latent frames decoded again before the new ones where the decoder's own memory is not known."""
 
@@ -302,11 +304,13 @@ class StreamDecoder:
 
         On CUDA this returns while the GPU decodes, on a stream of its own. If ComfyUI holds the VAE fully and
         statically on the GPU, what is queued next runs beside it; else it runs behind it, because ComfyUI shares the
-        buffers that weights are copied to. If anything fails, or the person cancels, the state is freed at once.
+        buffers that weights are copied to. If anything fails, or the person cancels, the state is freed at once; but
+        behind a Cancel a decoder with a small one (MOST_KEPT_BYTES) stays as it was before this chunk.
         """
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
         self._require_shape(latents)
+        kept = [clip.snapshot() for clip in self._clips] if self.state_bytes <= MOST_KEPT_BYTES else []
         try:
             with torch.no_grad(), comfy.model_management.cuda_device_context(self.vae.device):
                 self._load(tuple(latents.shape))
@@ -314,7 +318,13 @@ class StreamDecoder:
                     self._size = (latents.shape[0], *latents.shape[3:])
                     self._clips = [self._architecture.new_clip() for _ in range(latents.shape[0])]
                 handle = self._start(latents)
-        except BaseException:
+        except BaseException as error:
+            cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
+            if cancelled and kept:
+                self._clips = [self._architecture.new_clip() for _ in kept]
+                for clip, before in zip(self._clips, kept, strict=True):
+                    clip.restore(before)
+                raise
             self.reset()
             self._refusal = (
                 "The decoder stopped in the middle of a clip and has lost its memory of it. Call reset() and decode "
@@ -483,9 +493,7 @@ def stream_decoder(vae: comfy.sd.VAE) -> StreamDecoder:
     """A decoder that takes the chunks of a clip one by one.
 
     Args:
-        vae: a video VAE as ComfyUI's loaders give it. lighttaew2_1 and taew2_1 have the same layout; ComfyUI tells
-            them apart by the number format of the file alone, and takes a float16 file for HunyuanVideo's. Such a file
-            is decoded with Wan's scaling, since this pack makes Wan's latents.
+        vae: a video VAE as ComfyUI's loaders give it. A tiny one is decoded in Wan's scale, see vae_scale.
 
     Returns:
         the decoder. For an unknown VAE it decodes overlapping windows, and a warning is logged.
@@ -502,7 +510,8 @@ def _recognise(vae: comfy.sd.VAE) -> _Architecture:
     if isinstance(model, WanVAE):
         return _Architecture(lambda: _WanClip(model), lambda frames: max(frames, WAN_ESTIMATE_FRAMES))
     if isinstance(model, TAEHV):
-        scale = _taehv_scaling(model)
+        warn_if_mistaken(vae)
+        scale = into_decoder(model)
         return _Architecture(lambda: _TaehvClip(model, scale), lambda frames: frames)
     if isinstance(model, DemoAutoencoder):
         return _Architecture(lambda: _DemoClip(model), lambda frames: frames)
@@ -520,13 +529,3 @@ def _recognise(vae: comfy.sd.VAE) -> _Architecture:
     return _Architecture(
         lambda: _WindowClip(model, vae.upscale_ratio[0]), lambda frames: frames + WINDOW_CONTEXT_FRAMES
     )
-
-
-def _taehv_scaling(model: TAEHV) -> Callable[[Tensor], Tensor]:
-    if model.latent_format is not comfy.latent_formats.HunyuanVideo:
-        return model.process_in
-    log.warning(
-        "The tiny VAE's file is float16, so that ComfyUI takes it for HunyuanVideo's. It is streamed as Wan's taew2_1, "
-        "with Wan's latent scaling; VAE Decode would use HunyuanVideo's."
-    )
-    return comfy.latent_formats.Wan21().process_in

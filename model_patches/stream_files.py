@@ -130,6 +130,8 @@ class Place:
                 f"filename_prefix is {prefix!r}, which leaves ComfyUI's output folder; use a name such as "
                 "video/ComfyUI, relative to it and without '..'."
             )
+        if os.path.basename(os.path.normpath(prefix)) in (".", ".."):
+            raise ValueError(f"filename_prefix is {prefix!r}, which is no file's name; use one such as video/ComfyUI.")
         try:
             folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(
                 prefix, output, options.width, options.height
@@ -220,6 +222,7 @@ class Opened:
             committed=self.state.committed,
             load=lambda: load_tensors(self.state_path, KEYS_VALUES),
             dropped=self.state.dropped,
+            begun=self.state.begun,
             load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
             load_flow=lambda: load_tensors(self.state_path, FLOW),
         )
@@ -315,6 +318,8 @@ def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, do
         return f"it has {state.frames} frames already, and {options.frames} are asked for."
     begun = plan.context_frames + state.chunk * plan.settings.frames_per_chunk
     if state.chunk and (state.committed != begun or state.chunk >= plan.chunks):
+        return "its chunks are others than this length's."
+    if state.begun and state.begun != min(plan.settings.frames_per_chunk, plan.shape[2] - state.committed):
         return "its chunks are others than this length's."
     settings, frames = plan.settings, plan.shape[2]
     same_positions = settings.window_positions(state.latent_frames) == settings.window_positions(frames)

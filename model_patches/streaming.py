@@ -28,7 +28,7 @@ from .flow_control import FlowConditioning
 from .loading import FLOW_ADAPTER_ATTACHMENT
 from .png_video import PngVideo
 from .prompts import LivePrompt, PromptBox, schedule_of
-from .sampling import CONTEXT, Progress, StreamedChunk, stream_latent
+from .sampling import CONTEXT, Progress, StreamedChunk, stream_latent, uses_negative
 from .stream_decode import StreamDecoder, stream_decoder
 from .stream_files import (
     DECODER,
@@ -134,7 +134,7 @@ def stream_video(
         model=model,
         vae=vae.patcher,
         positive=positive,
-        negative=negative if options.cfg != 1.0 else None,
+        negative=negative if uses_negative(model, options.cfg) else None,
         schedule=schedule,
         settings=plan.settings,
         context=plan.given,
@@ -182,6 +182,7 @@ def stream_video(
                 on_progress=run.watched(on_progress),
                 optical_flow=optical_flow,
                 prompts=prompts,
+                on_cancel=run.cancelled,
             )
             # While there still is a state to go on from, should this fail.
             last = encode_context(vae, run.tail, CONTEXT_LATENT_FRAMES)
@@ -277,6 +278,7 @@ class _Run:
         # A copy: what was read still is the state's file, which Windows then does not let be replaced.
         tail = load_tensors(opened.state_path, TAIL)[TAIL_FRAMES].clone() if opened.resumed else None
         self._thread = WritingThread(opened, options, tail, plan, on_frames)
+        self._newest: StreamedChunk | None = None  # decoded, and in no state yet
 
     @property
     def tail(self) -> Tensor:
@@ -304,19 +306,40 @@ class _Run:
         self._decoder.keep_loaded([chunk.patcher])
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         self._thread.put(self._decoder.submit(chunk.latents), name)
-        if chunk.index != CONTEXT and self._due(chunk.index + 1):
+        self._newest = None
+        if chunk.index == CONTEXT or chunk.index + 1 == self.plan.chunks:
+            return
+        if self._due(chunk.index + 1):
             self._save(chunk)
+        else:
+            self._newest = chunk
+
+    def cancelled(self) -> None:
+        """Save the state of the newest chunk that was decoded, so that it and those before it are not made again."""
+        chunk = self._newest
+        if chunk is None:
+            return
+        cache, committed = chunk.cache, self._committed(chunk)
+        if cache.committed > committed and not chunk.history:
+            # The Cancel came while the next one was decoded. With a prompt schedule what it saw may be forgotten.
+            cache.reopen(cache.committed - committed)
+        if cache.committed != committed:  # also in the middle of writing a window again
+            return
+        try:
+            self._save(chunk)
+        except (VideoWriteError, ValueError, RuntimeError) as error:
+            log.warning("No state could be saved at the Cancel, an earlier one stays: %s", error)
+
+    def _committed(self, chunk: StreamedChunk) -> int:
+        return self.plan.context_frames + (chunk.index + 1) * self.plan.settings.frames_per_chunk
 
     def note_prompts(self, live: Sequence[LivePrompt]) -> None:
         """Prompts that the run was given, the newest just now: one that was accepted is not lost by a Cancel."""
         save_prompts(self.opened.prompts_path, [asdict(prompt) for prompt in live])
 
     def _due(self, chunks: int) -> bool:
-        """Whether to save after so many chunks. Never after the last: a longer length makes that one anew."""
-        last = self.plan.chunks
-        return chunks < last and (
-            chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == last - 1)
-        )
+        """Whether to save after so many chunks. (Never after the last: a longer length makes that one anew.)"""
+        return chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == self.plan.chunks - 1)
 
     def _save(self, chunk: StreamedChunk) -> None:
         chunk.require_finite()
@@ -337,8 +360,9 @@ class _Run:
             length=self.options.frames,
             latent_frames=self.plan.shape[2],
             chunk=chunk.index + 1,
-            committed=chunk.cache.committed,
+            committed=self._committed(chunk),
             dropped=chunk.cache.dropped,
+            begun=chunk.cache.frames,
             live=[asdict(prompt) for prompt in chunk.live],
             frames=mark.frames,
             size=mark.size,

@@ -76,8 +76,7 @@ class DiagonalChunkSampler(io.ComfyNode):
         context=None,
         optical_flow=None,
     ) -> io.NodeOutput:
-        live = LiveReport(cls.hidden.unique_id, model)
-        with steerable(positive) as prompts:
+        with LiveReport(cls.hidden.unique_id, model, cfg) as live, steerable(positive) as prompts:
             result = sample_latent(
                 model,
                 positive,

@@ -44,14 +44,17 @@ def window_inputs() -> list[io.Input]:
     ]
 
 
-def seed_input(more: str = "The same seed gives the same noise on any device.") -> io.Input:
-    """Widget of the noise's seed. more: what its tooltip says beside that."""
+def seed_input(
+    more: str = "The same seed gives the same noise on any device.",
+    after: bool | io.ControlAfterGenerate = True,
+) -> io.Input:
+    """Widget of the noise's seed. more: what its tooltip says beside that. after: what a new node does to it."""
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
+        control_after_generate=after,
         tooltip=f"Seed of the noise (no unit). {more}",
     )
 

@@ -51,7 +51,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much the motion counts, in [0, 1] (no unit). 0 is as if nothing was connected.",
+                    tooltip="How much the motion counts, in [0, 1] (no unit). 0 is as if nothing was connected. In "
+                    "mode reference a lower one blends less and starts chunks nearer to pure noise.",
                 ),
                 io.Int.Input(
                     "width",
@@ -116,7 +117,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.0,
                     max=float(_MAX_SIDE),
                     step=1.0,
-                    tooltip="Pixels around each track that move as it does. 0: an eighth of the shorter side.",
+                    tooltip="Pixels around each track that move as it does; 8 are one pixel of the latent, the least "
+                    "that the adapter is sure to see. 0: an eighth of the shorter side.",
                 ),
                 io.Float.Input(
                     "paint_speed",
@@ -133,8 +135,9 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=0.000001,
-                    tooltip="Mode reference: noise level in (0, 1] that a chunk starts at, with its usual number of "
-                    "steps. Lower follows the motion and the last frame more closely, and leaves less to the prompt.",
+                    tooltip="Mode reference: noise level in (0, 1] that a chunk starts at with strength 1, with its "
+                    "usual number of steps. Lower follows the motion and the last frame more closely, and leaves less "
+                    "to the prompt.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -196,7 +199,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the motion counts (white). One for the whole video, or one a pixel frame.",
+                    tooltip="Where the motion counts (white). One for the whole video, or one a pixel frame: a motion "
+                    "of a single step, such as one painted image, then lasts as long as the mask.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for modes reference and adapter+blend."),
             ],

@@ -37,7 +37,8 @@ class DiagonalFlowPreview(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The decoded video that followed the motion. Without it the motion is drawn on gray.",
+                    tooltip="The decoded video that followed the motion, or, with measure off, a single image for all "
+                    "of it. Without it the motion is drawn on gray.",
                 ),
                 OpticalFlowModel.Input(
                     "estimator",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -19,23 +21,58 @@ from ..model_patches.sampling import Progress
 
 PROGRESS_EVENT, CHUNK_EVENT = "diagonal.progress", "diagonal.chunk"
 PICTURES_A_SECOND = 4.0  # Wan makes 16 frames a second
+PACK_LOG = logging.getLogger(__name__.removesuffix(".nodes.live"))
+MOST_WARNINGS = 8  # that the canvas is told of; the log has them all
+
+
+def tell(node_id: str | None, text: str) -> None:
+    """Show a text at a node, to the client that queued the prompt; without one it would go to every page."""
+    if node_id and (server := PromptServer.instance).client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+class _Warnings(logging.Handler):
+    """Keeps what the pack warns of in the thread that made this: each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if record.thread == self.thread and line not in self.lines and len(self.lines) < MOST_WARNINGS:
+            self.lines.append(line)
 
 
 class LiveReport:
-    """Sends one node's progress and chunks to the client that queued the prompt.
+    """Sends one node's progress, chunks and warnings to the client that queued the prompt; to nobody without one.
+
+    While it is open, as a context manager, what the pack warns of in the log goes to the node too: a server's log is
+    not where a person looks.
 
     Args:
         node_id: of the node that samples.
         model: its MODEL; decides how latents become pictures.
+        cfg: guidance scale; other than 1 a forward takes the network twice.
     """
 
-    def __init__(self, node_id: str, model: ModelPatcher) -> None:
+    def __init__(self, node_id: str, model: ModelPatcher, cfg: float = 1.0) -> None:
         self.node_id = node_id
+        self.guided = cfg != 1.0
+        self.warnings = _Warnings()
         self.start = time.perf_counter()
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.given: int | None = None  # pixel frames before the first chunk
         self.first: float | None = None  # seconds until the first pictures
         self.model = model
+
+    def __enter__(self) -> LiveReport:
+        PACK_LOG.addHandler(self.warnings)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        PACK_LOG.removeHandler(self.warnings)
 
     def progress(self, progress: Progress) -> None:
         """After every forward."""
@@ -51,6 +88,8 @@ class LiveReport:
             # A forward that only fills the cache is step 0 of 0.
             step=max(progress.step + 1, 0),
             steps=progress.steps,
+            guided=self.guided,
+            warnings=list(self.warnings.lines),
         )
 
     @cached_property
@@ -60,6 +99,8 @@ class LiveReport:
 
     def chunk(self, chunk: Chunk) -> None:
         """After every finished chunk: the first clip's frames, quickly made."""
+        if PromptServer.instance.client_id is None:  # nobody looks
+            return
         frames = [] if self.frames_of is None else self.frames_of(chunk.latents)
         if self.given is None:
             self.given = pixel_frames(chunk.start_frame)
@@ -71,7 +112,8 @@ class LiveReport:
 
         May be called in another thread, as ComfyUI's own send functions may.
         """
-        self._send_pictures(frame_pictures(images), made)
+        if PromptServer.instance.client_id is not None:
+            self._send_pictures(frame_pictures(images), made)
 
     def _send_pictures(self, pictures: Iterable[Image.Image], pixel_frames: int) -> None:
         if self.first is None:
@@ -86,6 +128,8 @@ class LiveReport:
 
     def _send(self, event: str, **data: Any) -> None:
         server = PromptServer.instance
+        if server.client_id is None:  # without one it would go to every page
+            return
         elapsed = time.perf_counter() - self.start
         data = {"node": self.node_id, "prompt_id": server.last_prompt_id, "elapsed": elapsed, **data}
         server.send_sync(event, data, server.client_id)

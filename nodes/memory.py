@@ -21,17 +21,26 @@ from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, 
 
 MEMORY_ROUTE = "/diagonal/memory"
 MODEL_FOLDERS = {
-    "DiagonalModelLoader": CHECKPOINT_FOLDERS,
-    "UNETLoader": ("diffusion_models",),
-    "CheckpointLoaderSimple": ("checkpoints",),
-    "UnetLoaderGGUF": ("unet_gguf",),
-    "UnetLoaderGGUFAdvanced": ("unet_gguf",),
+    "DiagonalModelLoader": ("ckpt_name", CHECKPOINT_FOLDERS),
+    "UNETLoader": ("unet_name", ("diffusion_models",)),
+    "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
+    "UnetLoaderGGUF": ("unet_name", ("unet_gguf",)),
+    "UnetLoaderGGUFAdvanced": ("unet_name", ("unet_gguf",)),
 }
-"""Loader node -> the ComfyUI model folders that it offers files of."""
+"""Loader node -> its widget that names the file, and the ComfyUI model folders that it offers files of."""
 DEMO_NODE = "DiagonalDemoLoader"
 LATENT_CELL = 8  # pixels of its side
 TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
 MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 100_000_000, 4096
+
+
+class _Missing(ValueError):
+    """A file that ComfyUI does not list in the folders."""
+
+    def __init__(self, widget: str, file: str, folders: tuple[str, ...]) -> None:
+        where = " or models/".join(folders)
+        super().__init__(f"{widget}={file!r} is not in models/{where}; put the file there and press R in the page.")
+        self.file, self.folders = file, folders
 
 
 async def get_memory(request: web.Request) -> web.Response:
@@ -54,7 +63,7 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
         of the weights would have to wait in RAM while the run goes on (`waiting`, 0 where that does not help); `fits`,
         `on_gpu`, `device`; the clip's `width` and `height` in pixels and its `window` in latent frames; and `changes`
         that fit, each with `weights` (a format), `window` (latent frames) and `size` (width, height in pixels), None
-        for what stays. Or `error`, in English.
+        for what stays. Or `error`, in English; with `missing` where that is a `file` that is in none of its `folders`.
     """
     try:
         path, options = _model_path(query), {}
@@ -69,6 +78,8 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
         )
         clip = _clip(query, settings)
         decoder = _decoder(query, min(settings.frames_per_chunk, clip.frames))
+    except _Missing as error:
+        return {"error": f"{error}", "missing": {"file": error.file, "folders": error.folders}}
     except (ValueError, OSError) as error:
         return {"error": f"{error}"}
     available, device, on_gpu = available_memory()
@@ -101,17 +112,27 @@ def _model_path(query: Mapping[str, str]) -> str:
         if name not in WEIGHTS:
             raise ValueError(f"weights is {name!r}; choose one of {', '.join(WEIGHTS)}.")
         return str(DEMO_DIRECTORY / WEIGHTS[name])
-    folders = [f for f in MODEL_FOLDERS.get(node, ()) if f in folder_paths.folder_names_and_paths]
+    widget, offered = MODEL_FOLDERS.get(node, ("", ()))
+    folders = tuple(folder for folder in offered if folder in folder_paths.folder_names_and_paths)
     if not folders:
         raise ValueError(f"The model comes from {node or 'no node'}, whose file is not known here.")
-    return full_path(tuple(folders), name, "file")
+    return _listed(folders, name, widget)
+
+
+def _listed(folders: tuple[str, ...], name: str, widget: str) -> str:
+    if not name:
+        raise ValueError(f"{widget} is empty; choose a file.")
+    try:
+        return full_path(folders, name, widget)
+    except ValueError:
+        raise _Missing(widget, name, folders) from None
 
 
 def _decoder(query: Mapping[str, str], frames: int) -> DecoderFacts | None:
     if query.get("vae_node") == DEMO_NODE:
         return decoder_facts(DEMO_DIRECTORY / DEMO_VAE, frames, demo=True)
     if query.get("vae"):
-        return decoder_facts(full_path(("vae", "vae_approx"), query["vae"], "vae"), frames)
+        return decoder_facts(_listed(("vae", "vae_approx"), query["vae"], "vae_name"), frames)
     return None
 
 

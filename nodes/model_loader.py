@@ -7,7 +7,6 @@ import os
 
 import folder_paths
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..diagonal_sampler.checkpoints import WEIGHTS, frame_by_frame
 from ..diagonal_sampler.provenance import causal_settings
@@ -16,6 +15,7 @@ from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
 from ..model_patches.causal import make_causal
 from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, load_wan
 from .common import CATEGORY
+from .live import tell
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class DiagonalModelLoader(io.ComfyNode):
                     "lora_name",
                     options=[NO_LORA, *_file_names(LORA_FOLDERS)],
                     default=NO_LORA,
-                    tooltip="LoRA in models/loras, in PEFT (LongLive), ComfyUI, kohya or diffusers layout, applied to the weights.",
+                    tooltip="LoRA in models/loras, in PEFT (LongLive), ComfyUI, kohya or diffusers layout, applied to "
+                    "the weights.",
                     optional=True,
                 ),
                 io.Float.Input(
@@ -187,8 +188,7 @@ class DiagonalModelLoader(io.ComfyNode):
             lines.append(f"warning: {warning}")
         report = "\n".join(lines)
         log.info("%s", report)
-        if cls.hidden is not None and cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)
+        tell(None if cls.hidden is None else cls.hidden.unique_id, report)
         return io.NodeOutput(make_causal(model, settings), report, ui=ui.PreviewText(report))
 
 
@@ -204,5 +204,5 @@ def full_path(folders: tuple[str, ...], name: str, widget: str) -> str:
         if name in folder_paths.get_filename_list(folder):
             return folder_paths.get_full_path_or_raise(folder, name)
     raise ValueError(
-        f"{widget}={name!r} is not in models/{' or models/'.join(folders)}; put the file there and refresh the page"
+        f"{widget}={name!r} is not in models/{' or models/'.join(folders)}; put the file there and press R in the page"
     )

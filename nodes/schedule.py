@@ -10,7 +10,6 @@ from ..diagonal_sampler.schedule import (
     CONTEXT_MODES,
     DEFAULT_CONTEXT_SIGMA,
     DEFAULT_PRESET,
-    MAX_STEPS,
     PRESETS,
     DiagonalSchedule,
     parse_sigmas,
@@ -153,7 +152,7 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
     Returns:
         For each chunk shown its noise levels (`sigmas`), the level of the cache pass (None without one), what the next
         chunk sees of it (`context_sigma`); whether `steps` decides (`editable`), how many chunks the schedule lists
-        (`listed`), the most steps a chunk may have, the cost of a clip, and what is to be warned of; or `error`.
+        (`listed`), the cost of a clip, and what is to be warned of; or `error`.
     """
     try:
         schedule = build_schedule(
@@ -176,7 +175,6 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
         "context_sigma": [schedule.context_sigma_of(chunk) for chunk in range(chunks)],
         "editable": not widgets.get("sigmas", "").strip() and len(schedule.sigmas) <= chunks,
         "listed": len(schedule.sigmas),
-        "max_steps": MAX_STEPS,
         "context_mode": schedule.context_mode,
         "cost": asdict(schedule.cost()),
         "uninformative": schedule.uninformative_sigma,

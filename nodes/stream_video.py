@@ -11,7 +11,7 @@ from ..model_patches.video_containers import MAX_CRF
 from ..model_patches.video_writer import FORMATS, png_name
 from ..model_patches.writing_thread import StreamProgress
 from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
-from .live import LiveReport
+from .live import LiveReport, tell
 from .steering import steerable
 
 STREAM_EVENT = "diagonal.stream"
@@ -61,7 +61,7 @@ class DiagonalStreamVideo(io.ComfyNode):
                     round=0.001,
                     tooltip="Frames a second. Wan 2.1 makes 16.",
                 ),
-                seed_input("To resume, keep it: set control after generate to fixed."),
+                seed_input("To resume, keep it: control after generate is fixed.", io.ControlAfterGenerate.fixed),
                 cfg_input(),
                 io.String.Input(
                     "filename_prefix",
@@ -175,9 +175,9 @@ class DiagonalStreamVideo(io.ComfyNode):
         if not args.disable_metadata:
             metadata |= cls.hidden.extra_pnginfo or {}
             metadata |= {} if prompt is None else {"prompt": prompt}
-        live = LiveReport(node_id, model)
+        live = LiveReport(node_id, model, cfg)
         reporter = _StreamReporter(node_id, live)
-        with steerable(positive) as prompts:
+        with live, steerable(positive) as prompts:
             result = stream_video(
                 model,
                 positive,
@@ -226,6 +226,8 @@ class _StreamReporter:
         self._show(f"{self.headline}\n{seconds:.1f} of {length:.1f} s can be watched.")
         self.live.frames(progress.newest, progress.made)
         server = PromptServer.instance
+        if server.client_id is None:  # without one it would go to every page
+            return
         server.send_sync(
             STREAM_EVENT,
             {
@@ -243,6 +245,4 @@ class _StreamReporter:
         )
 
     def _show(self, text: str) -> None:
-        if self.node_id:
-            server = PromptServer.instance
-            server.send_progress_text(text, self.node_id, server.client_id)
+        tell(self.node_id, text)

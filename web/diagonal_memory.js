@@ -7,7 +7,8 @@ import { list, phrase, shownName } from "./diagonal_texts.js";
 import { addDrawing } from "./diagonal_widget.js";
 
 const SAMPLERS = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
-const LOADERS = ["DiagonalModelLoader", "DiagonalDemoLoader"];
+const DEMO = "DiagonalDemoLoader";
+const LOADERS = ["DiagonalModelLoader", DEMO];
 const STREAM = "DiagonalStreamVideo";
 const CAUSAL = "DiagonalCausalAttention";
 // Loader -> its widget that names the file.
@@ -19,7 +20,9 @@ const FILES = {
   UnetLoaderGGUF: "unet_name",
   UnetLoaderGGUFAdvanced: "unet_name",
 };
-const USUAL_SIZE = { width: 832, height: 480, length: 81 }; // of a loader that feeds no sampler yet
+// Of a loader that feeds no sampler yet.
+const USUAL_SIZE = { width: 832, height: 480, length: 81 };
+const DEMO_SIZE = { width: 64, height: 64, length: 81 };
 const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
@@ -85,7 +88,7 @@ function walk(node, name, type, found) {
     if (at.mode === MUTED) throw new Unknown(phrase("muted", { node: at.title }));
     if (at.mode !== BYPASSED && found(at)) return at;
     const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
-    if (!input && at.mode === BYPASSED) break; // ComfyUI drops the link
+    if (!input && at.mode === BYPASSED) throw new Unknown(phrase("bypassed", { node: at.title }));
     if (!input) throw new Unknown(phrase("made_by", { node: at.title, type }));
     at = source(at, input.name);
   }
@@ -104,6 +107,7 @@ function modelOf(sampler) {
 
 function modelQuery(loader, causal) {
   const query = { node: loader.type, file: value(loader, FILES[loader.type]) };
+  if (!query.file) throw new Unknown(phrase("no_file", { node: loader.title })); // a list without any file
   for (const name of ["weights", "weight_dtype"])
     if (widget(loader, name) && name !== FILES[loader.type]) query[name] = value(loader, name);
   if (causal) for (const name of ["frames_per_chunk", "window", "sink"]) query[name] = value(causal, name);
@@ -128,7 +132,7 @@ function sizeQuery(sampler) {
   if (sampler.type === STREAM) {
     const length = Math.max(1, Math.floor(value(sampler, "length") * value(sampler, "fps") + 0.5));
     const query = { width: value(sampler, width), height: value(sampler, height), length, cfg: value(sampler, "cfg") };
-    const vae = walk(sampler, "vae", "VAE", (node) => widget(node, "vae_name") || node.type === "DiagonalDemoLoader");
+    const vae = walk(sampler, "vae", "VAE", (node) => widget(node, "vae_name") || node.type === DEMO);
     query.vae_node = vae.type;
     if (widget(vae, "vae_name")) query.vae = value(vae, "vae_name");
     return query;
@@ -144,9 +148,19 @@ function samplerQuery(sampler) {
   return { ...modelQuery(...modelOf(sampler)), ...scheduleQuery(sampler), ...sizeQuery(sampler) };
 }
 
-/** What to ask the server for a node: of a loader, for each sampler that it feeds; perhaps with what is assumed. */
+/** The nodes of a graph, and of the subgraphs in it. */
+function* everyNode(graph) {
+  for (const node of graph.nodes) {
+    yield node;
+    if (node.subgraph) yield* everyNode(node.subgraph);
+  }
+}
+
+/** What to ask the server for a node: of a loader, for each sampler that it feeds, else for a size, `assumed` why. */
 function questions(node) {
   if (SAMPLERS.includes(node.type)) return [samplerQuery(node)];
+  if (node.mode === MUTED) throw new Unknown(phrase("muted", { node: node.title }));
+  if (node.mode === BYPASSED) throw new Unknown(phrase("bypassed", { node: node.title }));
   const asked = [];
   for (const sampler of node.graph.nodes) {
     if (!SAMPLERS.includes(sampler.type) || sampler.mode !== ACTIVE) continue;
@@ -157,7 +171,12 @@ function questions(node) {
     }
   }
   if (asked.length) return asked;
-  return [{ ...modelQuery(node, node.type === "DiagonalModelLoader" ? node : null), ...USUAL_SIZE, assumed: 1 }];
+  const demo = node.type === DEMO;
+  const beyond = [...everyNode(node.graph.rootGraph)].some(
+    (found) => SAMPLERS.includes(found.type) && found.mode === ACTIVE && found.graph !== node.graph,
+  );
+  const assumed = beyond ? "sampler_beyond" : "no_sampler";
+  return [{ ...modelQuery(node, demo ? null : node), ...(demo ? DEMO_SIZE : USUAL_SIZE), assumed }];
 }
 
 async function ask(query) {
@@ -169,6 +188,8 @@ async function ask(query) {
     return { error: phrase("memory_unknown", { why: error.message }), failed: true };
   }
 }
+
+const lines = new Set();
 
 class MemoryLine {
   constructor(node) {
@@ -188,11 +209,13 @@ class MemoryLine {
 
   begin() {
     this.timer = setInterval(() => this.refresh(), POLL_MS);
+    lines.add(this);
     for (const name of RUN_ENDS) api.addEventListener(name, this.askAgain);
   }
 
   end() {
     clearInterval(this.timer);
+    lines.delete(this);
     for (const name of RUN_ENDS) api.removeEventListener(name, this.askAgain);
   }
 
@@ -212,14 +235,15 @@ class MemoryLine {
     const replies = unknown ? [unknown] : await Promise.all(queries.map(ask));
     if (this.asked !== asked) return;
     const most = replies.reduce((a, b) => ((b.total ?? 0) > (a.total ?? 0) ? b : a));
-    this.draw(most, queries[0]?.endsWith("assumed=1"));
+    this.draw(most, new URLSearchParams(queries[0]).get("assumed"));
     if (replies.some((reply) => reply.failed)) this.asked = null; // the server is asked again
   }
 
   draw(reply, assumed) {
-    const { text, suggestion, detail } = reply.error ? {} : inWords(reply);
+    const error = reply.missing ? phrase("file_missing", missing(reply.missing)) : reply.error;
+    const { text, suggestion, detail } = error ? {} : inWords(reply);
     this.root.classList.toggle("red", reply.fits === false);
-    this.root.title = [text, suggestion, detail, reply.error].filter(Boolean).join("\n");
+    this.root.title = [text, suggestion, detail, error].filter(Boolean).join("\n");
     this.bar.replaceChildren();
     this.words.replaceChildren();
     const say = (words, kind) => {
@@ -228,8 +252,8 @@ class MemoryLine {
       line.textContent = words;
       this.words.append(line);
     };
-    this.bar.hidden = Boolean(reply.error);
-    if (reply.error) return say(reply.error, "detail");
+    this.bar.hidden = Boolean(error);
+    if (error) return say(error, "detail");
     const whole = Math.max(reply.total, reply.available);
     for (const name of PARTS) {
       const part = document.createElement("div");
@@ -240,12 +264,22 @@ class MemoryLine {
     }
     say(text, "text-line");
     if (suggestion) say(suggestion, "text-line");
-    else say(assumed ? phrase("no_sampler", { parts: detail }) : detail, "detail");
+    else say(assumed ? phrase(assumed, { parts: detail }) : detail, "detail");
   }
 }
 
 function bytes(count) {
   return count >= GB ? `${(count / GB).toFixed(1)} GB` : `${(count / MB).toFixed(0)} MB`;
+}
+
+function missing({ file, folders }) {
+  return {
+    file,
+    folders: list(
+      folders.map((folder) => `models/${folder}`),
+      "disjunction",
+    ),
+  };
 }
 
 /** The server's figures: what is needed, of what parts, and what to do where that is too much. */
@@ -275,6 +309,9 @@ function inWords({ fits, parts, total, available, waiting, on_gpu, width, height
 
 app.registerExtension({
   name: "diagonaldistillation.memory",
+  refreshComboInNodes() {
+    for (const line of lines) line.askAgain(); // a person who presses R may have brought a file
+  },
   nodeCreated(node) {
     if (SAMPLERS.includes(node.comfyClass) || LOADERS.includes(node.comfyClass)) new MemoryLine(node);
   },

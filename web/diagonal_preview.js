@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
-import { addDrawing, isNode } from "./diagonal_widget.js";
+import { addDrawing, isElsewhere, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 204; // canvas units, the margin of 10 around it included
@@ -22,8 +22,10 @@ const STYLE = `
 .diagonal-preview .bar { flex: 1 1 0; max-width: 24px; background: rgb(128 128 128 / 0.3); position: relative; }
 .diagonal-preview .bar > div { position: absolute; inset: auto 0 0 0; background: #5b8def; }
 .diagonal-preview.idle { justify-content: center; align-items: center; color: var(--descrip-text, #999); }
-.diagonal-preview.idle img, .diagonal-preview.idle .bars { display: none; }
-.diagonal-preview .line { line-height: 1.35; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.diagonal-preview.idle img, .diagonal-preview.idle .bars, .diagonal-preview .warnings:empty { display: none; }
+.diagonal-preview .warnings { flex: none; max-height: 39px; line-height: 13px; overflow: auto;
+  overflow-wrap: anywhere; }
+.diagonal-preview .line { flex: none; line-height: 1.35; overflow-wrap: anywhere; }
 `;
 
 const previews = new Set();
@@ -39,16 +41,18 @@ class Preview {
   constructor(node) {
     this.node = node;
     this.root = document.createElement("div");
-    this.root.className = "diagonal-preview idle";
+    this.root.className = "diagonal-preview";
     this.image = document.createElement("img");
     this.image.alt = "";
     this.bars = document.createElement("div");
     this.bars.className = "bars";
     this.line = document.createElement("div");
     this.line.className = "line";
-    this.root.append(this.image, this.bars, this.line);
-    this.reset(null);
-    this.line.textContent = phrase("idle");
+    this.warnings = document.createElement("div");
+    this.warnings.className = "warnings";
+    this.warnings.setAttribute("role", "status");
+    this.root.append(this.image, this.bars, this.line, this.warnings);
+    this.clear();
     addDrawing(this, "live", { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT });
   }
 
@@ -78,10 +82,23 @@ class Preview {
     this.steps = new Map(); // chunk -> [steps done, steps]
     this.image.removeAttribute("src");
     this.bars.replaceChildren();
+    this.warn([]);
+  }
+
+  /** As it was before any run. */
+  clear() {
+    this.reset(null);
+    this.root.classList.add("idle");
+    this.line.textContent = phrase("idle");
+    this.line.removeAttribute("title");
   }
 
   belongs(data) {
     if (!isNode(data.node, this.node)) return false;
+    if (isElsewhere(data.prompt_id)) {
+      if (data.prompt_id === this.promptId) this.clear(); // it came while ComfyUI went over to this workflow
+      return false;
+    }
     if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
     this.root.classList.remove("idle");
     this.ending = null;
@@ -95,6 +112,22 @@ class Preview {
     if (this.steps.size > MOST_BARS) this.steps.delete(this.steps.keys().next().value);
     this.drawBars();
     this.say();
+    this.warn(data.warnings ?? []);
+  }
+
+  /** What the server warns of, in its own English, which its log has too. */
+  warn(lines) {
+    const words = lines.join("\n");
+    if (words === this.warnings.title) return;
+    this.warnings.title = words;
+    this.warnings.replaceChildren(
+      ...lines.map((words) => {
+        const line = document.createElement("div");
+        line.className = "warning";
+        line.textContent = words;
+        return line;
+      }),
+    );
   }
 
   onChunk(data) {
@@ -139,7 +172,7 @@ class Preview {
   }
 
   say() {
-    const { chunk, chunks, forwards, made, total, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
+    const { chunk, chunks, forwards, made, total, guided, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
     const parts = [];
     if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
@@ -147,7 +180,10 @@ class Preview {
     if (this.ending) parts.push(phrase(this.ending));
     else if (forwards && forwards < total)
       parts.push(phrase("left", { time: seconds((elapsed / made) * (total - forwards)) }));
-    else if (forwards) parts.push(phrase("forwards_in", { forwards: made, time: seconds(elapsed) }));
+    else if (forwards) {
+      const name = guided ? "forwards_twice_in" : "forwards_in";
+      parts.push(phrase(name, { forwards: made, time: seconds(elapsed) }));
+    }
     this.line.textContent = parts.join(" · ");
     this.line.title = this.line.textContent;
   }

@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
-import { addDrawing, isNode } from "./diagonal_widget.js";
+import { addDrawing, isElsewhere, isNode } from "./diagonal_widget.js";
 
 const NODE = "DiagonalPromptSchedule";
 const ROUTE = "/diagonal/prompt";
@@ -75,7 +75,7 @@ class PromptField {
     fields.delete(this);
   }
 
-  /** A refusal stays until the person types or sends: the next chunk's event comes at once. */
+  /** A refusal stays until the person types or sends, or the run ends: the next chunk's event comes at once. */
   refresh() {
     const words = this.sending ? phrase("sending") : (this.refusal ?? this.words);
     if (this.line.textContent !== words) this.line.textContent = words;
@@ -90,9 +90,18 @@ class PromptField {
 
   onEvent(data) {
     if (!data.nodes.some((id) => isNode(id, this.node))) return;
+    if (isElsewhere(data.prompt_id)) {
+      if (data.prompt_id !== this.promptId) return;
+      // It came while ComfyUI went over to this workflow.
+      this.promptId = null;
+      this.running = false;
+      this.words = phrase("prompt_idle");
+      return this.refresh();
+    }
     const wasRunning = this.running;
     this.running = data.running;
     this.promptId = data.prompt_id;
+    if (wasRunning && !data.running) this.refusal = null; // the end is the newer word
     if (data.running) this.words = phrase("prompt_now", data);
     else if (wasRunning) this.words = phrase("run_ended");
     this.lost = false;
@@ -102,6 +111,7 @@ class PromptField {
   onLost() {
     if (!this.running) return;
     this.running = false;
+    this.refusal = null;
     this.words = phrase("connection_lost");
     this.lost = true;
     this.refresh();

@@ -12,6 +12,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 190; // of the whole drawing, in canvas units
 const PLOT = { top: 22, bottom: 18, left: 24, right: 8, height: 140 };
 const PIXELS_PER_STEP = 12; // of a drag
+const MOST_DRAGGED = 12; // steps of a chunk, by mouse or keys; the text may have more
 const NUMBER_WIDTH = 14; // of a chunk's number, in canvas units
 const POLL_MS = 300; // undo and other extensions change values without saying so
 
@@ -195,8 +196,15 @@ class ScheduleDrawing {
     const levels = this.reply.sigmas[chunk].map((sigma) => sigma.toFixed(3)).join(", ");
     element("title", {}, area, phrase("chunk_steps", { name, steps, levels }));
     if (!this.reply.editable) return;
-    const label = phrase("steps_of", { name });
-    const slider = { role: "slider", tabindex: 0, "aria-label": label, "aria-valuenow": steps, "aria-valuemin": 1 };
+    const most = Math.max(MOST_DRAGGED, steps);
+    const slider = {
+      role: "slider",
+      tabindex: 0,
+      "aria-label": phrase("steps_of", { name }),
+      "aria-valuenow": steps,
+      "aria-valuemin": 1,
+      "aria-valuemax": most,
+    };
     for (const [key, value] of Object.entries(slider)) area.setAttribute(key, value);
     area.addEventListener("keydown", (event) => {
       const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];
@@ -204,13 +212,13 @@ class ScheduleDrawing {
       event.preventDefault();
       event.stopPropagation();
       const before = this.widget("steps").value;
-      this.setSteps(chunk, last, this.reply.sigmas[chunk].length + by);
+      this.setSteps(chunk, last, Math.min(this.reply.sigmas[chunk].length + by, most));
       this.record(before);
     });
-    area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last));
+    area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last, most));
   }
 
-  drag(event, chunk, last) {
+  drag(event, chunk, last, most) {
     if (event.button !== 0) return; // the middle button pans the canvas
     event.preventDefault();
     event.stopPropagation();
@@ -219,7 +227,8 @@ class ScheduleDrawing {
     const steps = this.reply.sigmas[chunk].length;
     // The node may be zoomed: as many screen pixels a step as the drawing shows.
     const pixels = (PIXELS_PER_STEP * this.svg.getBoundingClientRect().height) / PLOT.height;
-    const move = (at) => this.setSteps(chunk, last, steps + Math.round((began - at.clientY) / pixels));
+    const move = (at) =>
+      this.setSteps(chunk, last, Math.min(steps + Math.round((began - at.clientY) / pixels), most));
     const end = () => {
       window.removeEventListener("pointermove", move, true);
       window.removeEventListener("pointerup", end, true);
@@ -241,7 +250,7 @@ class ScheduleDrawing {
   /** Changes one chunk's steps; the last one shown stands for all later chunks too. */
   setSteps(chunk, last, wanted) {
     const steps = this.reply.sigmas.map((sigmas) => sigmas.length);
-    const value = Math.min(Math.max(wanted, 1), this.reply.max_steps);
+    const value = Math.max(wanted, 1);
     if (steps[chunk] === value) return;
     steps[chunk] = value;
     const widget = this.widget("steps");

@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 const LANGUAGES = ["en", "zh"];
 const FALLBACK = 0;
 
-// {name} stands for a value.
+// {name} stands for a value; {name|step|steps} for the word that goes with a number, one or more.
 const TEXTS = {
   comma: [", ", "，"],
   server_status: ["the server answered {status}", "服务器返回 {status}"],
@@ -31,7 +31,17 @@ const TEXTS = {
   needs_ram: ["Needs {total} of {available} RAM (no GPU).", "需要 {total} 内存（无 GPU），可用 {available}。"],
   memory_parts: ["{width}x{height}: {parts}.", "{width}x{height}：{parts}。"],
   muted: ["{node} is muted.", "“{node}”已静音。"],
+  bypassed: ["{node} is bypassed.", "“{node}”已绕过。"],
+  no_file: ["No file is chosen in {node}.", "“{node}”尚未选择文件。"],
+  file_missing: [
+    "{file} is not in {folders}: put the file there and press R.",
+    "{folders}中没有 {file}：请把文件放到那里，然后按 R 键。",
+  ],
   no_sampler: ["No sampler in this graph gives its size; for {parts}", "此图中没有采样器给出尺寸；按 {parts}"],
+  sampler_beyond: [
+    "A sampler on the other side of a subgraph is not seen from here; for {parts}",
+    "子图另一侧的采样器从这里看不到；按 {parts}",
+  ],
   weights: ["weights", "权重"],
   keys_values: ["KV cache", "KV 缓存"],
   keys_values_of: ["KV cache ({window} latent frames)", "KV 缓存（{window} 个潜在帧）"],
@@ -57,8 +67,8 @@ const TEXTS = {
     "{names}来自其他节点：运行时才能得知。",
   ],
   cost: [
-    "{steps} steps, {mode} context: {forwards} forwards for {chunks} chunks; {uniform} uniform steps with a cache pass " +
-      "need {more} ({ratio}x).",
+    "{steps} steps, {mode} context: {forwards} forwards for {chunks} chunks; {uniform} uniform {uniform|step|steps} " +
+      "with a cache pass {uniform|needs|need} {more} ({ratio}x).",
     "步数 {steps}，{mode} 上下文：{chunks} 个块共 {forwards} 次前向；均匀 {uniform} 步加缓存前向需要 {more} 次（{ratio} 倍）。",
   ],
   uninformative: [
@@ -80,17 +90,21 @@ const TEXTS = {
   ],
   chunk: ["chunk {chunk}", "第 {chunk} 块"],
   chunk_and_later: ["chunk {chunk} and later", "第 {chunk} 块及以后"],
-  chunk_steps: ["{name}: {steps} steps at sigma {levels}", "{name}：{steps} 步，sigma 为 {levels}"],
+  chunk_steps: ["{name}: {steps} {steps|step|steps} at sigma {levels}", "{name}：{steps} 步，sigma 为 {levels}"],
   steps_of: ["steps of {name}", "{name}的步数"],
 
   // Preview
   idle: ["Chunks play here as they are made.", "生成的块会在这里播放。"],
-  bar: ["chunk {chunk}: {done} of {steps} steps", "第 {chunk} 块：第 {done} 步，共 {steps} 步"],
+  bar: ["chunk {chunk}: {done} of {steps} {steps|step|steps}", "第 {chunk} 块：第 {done} 步，共 {steps} 步"],
   chunk_of: ["chunk {chunk} of {chunks}", "第 {chunk} 块，共 {chunks} 块"],
   first_after: ["first after {time}", "首块用时 {time}"],
   frames_a_second: ["{rate} frames/s", "每秒 {rate} 帧"],
   left: ["{time} left", "剩余 {time}"],
-  forwards_in: ["{forwards} forwards in {time}", "{forwards} 次前向，用时 {time}"],
+  forwards_in: ["{forwards} {forwards|forward|forwards} in {time}", "{forwards} 次前向，用时 {time}"],
+  forwards_twice_in: [
+    "{forwards} {forwards|forward|forwards}, each twice for cfg, in {time}",
+    "{forwards} 次前向，因 cfg 每次计算两遍，用时 {time}",
+  ],
   seconds: ["{seconds} s", "{seconds} 秒"],
   minutes: ["{minutes}:{seconds} min", "{minutes} 分 {seconds} 秒"],
   cancelled: ["cancelled; these frames stay", "已取消；这些帧会保留"],
@@ -122,7 +136,9 @@ function language() {
 
 /** A text of the table in ComfyUI's language, with its values in place. */
 export function phrase(name, values = {}) {
-  return TEXTS[name][language()].replace(/\{(\w+)\}/g, (_, value) => values[value]);
+  return TEXTS[name][language()]
+    .replace(/\{(\w+)\|(\w+)\|(\w+)\}/g, (_, value, one, more) => (Number(values[value]) === 1 ? one : more))
+    .replace(/\{(\w+)\}/g, (_, value) => values[value]);
 }
 
 /** Words as one list: "a, b and c", or with "or". */

@@ -2,6 +2,7 @@
 // registers nothing.
 
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 
 const MIDDLE = { button: 1, held: 4 }; // the mouse's middle button, in an event's `button` and `buttons`
 
@@ -17,6 +18,30 @@ const STYLE = `
 const living = new Set(); // what is held by nodes that are in a graph
 const kept = new Map(); // place -> the drawing for the node that comes there
 const watched = new WeakSet(); // root graphs
+const queuedFrom = new Map(); // a run's prompt_id -> the workflow that was open when this page queued it
+const MOST_RUNS = 1000; // that are remembered
+
+function openWorkflow() {
+  return app.extensionManager.workflow?.activeWorkflow;
+}
+
+// Nothing else tells which workflow a run is of: ComfyUI's event of a queued prompt has no id.
+const { queuePrompt } = api;
+api.queuePrompt = async function (...args) {
+  const workflow = openWorkflow();
+  const answer = await queuePrompt.apply(this, args);
+  if (answer?.prompt_id && workflow) queuedFrom.set(answer.prompt_id, workflow);
+  if (queuedFrom.size > MOST_RUNS) queuedFrom.delete(queuedFrom.keys().next().value);
+  return answer;
+};
+
+/**
+ * Whether a run was queued from another workflow than the one that is open: its nodes may have the same ids. Of a run
+ * that another page queued, or this one before it was loaded anew, nothing is known.
+ */
+export function isElsewhere(promptId) {
+  return queuedFrom.has(promptId) && queuedFrom.get(promptId) !== openWorkflow();
+}
 
 function place({ node, name }) {
   return [node.graph.rootGraph.id, node.graph.id, node.id, name].join(" ");

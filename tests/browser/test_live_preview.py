@@ -67,6 +67,54 @@ def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
     assert frontend.errors == []
 
 
+def test_the_node_says_what_the_run_is_warned_of_and_that_cfg_doubles_it(page, frontend):
+    frontend.set_widget("DiagonalDemoLoader", "weights", "teacher")  # which was made for 12 steps
+    frontend.set_widget("EmptyARVideoLatent", "length", 33)
+    frontend.set_widget("DiagonalSchedule", "context_mode", "clean")
+    frontend.set_widget("DiagonalChunkSampler", "cfg", 2)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    assert "12 forwards, each twice for cfg, in " in wait_line(page, "twice for cfg")
+    warnings = page.locator(".diagonal-preview .warning").all_text_contents()
+    assert any("steps_per_chunk is set to (4, 3, 2), but the file was trained with (12,)" in line for line in warnings)
+    page.evaluate("() => { app.canvas.ds.scale = 0.9; app.canvas.ds.offset = [200, -350]; }")
+    page.wait_for_timeout(1000)
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "live_warnings.png")
+    assert page.locator(".diagonal-preview img").evaluate("image => image.clientHeight") > 60
+    frontend.set_widget("DiagonalDemoLoader", "weights", "student")
+    frontend.set_widget("DiagonalSchedule", "context_mode", "from preset")
+    frontend.set_widget("DiagonalChunkSampler", "cfg", 1)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    assert "9 forwards in " in wait_line(page, "forwards in")
+    assert page.locator(".diagonal-preview .warning").count() == 0
+    assert frontend.errors == []
+
+
+def test_a_run_plays_in_the_workflow_that_it_was_queued_from(page, comfy_server, frontend):
+    """Templates share ids: the same file in two tabs is the plainest case."""
+    frontend.set_widget("EmptyARVideoLatent", "length", 1021)
+    frontend.set_widget("DiagonalSchedule", "steps", "8")  # longer than the test
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    wait_line(page, "chunk 2 of")
+    page.evaluate(
+        """async () => {
+            window.events = 0;
+            app.api.addEventListener("diagonal.progress", () => events++);
+            await app.loadGraphData(app.graph.serialize(), true, true);
+        }"""
+    )
+    page.wait_for_function("() => events > 0")
+    before = page.evaluate("() => events")
+    page.wait_for_function("before => events > before + 3", arg=before, timeout=30_000)
+    assert page.locator(".diagonal-preview .line").inner_text() == "Chunks play here as they are made."
+    assert not page.locator(".diagonal-preview img").is_visible()
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    wait_line(page, "chunk ")
+    comfy_server.post("/interrupt", {})
+    wait_line(page, "cancelled; these frames stay")
+    assert frontend.errors == []
+
+
 def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
     frontend.set_widget("EmptyARVideoLatent", "length", 1021)
     page.evaluate("() => app.queuePrompt(0, 1)")

@@ -52,6 +52,52 @@ def wait_line(page, words: str) -> None:
     page.wait_for_function("words => lines.some((line) => line.includes(words))", arg=words, timeout=90_000)
 
 
+def tell(page, **data) -> None:
+    """An event of a run, as the server sends it."""
+    page.evaluate(
+        """(data) => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalPromptSchedule");
+            app.api.dispatchCustomEvent("diagonal.prompt", { nodes: [String(node.id)], ...data });
+        }""",
+        {"chunk": 2, "chunks": 9, "text": RED, **data},
+    )
+
+
+def test_the_end_of_a_run_is_said_where_a_refusal_stood(page, frontend):
+    tell(page, prompt_id="P", running=True)
+    page.route("**/diagonal/prompt", lambda route: route.fulfill(status=422, json={"error": "No such words."}))
+    page.locator(".diagonal-prompt textarea").fill("a purple dog")
+    page.locator(".diagonal-prompt button").click()
+    wait_line(page, "No such words.")
+    tell(page, prompt_id="P", running=True)
+    line = page.locator(".diagonal-prompt .line")
+    assert line.inner_text() == "No such words."
+    tell(page, prompt_id="P", running=False)
+    assert line.inner_text() == "The run has ended." and "error" not in line.get_attribute("class")
+    page.unroute("**/diagonal/prompt")
+    assert [line for line in frontend.errors if "/diagonal/prompt" not in line] == []
+
+
+def test_a_run_of_another_workflow_is_not_steered_from_here(page, frontend):
+    page.route("**/api/prompt", lambda route: route.fulfill(json={"prompt_id": "P", "number": 1, "node_errors": {}}))
+    page.evaluate("() => app.api.queuePrompt(0, { output: {}, workflow: {} })")
+    page.unroute("**/api/prompt")
+    tell(page, prompt_id="P", running=True)
+    line, button = page.locator(".diagonal-prompt .line"), page.locator(".diagonal-prompt button")
+    assert line.inner_text().startswith("Chunk 2 of 9")
+    page.evaluate("async () => app.loadGraphData(app.graph.serialize(), true, true)")
+    page.locator(".diagonal-prompt textarea").fill(BLUE)
+    tell(page, prompt_id="P", running=True)
+    assert button.is_disabled() and line.inner_text().startswith("While a run goes on")
+    tell(page, prompt_id="of another page", running=True)
+    assert button.is_enabled() and line.inner_text().startswith("Chunk 2 of 9")
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.wait_for_function("() => document.querySelector('.diagonal-prompt .line').textContent.startsWith('While')")
+    tell(page, prompt_id="P", running=True)
+    assert line.inner_text().startswith("Chunk 2 of 9")
+    assert frontend.errors == []
+
+
 def test_a_prompt_is_sent_while_the_run_goes_on(page, comfy_server, frontend):
     field, button = page.locator(".diagonal-prompt textarea"), page.locator(".diagonal-prompt button")
     field.fill("a purple dog")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from wan_files import LAYOUTS, tiny_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
@@ -163,9 +164,74 @@ def test_what_cannot_be_known_is_said(page, frontend):
     # The loader feeds no sampler whose size is known, and says what it reckons with.
     page.wait_for_function(
         """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
-            line.textContent.includes("No sampler in this graph gives its size; for 832x480"))""",
+            line.textContent.includes("No sampler in this graph gives its size; for 64x64"))""",
         timeout=20_000,
     )
+    assert frontend.errors == []
+
+
+def wait_line(page, kind: str, words: str) -> None:
+    """Until the memory line of the first node of a type says so."""
+    page.wait_for_function(
+        """([kind, words]) => app.graph.nodes.find((node) => node.type === kind)
+            .widgets.find((widget) => widget.name === "memory").element.textContent.includes(words)""",
+        arg=[kind, words],
+        timeout=20_000,
+    )
+
+
+def test_a_loader_alone_and_one_that_does_nothing(page, frontend):
+    wait_lines(page, "Needs ", "64x64")
+    page.evaluate(
+        """() => {
+            for (const node of app.graph.nodes.filter((node) => node.type !== "DiagonalDemoLoader"))
+                app.graph.remove(node);
+        }"""
+    )
+    wait_line(page, "DiagonalDemoLoader", "No sampler in this graph gives its size; for 64x64")
+    title = page.evaluate("() => app.graph.nodes[0].title")
+    for mode, words in ((2, f"{title} is muted."), (4, f"{title} is bypassed."), (0, "for 64x64")):
+        page.evaluate("mode => (app.graph.nodes[0].mode = mode)", mode)
+        wait_line(page, "DiagonalDemoLoader", words)
+    assert frontend.errors == []
+
+
+def test_a_sampler_in_a_subgraph_is_not_denied(page, frontend):
+    wait_lines(page, "Needs ", "64x64")
+    page.evaluate(
+        """() => {
+            const sampler = app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler");
+            app.graph.convertToSubgraph(new Set([sampler]));
+        }"""
+    )
+    wait_line(page, "DiagonalDemoLoader", "A sampler on the other side of a subgraph is not seen from here; for 64x64")
+    assert frontend.errors == []
+
+
+def test_a_loader_says_which_file_it_lacks_until_it_is_there(page, frontend, comfy_server):
+    wait_lines(page, "Needs ", "64x64")
+    page.evaluate(
+        """() => {
+            const loader = LiteGraph.createNode("DiagonalModelLoader");
+            app.graph.add(loader);
+            loader.pos = [-420, 700];
+        }"""
+    )
+    frontend.set_widget("DiagonalModelLoader", "ckpt_name", None)  # as where ComfyUI has no files
+    title = page.evaluate("() => app.graph.nodes.find((node) => node.type === 'DiagonalModelLoader').title")
+    wait_line(page, "DiagonalModelLoader", f"No file is chosen in {title}.")
+    frontend.set_widget("DiagonalModelLoader", "ckpt_name", "brought.safetensors")
+    missing = "brought.safetensors is not in models/diffusion_models or models/checkpoints: put the file there and "
+    wait_line(page, "DiagonalModelLoader", f"{missing}press R.")
+    folder = comfy_server.output_dir.parent / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = LAYOUTS["comfyui, bare"](folder, tiny_wan(), {})
+    try:
+        made = made.rename(folder / "brought.safetensors")
+        page.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+        wait_line(page, "DiagonalModelLoader", "No sampler in this graph gives its size; for 832x480")
+    finally:
+        made.unlink()
     assert frontend.errors == []
 
 

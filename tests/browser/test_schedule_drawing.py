@@ -115,6 +115,32 @@ def test_dragging_a_chunk_changes_the_text_and_the_text_changes_the_drawing(draw
     assert drawing.frontend.errors == []
 
 
+def test_a_drag_ends_at_twelve_steps_and_text_does_not(drawing):
+    page = drawing.page
+    x, y = drawing.point_at(2)
+    page.mouse.down()
+    page.mouse.move(x, y - 40 * drawing.pixels_per_step(), steps=4)
+    page.mouse.up()
+    drawing.wait([4, 3, 12, 2, 2, 2, 2])
+    slider = page.locator(".diagonal-schedule [data-chunk='2']")
+    assert slider.get_attribute("aria-valuemax") == "12"
+    slider.focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowDown")
+    drawing.wait([4, 3, 11, 2, 2, 2, 2])
+    drawing.set("steps", "20,1")
+    drawing.wait([20, 1, 1, 1, 1, 1, 1])
+    first, second = page.locator(".diagonal-schedule [role='slider']").all()[:2]
+    assert [first.get_attribute("aria-valuemax"), second.get_attribute("aria-valuemax")] == ["20", "12"]
+    assert "chunk 2: 1 step at sigma" in second.locator("title").text_content()
+    drawing.set("steps", "1")
+    drawing.wait([1] * 7)
+    drawing.set("context_mode", "clean")
+    page.wait_for_function(
+        "() => document.querySelector('.diagonal-schedule .info').textContent.includes('1 uniform step with a cache')"
+    )
+
+
 def test_wheel_and_middle_button_move_the_canvas_over_the_drawing(drawing):
     page = drawing.page
 

@@ -46,6 +46,32 @@ def test_no_node_lies_over_another(frontend, path):
         assert apart, f"{a} {box_a} overlaps {b} {box_b}"
 
 
+# A template is fitted into three quarters of the page, and the classic canvas draws texts from this scale on.
+TEXT_SCALE = 8 / 14
+FIRST = {"demo", "stream_to_disk", "endless_prompts"}
+LARGE = {"compare", "camera_motion", "drive_by_track", "transfer_motion"}
+
+
+@pytest.mark.parametrize("path", [path for path in CANVAS if path.stem not in LARGE], ids=lambda path: path.stem)
+def test_a_template_is_small_enough_to_be_read_when_it_opens(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    boxes += [tuple(group["bounding"]) for group in workflow["groups"]]
+    sizes = (max(box[axis] + box[axis + 2] for box in boxes) - min(box[axis] for box in boxes) for axis in range(2))
+    page = (1600, 900) if path.stem in FIRST else (1920, 1080)
+    assert min(0.75 * room / size for room, size in zip(page, sizes, strict=True)) >= TEXT_SCALE
+
+
+def test_a_template_opens_with_its_texts(frontend):
+    page = frontend.page
+    page.goto(f"{frontend.url}/?template=demo&source=diagonal-distillation", wait_until="domcontentloaded")
+    page.wait_for_function("() => window.app?.graph?.nodes?.length > 5", timeout=60_000)
+    page.wait_for_function(
+        "scale => window.app.canvas.ds.scale >= scale - 1e-4 && window.app.canvas.ds.scale < 0.7", arg=TEXT_SCALE
+    )
+    frontend.open()
+
+
 @pytest.mark.parametrize("path", CANVAS, ids=lambda path: path.stem)
 def test_a_note_names_every_model_file_and_its_folder(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))

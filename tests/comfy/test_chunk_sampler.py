@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
+from diagonal_sampler.flow import camera_flow
 from diagonal_sampler.noise import INITIAL_STEP, SeededNoise
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.sampler import sample_chunks
@@ -282,6 +283,96 @@ def test_a_hook_on_one_prompt_leaves_the_noise_levels_of_the_other_alone(
     assert (found - plain).abs().max() > 0.01
 
 
+@pytest.fixture
+def dynamic():
+    """`dynamic(model)`: as if in ComfyUI's dynamic VRAM, which it has on GPUs only."""
+    from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+
+    class Dynamic(ModelPatcher):
+        non_dynamic_delegate_model = None
+        get_non_dynamic_delegate = ModelPatcherDynamic.get_non_dynamic_delegate
+
+        def is_dynamic(self):
+            return True
+
+    def change(model):
+        model.__class__ = Dynamic
+        return model
+
+    return change
+
+
+def load_tiny(path):
+    return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+
+def test_hooks_apply_in_dynamic_vram_where_comfyui_samples_another_network(
+    tiny_wan, tiny_wan_path, causal, dynamic, prompt, sample_latent, empty_latent
+):
+    import comfy.hooks
+
+    def run(model, positive):
+        return sample_latent(model, positive, [], empty_latent(), DIAGONAL, seed=3)["samples"]
+
+    hooked = prompt(0, hooks=comfy.hooks.create_hook_lora(lora_file(), 0.7, 0.0))
+    static = causal(tiny_wan, window=6, sink=3)
+    model = causal(dynamic(load_tiny(tiny_wan_path)), window=6, sink=3)
+    plain, expected = run(static, prompt(0)), run(static, hooked)
+    assert (expected - plain).abs().max() > 0.01
+    assert (run(model, hooked) - expected).abs().max() < EXACT
+    network = model.non_dynamic_delegate_model[0]
+    assert network is not model.model
+    assert torch.equal(run(model, hooked), run(model, hooked)) and model.non_dynamic_delegate_model[0] is network
+    assert (run(model, prompt(0)) - plain).abs().max() < EXACT
+    # Any other sampler, which takes the other network by itself.
+    want = euler(tiny_wan, hooked)
+    assert (want - euler(tiny_wan, prompt(0))).abs().max() > 0.01
+    assert (euler(model, hooked) - want).abs().max() < EXACT
+
+
+def test_the_optical_flow_adapter_is_added_in_the_network_that_is_sampled(
+    tiny_wan, tiny_wan_path, causal, dynamic, prompt, sample_latent, pack_module
+):
+    import comfy.hooks
+
+    control = pack_module("model_patches.flow_control")
+    generator = torch.Generator().manual_seed(9)
+    adapter = (torch.randn(128, 4, 1, 2, 2, generator=generator), torch.randn(128, generator=generator))
+    # A hook on the very module that the adapter is added behind.
+    change = {"diffusion_model.patch_embedding.diff": 0.1 * torch.randn(128, 16, 1, 2, 2, generator=generator)}
+    hooked = prompt(0, hooks=comfy.hooks.create_hook_lora(change, 1.0, 0.0))
+    motion = control.FlowConditioning(optical_flow=camera_flow(4 * 5, 64, 64, pan=(-2, 1)), mode="adapter")
+
+    def run(model, positive=hooked, optical_flow=motion):
+        model.set_attachments(pack_module("model_patches.loading").FLOW_ADAPTER_ATTACHMENT, adapter)
+        latent = {"samples": torch.zeros(1, 16, 6, 8, 8)}
+        return sample_latent(model, positive, [], latent, DIAGONAL, seed=3, optical_flow=optical_flow)["samples"]
+
+    expected = run(causal(tiny_wan))
+    assert (expected - run(causal(tiny_wan), optical_flow=None)).abs().max() > 0.01
+    assert (expected - run(causal(tiny_wan), prompt(0))).abs().max() > 0.01
+    assert (run(causal(dynamic(load_tiny(tiny_wan_path)))) - expected).abs().max() < EXACT
+
+
+def test_what_others_put_around_stays_around_in_another_network(tiny_wan, tiny_wan_path, causal, dynamic):
+    """Rotations are the one function of ours that may stand before another node's."""
+    model = tiny_wan.clone()
+    theirs = lambda *args, **kwargs: None  # noqa: E731
+    model.add_object_patch("diffusion_model.rope_encode", theirs)
+    other = causal(dynamic(load_tiny(tiny_wan_path)))
+    for made, original in ((causal(dynamic(model)), theirs), (other, None)):
+        delegate = made.get_non_dynamic_delegate()
+        patch = delegate.object_patches["diffusion_model.rope_encode"]
+        assert patch.original == (original or delegate.model.diffusion_model.rope_encode)
+        blocks = delegate.model.diffusion_model.blocks
+        for layer, block in enumerate(blocks):
+            path = f"diffusion_model.blocks.{layer}"
+            assert delegate.object_patches[f"{path}.forward"].block is block
+            assert delegate.object_patches[f"{path}.self_attn.forward"].module is block.self_attn
+            assert delegate.object_patches[f"{path}.cross_attn.forward"].module is block.cross_attn
+        assert delegate.object_patches["diffusion_model.forward_orig"].network is delegate.model.diffusion_model
+
+
 def test_two_conditions_are_averaged(tiny_wan, causal, prompt, sample_latent, empty_latent):
     model = causal(tiny_wan)
     both = sample_latent(model, prompt(0) + prompt(1), [], empty_latent(), DIAGONAL, seed=1)
@@ -484,6 +575,21 @@ def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_lat
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, denoise=0.5)
 
 
+def test_a_schedule_below_pure_noise_needs_a_video_to_start_from(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module
+):
+    sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
+    low = DiagonalSchedule(sigmas=((1.0, 0.5), (0.8, 0.4)))
+    words = "Chunk 1 starts at sigma 0.800, below pure noise, and there is no latent to start from"
+    with pytest.raises(ValueError, match=words):
+        sample_latent(model, prompt(), [], empty_latent(), low, seed=1)
+    plan = sampling.plan_clip(model, (1, 16, 9, 4, 4), low)
+    with pytest.raises(ValueError, match=words):
+        sampling.stream_latent(model, prompt(), [], plan, lambda chunk: None, seed=1)
+    video = torch.randn(1, 16, 9, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert sample_latent(model, prompt(), [], {"samples": video}, low, seed=1)["samples"].std() > 0.1
+
+
 @pytest.mark.parametrize("denoise", [0.0, -0.1, 1.01, math.nan])
 def test_a_denoise_that_is_no_share_is_refused(tiny_wan, causal, prompt, sample_latent, denoise):
     with pytest.raises(ValueError, match=f"denoise is {denoise}; it must be above 0 and at most 1"):
@@ -519,6 +625,14 @@ def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_on
         ({"clip_end_percent": 0.9}, "timestep range"),
         ({"area": (1, 4, 4, 0, 0, 0)}, "area in percent or in time"),
         ({"hooks": SimpleNamespace(hooks=[ONE_KEYFRAME, TWO_KEYFRAMES])}, "hook with several keyframes"),
+        ({"vace_frames": [torch.zeros(1)]}, "video for VACE"),
+        ({"camera_conditions": torch.zeros(1)}, "camera for Wan Fun Camera"),
+        ({"control_video": torch.zeros(1)}, "control video"),
+        ({"pose_video_latent": torch.zeros(1)}, "video of poses"),
+        ({"face_video_pixels": torch.zeros(1)}, "video of a face"),
+        ({"driving_mask_28ch": torch.zeros(1)}, "driving mask"),
+        ({"reference_motion": torch.zeros(1)}, "frames of a motion"),
+        ({"audio_embed": torch.zeros(1)}, "sound"),
     ],
 )
 def test_conditionings_that_cannot_be_followed_are_refused_by_name(

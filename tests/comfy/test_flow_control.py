@@ -2,20 +2,24 @@
 
 import logging
 import re
+from copy import copy
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
+from comfy.taesd.taehv import TAEHV
 from safetensors.torch import load_file, save_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.flow import OpticalFlow, adapter_features, camera_flow
 from diagonal_sampler.flow_noise import FlowNoise
-from diagonal_sampler.flow_reference import FlowReference
+from diagonal_sampler.flow_reference import FlowReference, weaker_start
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 
@@ -182,10 +186,83 @@ def test_reference_equals_the_core(tiny_wan, tiny_wan_path, causal, sample, prom
     conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", blend=0.8, strength=0.5, vae=demo_vae)
     result = sample(model, conditioning)
     coding = demo_coding(demo_vae, model.get_model_object("latent_format"))
-    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), **coding, blend=0.4)
+    start_sigma = weaker_start(0.733, 0.5, DIAGONAL.shift)
+    reference = FlowReference(PAN, DIAGONAL, (3, 3, 2), **coding, blend=0.4, start_sigma=start_sigma)
     noise = SeededNoise(3, (1, 16, SIZE, SIZE))
     expected = core(load_file(tiny_wan_path), prompt()[0][0], reference.schedule, noise, reference=reference)
     assert (in_model_space(model, result) - expected).abs().max() < 1e-4
+
+
+def test_strength_is_a_dial_in_mode_reference(tiny_wan, causal, sample, control, demo_vae):
+    """Almost no motion is almost none at all: the noise level that chunks start at moves with it, too."""
+    model = causal(tiny_wan, **SETTINGS)
+    plain = sample(model)
+    away = [
+        (sample(model, control.FlowConditioning(optical_flow=PAN, strength=strength, vae=demo_vae)) - plain).abs().max()
+        for strength in (1e-5, 0.5, 1.0)
+    ]
+    assert away[0] < 0.01 * away[2] and away[0] < away[1], away
+
+
+def random_tiny_vae(latent_channels: int, dtype: torch.dtype) -> comfy.sd.VAE:
+    """A TAEHV of random weights in a file of this dtype; it computes in float32."""
+    generator = torch.Generator().manual_seed(2)
+    weights = TAEHV(latent_channels=latent_channels).state_dict()
+    made = {
+        name: torch.randn(w.shape, generator=generator) / max(1, w[0].numel()) ** 0.5 for name, w in weights.items()
+    }
+    return comfy.sd.VAE(sd={name: w.to(dtype) for name, w in made.items()}, dtype=torch.float32)
+
+
+def test_a_float16_tiny_vae_carries_frames_in_wans_scale(tiny_wan, causal, control, caplog):
+    """ComfyUI takes it for HunyuanVideo's; its layers take what the model makes, unscaled."""
+    half = random_tiny_vae(16, torch.float16)
+    plain = comfy.sd.VAE(sd=half.first_stage_model.state_dict(), dtype=torch.float32)
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", vae=half)
+    with caplog.at_level(logging.WARNING):
+        run = control.FlowRun(conditioning, causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2))
+    assert sum("taew2_1" in record.message for record in caplog.records) == 1
+    generator = torch.Generator().manual_seed(1)
+    latents, frames = torch.randn(1, 16, 3, SIZE, SIZE, generator=generator), torch.rand(1, 3, 5, 64, 64)
+    assert (run._decode(latents) - plain.decode(latents)[:, -1].movedim(-1, 1)).abs().max() < 1e-3
+    assert (run._encode(frames) - plain.encode(frames[0].movedim(0, -1))).abs().max() < 1e-3
+
+
+def test_a_vae_that_does_not_fit_is_refused_before_anything_is_made(
+    tiny_wan, with_adapter, causal, sample, control, demo_vae
+):
+    """Its error would come when the first chunk has been made."""
+    pictures, coarse = copy(demo_vae), copy(demo_vae)
+    pictures.latent_dim = 2
+    coarse.downscale_ratio = (demo_vae.downscale_ratio[0], 16, 16)
+    other = random_tiny_vae(48, torch.float32)
+    begun = []
+    for model, mode in ((causal(tiny_wan), "reference"), (causal(with_adapter(0.5)[0]), "adapter+blend")):
+        for vae, message in (
+            (pictures, r"The VAE \(DemoAutoencoder\) encodes pictures, not video; connect the model's own"),
+            (other, r"The VAE \(TAEHV\) makes 48 latent channels of 16x16 pixels each, and the model takes 16 of 8x8"),
+            (coarse, "makes 16 latent channels of 16x16 pixels each, and the model takes 16 of 8x8"),
+        ):
+            conditioning = control.FlowConditioning(optical_flow=PAN, mode=mode, vae=vae)
+            with pytest.raises(ValueError, match=message):
+                sample(model, conditioning, on_progress=begun.append)
+    assert not begun
+    unused = control.FlowConditioning(optical_flow=PAN, mode="adapter", vae=other)
+    assert sample(causal(with_adapter(0.5)[0]), unused).isfinite().all()
+
+
+def test_what_a_mask_protects_is_not_blended(tiny_wan, causal, control, demo_vae):
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", vae=demo_vae)
+    one = DiagonalSchedule(sigmas=((1.0,),), context_mode="clean")
+    run = control.FlowRun(conditioning, causal(tiny_wan), SHAPE, one, (3, 3, 2))
+    run.finished(torch.randn(1, 16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
+    at = Forward(chunk=1, step=0, steps=1, sigma=0.733, start_frame=3, frames=3)
+    denoised, mask = torch.full((1, 16, 3, SIZE, SIZE), 9.0), torch.zeros(1, 1, 3, SIZE, SIZE)
+    mask[..., 4:] = 1
+    found = run.after(denoised, at, mask)
+    assert torch.equal(found[..., :4], denoised[..., :4])
+    whole = run.after(denoised, at)
+    assert torch.equal(found[..., 4:], whole[..., 4:]) and (whole - denoised).abs().amax((0, 1, 2, 3)).min() > 1
 
 
 def demo_coding(demo_vae, scale):
@@ -332,9 +409,13 @@ def test_what_cannot_be_combined_is_refused(
     later = replace(DIAGONAL, sigmas=((1.0, 0.4), (0.95, 0.4)))
     with pytest.raises(ValueError, match="starts a chunk below sigma 1"):
         sample_latent(causal(tiny_wan), prompt(), [], video, later, seed=1, optical_flow=conditioning)
-    with pytest.raises(ValueError, match="one latent frame"):
+    with pytest.raises(ValueError, match="nothing moves in it. Use a length of more than one chunk."):
         sample(causal(tiny_wan), conditioning, frames=1)
+    with pytest.raises(ValueError, match="first_chunk is 4, but the video has 3 chunks.*use 3 at most"):
+        sample(causal(tiny_wan), replace(conditioning, first_chunk=4))
     model = causal(with_adapter(0.5)[0])
+    with pytest.raises(ValueError, match="nothing moves in it. Use a length of 5."):
+        sample(model, conditioning, frames=1)
     area = prompt(0, area=(4, 4, 0, 0), strength=1.0)
     with pytest.raises(ValueError, match="an area of the picture cannot follow it"):
         sample_latent(model, area, [], {"samples": torch.zeros(SHAPE)}, DIAGONAL, seed=1, optical_flow=conditioning)
@@ -367,6 +448,38 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
         sample(causal(tiny_wan), control.FlowConditioning(optical_flow=longer, vae=demo_vae))
     assert "has 40 steps and the video 28; the rest of it is not used" in caplog.text
     assert "another shape" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "frames", "reason"),
+    [
+        ({}, 3, "has one chunk, and mode reference carries the last frame of the one before. Use a longer video"),
+        ({"last_chunk": 1}, FRAMES, "last_chunk is 1, and mode reference carries"),
+        ({"optical_flow": camera_flow(8, 64, 64, pan=(1, 0))}, FRAMES, "has 8 steps, and commands not even half of a"),
+        ({"optical_flow": camera_flow(8, 64, 64, pan=(1, 0)), "mode": "adapter", "first_chunk": 2}, FRAMES, "a step"),
+        ({"optical_flow": camera_flow(8, 64, 64, pan=(1, 0)), "mode": "adapter"}, FRAMES, None),
+        ({"mode": "adapter"}, 3, None),
+        ({"mode": "adapter+blend"}, 3, None),
+        ({"optical_flow": OpticalFlow.everywhere(torch.ones(1, 64, 64, 2)), "first_chunk": 3}, FRAMES, None),
+        ({"mode": "noise", "last_chunk": 1}, FRAMES, None),
+        ({}, FRAMES, None),
+    ],
+)
+def test_a_motion_that_no_chunk_can_follow_says_why(
+    tiny_wan, with_adapter, causal, control, demo_vae, caplog, change, frames, reason
+):
+    settings = {"optical_flow": PAN, "mode": "reference", "vae": demo_vae, **change}
+    model = causal(with_adapter(0.5)[0] if "adapter" in settings["mode"] else tiny_wan, **SETTINGS)
+    counts = (3, 3, 2) if frames == FRAMES else (3,)
+    with caplog.at_level(logging.WARNING):
+        control.FlowRun(control.FlowConditioning(**settings), model, (1, 16, frames, SIZE, SIZE), DIAGONAL, counts)
+    found = [record.message for record in caplog.records if "changes nothing in this video" in record.message]
+    assert len(found) == (reason is not None) and all(reason in message for message in found), caplog.text
+    if reason and "one chunk" in reason:  # with frames before it, that chunk follows
+        caplog.clear()
+        shape = (1, 16, 5, SIZE, SIZE)
+        control.FlowRun(control.FlowConditioning(**settings), model, shape, DIAGONAL, counts, given_frames=2)
+        assert "changes nothing" not in caplog.text
 
 
 # --- the nodes ---
@@ -437,6 +550,23 @@ def test_the_node_makes_each_source(conditioning_node):
     assert 0 < masked.optical_flow.valid.float().mean() < 0.5
 
 
+def test_a_mask_that_moves_lets_a_painting_last_as_long_as_it_does(conditioning_node):
+    mask = torch.zeros(8, 16, 16)
+    mask[:4, :, :8] = mask[4:, :, 8:] = 1
+    found = conditioning_node(source="painted", painted=torch.tensor([1.0, 0, 0]).expand(1, 8, 8, 3), mask=mask)
+    assert found.optical_flow.steps == 8
+    sides = found.optical_flow.valid.view(8, 8, 2, 4).all(-1).all(1)
+    assert sides.tolist() == [[True, False]] * 4 + [[False, True]] * 4
+
+
+def test_tracks_tell_how_far_they_are(conditioning_node, monkeypatch):
+    steps = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: steps.append((self.total, value)))
+    tracks = {"track_path": PATH, "track_visibility": torch.ones(9, 1, dtype=torch.bool)}
+    conditioning_node(source="tracks", tracks=tracks, width=64, height=48, track_radius=8.0)
+    assert steps == [(8, 1)] * 8
+
+
 def test_the_nodes_widgets_reach_the_motion_and_the_run(conditioning_node, demo_vae):
     found = conditioning_node(
         width=64, height=48, length=9, pan_x=2.0, pan_y=-1.0, zoom=0.5, rotation=3.0, mode="reference", strength=0.9,
@@ -463,6 +593,17 @@ def test_the_error_of_a_result_is_taken_where_both_motions_are_known(pack_module
     assert text == "end-point error over 25% of the pixels: mean 2.00, median 2.00 px per frame"
     measured.valid[:] = False
     assert sources.flow_preview(field, images, None, measure=True, speed=None)[1] == "nowhere are both motions known"
+
+
+def test_a_motion_is_shown_over_a_single_image(conditioning_node, pack_module):
+    node = pack_module("nodes.flow_preview").DiagonalFlowPreview
+    conditioning = conditioning_node(width=64, height=64, length=5, pan_x=1.0)
+    image = torch.rand(1, 32, 32, 3)
+    found = node.execute(conditioning, False, 0.0, images=image).result[0]
+    assert torch.equal(found, node.execute(conditioning, False, 0.0, images=image.expand(5, -1, -1, -1)).result[0])
+    assert len(found) == 4
+    with pytest.raises(ValueError, match="images has 1 frame; motion needs at least 2.*or turn measure off"):
+        node.execute(conditioning, True, 0.0, images=image)
 
 
 def test_the_node_measures_a_video_and_the_preview_shows_it(conditioning_node, pack_module):

@@ -2,9 +2,12 @@
 
 import builtins
 import math
+from weakref import WeakValueDictionary
 
+import comfy.utils
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagonal_sampler.flow import camera_flow, grid, inside, sample
 
@@ -87,6 +90,35 @@ def test_a_motion_is_trusted_where_the_way_back_leads_home(estimation):
     # Half a squared pixel, and 1% of both squared lengths.
     assert trusted(0.0, 0.7).all() and not trusted(0.0, 0.72).any()
     assert trusted(10.0, -8.52)[:, :30].all() and not trusted(10.0, -8.45).any()
+
+
+def test_a_video_is_measured_in_place_and_tells_how_far_it_is(estimation, monkeypatch):
+    frames, height, width = 41, 16, 24
+    steps, alive, peak = [], WeakValueDictionary(), 0
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: steps.append((self.total, value)))
+    monkeypatch.setattr(
+        estimation, "_dis", lambda: lambda first, second: (second - first)[..., :2] * 10 + torch.zeros(height, width, 2)
+    )
+
+    class Memory(TorchDispatchMode):
+        """Adds up, after every operation, the storages of all tensors that were made so far and are in use."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal peak
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                alive[id(out)] = out
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive.values()}
+            peak = max(peak, sum(size for at, size in storages.items() if at != video.data_ptr()))
+            return out
+
+    video = torch.linspace(0, 1, frames)[:, None, None, None].expand(frames, height, width, 3).contiguous()
+    with Memory():
+        found = estimation.estimate_flow(video)
+    assert steps == [(40, 1)] * 40
+    assert torch.allclose(found.flow, torch.tensor(0.25)) and found.valid[:, 2:-2, 2:-2].all()
+    result = found.flow.nbytes + found.valid.nbytes
+    assert result < peak < 1.5 * result, "the result, and what a pair of frames needs"
 
 
 def test_bad_videos_are_refused(estimation):

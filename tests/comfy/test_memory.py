@@ -111,6 +111,19 @@ def test_keys_and_values_are_those_of_a_run(
     assert caches[-1] == (expected.keys_values, expected.text)
 
 
+def test_a_compute_dtype_counts_whichever_model_ran_last(memory, pack_module, tiny_wan, causal, prompt):
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
+    plan = sampling.plan_clip(model, (1, 16, 6, 4, 4), DiagonalSchedule.preset("diagonal 4-3-2"))
+    models = {name: ModelComputeDtype().patch(model, name)[0] for name in ("bf16", "fp32", "default")}
+    wanted = {"bf16": 2, "fp32": 4, "default": 4}
+    for last in ("default", "bf16", "fp32"):
+        sampling.stream_latent(models[last], prompt(), [], plan, lambda chunk: None, seed=0)
+        assert {name: memory.network_facts(each).element_bytes for name, each in models.items()} == wanted
+        assert memory.network_facts(model).element_bytes == 4
+
+
 @pytest.mark.parametrize("kind", ["wan", "taehv"])
 def test_a_vaes_facts_are_those_of_the_vae_that_it_becomes(memory, pack_module, tmp_path, kind):
     if kind == "wan":
@@ -232,7 +245,10 @@ def test_the_demo_and_its_decoder(predict):
         ({"file": "/etc/passwd"}, "is not in models/diffusion_models"),
         ({"node": "SomeLoader"}, "comes from SomeLoader"),
         ({"node": "DiagonalDemoLoader", "file": "../x"}, "choose one of student, teacher"),
-        ({"vae": "../../vae.safetensors"}, "is not in models/vae"),
+        ({"vae": "../../vae.safetensors"}, "vae.safetensors' is not in models/vae or models/vae_approx;"),
+        ({"file": "gone.pt"}, "unet_name='gone.pt' is not in models/diffusion_models; put the file there and press R"),
+        ({"node": "DiagonalModelLoader", "file": "gone.pt"}, "ckpt_name='gone.pt' is not in models/"),
+        ({"file": ""}, "unet_name is empty; choose a file."),
         ({"width": "wide"}, "width is 'wide'"),
         ({"height": "0"}, "height is '0'"),
         ({"length": ""}, "length is ''"),
@@ -243,6 +259,12 @@ def test_the_demo_and_its_decoder(predict):
 )
 def test_what_cannot_be_known_is_an_answer(predict, query, words):
     assert words in predict(**query)["error"]
+
+
+def test_a_file_that_is_missing_is_named_with_its_folders(predict):
+    missing = predict(node="DiagonalModelLoader", file="gone.pt")["missing"]
+    assert missing == {"file": "gone.pt", "folders": ("diffusion_models", "checkpoints")}
+    assert "missing" not in predict(width="wide")
 
 
 def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):

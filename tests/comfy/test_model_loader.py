@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import comfy.utils
@@ -84,6 +85,30 @@ def test_the_choice_of_weights_reaches_the_model(loading, tmp_path: Path) -> Non
     path = LAYOUTS["self forcing, ema and generator"](tmp_path, tiny_wan(0), tiny_wan(1))
     model, _ = loading.load_wan(path, weights="generator")
     assert torch.equal(run(model), run(comfyui_model(tmp_path, tiny_wan(1))))
+
+
+def test_comfyui_can_load_the_same_file_anew(loading, pack_module, tmp_path: Path, monkeypatch) -> None:
+    """It does for hooks in dynamic VRAM, then without that, and for further GPUs; unasked for, it refuses."""
+
+    class Dynamic(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self) -> bool:
+            return True
+
+    def anew(model, **options):
+        load, arguments, place = model.cached_patcher_init
+        return load(*arguments, **options)[place]
+
+    path = LAYOUTS["self forcing, ema and generator"](tmp_path, tiny_wan(0), tiny_wan(1))
+    model, _ = loading.load_wan(path, weights="generator")
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    plain, dynamic = anew(model.clone(), disable_dynamic=True), anew(model)
+    assert dynamic.is_dynamic() and not plain.is_dynamic()
+    assert plain.model is not model.model and torch.equal(run(plain), run(model))
+    assert not anew(dynamic, disable_dynamic=True).is_dynamic()
+    fp8, _ = loading.load_wan(path, weight_dtype="fp8_e4m3fn")
+    assert anew(fp8, disable_dynamic=True).model_dtype() == torch.float8_e4m3fn
+    student = pack_module("nodes.demo_loader").DEMO_DIRECTORY / "demo_student.safetensors"
+    assert anew(pack_module("model_patches.demo").load_demo_model(student)).model is not None
 
 
 def test_comfyui_alone_takes_a_single_key_pickle_for_a_bidirectional_wan(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Nodes of others around the chunk sampler: what works with the KV cache, and what is refused before it goes wrong."""
 
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ BLOCKS = 2
 def run(prompt, sample_latent, empty_latent):
     """`run(model, **options)`: latents of three chunks."""
 
-    def make(model, latent=None, positive=None, **options):
+    def make(model, latent=None, positive=None, negative=None, **options):
         latent = empty_latent() if latent is None else latent
         positive = prompt() if positive is None else positive
-        return sample_latent(model, positive, prompt(1), latent, DIAGONAL, seed=1, **options)["samples"]
+        negative = prompt(1) if negative is None else negative
+        return sample_latent(model, positive, negative, latent, DIAGONAL, seed=1, **options)["samples"]
 
     return make
 
@@ -160,6 +161,14 @@ def test_a_block_that_another_node_leaves_out_is_not_missed(tiny_wan, causal, ru
     assert torch.isfinite(left_out).all() and difference(left_out, plain) > 0.01
 
 
+def without_what_is_kept(model):
+    """The MODEL with ComfyUI's own forward and cross-attention, which keep nothing between forwards."""
+    out = model.clone()
+    for path in [path for path in out.object_patches if path.endswith((".forward_orig", "cross_attn.forward"))]:
+        del out.object_patches[path]
+    return out
+
+
 def test_a_function_wrapper_may_change_text_and_noise_level_in_any_forward(tiny_wan, causal, prompt, run):
     other = prompt(9)[0][0]
 
@@ -181,11 +190,104 @@ def test_a_function_wrapper_may_change_text_and_noise_level_in_any_forward(tiny_
         changed.set_model_unet_function_wrapper(wrapper)
         found = run(changed)
         assert difference(found, plain) > 0.01
-        # ComfyUI's own forward, which keeps nothing between forwards.
         turns = []
-        for path in [path for path in changed.object_patches if path.endswith((".forward_orig", "cross_attn.forward"))]:
-            del changed.object_patches[path]
-        assert difference(found, run(changed)) < CLOSE
+        assert difference(found, run(without_what_is_kept(changed))) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["apply_model", "diffusion_model"])
+@pytest.mark.parametrize("what", ["text", "noise level"])
+def test_a_wrapper_around_the_model_may_change_text_and_noise_level_too(tiny_wan, causal, prompt, run, kind, what):
+    other, turns = prompt(9)[0][0], []
+    text_at = {"apply_model": 3, "diffusion_model": 2}[kind]
+
+    def change(executor, *args, **kwargs):
+        turns.append(1)
+        args = list(args)
+        if what == "text" and len(turns) % 2:
+            args[text_at] = other.to(args[text_at]).expand_as(args[text_at])
+        elif what == "noise level":
+            args[1] = args[1] * (0.8 if len(turns) % 2 else 1.0)
+        return executor(*args, **kwargs)
+
+    def count(executor, *args, **kwargs):
+        turns.append(1)
+        return executor(*args, **kwargs)
+
+    model = causal(tiny_wan)
+    plain, changed = run(model), model.clone()
+    changed.add_wrapper_with_key(kind, "theirs", change)
+    found = run(changed)
+    assert len(turns) == DIAGONAL.nfe(3) and difference(found, plain) > 0.01
+    turns.clear()
+    assert difference(found, run(without_what_is_kept(changed))) < CLOSE
+
+
+def test_what_a_run_keeps_is_kept_under_torch_compiles_wrapper(tiny_wan, causal, run):
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+    made = []
+    tiny_wan.model.diffusion_model.blocks[0].cross_attn.k.register_forward_hook(lambda *args: made.append(1))
+    model = causal(tiny_wan)
+    model.add_wrapper_with_key("apply_model", COMPILE_KEY, lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    model.add_wrapper_with_key("apply_model", "taken away", print)
+    model.get_wrappers("apply_model", "taken away").clear()
+    run(model)
+    assert len(made) == 1
+
+
+def test_the_negative_that_a_node_asks_for_at_cfg_1_is_checked_and_counted(
+    tiny_wan, causal, prompt, run, pack_module, monkeypatch
+):
+    """NAG and others; without them ComfyUI leaves it out."""
+    asked, plans = [], pack_module("model_patches.clip_plan")
+    real = plans._CacheMemory
+    monkeypatch.setattr(plans, "_CacheMemory", lambda nbytes: asked.append(nbytes) or real(nbytes))
+    model = causal(tiny_wan)
+    asking = model.clone()
+    asking.disable_model_cfg1_optimization()
+    run(model), run(model, cfg=2.0), run(asking)
+    assert asked[0] < asked[1] == asked[2]
+    negative = prompt(1, mask=torch.ones(1, 4, 4))
+    run(model, negative=negative)
+    with pytest.raises(ValueError, match="negative conditioning .entry 1. has a mask"):
+        run(asking, negative=negative)
+
+
+def test_cfg_override_to_or_from_cfg_1_is_refused_with_the_remedy(tiny_wan, causal, run):
+    from comfy_extras.nodes_custom_sampler import CFGOverride
+
+    (model,) = CFGOverride.execute(causal(tiny_wan), 3.0, 0.0, 0.05).result  # the first steps only
+    with pytest.raises(ValueError, match=r"CFG Override to or from cfg 1.*a cfg such as 1.01 in place of 1"):
+        run(model, cfg=1.0)
+    assert difference(run(model, cfg=1.01), run(causal(tiny_wan), cfg=1.01)) > 0.01
+
+
+def test_a_conditioning_for_vace_is_refused(tiny_wan, causal, prompt, run):
+    from comfy_extras.nodes_wan import WanVaceToVideo
+
+    vae = SimpleNamespace(
+        encode=lambda x: torch.randn(1, 16, (x.shape[0] - 1) // 4 + 1, x.shape[1] // 8, x.shape[2] // 8)
+    )
+    sizes = {"width": 32, "height": 32, "length": 33, "batch_size": 1, "strength": 1.0}
+    positive, _, latent, _ = WanVaceToVideo.execute(
+        prompt(), prompt(1), vae, **sizes, control_video=torch.rand(33, 32, 32, 3)
+    ).result
+    with pytest.raises(ValueError, match="a video for VACE .vace_frames., which a causal text-to-video model cannot"):
+        run(causal(tiny_wan), latent=latent, positive=positive)
+
+
+@pytest.mark.parametrize("name", ["ModelSamplingAuraFlow", "ModelSamplingFlux", "ModelSamplingContinuousEDM"])
+def test_a_node_that_counts_noise_levels_in_another_way_is_refused(tiny_wan, causal, run, name):
+    from comfy_extras import nodes_model_advanced as nodes
+
+    node, model = getattr(nodes, name)(), causal(tiny_wan)
+    (patched,) = {
+        "ModelSamplingAuraFlow": lambda: node.patch_aura(model, 3.0),
+        "ModelSamplingFlux": lambda: node.patch(model, 1.15, 0.5, 64, 64),
+        "ModelSamplingContinuousEDM": lambda: node.patch(model, "v_prediction", 120.0, 0.002),
+    }[name]()
+    with pytest.raises(ValueError, match="counts noise levels up to .*trained with 1000.* Remove the node"):
+        run(patched)
 
 
 def test_a_wrapper_that_splits_the_batch_is_refused(tiny_wan, causal, run):

@@ -112,17 +112,22 @@ def test_recache_and_keep_differ_and_other_lengths_work(sample, clip, schedule):
     assert same_until(recached, plain) == 3 * SWITCH
 
 
-def test_a_recache_is_as_if_the_window_had_always_had_the_prompt(sample, clip, schedule, pack_module, monkeypatch):
+def test_a_recache_is_as_if_the_window_had_always_had_the_prompt(
+    sample, clip, schedule, given_frames, pack_module, monkeypatch
+):
     """With the whole clip in the window: the same latents, cached from the first chunk on under the new prompt."""
     # What goes on from given frames begins at their level, which what goes on by itself has no need of.
-    monkeypatch.setattr(pack_module("model_patches.sampling"), "meet", lambda denoised, last: denoised)
+    monkeypatch.setattr(pack_module("model_patches.sampling"), "meet", lambda denoised, level, **_: denoised)
     given = sample(clip("a"), frames=9, settings={})
     found = sample(schedule("0: a\nchunk 4: b"), settings={})
     assert torch.equal(found[:, :, :9], given)
     # Those frames as context, under "b": their keys and values are what the recache writes.
     draw = pack_module("diagonal_sampler.noise").SeededNoise(5, (1, 16, 4, 4))
     later = sample(
-        clip("b"), settings={}, context=given, noise=lambda chunk, step, n: draw(max(chunk, -3) + 3, step, n)
+        clip("b"),
+        settings={},
+        context=given_frames(given),
+        noise=lambda chunk, step, n: draw(max(chunk, -3) + 3, step, n),
     )
     assert (later - found).abs().max() < 1e-4
 

@@ -302,8 +302,10 @@ def test_the_callers_latents_and_grad_mode_are_left_alone(streaming, vae, whole)
     assert difference(torch.cat(chunks, dim=1), whole(vae, latents)) < TOLERANCE
 
 
+@pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("name", ["wan", "taehv"])
-def test_an_interrupt_frees_the_state_and_reset_begins_anew(streaming, vaes, whole, name):
+def test_an_interrupt_frees_a_large_state_and_keeps_a_small_one(streaming, vaes, whole, name, large, monkeypatch):
+    monkeypatch.setattr(streaming, "MOST_KEPT_BYTES", 0 if large else 1 << 30)
     vae, latents = vaes[name], latents_of(1)
     model = vae.first_stage_model
     last = model.decoder.head[2] if name == "wan" else model.decoder[22]
@@ -317,6 +319,10 @@ def test_an_interrupt_frees_the_state_and_reset_begins_anew(streaming, vaes, who
     finally:
         hook.remove()
         comfy.model_management.interrupt_current_processing(False)
+    if not large:
+        frames = 4 * 3 - 3
+        assert difference(decoder.decode(latents[:, :, 3:]), whole(vae, latents)[:, frames:]) < TOLERANCE
+        return
     assert decoder.state_bytes == 0 and held_bytes(decoder) == 0
     with pytest.raises(RuntimeError, match=r"reset\(\)"):
         decoder.decode(latents[:, :, 3:])
@@ -354,6 +360,28 @@ def test_a_float16_tiny_vae_is_wans(streaming, whole, caplog):
     assert difference(got, wanted) < TOLERANCE
     assert sum("taew2_1" in record.message for record in caplog.records) == 1
     assert difference(whole(half, latents), wanted) > 100 * TOLERANCE
+
+
+def test_everywhere_a_float16_tiny_vae_is_wans(pack_module, whole, caplog):
+    """What streaming decodes, context frames must have encoded in the same scale; other files stay as they are."""
+    scale, encode_context = pack_module("model_patches.vae_scale"), pack_module("model_patches.context_frames")
+    half = taehv_vae(torch.float16)
+    plain = comfy.sd.VAE(sd=half.first_stage_model.state_dict(), dtype=torch.float32)
+    wan = comfy.latent_formats.Wan21()
+    images = torch.rand(5, 16, 16, 3, generator=torch.Generator().manual_seed(5))
+    raw = plain.encode(images)
+    assert difference(scale.encode(half, images), wan.process_out(raw)) < TOLERANCE
+    assert difference(half.encode(images), wan.process_out(raw)) > 100 * TOLERANCE
+    assert torch.equal(scale.encode(plain, images), raw)
+    latents = latents_of(1, frames=3)
+    assert difference(scale.decode(half, latents), whole(plain, wan.process_in(latents))) < TOLERANCE
+    assert torch.equal(scale.decode(plain, latents), plain.decode(latents))
+    with caplog.at_level(logging.WARNING):
+        found = encode_context.encode_context(half, images, 2)
+    assert difference(found.latent, wan.process_out(raw)) < TOLERANCE
+    assert sum("taew2_1" in record.message for record in caplog.records) == 1
+    still = encode_context.encode_context(half, images[:1], 2).still
+    assert difference(still, wan.process_out(plain.encode(images[:1].expand(5, -1, -1, -1))[:, :, 1:])) < TOLERANCE
 
 
 def test_an_unknown_vae_falls_back_to_windows(streaming, foreign_vae, whole, caplog):

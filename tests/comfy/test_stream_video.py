@@ -210,6 +210,78 @@ def test_resumed_latents_are_equal_bit_by_bit(streaming, stream, options, monkey
     assert all(torch.equal(a, b) for a, b in zip(found, whole[:5] + whole[3:], strict=True))
 
 
+def cancelled_at(forwards: int):
+    """An on_progress at which somebody presses ComfyUI's Cancel."""
+
+    def report(progress):
+        if progress.forwards == forwards:
+            comfy.model_management.interrupt_current_processing()
+
+    return report
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 3, 4, 9, *range(12, 19)])
+def test_after_cancel_only_the_chunk_in_work_is_made_again(stream, options, output, forwards, cancelled_reference):
+    """With a window that evicts and moves keys in the middle of a chunk; no state is due but at the Cancel."""
+    wanted = options(format="png", seconds=4.0, state_every=99, filename_prefix=f"c{forwards}")
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(wanted, on_progress=cancelled_at(forwards))
+    lines = []
+    resumed = stream(wanted, announce=lines.append)
+    chunk = (forwards - 1) // FORWARDS_A_CHUNK
+    assert ("Resumed" in lines[0]) == (chunk > 0)
+    assert chunk == 0 or f"after chunk {chunk}" in lines[0]
+    assert [image.read_bytes() for image in sorted(resumed.path.glob("*.png"))] == cancelled_reference
+
+
+def test_after_cancel_an_encoded_video_has_a_key_frame_more_and_no_other_frames(stream, options, output):
+    def keys(path: Path) -> list[int]:
+        with av.open(str(path)) as container:
+            return [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+
+    whole = stream(options(state_every=99, crf=1.0)).path
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(state_every=99, crf=1.0), on_progress=cancelled_at(5))
+    resumed = stream(options(state_every=99, crf=1.0)).path
+    assert keys(resumed) == sorted([*keys(whole), 9])
+    a, b = (torch.stack(decoded(path)).float() for path in (whole, resumed))
+    assert a.shape == b.shape and (a - b).abs().mean() < 2
+
+
+FORWARDS_A_CHUNK = 3  # two steps, and one that fills the cache
+
+
+@pytest.fixture(scope="module")
+def cancelled_reference(streaming, demo, tmp_path_factory):
+    """The images of a run that nobody cancelled."""
+    import folder_paths
+
+    before, folder = folder_paths.get_output_directory(), tmp_path_factory.mktemp("whole")
+    folder_paths.set_output_directory(str(folder))
+    try:
+        options = streaming.StreamOptions(
+            width=SIZE, height=SIZE, seconds=4.0, fps=FPS, seed=3, filename_prefix="v", format="png"
+        )
+        path = streaming.stream_video(*demo, SCHEDULE, options).path
+        return [image.read_bytes() for image in sorted(path.glob("*.png"))]
+    finally:
+        folder_paths.set_output_directory(before)
+
+
+def test_a_cancel_in_a_short_last_chunk_goes_on_in_no_longer_video(stream, options, output, caplog):
+    """What it evicted was for two latent frames, and the longer video's chunk has three."""
+    shorter = options(format="png", seconds=2.5, state_every=99)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(shorter, on_progress=cancelled_at(11))
+    stopped = files(output)
+    lines = []
+    longer = stream(options(format="png", seconds=3.0, state_every=99), announce=lines.append)
+    assert longer.path.name not in stopped
+    assert "its chunks are others than this length's" in lines[0] and "its chunks are others" in caplog.text
+    stream(shorter, announce=lines.append)
+    assert "Resumed" in lines[1] and "after chunk 3" in lines[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Motion to follow
 
@@ -281,7 +353,7 @@ def test_only_the_same_motion_resumes(streaming, demo, options, motion, output):
     others = [
         (model, None),
         motion("adapter", strength=0.5),
-        motion("adapter", first_chunk=2),
+        motion("adapter", last_chunk=1),
         motion("reference"),
         motion("adapter", field=OpticalFlow(changed, PAN.valid)),
         motion("adapter", scale=0.2),
@@ -446,9 +518,10 @@ def test_frames_of_another_size_are_refused_and_quality_is_in_each_formats_own_m
     writer.abandon()
 
 
-def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_module):
+def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_module, monkeypatch):
     """Two chunks behind two given latent frames, of a video of 11 frames; a third chunk cannot be written."""
     writing = pack_module("model_patches.writing_thread")
+    monkeypatch.setattr(writing, "CONTEXT_LATENT_FRAMES", 2)
     error, written, shown = pack_module("model_patches.video_writer").FrameValueError("frames hold NaN"), [], []
 
     class Writer:
@@ -474,7 +547,7 @@ def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_
             thread.put(handle, "Chunk")
             thread.drain()
         assert torch.cat(written)[:, 0, 0, 0].tolist() == list(range(11))
-        assert thread.tail[:, 0, 0].tolist() == [[float(frame)] * 3 for frame in range(6, 11)], "a chunk's frames"
+        assert thread.tail[:, 0, 0].tolist() == [[float(frame)] * 3 for frame in range(6, 11)], "two latent frames"
         assert [(progress.frames, progress.made) for progress in shown] == [(5, 0), (9, 4), (11, 6)]
         assert [len(progress.newest) for progress in shown] == [5, 4, 2]
         options.frames = 99
@@ -755,15 +828,16 @@ def test_memory_does_not_depend_on_the_length(stream, options):
     counts = {}
 
     def count(progress):
-        if progress.chunk in (6, 16) and progress.step == 1:
+        # As many chunks behind a state: the newest is held for a Cancel until it is in one.
+        if progress.chunk in (6, 18) and progress.step == 1:
             counts[progress.chunk] = held()
-        if progress.chunk == 17:
+        if progress.chunk == 19:
             raise Stop
 
     with pytest.raises(Stop):
         stream(options(seconds=86_400.0, state_every=4), on_progress=count)
-    assert counts[6] == counts[16]
-    assert counts[16][1] - before < 16 << 20
+    assert counts[6] == counts[18]
+    assert counts[18][1] - before < 16 << 20
 
 
 NASTY = "=;#\\ \n\t\"'%s ü \u6f22 \U0001f388 \\"
@@ -1051,6 +1125,8 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent, pa
         ({"filename_prefix": "../v"}, "leaves ComfyUI's output folder; use a name such as video/ComfyUI"),
         ({"filename_prefix": "/etc/v"}, "leaves ComfyUI's output folder"),
         ({"filename_prefix": "a/../../v"}, "leaves ComfyUI's output folder"),
+        ({"filename_prefix": ""}, "filename_prefix is '', which is no file's name; use one such as video/ComfyUI"),
+        ({"filename_prefix": "."}, "which is no file's name"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, options, output, change, words):

@@ -494,13 +494,20 @@ def test_the_buffer_holds_no_graph():
 def one_chunk(cache: KVCache, names: tuple[str, ...]) -> list[torch.Tensor]:
     """Commit a chunk of random keys and values in two layers of each condition; what they attend to, copied."""
     cache.begin(min(cache.settings.frames_per_chunk, cache.total_frames - cache.committed))
+    seen = one_forward(cache, names)
+    cache.commit()
+    return seen
+
+
+@torch.no_grad()
+def one_forward(cache: KVCache, names: tuple[str, ...]) -> list[torch.Tensor]:
+    """The same inside a chunk."""
     seen = []
     for number, name in enumerate(names):
         for layer in range(2):
             seed = 100 * cache.committed + 10 * number + layer
             keys, values = normal(seed, 2, 1, cache.frames * TOKENS, HEADS, HEAD_DIM)
             seen += [tensor.clone() for tensor in cache.condition(name).update(layer, keys, values)]
-    cache.commit()
     return seen
 
 
@@ -524,6 +531,59 @@ def test_a_restored_cache_goes_on_bit_by_bit_whatever_the_order_of_the_snapshot(
     assert all(torch.equal(before[name], snapshot[name]) for name in before)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@pytest.mark.parametrize("forwards", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("made", [1, 2, 4])
+def test_a_snapshot_inside_a_chunk_has_it_made_again_bit_by_bit(positions, forwards, made):
+    names = ("positive", "negative")
+    settings = settings_of(7, 2, 3, positions)
+    whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
+    for cache in (whole, stopped):
+        for _ in range(made):
+            one_chunk(cache, names)
+    stopped.begin(3)
+    for _ in range(int(forwards)):
+        one_forward(stopped, names)
+    if forwards == 0.5:  # broken off behind the first layer of the first condition
+        keys, values = normal(1, 2, 1, 3 * TOKENS, HEADS, HEAD_DIM)
+        stopped.condition("positive").update(0, keys, values)
+    restored = KVCache(settings, 20)
+    restored.restore(stopped.committed, stopped.snapshot(), begun=stopped.frames)
+    with pytest.raises(ValueError, match="in a chunk of 3 latent frames, and this one has 2"):
+        restored.begin(2)
+    while whole.committed < whole.total_frames:
+        assert restored.position == whole.position
+        expected, found = one_chunk(whole, names), one_chunk(restored, names)
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_a_snapshot_begun_in_a_chunk_may_be_written_again_for_one_of_another_length():
+    cache = KVCache(settings_of(7, 2, 3), 20)
+    one_chunk(cache, ("only",))
+    cache.begin(3)
+    one_forward(cache, ("only",))
+    restored = KVCache(cache.settings, 20)
+    restored.restore(cache.committed, cache.snapshot(), begun=cache.frames)
+    restored.rewind(2)
+    restored.begin(2)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+def test_the_last_chunk_can_be_opened_again_for_a_snapshot_of_before_it(positions):
+    settings = settings_of(7, 2, 3, positions)
+    whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
+    for cache, chunks in ((whole, 3), (stopped, 4)):
+        for _ in range(chunks):
+            one_chunk(cache, ("only",))
+    stopped.reopen(3)
+    restored = KVCache(settings, 20)
+    restored.restore(stopped.committed, stopped.snapshot(), begun=stopped.frames)
+    expected, found = one_chunk(whole, ("only",)), one_chunk(restored, ("only",))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    with pytest.raises(RuntimeError, match="inside a chunk"):
+        stopped.reopen(3)
+
+
 @pytest.mark.parametrize(
     ("committed", "dropped", "words"),
     [
@@ -542,7 +602,7 @@ def test_a_snapshot_that_does_not_fit_is_refused(committed, dropped, words):
         KVCache(settings, 20).restore(committed, cache.snapshot(), dropped=dropped)
 
 
-def test_snapshots_are_taken_between_chunks_and_restored_into_an_unused_cache():
+def test_snapshots_are_restored_into_an_unused_cache():
     cache = KVCache(settings_of(7, 2, 3), 20)
     fill(cache, cache.condition("only"), chunks=2)
     snapshot = cache.snapshot()
@@ -552,9 +612,6 @@ def test_snapshots_are_taken_between_chunks_and_restored_into_an_unused_cache():
     asked.condition("only")  # it would have no keys
     with pytest.raises(RuntimeError, match="in use"):
         asked.restore(6, snapshot)
-    cache.begin(3)
-    with pytest.raises(RuntimeError, match="inside a chunk"):
-        cache.snapshot()
 
 
 def test_a_restored_cache_that_nobody_used_is_freed_too():

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagonal_sampler.flow import (
+    WAN_CELL,
+    NothingValid,
     OpticalFlow,
     adapter_features,
     camera_flow,
@@ -64,6 +67,53 @@ def test_masks_are_resized_and_checked():
         field.masked(torch.full((1, 6, 8), math.nan))
     with pytest.raises(ValueError, match="mask has 3 frames and the optical flow 4 steps"):
         field.masked(torch.ones(3, 6, 8))
+
+
+def test_a_mask_that_moves_holds_a_single_step_for_as_long_as_it_lasts():
+    one = OpticalFlow.everywhere(torch.ones(1, 12, 16, 2))
+    mask = torch.zeros(5, 6, 8)
+    for frame in range(5):
+        mask[frame, :, frame] = 1
+    found = one.masked(mask)
+    assert found.steps == 5 and (found.flow == 1).all()
+    assert torch.equal(found.valid, uniform(1, 1, steps=5).masked(mask).valid)
+    assert one.masked(mask[:1]).steps == 1, "a single mask leaves it held"
+
+
+def test_a_field_tells_how_many_steps_say_something():
+    valid = torch.zeros(6, 12, 16, dtype=torch.bool)
+    valid[1:4, 3, 3] = True
+    field = OpticalFlow(torch.zeros(6, 12, 16, 2), valid)
+    assert [field.told(start, 2) for start in range(8)] == [1, 2, 2, 1, 0, 0, 0, 0]
+    held = uniform(1, 0, steps=1).fit(6, 12, 16)
+    assert [held.told(start, 4) for start in (0, 2, 4, 6, 9)] == [4, 4, 2, 0, 0]
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the bytes of new storages that are as large as a clip's."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.kept = least, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.least:
+                self.kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return out
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
+
+
+def test_tracks_need_the_memory_of_their_result():
+    frames, height, width = 41, 24, 32
+    path = torch.tensor([12.0, 12.0]) + torch.arange(frames)[:, None, None] * torch.tensor([0.2, 0.1])
+    with LargeTensors(frames * height * width // 2) as made:
+        found = tracks_flow(path, None, height, width)
+    assert made.bytes == found.flow.nbytes + found.valid.nbytes
 
 
 # --- size and length ---
@@ -140,6 +190,18 @@ def test_tracks_move_what_is_around_them():
     assert torch.allclose(field.flow[3, 10, 11], torch.tensor([2.0, 0.0])), "the region goes with its track"
     assert torch.allclose(field.flow[1, 11, 30], torch.tensor([0.0, -1.0]))
     assert field.valid[0, 10, 9] and not field.valid[0, 10, 10] and not field.valid[0, 10, 20]
+
+
+def test_a_small_radius_is_named_with_one_that_fits():
+    path = torch.tensor([[[20.5, 20.5]], [[21.5, 20.5]], [[22.5, 20.5]]])
+    with pytest.raises(ValueError, match="track_radius is 0.5 pixels.*use 8 or more"):
+        tracks_flow(path, None, 48, 64, radius=0.5)
+    with pytest.raises(ValueError, match="check that the tracks were made for this width"):
+        tracks_flow(path + 100, None, 48, 64, radius=8)
+    with pytest.raises(NothingValid, match="a track_radius of 8 pixels or more"):
+        tracks_flow(path, None, 48, 64, radius=3).fit(2, 6, 8)
+    for x in range(16):  # wherever it lies on the latent's pixels
+        tracks_flow(path + x / 2, None, 48, 64, radius=WAN_CELL).fit(2, 6, 8)
 
 
 def test_between_tracks_the_motion_is_blended():
@@ -246,6 +308,19 @@ def test_carried_pictures_equal_the_moved_scene(motion):
     assert frames[-1].commanded[~entered].mean() > 0.97
     if entered.any():
         assert frames[-1].commanded[entered].mean() < 0.2, "what enters from outside is not commanded"
+
+
+def test_a_picture_that_has_left_the_frame_is_not_black():
+    picture = 0.5 + 0.4 * smooth_picture(12, 16)
+    whole = list(carry(picture, uniform(7, 0, steps=6), 0, 6))
+    assert whole[1].entered.float().mean() > 0.5 and whole[-1].entered.all()
+    for frame in whole:
+        assert frame.picture.min() >= picture.min() - 1e-3
+        assert (frame.commanded[frame.entered] == 0).all()
+    left = next(number for number, frame in enumerate(whole) if frame.entered.all())
+    assert torch.equal(whole[-1].picture, whole[left - 1].picture), "the last one that something was left in"
+    at_once = next(carry(picture, uniform(40, 0, steps=1), 0, 1))
+    assert torch.equal(at_once.picture, picture)
 
 
 def test_a_thin_shape_stays_sharp_over_many_carried_chunks():

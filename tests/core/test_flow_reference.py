@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.flow import OpticalFlow, camera_flow
-from diagonal_sampler.flow_reference import FlowReference, start_below_noise
+from diagonal_sampler.flow_reference import FlowReference, start_below_noise, weaker_start
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule, unshift_sigma
 from diagonal_sampler.settings import CausalSettings
 
@@ -77,6 +77,33 @@ def test_levels_of_short_and_low_schedules():
         start_below_noise((1.0,), 0.0, 5)
 
 
+def test_a_weaker_motion_starts_nearer_to_pure_noise():
+    for shift in (1.0, 5.0):
+        assert weaker_start(0.733, 1.0, shift) == 0.733, "exactly: no seed of full strength changes"
+        levels = [weaker_start(0.733, strength, shift) for strength in (0.0, 1e-6, 0.2, 0.5, 0.8, 1.0)]
+        assert levels[0] == 1 and levels[1] == pytest.approx(1, abs=1e-4), "strength is a dial from none on"
+        assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+        half = unshift_sigma(weaker_start(0.733, 0.5, shift), shift)
+        assert half == pytest.approx((1 + unshift_sigma(0.733, shift)) / 2)
+    assert weaker_start(1.0, 0.3, 5.0) == 1
+    with pytest.raises(ValueError, match=r"strength is 1.5; it must be in \[0, 1\]"):
+        weaker_start(0.733, 1.5, 5.0)
+
+
+def test_a_motion_that_ends_inside_a_chunk_moves_it_if_it_lasts_for_half():
+    """In the rest of the chunk the carried frames stand still, and the model should go on instead."""
+    usual, moved = SCHEDULE.chunk_sigmas(1), start_below_noise(SCHEDULE.chunk_sigmas(1), 0.733, 5)
+    for steps, expected in ((8, usual), (9, usual), (13, usual), (14, moved), (20, moved)):  # chunk 1 has 8 to 19
+        reference = make(camera_flow(steps, 8 * SIZE, 8 * SIZE, pan=(1, 0)))
+        assert reference.schedule.chunk_sigmas(1) == expected, steps
+        assert reference.follows == (expected == moved)
+        spread = field(pan=(1, 0))
+        valid = spread.valid & (torch.arange(spread.steps) < steps)[:, None, None]
+        assert make(OpticalFlow(spread.flow, valid)).schedule.chunk_sigmas(1) == expected, "not held either"
+    blended = make(camera_flow(9, 8 * SIZE, 8 * SIZE, pan=(1, 0)), start_sigma=1.0)
+    assert blended.follows, "where nothing is carried into the start, nothing stands still"
+
+
 def test_the_first_chunk_and_chunks_without_motion_are_as_usual():
     flow = field(pan=(1, 0))
     valid = flow.valid.clone()
@@ -123,6 +150,22 @@ def test_a_chunk_of_one_step_is_blended_in_it():
     schedule = DiagonalSchedule(sigmas=((1.0,),), context_mode="clean")
     chunks, _ = run(make(field(), schedule), lambda x, at: picture if at.chunk == 0 else torch.zeros_like(x))
     assert torch.allclose(chunks[1], picture[:, :, -1:].expand(-1, -1, 3, -1, -1), atol=1e-5)
+
+
+def test_what_may_not_change_is_not_blended():
+    torch.manual_seed(0)
+    picture = torch.rand(1, 4, 3, SIZE, SIZE)
+    picture[:, 3] = 0
+    reference = make(field(), DiagonalSchedule(sigmas=((1.0,),), context_mode="clean"))
+    reference.finished(picture)
+    at = Forward(chunk=1, step=0, steps=1, sigma=0.733, start_frame=3, frames=3)
+    kept, free = torch.full((1, 4, 3, SIZE, SIZE), 9.0), torch.zeros(1, 1, 3, SIZE, SIZE)
+    free[..., 2:], free[..., 1:2] = 1, 0.5
+    found = reference.blend(kept, at, free)
+    assert torch.equal(found[..., :1], kept[..., :1])
+    whole = reference.blend(kept, at)
+    assert torch.equal(found[..., 2:], whole[..., 2:]) and (whole - kept).abs().min() > 1
+    assert torch.allclose(found[..., 1], (kept + whole)[..., 1] / 2, atol=1e-5)
 
 
 def test_pan_moves_the_reference_and_blend_weighs_it():

@@ -63,6 +63,8 @@ def test_a_single_row_may_have_its_time(text):
         ("a\nb", "Row 1 is 'a'"),
         ("a scene: a cat\n5: b", "Row 1 is 'a scene: a cat'"),
         ("0: a\nb: c", "Row 2 is 'b: c'"),
+        ("0: a\n1:30 a blue circle", "Row 2 begins with '1:30' and no colon behind it. Write '1:30: ...', or a blank"),
+        ("0: a\n0:01:30 one: two", "Row 2 begins with '0:01:30' and no colon behind it"),
         ("0: a\n5 days: c", "Row 2 begins with '5 days', whose unit 'days' is unknown"),
         ("chunk 3s: c", "unit 's' is unknown"),
         ("chunk 0: c", "chunk is 0; chunks are whole numbers and count from 1"),

@@ -150,6 +150,12 @@ def test_video_to_video_starts_at_its_sigma():
     assert whole.start_at(1.0) == whole
 
 
+def test_a_chunk_that_begins_below_the_start_is_not_raised_to_it():
+    low = DiagonalSchedule(sigmas=((1.0, 0.9, 0.4), (0.8, 0.4), (0.3,)))
+    assert low.start_at(0.95).sigmas == ((0.95, 0.9, 0.4), (0.8, 0.4), (0.3,))
+    assert low.start_at(0.5).sigmas == ((0.5, 0.4), (0.5, 0.4), (0.3,))
+
+
 def test_description_says_what_it_costs_and_saves():
     text = DiagonalSchedule.preset("diagonal 4-3-2").describe(7)
     for part in ("4,3,2,2,...", "17 forwards", "7 chunks", "35", "2.06x", "noisy"):

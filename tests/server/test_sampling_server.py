@@ -124,6 +124,57 @@ def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
     assert all(int(picture.max()) - int(picture.min()) > 100 for picture in decoded)
 
 
+async def overhear(server, graph):
+    """Queue a graph as a program does, without a client_id; what an open page of another client hears of it."""
+    heard = []
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{server.url}/ws?clientId={uuid.uuid4().hex}", max_msg_size=0) as socket:
+            await asyncio.to_thread(server.run, graph)
+            while True:
+                try:
+                    message = await socket.receive(timeout=1.0)
+                except asyncio.TimeoutError:
+                    return heard
+                if message.type == aiohttp.WSMsgType.TEXT:
+                    heard.append(json.loads(message.data)["type"])
+
+
+def test_a_run_without_a_client_plays_on_no_page(comfy_server):
+    heard = asyncio.run(overhear(comfy_server, demo_graph(length=33, seed=21)))
+    assert "status" in heard, "the page is open"
+    assert not [kind for kind in heard if kind.startswith("diagonal.")]
+
+
+def test_what_the_run_is_warned_of_reaches_the_node_with_its_guidance(comfy_server):
+    events = []
+
+    async def on_event(session, kind, data):
+        if kind == "diagonal.progress":
+            events.append(data)
+
+    graph = demo_graph(length=33, seed=22)  # of the teacher, which was made for 12 steps
+    graph["positive"] = {
+        "class_type": "DiagonalPromptSchedule",
+        "inputs": {
+            "clip": ["loader", 1],
+            "text": "0: a red circle moves right\n20s: a blue square moves up",
+            "switch": "keep",
+            "blend_chunks": 2,
+            "fps": 16.0,
+        },
+    }
+    assert asyncio.run(watch(comfy_server, graph, on_event))[1] == "execution_success"
+    assert any("but the file was trained with (12,)" in line for line in events[0]["warnings"]), events[0]
+    assert any("comes after the end: the video has 3 chunks" in line for line in events[0]["warnings"])
+    assert len(set(events[0]["warnings"])) == len(events[0]["warnings"])
+    assert {event["guided"] for event in events} == {True}
+    before, graph = len(events), demo_graph(length=33, seed=22, cfg=1.0)
+    graph["schedule"]["inputs"]["steps"] = ""
+    assert asyncio.run(watch(comfy_server, graph, on_event))[1] == "execution_success"
+    assert {event["guided"] for event in events[before:]} == {False}
+    assert [event["warnings"] for event in events[before:]] == [[]] * len(events[before:]), "of its own run alone"
+
+
 def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
     widgets = {"preset": "diagonal 4-3-2", "steps": "5,3", "context_mode": "clean", "context_sigma": 0.3, "shift": 0}
     query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, "sigmas": ""})

@@ -96,6 +96,23 @@ async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
     raise AssertionError("the socket closed before the prompt ended")
 
 
+async def overhear(server, graph):
+    """Queue a graph as a program does, without a client_id; what an open page of another client hears of it."""
+    heard = []
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{server.url}/ws?clientId={uuid.uuid4().hex}", max_msg_size=0) as socket:
+            await asyncio.to_thread(server.run, graph)
+            while True:
+                try:
+                    message = await socket.receive(timeout=1.0)
+                except asyncio.TimeoutError:
+                    return heard
+                if message.type == aiohttp.WSMsgType.TEXT:
+                    heard.append(json.loads(message.data)["type"])
+                elif message.data[:4] == b"\0\0\0\3":
+                    heard.append("text for a node")
+
+
 def packets(video: bytes) -> list[bytes]:
     with av.open(io.BytesIO(video)) as container:
         return [bytes(packet) for packet in container.demux(video=0)]
@@ -140,6 +157,13 @@ def test_cancel_resume_and_again(comfy_server):
         again = asyncio.run(run(comfy_server, stream_graph("streams/a", restart=True)))[2]
         assert again["images"][0]["filename"] == f"a_{number:05}_.mp4"
     assert packets(view(comfy_server, again["images"][0])) == packets(view(comfy_server, item))
+
+
+def test_a_run_without_a_client_is_shown_on_no_page(comfy_server):
+    heard = asyncio.run(overhear(comfy_server, stream_graph("streams/unseen", length=1.0)))
+    assert "status" in heard, "the page is open"
+    assert not [kind for kind in heard if kind.startswith("diagonal.") or kind == "text for a node"]
+    assert list(comfy_server.output_dir.glob("streams/unseen*.mp4"))
 
 
 def test_the_outputs_feed_other_nodes(comfy_server):
