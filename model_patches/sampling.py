@@ -527,7 +527,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
             if flow_run is not None:
                 denoised = flow_run.after(denoised, at, mask)
             if level is not None and at.chunk == 0 and at.step >= 0:
-                denoised = meet(denoised, level, contrast=plan.context_frames > 1)
+                denoised = meet(denoised, level, still=plan.context_frames == 1)
             if at.step >= 0:
                 steps.append((at, denoised))
             done += 1

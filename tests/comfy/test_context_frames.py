@@ -90,14 +90,14 @@ def test_behind_a_start_image_a_video_begins_at_the_level_of_a_still_of_it(
     sampling = pack_module("model_patches.sampling")
     image, still = torch.randn(2, 1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
     asked = []
-    monkeypatch.setattr(sampling, "meet", lambda x, level, *, contrast: asked.append((x, level, contrast)) or x)
+    monkeypatch.setattr(sampling, "meet", lambda x, level, *, still: asked.append((x, level, still)) or x)
     context = given_frames(image, still=still)
     sample_latent(causal(tiny_wan), prompt(), [], empty_latent(7), DIAGONAL, seed=3, context=context)
     first, second = DIAGONAL.sigmas[:2]
     assert len(asked) == len(first) and len(second), "in each prediction of the first chunk that is made"
     wanted = tiny_wan.get_model_object("latent_format").process_in(still)
-    for denoised, level, contrast in asked:
-        assert denoised.shape[2] == 3 and not contrast
+    for denoised, level, of_a_still in asked:
+        assert denoised.shape[2] == 3 and of_a_still
         torch.testing.assert_close(level, wanted)
 
 

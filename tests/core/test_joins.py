@@ -36,12 +36,17 @@ def test_the_change_fades_out_within_the_chunk() -> None:
         torch.testing.assert_close((deviation / contrast)[:, :, frame], ratio**share)
 
 
-def test_without_contrast_means_alone_are_moved() -> None:
+def test_channels_that_a_still_has_no_contrast_in_keep_theirs() -> None:
+    """They carry motion; means, and the contrast of all other channels, are moved as ever."""
     level, denoised = drawn(1, 1, scale=1.2, level=0.5), drawn(2, 3, scale=0.9, level=-0.4)
-    moved = meet(denoised, level, contrast=False) - denoised
-    whole = level.mean((-2, -1), keepdim=True) - denoised[:, :, :1].mean((-2, -1), keepdim=True)
-    for frame, share in enumerate((1, 2 / 3, 1 / 3)):
-        torch.testing.assert_close(moved[:, :, frame : frame + 1], (share * whole).expand(-1, -1, -1, 6, 8))
+    level[:, 1] = 0.3 * level[:, 1] + 0.2
+    (mean, deviation), (_, before), (wanted, contrast) = (
+        moments(x) for x in (meet(denoised, level, still=True), denoised, level)
+    )
+    torch.testing.assert_close(mean[:, :, 0], wanted[:, :, 0])
+    torch.testing.assert_close(deviation[:, 1], before[:, 1])
+    others = [0, 2, 3]
+    torch.testing.assert_close(deviation[:, others, 0], contrast[:, others, 0])
 
 
 def test_what_meets_already_stays_and_flat_channels_are_finite() -> None:
