@@ -178,13 +178,8 @@ def take_thumbnails(frontend: Frontend) -> None:
 
 
 def take_readme(frontend: Frontend) -> None:
-    """A workflow behind its run, without its note."""
+    """A workflow behind its run."""
     load(frontend, README_WORKFLOW, run_until="forwards in")
-    frontend.page.evaluate(
-        """() => {
-            for (const node of app.graph.nodes.filter((found) => found.type === "MarkdownNote")) app.graph.remove(node);
-        }"""
-    )
     picture = narrower(whole_graph(frontend.page), README_WIDTH)
     picture.save(ROOT / "docs" / "canvas.webp", quality=QUALITY, method=6)
 
