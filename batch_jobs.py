@@ -375,7 +375,8 @@ class BatchLog:
 
     def _read_inflight(self) -> None:
         content = json_object(self.inflight_path.read_bytes()) or {}
-        for item in content.get("jobs", []) if content.get("graph") == self.digest else []:
+        jobs = content.get("jobs") if content.get("graph") == self.digest else None
+        for item in jobs if isinstance(jobs, list) else ():
             if isinstance(item, list) and [type(value) for value in item] == [str, int, str, str]:
                 prompt, seed, prompt_id, server = item
                 is_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id)
@@ -387,7 +388,9 @@ class BatchLog:
         if record.get("status", "done") != "done" or record.get("error"):
             return
         if record.get("graph", self.digest) == self.digest:
-            self.done.add((record.get("prompt", ""), record.get("seed", -1)))
+            prompt, seed = record.get("prompt"), record.get("seed")
+            if isinstance(prompt, str) and isinstance(seed, int):
+                self.done.add((prompt, seed))
         else:
             self.foreign += 1
 

@@ -626,6 +626,7 @@ class Batch:
                 self.waiting.appendleft(job)
             else:
                 self._fail(server, job, f"lost {server.url} ({lost}); --resume looks there first", keep=True)
+        server.reached = False  # no other's jobs are to move here
 
 
 # --------------------------------------------------------------------------------------------------- command

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import comfy.conds
 import comfy.lora
 import comfy.model_management
 import comfy.sample
@@ -21,7 +22,7 @@ from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.flow import camera_flow
 from diagonal_sampler.noise import INITIAL_STEP, SeededNoise
 from diagonal_sampler.provenance import Provenance
-from diagonal_sampler.sampler import sample_chunks
+from diagonal_sampler.sampler import Chunk, Forward, sample_chunks
 from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 
@@ -621,6 +622,10 @@ def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_on
         ({"area": ("percentage", 0.5, 0.5, 0, 0)}, "area in percent"),
         ({"control": object()}, "ControlNet"),
         ({"concat_latent_image": torch.zeros(1)}, "image to concatenate"),
+        ({"gligen": object()}, "GLIGEN"),
+        ({"reference_latents": [torch.zeros(1)]}, "reference latents"),
+        ({"time_dim_concat": torch.zeros(1)}, "frames to concatenate"),
+        ({"context_latents": [torch.zeros(1)]}, "context latents"),
         ({"clip_start_percent": 0.1}, "timestep range"),
         ({"clip_end_percent": 0.9}, "timestep range"),
         ({"area": (1, 4, 4, 0, 0, 0)}, "area in percent or in time"),
@@ -642,9 +647,82 @@ def test_conditionings_that_cannot_be_followed_are_refused_by_name(
         sample_latent(causal(tiny_wan), prompt(0, **extra), [], empty_latent(), DIAGONAL, seed=1)
 
 
+def test_every_entry_of_both_conditionings_is_checked_and_what_can_be_followed_passes(pack_module, tiny_wan, prompt):
+    check = pack_module("model_patches.conditionings").check_conditionings
+    followed = prompt(0, hooks=SimpleNamespace(hooks=[ONE_KEYFRAME]), control=None, area=(4, 4, 0, 0))
+    check(tiny_wan, followed, followed)
+    with pytest.raises(ValueError, match="negative conditioning .entry 2.*mask"):
+        check(tiny_wan, followed, followed + prompt(0, mask=torch.ones(1, 4, 4)))
+    with pytest.raises(ValueError, match="positive conditioning is empty"):
+        check(tiny_wan, [], followed)
+
+
+def test_texts_go_to_the_device_once_and_what_is_shared_stays_shared(pack_module):
+    text, other = comfy.conds.CONDRegular(torch.zeros(1, 16, 64)), comfy.conds.CONDRegular(torch.zeros(1))
+    conds = [{"model_conds": {"c_crossattn": text, "y": other}} for _ in range(2)]
+    before = [cond["model_conds"] for cond in conds]
+    inner = SimpleNamespace(get_dtype_inference=lambda: torch.bfloat16)
+    wrap = SimpleNamespace(inner_model=inner, conds={"positive": conds, "negative": None})
+    pack_module("model_patches.conditionings").move_texts(wrap, torch.device("meta"))
+    moved, shared = (cond["model_conds"]["c_crossattn"] for cond in conds)
+    assert moved is shared and (moved.cond.device.type, moved.cond.dtype) == ("meta", torch.bfloat16)
+    assert all(cond["model_conds"]["y"] is other for cond in conds)
+    assert all(found["c_crossattn"] is text for found in before) and text.cond.device.type == "cpu"
+
+
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest(tiny_wan, causal, prompt, sample_latent):
     with pytest.raises(ValueError, match="width is 40 pixels.*nearest that fit are 32 and 48"):
         sample_latent(causal(tiny_wan), prompt(), [], {"samples": torch.zeros(1, 16, 3, 4, 5)}, DIAGONAL, seed=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 9, 4, 4), (1, 16, 4, 4)])
+def test_a_latent_of_another_kind_is_refused(tiny_wan, causal, pack_module, shape):
+    with pytest.raises(ValueError, match=r"needs \[batch, 16, frames, height, width\]"):
+        pack_module("model_patches.clip_plan").plan_clip(causal(tiny_wan), shape, DIAGONAL)
+
+
+def test_a_plan_counts_what_is_made_and_each_video_of_a_batch(tiny_wan, causal, pack_module):
+    plan_clip, model = pack_module("model_patches.clip_plan").plan_clip, causal(tiny_wan)
+    context = pack_module("model_patches.context_frames").ContextFrames
+
+    def plan(batch, height=4):
+        given = context(latent=torch.zeros(batch, 16, 1, height, 4))
+        return plan_clip(model, (batch, 16, 10, 4, 4), DIAGONAL, given)
+
+    one, two = plan(1), plan(2)
+    assert one.made_frames == [3, 3, 3] and one.chunks == 3
+    assert two.cache_bytes(model, (16, 12)) == 2 * one.cache_bytes(model, (16, 12)) > 0
+    with pytest.raises(ValueError, match="is 32x48 but the video is 32x32"):
+        plan(1, height=6)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_the_schedules_frames_per_chunk_are_used_and_that_is_said(tiny_wan, causal, pack_module, caplog, frames):
+    schedule = dataclasses.replace(DIAGONAL, frames_per_chunk=frames)
+    plan = pack_module("model_patches.clip_plan").plan_clip(causal(tiny_wan), (1, 16, 9, 4, 4), schedule)
+    assert plan.settings.frames_per_chunk == plan.made_frames[0] == frames
+    assert f"asks for {frames} latent frames a chunk, the model was set to 3; the schedule's are used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("share", "fits"),
+    [
+        (1 / 2, "a window of 6 latent frames at 64x32, or 32x16 pixels"),
+        (5 / 12, "32x16 pixels"),  # five latent frames do not hold the sink and a chunk
+        (1 / 1000, "16x16 pixels"),
+    ],
+)
+def test_a_cache_that_no_device_holds_is_refused_with_what_would_fit(
+    tiny_wan, causal, pack_module, monkeypatch, share, fits
+):
+    plan_clip = pack_module("model_patches.clip_plan").plan_clip
+    model, shape = causal(tiny_wan, window=12, sink=3), (1, 16, 30, 4, 8)
+    needs = plan_clip(model, shape, DIAGONAL).cache_bytes(model, text_tokens=(0,))
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: needs)
+    plan_clip(model, shape, DIAGONAL)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: needs * share)
+    with pytest.raises(ValueError, match=f"cache of 12 latent frames at 64x32 .* fit: {fits} with 12 latent frames"):
+        plan_clip(model, shape, DIAGONAL)
 
 
 def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
@@ -721,6 +799,29 @@ def test_nan_is_an_error_that_names_the_chunk(tiny_wan, causal, prompt, sample_l
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, noise=poisoned)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_single_value_that_is_not_finite_is_told_once_and_on_a_cpu_at_once(pack_module, value):
+    look = pack_module("model_patches.pace").FiniteLook(3)
+    good = torch.zeros(1, 16, 3, 2, 2)
+    bad = good.index_put((torch.tensor(0),) * 5, torch.tensor(value))
+    steps = [
+        (Forward(chunk=1, start_frame=3, frames=3, step=step, steps=3, sigma=1.0), denoised)
+        for step, denoised in enumerate((good, bad, bad))
+    ]
+    look.look(Chunk(index=0, start_frame=0, latents=good), steps)
+    with pytest.raises(ValueError, match="Chunk 2 of 3 .* first at step 2 of 3"):
+        look.look(Chunk(index=1, start_frame=3, latents=bad), steps)
+    look.settle()
+
+
+def test_a_gpus_answer_is_waited_for_before_it_is_read(pack_module):
+    look = pack_module("model_patches.pace").FiniteLook(1)
+    chunk, answer = Chunk(index=0, start_frame=0, latents=torch.zeros(1, 16, 3, 2, 2)), torch.tensor(True)
+    look._waiting = (chunk, [], answer, SimpleNamespace(synchronize=lambda: answer.fill_(False)))
+    with pytest.raises(ValueError, match="NaN or infinite values. Try"):
+        look.settle()
+
+
 def test_the_host_is_at_most_one_forward_ahead_of_a_gpu(pack_module, monkeypatch):
     queued, done = [], []
 
@@ -735,8 +836,8 @@ def test_the_host_is_at_most_one_forward_ahead_of_a_gpu(pack_module, monkeypatch
         def synchronize(self):
             done.append(self.forward)
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    pace = pack_module("model_patches.pace").Pace(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", {torch.device("cuda:1"): Stream()}.__getitem__)
+    pace = pack_module("model_patches.pace").Pace(torch.device("cuda:1"))
     for forward in range(5):
         pace.wait()
         assert done == list(range(forward - 1)), "all but the last one have been waited for"

@@ -1,5 +1,7 @@
 """Context frames: a start image and the end of a video enter the cache exactly as the core's loop does it."""
 
+from types import SimpleNamespace
+
 import comfy.model_management
 import pytest
 import torch
@@ -111,7 +113,9 @@ def test_a_context_that_does_not_fit_is_refused(tiny_wan, causal, prompt, sample
         run(torch.zeros(1, 16, 7, 4, 4))
 
 
-@pytest.mark.parametrize(("count", "asked", "taken"), [(1, 3, 1), (4, 3, 1), (5, 3, 2), (33, 3, 3), (33, 9, 9)])
+@pytest.mark.parametrize(
+    ("count", "asked", "taken"), [(1, 3, 1), (4, 3, 1), (33, 1, 1), (5, 3, 2), (33, 3, 3), (33, 9, 9)]
+)
 def test_the_last_frames_of_a_video_are_taken(context_frames, demo_vae, clip, count, asked, taken):
     found = context_frames.encode_context(demo_vae, clip[:count], asked)
     assert found.latent.shape == (1, 16, taken, 8, 8) and found.pixel_frames == 4 * (taken - 1) + 1
@@ -127,10 +131,24 @@ def test_transparent_images_and_wrong_sizes(context_frames, demo_vae, clip):
     assert torch.equal(context_frames.encode_context(demo_vae, with_alpha, 3).latent, plain)
     with pytest.raises(ValueError, match="width of the images is 56 pixels; it must be a multiple of 16.*48 and 64"):
         context_frames.encode_context(demo_vae, clip[:, :, :56], 3)
+    with pytest.raises(ValueError, match="height of the images is 8 pixels; it must be a multiple of 16.*16 and 16"):
+        context_frames.encode_context(demo_vae, clip[:, :8], 3)
     with pytest.raises(ValueError, match="latent_frames is 0"):
         context_frames.encode_context(demo_vae, clip, 0)
     with pytest.raises(ValueError, match="connect an image"):
         context_frames.encode_context(demo_vae, clip[:0], 1)
+    with pytest.raises(ValueError, match="connect an image"):
+        context_frames.encode_context(demo_vae, clip[0], 1)
+
+
+def test_a_vae_of_pictures_is_refused(context_frames):
+    pictures = SimpleNamespace(
+        first_stage_model=torch.nn.Identity(),
+        spacial_compression_encode=lambda: 8,
+        encode=lambda images: torch.zeros(len(images), 4, 8, 8),
+    )
+    with pytest.raises(ValueError, match=r"The VAE \(Identity\) encodes pictures, not video"):
+        context_frames.encode_context(pictures, torch.zeros(1, 64, 64, 3), 1)
 
 
 def test_a_start_image_says_how_a_video_that_shows_it_is_encoded(context_frames, demo_vae, clip):

@@ -164,6 +164,16 @@ def test_one_latent_frame_is_one_image(streaming, vae, whole):
     assert images.dtype == torch.float32 and images.device.type == "cpu" and images.is_contiguous()
 
 
+def test_number_formats_of_latents_and_images_are_converted(streaming, vae, monkeypatch):
+    monkeypatch.setattr(vae, "vae_output_dtype", lambda: torch.float16)  # as with --fp16-intermediates
+    latents = latents_of(1, frames=2)
+    with streaming.stream_decoder(vae) as decoder:
+        images = decoder.decode(latents.double())
+        decoder.reset()
+        assert torch.equal(images, decoder.decode(latents))
+    assert images.dtype == torch.float16 and images.is_contiguous()
+
+
 def test_the_node_gives_the_same_frames(streaming, vaes):
     latents = latents_of(1)
     with torch.inference_mode():
@@ -192,8 +202,19 @@ def test_state_is_constant_over_fifty_chunks(streaming, vae):
             counted.append(held_bytes(decoder))
         assert set(sizes[3:]) == {max(sizes)}
         assert counted == sizes
+        # No view holds more than it shows.
+        assert sizes[-1] == sum(tensor.nbytes for clip in decoder._clips for tensor in clip.tensors())
     assert decoder.state_bytes == 0
     assert (max(sizes) > 0) == (type(vae.first_stage_model).__name__ != "DemoAutoencoder")
+
+
+def test_wans_estimate_is_that_of_full_caches_from_the_first_frame_on(streaming, vaes):
+    vae = vaes["wan"]
+    with streaming.stream_decoder(vae) as decoder:
+        for frames in (1, 3, 9):
+            shape = (1, CHANNELS, frames, HEIGHT, WIDTH)
+            whole_clip = vae.memory_used_decode((*shape[:2], 50, *shape[3:]), vae.vae_dtype)
+            assert decoder.memory_required(shape) == int(whole_clip)
 
 
 def test_memory_is_asked_for_a_chunk_and_the_vae_loaded_once(streaming, vae, monkeypatch):
@@ -219,10 +240,11 @@ def test_memory_is_asked_for_a_chunk_and_the_vae_loaded_once(streaming, vae, mon
     other = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), vae.device, torch.device("cpu"))
     comfy.model_management.unload_all_models()
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", record)
+    monkeypatch.setattr(vae, "disable_offload", True)
     with streaming.stream_decoder(vae) as decoder:
         decoder.keep_loaded([other])
         decoder.decode(latents_of(5, frames=1))
-    assert asked[-1][0] == [vae.patcher, other]
+    assert asked[-1][0] == [vae.patcher, other] and asked[-1][2]["force_full_load"] is True
 
 
 def test_vae_decode_in_between_changes_nothing(streaming, vae, whole):
@@ -278,6 +300,18 @@ def test_a_restored_decoder_goes_on_bit_by_bit(streaming, vae, split):
             with streaming.stream_decoder(vae) as third:
                 expected = [third.decode(chunk) for chunk in chunks][done:]
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_restored_decoder_keeps_its_clips_size_and_a_snapshot_is_no_view(streaming, vaes):
+    with streaming.stream_decoder(vaes["wan"]) as first, streaming.stream_decoder(vaes["wan"]) as second:
+        second.restore(first.snapshot())  # of a clip that has not begun
+        first.decode(latents_of(1, frames=1))
+        snapshot = first.snapshot()
+        second.restore(snapshot)
+        with pytest.raises(ValueError, match="must agree"):
+            second.decode(latents_of(1, frames=1, height=4))
+        held = {x.data_ptr() for decoder in (first, second) for clip in decoder._clips for x in clip.tensors()}
+        assert held.isdisjoint(x.data_ptr() for x in snapshot.values())
 
 
 def test_a_restored_window_goes_on(streaming, foreign_vae):
@@ -345,8 +379,9 @@ def test_an_error_in_a_with_block_frees_the_state(streaming, vaes):
         decoder.decode(latents_of(1, frames=1))
         raise KeyError
     assert decoder.state_bytes == 0
-    with pytest.raises(RuntimeError, match="closed"):
-        decoder.decode(latents_of(1, frames=1))
+    for refused in (lambda: decoder.decode(latents_of(1, frames=1)), decoder.snapshot, lambda: decoder.restore({})):
+        with pytest.raises(RuntimeError, match="closed"):
+            refused()
 
 
 def test_a_float16_tiny_vae_is_wans(streaming, whole, caplog):
@@ -397,8 +432,9 @@ def test_an_unknown_vae_falls_back_to_windows(streaming, foreign_vae, whole, cap
     assert difference(torch.cat(chunks, dim=1), whole(foreign_vae, latents)) < TOLERANCE
 
 
-def test_a_decoder_with_other_frame_counts_is_refused(streaming, foreign_vae):
-    foreign_vae.upscale_ratio = (lambda frames: 100 * frames, 8, 8)
+@pytest.mark.parametrize("factor", [100, -1])
+def test_a_decoder_with_other_frame_counts_is_refused(streaming, foreign_vae, factor):
+    foreign_vae.upscale_ratio = (lambda frames: factor * frames, 8, 8)
     with pytest.raises(ValueError, match="cannot be streamed"):
         streaming.stream_decoder(foreign_vae).decode(latents_of(1))
 
@@ -425,4 +461,10 @@ def test_a_clip_keeps_its_size(streaming, vae, whole, change):
 def test_other_vaes_are_refused(streaming, foreign_vae):
     foreign_vae.latent_dim = 2
     with pytest.raises(ValueError, match="video VAE"):
+        streaming.stream_decoder(foreign_vae)
+    foreign_vae.latent_dim, foreign_vae.upscale_ratio = 3, 8
+    with pytest.raises(ValueError, match="video VAE"):
+        streaming.stream_decoder(foreign_vae)
+    foreign_vae.first_stage_model = None
+    with pytest.raises(RuntimeError, match="VAE is invalid"):
         streaming.stream_decoder(foreign_vae)

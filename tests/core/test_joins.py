@@ -56,3 +56,16 @@ def test_what_meets_already_stays_and_flat_channels_are_finite() -> None:
     torch.testing.assert_close(meet(flat, flat[:, :, :1] + 3)[:, :, 0], flat[:, :, 0] + 3)
     loud = meet(denoised, 100 * denoised[:, :, :1])
     torch.testing.assert_close(moments(loud)[1][:, :, 0], MOST_CONTRAST * moments(denoised)[1][:, :, 0])
+    faint = meet(denoised, denoised[:, :, :1] / 100)
+    torch.testing.assert_close(moments(faint)[1][:, :, 0], moments(denoised)[1][:, :, 0] / MOST_CONTRAST)
+
+
+def test_channels_of_little_contrast_are_met_like_others() -> None:
+    last, denoised = 1e-4 * drawn(1, 1, scale=1.2), 1e-4 * drawn(2, 3, scale=0.9)
+    torch.testing.assert_close(moments(meet(denoised, last))[1][:, :, 0], moments(last)[1][:, :, 0])
+
+
+def test_number_format_and_device_stay() -> None:
+    last, denoised = drawn(1, 1).bfloat16(), drawn(2, 3).bfloat16()
+    assert meet(denoised, last).dtype == torch.bfloat16
+    assert meet(denoised.to("meta"), last.to("meta")).device.type == "meta"

@@ -7,8 +7,10 @@ A small TCP proxy stands between where a test must lose the connection and not t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -320,7 +322,7 @@ def test_a_lost_connection_runs_no_job_twice(probe, tmp_path):
     proxy = Proxy(probe.port)
     proxy.swallow_answer = True  # the first job arrives, its receipt does not
     run = Run(tmp_path / "a", probe_graph(0.3), "one\ntwo", "0-2", [proxy.url])
-    wait_for(lambda: probe.events("start"), "the first job to start")
+    wait_for(lambda: probe.events("start") and proxy.swallowed, "the first job to start")
     for _ in range(2):
         finished = len(probe.events("end"))
         proxy.down()
@@ -458,7 +460,7 @@ def test_jobs_of_a_server_that_stays_away_move_to_another(comfy_server, tmp_path
 
 def test_seeds():
     assert batch_jobs.parse_seeds("0-3, 7,9,2") == [0, 1, 2, 3, 7, 9]
-    for wrong in ("", "a", "3-1", "-1", "1.5", "0-99999999999", str(2**64), "1" * 5000):
+    for wrong in ("", "a", "3-1", "-1", "1.5", "0-99999999999", str(2**64), "1" * 5000, "\u0663"):
         with pytest.raises(batch_jobs.BatchError, match="--seeds"):
             batch_jobs.parse_seeds(wrong)
     assert batch_jobs.parse_seeds(f"5-5,{2**64 - 1}") == [5, 2**64 - 1]
@@ -495,10 +497,16 @@ def test_graph_files_that_are_none(tmp_path):
     half = r'{"7": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a\ud800"}}}'
     cases = ['{"nodes": [], "links": []}', '{"1": {"inputs": {}}}', "[]", "{}", "not json", "[" * 100_000, half]
     messages = ["canvas workflow", "API graph", "API graph", "API graph", "not JSON", "not JSON", r"\\ud800 in node 7"]
+    cases.append('{"1": {"class_type": "A", "inputs": []}}')
+    messages.append("API graph")
     for text, message in zip(cases, messages, strict=True):
         file.write_text(text)
         with pytest.raises(batch_jobs.BatchError, match=message):
             batch_jobs.load_graph(file)
+    with pytest.raises(batch_jobs.BatchError, match="cannot read the workflow .*missing.json"):
+        batch_jobs.load_graph(tmp_path / "missing.json")
+    file.write_text(json.dumps(PICTURE | {"1": _encoder("\u732b")}, ensure_ascii=False), encoding="utf-8")
+    assert batch_jobs.load_graph(file)["1"]["inputs"]["text"] == "\u732b"
 
 
 def _encoder(text="x", title=None):
@@ -539,6 +547,36 @@ def test_without_a_sampler_titles_decide_and_then_the_only_encoder():
     assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
 
 
+def test_names_and_titles_by_which_prompt_and_seed_are_found():
+    for name in ("text", "prompt", "value", "string"):
+        graph = {"1": {"class_type": "Encode", "inputs": {"model": "m", name: "x"}}, "3": _sampler()}
+        found = [batch_jobs.Target("1", name)]
+        assert batch_jobs.find_prompt_targets(graph, []) == batch_jobs.find_prompt_targets(graph, ["1"]) == found
+    for title in ("Prompt", "positive", "Positive prompt"):
+        graph = {"1": {"class_type": "Note", "inputs": {"text": "x"}, "_meta": {"title": title}}}
+        assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+    for title in ("Seed", "Noise seed"):
+        graph = {"2": {"class_type": "Number", "inputs": {"low": 0, "value": 3}, "_meta": {"title": title}}}
+        found = [batch_jobs.Target("2", "value")]
+        assert batch_jobs.find_seed_targets(graph, []) == batch_jobs.find_seed_targets(graph, ["2"]) == found
+    graph = {"1": {"class_type": "CLIPTextEncodeFlux", "inputs": {"t5xxl": "y", "text": "x"}}}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+    dotted = {"1": _encoder(title="Wan 2.1"), "2": _encoder()}
+    assert batch_jobs.find_prompt_targets(dotted, ["wan 2.1.text"]) == [batch_jobs.Target("1", "text")]
+
+
+def test_links_that_lead_nowhere_are_none_and_of_a_node_with_a_positive_side_only_that_is_followed():
+    graph = {"1": _encoder(), "3": _sampler("8", "9")}  # to nodes that are not there
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+    three = {"class_type": "Points", "inputs": {"positive": ["1", 0, 0]}}
+    assert batch_jobs.find_prompt_targets({"1": _encoder(), "2": PICTURE["1"], "3": three}, []) == [
+        batch_jobs.Target("2", "value")
+    ]
+    both = {"class_type": "Both", "inputs": {"positive": ["1", 0], "negative_cond": ["2", 0]}}
+    graph = {"1": _encoder(), "2": _encoder(), "3": _sampler("4", "4"), "4": both}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+
+
 def test_only_a_widget_of_its_kind_takes_prompt_or_seed():
     number = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
     graph = {"1": _encoder(["4", 0]), "2": _encoder(), "3": _sampler(seed=True), "4": number}
@@ -572,12 +610,13 @@ def test_a_jobs_files_are_named_by_its_prompt_seed_and_graph():
 
 def test_a_job_changes_its_own_copy_of_the_graph_and_a_batch_is_known_by_what_stays():
     graph = {"1": _encoder(), "3": _sampler(), "4": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a/b"}}}
+    graph["5"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": ["6", 0]}}
     before = json.dumps(graph)
     targets = batch_jobs.Target("1", "text"), batch_jobs.Target("3", "seed")
     (job,) = batch_jobs.make_jobs(["a cat"], [5], "g")
     made = batch_jobs.graph_for(graph, job, [targets[0]], [targets[1]])
     assert (made["1"]["inputs"]["text"], made["3"]["inputs"]["seed"]) == ("a cat", 5)
-    assert made["4"]["inputs"]["filename_prefix"] == f"a/b_{job.name}"
+    assert made["4"]["inputs"]["filename_prefix"] == f"a/b_{job.name}" and made["5"] == graph["5"]
     digest = batch_jobs.graph_digest(graph, targets)
     assert json.dumps(graph) == before
     assert batch_jobs.graph_digest(dict(reversed(list(made.items()))) | {"4": graph["4"]}, targets) == digest
@@ -636,6 +675,10 @@ def test_log_is_repaired_only_if_it_is_one(tmp_path):
         "a",
         "line\u2028separator \ud800",
     ]
+    log.write_text(line + "\n\n")
+    opened = batch_jobs.BatchLog(log, "any", resume=True)
+    opened.close()
+    assert opened.done == {("a", 1)}
     log.write_text(line)  # whole, but its line end is lost
     opened = batch_jobs.BatchLog(log, "any", resume=True)
     opened.close()
@@ -648,6 +691,43 @@ def test_log_is_repaired_only_if_it_is_one(tmp_path):
         with pytest.raises(batch_jobs.BatchError, match="is this the log of a batch"):
             batch_jobs.BatchLog(log, "any", resume=True)
         assert log.read_text() == text
+
+
+def test_a_line_of_the_log_is_on_the_disk_before_anything_else_happens(tmp_path, monkeypatch):
+    log = batch_jobs.BatchLog(tmp_path / "new" / "folders" / "batch.jsonl", "g", resume=False)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(log.path.read_text()))
+    log.append({"prompt": "a"})
+    assert synced == ['{"prompt": "a"}\n']
+    log.close()
+
+
+def test_a_log_that_cannot_be_read_or_written_stops_the_batch_with_its_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(batch_jobs.BatchError, match=f"--log: cannot use {re.escape(str(tmp_path))}: "):
+        batch_jobs.BatchLog(tmp_path, "g", resume=True)
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    (job,) = batch_jobs.make_jobs(["a"], [1], "g")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(batch_jobs.BatchError, match="cannot write the log .*batch.jsonl: No space left"):
+        log.append({"prompt": "a"})
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(batch_jobs.BatchError, match="cannot write .*batch.jsonl.inflight: No space left"):
+        log.start(job, "http://s")
+    log.close()
+
+
+def test_a_log_that_somebody_changed_counts_nothing_that_is_no_job(tmp_path):
+    log = tmp_path / "batch.jsonl"
+    lines = [{"prompt": ["a"], "seed": 1}, {"prompt": "b", "seed": [2]}, {"prompt": "c", "seed": 3}, {}]
+    log.write_text("".join(json.dumps(line | {"status": "done"}) + "\n" for line in lines))
+    for jobs in (None, 5, {"a": 1}):
+        (tmp_path / "batch.jsonl.inflight").write_text(json.dumps({"graph": "g", "jobs": jobs}))
+        opened = batch_jobs.BatchLog(log, "g", resume=True)
+        opened.close()
+        assert opened.done == {("c", 3)} and not opened.inflight
 
 
 def test_lines_of_another_graph_are_not_skipped(tmp_path):
@@ -687,6 +767,7 @@ def test_ids_in_flight_are_dropped_when_the_log_has_the_job_or_another_graph_lef
     log, ids = tmp_path / "batch.jsonl", [str(uuid.uuid4()) for _ in range(2)]
     log.write_text(json.dumps({"prompt": "a", "seed": 1, "status": "done", "graph": "g1"}) + "\n")
     jobs = [["a", 1, ids[0], "http://s"], ["b", 1, ids[1], "http://s"], ["c", 1, "../x", "http://s"], ["d"]]
+    jobs.append(["e", 1, 5, "http://s"])
     inflight = tmp_path / "batch.jsonl.inflight"
     inflight.write_text(json.dumps({"graph": "g1", "jobs": jobs}))
     opened = batch_jobs.BatchLog(log, "g1", resume=True)
