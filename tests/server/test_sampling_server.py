@@ -13,6 +13,7 @@ import uuid
 import numpy as np
 import pytest
 import torch
+from open_page import overhear
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -122,21 +123,6 @@ def test_progress_counts_every_forward_and_the_preview_follows(comfy_server):
     decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
     assert [picture.shape for picture in decoded] == [(64, 64, 3)] * 9
     assert all(int(picture.max()) - int(picture.min()) > 100 for picture in decoded)
-
-
-async def overhear(server, graph):
-    """Queue a graph as a program does, without a client_id; what an open page of another client hears of it."""
-    heard = []
-    async with aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"{server.url}/ws?clientId={uuid.uuid4().hex}", max_msg_size=0) as socket:
-            await asyncio.to_thread(server.run, graph)
-            while True:
-                try:
-                    message = await socket.receive(timeout=1.0)
-                except asyncio.TimeoutError:
-                    return heard
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    heard.append(json.loads(message.data)["type"])
 
 
 def test_a_run_without_a_client_plays_on_no_page(comfy_server):

@@ -10,6 +10,7 @@ import urllib.request
 import uuid
 
 import pytest
+from open_page import overhear
 
 aiohttp = pytest.importorskip("aiohttp")
 av = pytest.importorskip("av")
@@ -94,23 +95,6 @@ async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
                     outputs = server.wait(event["data"]["prompt_id"])["outputs"]
                     return event["type"], event["data"], outputs.get("stream"), frames, texts
     raise AssertionError("the socket closed before the prompt ended")
-
-
-async def overhear(server, graph):
-    """Queue a graph as a program does, without a client_id; what an open page of another client hears of it."""
-    heard = []
-    async with aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"{server.url}/ws?clientId={uuid.uuid4().hex}", max_msg_size=0) as socket:
-            await asyncio.to_thread(server.run, graph)
-            while True:
-                try:
-                    message = await socket.receive(timeout=1.0)
-                except asyncio.TimeoutError:
-                    return heard
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    heard.append(json.loads(message.data)["type"])
-                elif message.data[:4] == b"\0\0\0\3":
-                    heard.append("text for a node")
 
 
 def packets(video: bytes) -> list[bytes]:
