@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple
+
 import comfy.model_management
 import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..diagonal_sampler.flow import OpticalFlow, grid, inside, sample
 
@@ -25,8 +29,20 @@ _RAFT_LEAST = 128
 """torchvision's RAFT needs sides that are multiples of 8 and at least 128 pixels."""
 
 
+class _Measured(NamedTuple):
+    optical_flow: OpticalFlow
+    total: float  # of the video's values, in case a node has written into it (inference tensors count no versions)
+    estimator: weakref.ref[ModelPatcher] | None
+
+
+_measured: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What was measured of each video that ComfyUI still holds: a node whose strength is turned runs anew."""
+
+
 def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> OpticalFlow:
     """The motion between the frames of a video; valid where forward and backward motion agree.
+
+    It is kept as long as the video is; the same video is measured again only with another estimator.
 
     Args:
         images: IMAGE [T, H, W, 3] in 0..1, T at least 2.
@@ -45,6 +61,9 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> Opti
         raise ValueError(f"The video has {len(images)} frame; motion needs at least 2.")
     if not torch.isfinite(torch.stack(images.aminmax())).all():
         raise ValueError("The video holds NaN or infinite values; check the node that made it.")
+    total, known = float(images.sum(dtype=torch.float64)), _measured.get(images)
+    if known is not None and known.total == total and (known.estimator and known.estimator()) is estimator:
+        return known.optical_flow
     between = _dis() if estimator is None else _raft(estimator)
     frames = images[..., :3]
     steps, height, width = len(frames) - 1, *frames.shape[1:3]
@@ -56,7 +75,9 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> Opti
         flow[step] = between(first, second)
         valid[step] = _leads_home(flow[step], between(second, first))
         progress.update(1)
-    return OpticalFlow(flow, valid)
+    found = OpticalFlow(flow, valid)
+    _measured[images] = _Measured(found, total, None if estimator is None else weakref.ref(estimator))
+    return found
 
 
 def _leads_home(there: Tensor, back: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ class Opened:
             return f"{name}: {options.frames} frames at {options.fps:g} a second.{again}"
         return (
             f"Resumed {name} at {float(at / options.rate):.1f} s (frame {at} of {options.frames}, after chunk "
-            f"{self.state.chunk}). Set restart to begin anew."
+            f"{self.state.chunk}). Set restart to begin a new video instead."
         )
 
 

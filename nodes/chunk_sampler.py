@@ -23,7 +23,9 @@ class DiagonalChunkSampler(io.ComfyNode):
             search_aliases=["causal sampler", "autoregressive video sampler", "streaming video"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A causal MODEL, from Diagonal Model Loader or Diagonal Causal Attention."
+                    "model",
+                    tooltip="A causal MODEL, from Diagonal Model Loader, Diagonal Causal Attention or Diagonal Demo "
+                    "Loader.",
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."

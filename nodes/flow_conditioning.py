@@ -24,8 +24,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
             node_id="DiagonalFlowConditioning",
             display_name="Diagonal Flow Conditioning",
             category=f"{CATEGORY}/conditioning",
-            description="Motion that the video is to follow, for optical_flow of the Diagonal Chunk Sampler: that of "
-            "another video, of tracks, of a moving camera, or painted in flow colours.",
+            description="Motion for the video to follow, for optical_flow of Diagonal Chunk Sampler and Diagonal "
+            "Stream Video: from another video, tracks or a moving camera, or painted in flow colours.",
             search_aliases=["optical flow", "motion transfer", "camera motion", "motion tracks", "drag"],
             inputs=[
                 io.Combo.Input(

@@ -44,7 +44,7 @@ class DiagonalModelLoader(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads a causal Wan 2.1 text-to-video checkpoint in any published layout (Self Forcing, "
             "CausVid, LongLive, Causal Forcing, Rolling Forcing, StreamDiffusionV2, Krea, ComfyUI's own) and "
-            "says what it recognised. For GGUF files use the GGUF pack's loader and DiagonalCausalAttention.",
+            "says what it recognised. For GGUF files use the GGUF pack's loader and Diagonal Causal Attention.",
             search_aliases=[
                 "self forcing",
                 "longlive",

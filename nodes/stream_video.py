@@ -32,7 +32,9 @@ class DiagonalStreamVideo(io.ComfyNode):
             search_aliases=["save video", "long video", "endless video", "resume video", "stream to disk"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A causal MODEL, from Diagonal Model Loader or Diagonal Causal Attention."
+                    "model",
+                    tooltip="A causal MODEL, from Diagonal Model Loader, Diagonal Causal Attention or Diagonal Demo "
+                    "Loader.",
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."

@@ -1,6 +1,7 @@
 """Measured motion against motion that is known."""
 
 import builtins
+import gc
 import math
 from weakref import WeakValueDictionary
 
@@ -121,6 +122,26 @@ def test_a_video_is_measured_in_place_and_tells_how_far_it_is(estimation, monkey
     assert result < peak < 1.5 * result, "the result, and what a pair of frames needs"
 
 
+def test_a_video_is_measured_once(estimation):
+    """A run whose strength was turned has the same video, from ComfyUI's cache."""
+    pytest.importorskip("cv2")
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        video = pair(camera_flow(1, HEIGHT, WIDTH, pan=(3.0, 0.0)))
+        found = estimation.estimate_flow(video)
+        assert estimation.estimate_flow(video) is found
+        assert estimation.estimate_flow(video.clone()) is not found
+        raft = _raft_patcher()
+        by_raft = estimation.estimate_flow(video, raft)
+        assert not torch.equal(by_raft.flow, found.flow) and estimation.estimate_flow(video, raft) is by_raft
+        video[1] = video[0]  # a node that writes into its input
+        assert estimation.estimate_flow(video).flow.abs().max() < 0.5
+    kept = WeakValueDictionary(flow=estimation.estimate_flow(video).flow)
+    assert "flow" in kept
+    del video
+    gc.collect()
+    assert "flow" not in kept, "no longer than the video"
+
+
 def test_bad_videos_are_refused(estimation):
     with pytest.raises(ValueError, match="has 1 frame; motion needs at least 2"):
         estimation.estimate_flow(torch.zeros(1, 64, 64, 3))
@@ -155,11 +176,15 @@ class _FakeRaft(torch.nn.Module):
         return [flow * 0, flow]
 
 
-def test_raft_gets_the_sizes_and_range_it_needs(estimation):
+def _raft_patcher():
     import comfy.model_patcher
 
     cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(_FakeRaft(), cpu, cpu)
+    return comfy.model_patcher.ModelPatcher(_FakeRaft(), cpu, cpu)
+
+
+def test_raft_gets_the_sizes_and_range_it_needs(estimation):
+    patcher = _raft_patcher()
     frames = torch.stack([torch.linspace(0, 0.9, 100).expand(60, 100), torch.linspace(0.1, 1, 100).expand(60, 100)])
     found = estimation.estimate_flow(frames[..., None].expand(-1, -1, -1, 3), patcher)
     assert tuple(patcher.model.size) == (128, 128)
