@@ -86,6 +86,16 @@ class KVCache:
         return self.evicted if self._window_positions else 0
 
     @property
+    def moved(self) -> int:
+        """Latent frames by which the history's keys were moved down in time, for the current chunk too."""
+        return self._position_shift
+
+    @property
+    def begun(self) -> int:
+        """Latent frames of the open chunk, which goes over history; 0 where there is room for it."""
+        return self.frames if self._written + self.frames > self.capacity else 0
+
+    @property
     def max_position(self) -> float:
         """The largest RoPE position that this clip reaches."""
         last = self.capacity if self._window_positions else self.total_frames
@@ -111,9 +121,10 @@ class KVCache:
                 f"A chunk of {frames} latent frames does not fit a window of {self.capacity} beside a sink of "
                 f"{self.settings.sink}; use a window of at least {self.settings.sink + frames}."
             )
-        if self._begun not in (0, frames):
+        if frames < self._begun:
             raise ValueError(
-                f"The snapshot was taken in a chunk of {self._begun} latent frames, and this one has {frames}."
+                f"The snapshot was taken in a chunk of {self._begun} latent frames, which lie over history that "
+                f"one of {frames} would see."
             )
         self.frames, self._begun = frames, 0
 
@@ -212,9 +223,10 @@ class KVCache:
     def snapshot(self) -> dict[str, Tensor]:
         """Keys and values after a committed chunk, by "condition/layer/keys" and ".../values"; copies on the CPU.
 
-        With `committed`, `dropped` and `frames` this is all that a later run needs to go on: see `restore`. In an open
-        chunk it is what that chunk sees of those before it, also where a forward was broken off: layers that it had
-        not reached are brought to where the others are. The chunk is then to be made from its beginning.
+        With `committed`, `dropped`, `moved` and `begun` this is all that a later run needs to go on: see
+        `restore`. In an open chunk it is what that chunk sees of those before it, also where a forward was broken off:
+        layers that it had not reached are brought to where the others are. The chunk is then to be made from its
+        beginning, or a longer one in its place.
         """
         out: dict[str, Tensor] = {}
         filled = min(self._written, self.capacity)
@@ -236,15 +248,18 @@ class KVCache:
         device: torch.device | str = "cpu",
         *,
         dropped: int = 0,
+        moved: int | None = None,
         begun: int = 0,
     ) -> None:
-        """Continue where a snapshot was taken, in a cache of the same settings and length that is still unused.
+        """Continue where a snapshot was taken, in a cache of the same settings that is still unused.
 
-        Conditions are matched in the order of their first use, which is the same in every run of one graph.
+        Conditions are matched in the order of their first use, which is the same in every run of one graph. Of another
+        length the cache may count positions in another way: the history is moved from where it was then.
 
         Args:
             committed: latent frames that were committed then.
-            dropped, begun: the cache's `dropped` then, and its `frames`: 0, or the open chunk's.
+            dropped, moved, begun: the cache's of these names then. moved is None where a snapshot does not say: it is
+                then as this cache would count.
 
         Raises:
             ValueError: a snapshot that does not fit this cache.
@@ -256,10 +271,11 @@ class KVCache:
             raise ValueError(f"The snapshot ends at latent frame {committed}; the clip has {self.total_frames}.")
         if not 0 <= dropped <= committed:
             raise ValueError(f"dropped is {dropped}; it must be in [0, {committed}], the latent frames committed.")
-        self.committed, self.dropped = committed, dropped
+        self.committed, self.dropped, self._begun = committed, dropped, begun
         filled = self.filled
-        # Its history has been moved for that chunk already.
-        self.frames = self._begun = begun
+        if moved is None:
+            self.frames = begun
+            moved, self.frames = self.moved, 0
         restored: dict[int, ConditionKV] = {}
         for name, tensor in snapshot.items():
             number, index, part = name.split("/")
@@ -274,9 +290,13 @@ class KVCache:
                 (tensor.shape[0], self.capacity * tokens, *tensor.shape[2:]), device=torch.device(device)
             )
             buffer[:, : tensor.shape[1]] = tensor
-            condition._restore(int(index), part, buffer)
+            condition._restore(int(index), part, buffer, moved)
         self._restored = [restored[number] for number in sorted(restored)]
-        self.frames = 0
+
+    def forget(self, committed: int) -> None:
+        """Drop every buffer and stand behind `committed` latent frames: for a snapshot whose window is written anew."""
+        self.free()
+        self.committed, self.frames, self.dropped, self._begun = committed, 0, 0, 0
 
     def free(self) -> None:
         """Drop every buffer, also of conditions that someone still holds. The cache must not be used afterwards."""
@@ -335,12 +355,11 @@ class ConditionKV:
     def nbytes(self) -> int:
         return sum(layer.keys_BLND.nbytes + layer.values_BLND.nbytes for layer in self._layers.values())
 
-    def _restore(self, index: int, part: str, buffer: Tensor) -> None:
+    def _restore(self, index: int, part: str, buffer: Tensor, moved: int) -> None:
         """Take one buffer of a snapshot; keys and values of a layer come in either order."""
-        cache = self.cache
         layer = self._layers.get(index)
         if layer is None:
-            layer = self._layers[index] = _Layer(buffer, buffer, cache._position_shift, cache.committed)
+            layer = self._layers[index] = _Layer(buffer, buffer, moved, self.cache.committed)
         if part == "keys":
             layer.keys_BLND = buffer
         else:
@@ -357,7 +376,7 @@ class ConditionKV:
 
         With grad mode off the results are views of the buffer's prefix. With it on they are copies, in which the
         current chunk keeps its graph and the history is detached: backward may need them after the buffer has been
-        overwritten, even where the queries alone are trained. The buffer receives detached values.
+        begun, even where the queries alone are trained. The buffer receives detached values.
 
         Args:
             index: the layer.
@@ -405,7 +424,9 @@ class ConditionKV:
                     f"This condition has no keys for the first {self.cache.committed} latent frames: it must take part "
                     "in every chunk from the first one on."
                 )
-            layer = self._layers[index] = _Layer(keys_BLND.new_empty(shape), values_BLND.new_empty(shape))
+            layer = self._layers[index] = _Layer(
+                keys_BLND.new_empty(shape), values_BLND.new_empty(shape), written_until=self.cache.committed
+            )
         elif layer.keys_BLND.shape != shape:
             raise ValueError(
                 f"Layer {index} was opened with keys {tuple(layer.keys_BLND.shape)} and now gets {shape}; one cache "

@@ -15,14 +15,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .provenance import PROVENANCE_KEYS, Provenance
-from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_quantization
+from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_mark, read_quantization
 from .schedule import PRESETS, DiagonalSchedule, same_levels
 from .settings import CausalSettings
 from .wan_layout import (
@@ -106,6 +106,9 @@ _OTHER_KINDS = (
 )
 _LORA_KEY = re.compile(r"[._](lora_(?:A|B|up|down|mid)|lora\.(?:up|down)|hada_w\d_\w|lokr_w\d)(?:\.|_|$)")
 
+_ATTENTION_KEY = re.compile(r"blocks\.\d+\.(?:self|cross)_attn\.comfy_attention\.config")
+"""JSON as bytes: which attention a layer prefers. ComfyUI reads it after 0.30."""
+
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.")
 _FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise", re.IGNORECASE)
 
@@ -168,12 +171,14 @@ class Checkpoint:
 
     state_dict: bare Wan names -> tensors, quantisation tensors included as the file has them. host_metadata:
     the header entries a ComfyUI loader needs (`config` with the causal mark and sizes,
-    `_quantization_metadata`).
+    `_quantization_metadata`). attention: bare names of attention preferences -> JSON as bytes; no part of the network,
+    and nothing but a host reads them.
     """
 
     state_dict: dict[str, torch.Tensor]
     host_metadata: dict[str, str]
     info: CheckpointInfo
+    attention: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -229,6 +234,7 @@ def recognise(
     config = _transformer_config(file)
     quantization = read_quantization(file, bare, prefix=prefix, known_formats=quant_formats, companions=COMPANIONS)
     depth = count_blocks(bare, name)
+    attention = _take_attention(bare, name, check_values)
     _check_names(bare, foreign, depth, quantization, name)
     dims = _derive_dims(bare, depth, quantization, name)
     _check_config(config, dims, name)
@@ -258,7 +264,7 @@ def recognise(
         unused=tuple(unused),
         warnings=tuple(_warnings(dims, marker)),
     )
-    return Checkpoint(state_dict=bare, host_metadata=host_metadata, info=info)
+    return Checkpoint(state_dict=bare, host_metadata=host_metadata, info=info, attention=attention)
 
 
 def suggest_preset(provenance: Provenance, *, dims: WanDims, source: str, prefix: str) -> str | None:
@@ -525,6 +531,20 @@ def _check_config(config: Mapping[str, Any], dims: WanDims, name: str) -> None:
 
 
 # --- every tensor accounted for ---
+
+
+def _take_attention(bare: dict[str, torch.Tensor], name: str, values: bool) -> dict[str, torch.Tensor]:
+    """Take the attention preferences out of a bare state dict. Without values there is nothing to hand on.
+
+    They go to ComfyUI, so that a file does the same here as in ComfyUI's own loader: one that knows them applies them,
+    and 0.30 logs their names as unexpected and goes on.
+    """
+    found = {key: bare.pop(key) for key in list(bare) if _ATTENTION_KEY.fullmatch(key)}
+    if not values:
+        return {}
+    for key, tensor in found.items():
+        read_mark(tensor, key, name, kinds=(dict, list))  # ComfyUI would fail on it without naming the file
+    return found
 
 
 def _check_names(

@@ -46,6 +46,8 @@ _KINDS = (
 # Not used: ComfyUI 0.30 takes a patch on a modulation without a word and never applies it, since it patches only
 # modules that have no modules inside.
 _MODULATION_ENDINGS = (".diff_m", ".modulation.diff")
+# Not used: which attention a layer prefers, no change of a weight. ComfyUI 0.30 skips it as a key it does not know.
+_ATTENTION_ENDING = ".comfy_attention.config"
 
 _HOST_ENDINGS = {
     "down": "lora_down.weight",
@@ -98,7 +100,7 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     adapters: set[str | None] = set()
     unmatched: list[str] = []
     for key, tensor in tensors.items():
-        if key.endswith(_MODULATION_ENDINGS):
+        if key.endswith((*_MODULATION_ENDINGS, _ATTENTION_ENDING)):
             unused.append(key)
             continue
         found = _parse_key(key, kohya)

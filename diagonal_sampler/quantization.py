@@ -23,10 +23,38 @@ from .weight_files import WeightFile, json_object, listed, short
 QUANTIZATION_KEY = "_quantization_metadata"
 LEGACY_FP8_KEY = "scaled_fp8"
 _MARK = ".comfy_quant"
-_PARAMETERS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
 _LEGACY_PARAMETERS = ("scale_weight", "scale_input")
-PACKED_FORMATS = ("nvfp4", "convrot_w4a4")
-"""Formats that store two weights in a byte, so that a stored row is half as long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Format:
+    """What a layer of one format has beside its weight, as ComfyUI's loader reads it.
+
+    required: without which the weight means nothing. optional: others of this format. packed: two weights share a
+    byte, so that a stored row is half as long.
+    """
+
+    required: tuple[str, ...] = ("weight_scale",)
+    optional: tuple[str, ...] = ()
+    packed: bool = False
+
+
+_FORMATS = {
+    "float8_e4m3fn": _Format(),
+    "float8_e5m2": _Format(),
+    "mxfp8": _Format(),
+    "int8_tensorwise": _Format(),
+    "nvfp4": _Format(required=("weight_scale", "weight_scale_2"), packed=True),
+    "convrot_w4a4": _Format(packed=True),
+    # Not in ComfyUI 0.30.
+    "asym_w4a8_int8": _Format(
+        required=("weight_s_rel", "weight_s_channel"), optional=("weight_codebook",), packed=True
+    ),
+    "awq_w4a16": _Format(required=("weight_scale", "weight_zeros"), packed=True),
+}
+_ANY_FORMAT = ("weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
+"""What a layer of any format may have."""
+PACKED_FORMATS = tuple(name for name, form in _FORMATS.items() if form.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +71,9 @@ class Quantization:
 
     def allowed(self, depth: int) -> set[str]:
         """Names that a network of `depth` blocks may have beside its own because it is quantised."""
-        names = {f"{layer}.{parameter}" for layer in self.formats for parameter in _PARAMETERS}
+        names = self.required()
+        for layer, chosen in self.formats.items():
+            names |= {f"{layer}.{parameter}" for parameter in (*_FORMATS[chosen].optional, *_ANY_FORMAT)}
         if self.legacy_fp8:
             names |= {f"{layer}.{parameter}" for layer in linear_layers(depth) for parameter in _LEGACY_PARAMETERS}
             names.add(LEGACY_FP8_KEY)
@@ -51,7 +81,9 @@ class Quantization:
 
     def required(self) -> set[str]:
         """Names without which a quantised weight means nothing."""
-        return {f"{layer}.weight_scale" for layer in self.formats}
+        return {
+            f"{layer}.{parameter}" for layer, chosen in self.formats.items() for parameter in _FORMATS[chosen].required
+        }
 
     def packed(self, layer: str) -> bool:
         """Whether two weights of this layer share a byte."""
@@ -79,7 +111,8 @@ def read_quantization(
     can run; empty accepts any. companions: first name components of other models in the file, whose layers do not
     matter here.
 
-    Raises ValueError naming file and layer for a format that is unknown, or a layer that Wan does not have.
+    Raises ValueError naming file and layer for a format that the host or `_FORMATS` does not know, or a layer that Wan
+    does not have.
     """
     name, known = file.name, frozenset(known_formats)
     layers: dict[str, Any] = {}
@@ -101,7 +134,7 @@ def read_quantization(
         host_metadata = json.dumps(header | {"layers": layers})
     for key in bare:
         if key.endswith(_MARK):
-            layers.setdefault(key.removesuffix(_MARK), _marked_entry(bare[key], key, name))
+            layers.setdefault(key.removesuffix(_MARK), read_mark(bare[key], key, name))
     possible = linear_layers(count_blocks(bare, name))
     formats = {}
     for layer, entry in layers.items():
@@ -110,6 +143,12 @@ def read_quantization(
             raise ValueError(
                 f"weight file {name!r}, layer {layer!r}: quantisation format {short(chosen)} is not known to this "
                 f"ComfyUI (it knows {listed(known) or 'none'}); update ComfyUI or use a bf16 or fp8 file"
+            )
+        if chosen not in _FORMATS:
+            raise ValueError(
+                f"weight file {name!r}, layer {layer!r}: quantisation format {short(chosen)} is not known to this pack "
+                f"(it knows {listed(_FORMATS)}); load the file with Load Diffusion Model, with Diagonal Causal "
+                "Attention after it, or use a bf16 or fp8 file"
             )
         if layer not in possible:
             raise ValueError(
@@ -137,13 +176,17 @@ def _require_e4m3_range(bare: Mapping[str, torch.Tensor], name: str) -> None:
 _E5M2_BITS_OF_448 = 0x5F
 
 
-def _marked_entry(tensor: torch.Tensor, key: str, name: str) -> dict[str, Any]:
-    """The JSON that a `comfy_quant` tensor holds as bytes."""
+def read_mark(tensor: torch.Tensor, key: str, name: str, kinds: tuple[type, ...] = (dict,)) -> Any:
+    """The JSON, one of `kinds`, that a tensor of ComfyUI's holds as bytes. key, name: its own and its file's, for the
+    error.
+
+    Raises ValueError for anything else.
+    """
     try:
         entry = json.loads(bytes(tensor.flatten().tolist()))
     except (ValueError, TypeError, RecursionError):
         entry = None
-    if not isinstance(entry, dict):
+    if not isinstance(entry, kinds):
         raise ValueError(
             f"weight file {name!r}, key {key!r}: expected JSON bytes, got something else; download it again"
         )

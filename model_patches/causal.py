@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.patcher_extension
 import torch
@@ -35,6 +37,7 @@ from ..diagonal_sampler.dit import timestep_embedding
 from ..diagonal_sampler.flow import adapter_tokens
 from ..diagonal_sampler.noise import send
 from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.weight_files import short
 
 WRAPPER_KEY = "diagonal_causal"
 SETTINGS_KEY = "diagonal_causal_settings"
@@ -290,8 +293,8 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
     if x.shape[0] % len(conditions):
         raise ValueError(
-            f"Another node gave the model {x.shape[0]} samples for {len(conditions)} prompts: whose keys and values "
-            "they are cannot be told. Remove the node that splits the batch (a model function wrapper)."
+            f"Another node gave the model {x.shape[0]} samples for {len(conditions)} prompts: which prompt's keys and "
+            "values they are is not known. Remove the node that splits the batch (a model function wrapper)."
         )
     options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, again=frozenset(run.seen.intersection(conditions)))
     run.seen.update(conditions)
@@ -538,9 +541,18 @@ def _cudnn_first(device: torch.device, dtype: torch.dtype) -> AbstractContextMan
     return sdpa_kernel(CUDNN_FIRST, set_priority=True) if _takes_cudnn(device, dtype) else nullcontext()
 
 
+_NOT_PLAIN = ("mask", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa")
+"""Arguments of ComfyUI's attention that `_attention_plain` leaves to it."""
+
+
 @wrap_attn
-def _attention_plain(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """PyTorch's attention with whatever kernel it takes; q, k, v and the result are [B, L, heads * D]."""
+def _attention_plain(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's attention with whatever kernel it takes; q, k, v and the result are [B, L, heads * D].
+
+    Another node's override may call it with a mask, other shapes or a scale: that is ComfyUI's to do.
+    """
+    if args or any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NOT_PLAIN):
+        return attention_pytorch(q, k, v, heads, *args, **kwargs)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -558,6 +570,35 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     return (attention_pytorch if faster else optimized_attention)(q, k, v, **kwargs)
 
 
+_INT8 = getattr(comfy.ldm.modules.attention, "attention_comfy_kitchen_int8", None)  # not in ComfyUI 0.30
+DENSE_PREFERENCES = () if _INT8 is None else (_INT8,)
+"""Kinds of attention that a file may ask for and that only change the arithmetic of the dense one: any number of keys
+goes with any number of queries. Sparse ones (Sol-Attn) need as many of both."""
+
+
+def _preference(module: torch.nn.Module) -> dict[str, Any]:
+    """The keyword by which a layer of ComfyUI's (after 0.30) tells its attention what the file asks for, if we can."""
+    preference = getattr(module, "comfy_attention", None)
+    usable = preference is not None and preference.function in DENSE_PREFERENCES
+    return {"preferred_attention": preference} if usable else {}
+
+
+def ignored_preferences(model: ModelPatcher) -> dict[str, int]:
+    """Kinds of attention that a MODEL's file or LoRA asks for, and that chunks go without -> in how many layers.
+
+    Where `function` is None ComfyUI itself goes without: there is no such kernel for the device.
+    """
+    found: Counter[str] = Counter()
+    for index, block in enumerate(_network(model).blocks):
+        for name in ("self_attn", "cross_attn"):
+            if hasattr(getattr(block, name), "comfy_attention"):
+                # A LoRA puts another in its place, as an object patch.
+                preference = model.get_model_object(f"diffusion_model.blocks.{index}.{name}.comfy_attention")
+                if preference.function is not None and preference.function not in DENSE_PREFERENCES:
+                    found[short(preference.config)] += 1
+    return dict(found)
+
+
 class _CausalSelfAttention(_Patch):
     """Writes the chunk's keys and values to the cache and attends to everything in it."""
 
@@ -571,6 +612,7 @@ class _CausalSelfAttention(_Patch):
         v = module.v(x_BLC).view(split)
 
         forward.run.wrote.add(self.layer)
+        preference = _preference(module)
         samples = x_BLC.shape[0] // len(forward.conditions)
         outputs = []
         for index, condition in enumerate(forward.conditions):
@@ -584,6 +626,7 @@ class _CausalSelfAttention(_Patch):
                     values.flatten(2),
                     heads=heads,
                     transformer_options=transformer_options,
+                    **preference,
                 )
             )
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -607,4 +650,5 @@ class _CachedCrossAttention(_Patch):
         key = (self.layer, forward.conditions, context_BLC.shape)
         k, v = forward.run.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
         q = module.norm_q(module.q(x_BLC))
-        return module.o(_attention(q, k, v, heads=module.num_heads, transformer_options=transformer_options))
+        options = {"transformer_options": transformer_options, **_preference(module)}
+        return module.o(_attention(q, k, v, heads=module.num_heads, **options))

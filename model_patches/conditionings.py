@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.conds
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 
+from .causal import ignored_preferences
 from .prompts import check_prompts
+
+log = logging.getLogger(__name__)
+
+MULTIGPU_KEY = "multigpu"
+"""Under this name MultiGPU CFG Split gives a MODEL its copies; the guider's options have them only once it samples."""
+SPARSE_ATTENTION_KEY = "block_sparse_attention"
+"""Under this name Model Sparse Attention (BlockSparseAttention, after ComfyUI 0.30) puts its callbacks on a MODEL."""
 
 UNSUPPORTED_CONDITIONS = {
     "control": "a ControlNet",
@@ -30,12 +40,13 @@ UNSUPPORTED_CONDITIONS = {
 
 
 def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:
-    """Refuse, by name, what cannot follow a clip chunk by chunk."""
+    """Refuse, by name, what cannot follow a clip chunk by chunk, and warn of what has no effect there."""
     if not positive:
         raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
-    if model.model_options.get("multigpu_clones"):
+    if model.get_additional_models_with_key(MULTIGPU_KEY) or model.model_options.get("multigpu_clones"):
         raise ValueError(
-            "MultiGPU work units split one forward over devices; the KV cache lives on one. Remove the node."
+            "MultiGPU CFG Split (work units) splits one forward over devices; the KV cache lives on one. Remove the "
+            "node."
         )
     if model.model_options.get("context_handler") is not None:
         raise ValueError("Context windows cut the clip in another way than chunks do; remove the context windows node.")
@@ -50,6 +61,23 @@ def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> 
             if reason is not None:
                 raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
     check_prompts(positive, negative)
+    _warn_of_attention(model)
+
+
+def _warn_of_attention(model: ModelPatcher) -> None:
+    """Sparse kinds need as many keys as queries, which only a first chunk has: later ones look back at the cache."""
+    if model.get_callbacks(CallbacksMP.ON_PREPARE_STATE, SPARSE_ATTENTION_KEY):
+        log.warning(
+            "Model Sparse Attention (BlockSparseAttention) can act on the first chunk only: later chunks also attend "
+            "to the cache, which it leaves dense. Remove the node, so that all chunks are made alike."
+        )
+    for kind, layers in ignored_preferences(model).items():
+        log.warning(
+            "The model's file, or a LoRA, asks for the attention %s in %d layers, which is not used: chunks attend "
+            "densely to the cache.",
+            kind,
+            layers,
+        )
 
 
 def _unsupported(extra: dict[str, Any]) -> str | None:
@@ -71,8 +99,8 @@ def _unsupported(extra: dict[str, Any]) -> str | None:
     for hook in extra["hooks"].hooks if extra.get("hooks") is not None else ():
         if len(hook.hook_keyframe.keyframes) > 1:
             return (
-                "a hook with several keyframes: every chunk goes through all noise levels again, so that the keyframes "
-                "would not. Use a hook of constant strength."
+                "a hook with several keyframes: every chunk goes through all noise levels again, but the keyframes "
+                "would not begin again with it. Use a hook of constant strength."
             )
     return None
 

@@ -103,7 +103,7 @@ def host_model(checkpoint: Checkpoint, model_options: dict, *, disable_dynamic: 
     """
     info = checkpoint.info
     # ComfyUI empties the dict that it is given: keep ours whole.
-    state_dict = dict(checkpoint.state_dict)
+    state_dict = {**checkpoint.state_dict, **checkpoint.attention}
     adapter = tuple(state_dict.pop(key) for key in FLOW_ADAPTER_KEYS if key in state_dict)
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,

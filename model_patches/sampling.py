@@ -93,7 +93,7 @@ class Resume:
         chunk: the first chunk to make, counted from 0.
         committed: latent frames before it, context included.
         load: gives the KVCache's snapshot there; called once, and what it gives is not kept.
-        dropped, begun: the KVCache's.
+        dropped, moved, begun: the KVCache's.
         load_history: gives StreamedChunk's history there.
         load_flow: gives StreamedChunk's flow there.
     """
@@ -102,6 +102,7 @@ class Resume:
     committed: int
     load: Callable[[], Mapping[str, Tensor]]
     dropped: int = 0
+    moved: int | None = None
     begun: int = 0
     load_history: Callable[[], Mapping[int, Tensor]] = dict
     load_flow: Callable[[], Mapping[str, Tensor]] = dict
@@ -487,7 +488,14 @@ class DiagonalSampler(comfy.samplers.Sampler):
         rows = set(plan.schedule.sigmas[: plan.chunks])
         levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
         if resume is not None:
-            cache.restore(resume.committed, resume.load(), noise.device, dropped=resume.dropped, begun=resume.begun)
+            cache.restore(
+                resume.committed,
+                resume.load(),
+                noise.device,
+                dropped=resume.dropped,
+                moved=resume.moved,
+                begun=resume.begun,
+            )
             done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
             # Copies: what was read still is the state's file, which Windows then does not let be replaced.
             history = {start: x.to(noise.device, copy=True) for start, x in resume.load_history().items()}

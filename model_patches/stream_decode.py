@@ -333,6 +333,11 @@ class StreamDecoder:
             raise
         return handle
 
+    @property
+    def intact(self) -> bool:
+        """Whether the next chunk can be decoded, or a snapshot taken: not where a Cancel cost a large state."""
+        return self._refusal is None
+
     def reset(self) -> None:
         """Free the state; the next chunk begins another clip, of any size."""
         self._wait()

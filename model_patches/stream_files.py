@@ -222,6 +222,7 @@ class Opened:
             committed=self.state.committed,
             load=lambda: load_tensors(self.state_path, KEYS_VALUES),
             dropped=self.state.dropped,
+            moved=self.state.moved,
             begun=self.state.begun,
             load_history=lambda: {int(at): x for at, x in load_tensors(self.state_path, HISTORY).items()},
             load_flow=lambda: load_tensors(self.state_path, FLOW),
@@ -319,7 +320,7 @@ def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, do
     begun = plan.context_frames + state.chunk * plan.settings.frames_per_chunk
     if state.chunk and (state.committed != begun or state.chunk >= plan.chunks):
         return "its chunks are others than this length's."
-    if state.begun and state.begun != min(plan.settings.frames_per_chunk, plan.shape[2] - state.committed):
+    if state.begun > min(plan.settings.frames_per_chunk, plan.shape[2] - state.committed):
         return "its chunks are others than this length's."
     settings, frames = plan.settings, plan.shape[2]
     same_positions = settings.window_positions(state.latent_frames) == settings.window_positions(frames)

@@ -59,7 +59,7 @@ class StreamState:
         frames: pixel frames in the video.
         size: bytes of the video, 0 for a folder of images.
         forwards: forwards made.
-        dropped, begun: the KV cache's.
+        dropped, moved, begun: the KV cache's.
         live: prompts that came while it was made (prompts.LivePrompt, as mappings).
         run: seed, schedule and settings, for people who open the file.
     """
@@ -73,6 +73,7 @@ class StreamState:
     size: int = 0
     forwards: int = 0
     dropped: int = 0
+    moved: int | None = None  # states of older packs do not say
     begun: int = 0
     live: Sequence[Mapping[str, Any]] = ()
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)

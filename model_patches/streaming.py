@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,7 @@ class _Run:
         tail = load_tensors(opened.state_path, TAIL)[TAIL_FRAMES].clone() if opened.resumed else None
         self._thread = WritingThread(opened, options, tail, plan, on_frames)
         self._newest: StreamedChunk | None = None  # decoded, and in no state yet
+        self._live: Sequence[LivePrompt] | None = None  # all that this run was given
 
     @property
     def tail(self) -> Tensor:
@@ -319,22 +320,31 @@ class _Run:
         chunk = self._newest
         if chunk is None:
             return
-        cache, committed = chunk.cache, self._committed(chunk)
-        if cache.committed > committed and not chunk.history:
-            # The Cancel came while the next one was decoded. With a prompt schedule what it saw may be forgotten.
-            cache.reopen(cache.committed - committed)
-        if cache.committed != committed:  # also in the middle of writing a window again
+        if not self._decoder.intact:
+            log.warning(
+                "The Cancel came while the VAE decoded, and its memory of the video is too large to be kept twice: no "
+                "state is saved. Queued again, the video goes on from the state before, if there is one."
+            )
             return
         try:
+            cache, committed = chunk.cache, self._committed(chunk)
+            if cache.committed > committed:  # the Cancel came while the next chunk was decoded
+                cache.reopen(cache.committed - committed)
+            if cache.committed != committed:
+                # A new prompt's window is being written again. The next run writes it anew, from the chunk's history.
+                cache.forget(committed)
+                if self._live is not None:
+                    chunk = replace(chunk, live=self._live)
             self._save(chunk)
-        except (VideoWriteError, ValueError, RuntimeError) as error:
-            log.warning("No state could be saved at the Cancel, an earlier one stays: %s", error)
+        except Exception as error:  # a state that cannot be saved does not decide how a cancelled run ends
+            log.warning("No state could be saved at the Cancel: %s", error)
 
     def _committed(self, chunk: StreamedChunk) -> int:
         return self.plan.context_frames + (chunk.index + 1) * self.plan.settings.frames_per_chunk
 
     def note_prompts(self, live: Sequence[LivePrompt]) -> None:
         """Prompts that the run was given, the newest just now: one that was accepted is not lost by a Cancel."""
+        self._live = tuple(live)
         save_prompts(self.opened.prompts_path, [asdict(prompt) for prompt in live])
 
     def _due(self, chunks: int) -> bool:
@@ -362,7 +372,8 @@ class _Run:
             chunk=chunk.index + 1,
             committed=self._committed(chunk),
             dropped=chunk.cache.dropped,
-            begun=chunk.cache.frames,
+            moved=chunk.cache.moved,
+            begun=chunk.cache.begun,
             live=[asdict(prompt) for prompt in chunk.live],
             frames=mark.frames,
             size=mark.size,

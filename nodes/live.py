@@ -17,7 +17,7 @@ from torch import Tensor
 from ..diagonal_sampler.frames import pixel_frames
 from ..diagonal_sampler.sampler import Chunk
 from ..model_patches.previews import as_address, frame_pictures, preview_of
-from ..model_patches.sampling import Progress
+from ..model_patches.sampling import Progress, uses_negative
 
 PROGRESS_EVENT, CHUNK_EVENT = "diagonal.progress", "diagonal.chunk"
 PICTURES_A_SECOND = 4.0  # Wan makes 16 frames a second
@@ -54,12 +54,12 @@ class LiveReport:
     Args:
         node_id: of the node that samples.
         model: its MODEL; decides how latents become pictures.
-        cfg: guidance scale; other than 1 a forward takes the network twice.
+        cfg: guidance scale; where it uses the negative prompt a forward takes the network twice.
     """
 
     def __init__(self, node_id: str, model: ModelPatcher, cfg: float = 1.0) -> None:
         self.node_id = node_id
-        self.guided = cfg != 1.0
+        self.guided = uses_negative(model, cfg)
         self.warnings = _Warnings()
         self.start = time.perf_counter()
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did

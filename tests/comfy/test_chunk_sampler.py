@@ -1112,13 +1112,15 @@ def test_the_schedule_nodes_widgets_change_the_preset_where_they_say_something(p
     assert "error" in nodes.drawing({**widgets, "shift": "much", "frames_per_chunk": "0"})
 
 
-def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queued_it(pack_module, monkeypatch):
+def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queued_it(
+    pack_module, tiny_wan, monkeypatch
+):
     live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
     sent = []
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
     monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(live, "preview_of", lambda model: lambda latents: [])
-    report = live.LiveReport("5", None)
+    report = live.LiveReport("5", tiny_wan)
     for forwards, step in ((83, 0), (84, -2)):
         report.progress(
             progress(chunk=46, chunks=50, step=step, steps=2 if step == 0 else 0, forwards=forwards, total=100)
@@ -1130,3 +1132,6 @@ def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queu
         report.chunk(SimpleNamespace(start_frame=start, latents=torch.zeros(1, 16, 3, 2, 2)))
     assert [data["pixel_frames"] for _, data, _ in sent[2:]] == [12, 24]
     assert sent[2][1]["first"] == sent[3][1]["first"] and {client for *_, client in sent} == {"C"}
+    asks = tiny_wan.clone()
+    asks.model_options["disable_cfg1_optimization"] = True  # as nodes do that use the negative prompt at cfg 1
+    assert live.LiveReport("5", asks).guided and live.LiveReport("5", tiny_wan, 2.0).guided and not report.guided

@@ -450,6 +450,15 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
     assert "another shape" not in caplog.text
 
 
+def test_noise_is_as_usual_where_the_motion_is_shorter_than_a_latent_frame(tiny_wan, causal, control, caplog):
+    short = control.FlowConditioning(optical_flow=camera_flow(3, 64, 64, pan=(1, 0)), mode="noise")
+    with caplog.at_level(logging.WARNING):
+        run = control.FlowRun(short, causal(tiny_wan), (1, 16, FRAMES, SIZE, SIZE), DIAGONAL, (3, 3, 2))
+        draws = SeededNoise(3, (1, 16, SIZE, SIZE))
+        assert run.noise(draws, 3) is draws
+    assert "changes nothing in this video: it is known nowhere through the 4 steps of a latent frame." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "frames", "reason"),
     [

@@ -217,6 +217,23 @@ def test_fp8_files_reach_comfyui_intact(kind, prefix: str, loading, tmp_path: Pa
     assert (expected - exact).abs().mean() < 0.1 * exact.abs().mean()  # the scales were applied
 
 
+def test_attention_preferences_reach_comfyui(loading, tmp_path: Path, monkeypatch) -> None:
+    """ComfyUI after 0.30 applies them; 0.30 says in its log that it does not, as with its own loader."""
+    key = "blocks.0.self_attn.comfy_attention.config"
+    mark = torch.tensor(list(json.dumps({"attention": "comfy_kitchen_int8"}).encode()), dtype=torch.uint8)
+    save_file(tiny_wan(0) | {key: mark}, tmp_path / "model.safetensors", metadata={"config": CONFIG})
+    handed, load = [], comfy.sd.load_diffusion_model_state_dict
+
+    def count(state_dict, **options):
+        handed.append(set(state_dict))
+        return load(state_dict, **options)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", count)
+    model, _ = loading.load_wan(tmp_path / "model.safetensors")
+    assert handed == [tiny_wan().keys() | {key}]
+    assert torch.equal(run(model), run(comfyui_model(tmp_path, tiny_wan(0))))
+
+
 # --- LoRA ---
 
 

@@ -54,18 +54,140 @@ def test_nodes_that_skip_forwards_are_refused(tiny_wan, causal, run, name):
         run(model)
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("context_handler", "Context windows cut the clip in another way"),
-        ("multigpu_clones", "one forward over devices"),
-    ],
-)
-def test_nodes_that_split_the_clip_or_a_forward_are_refused(tiny_wan, causal, run, option, words):
+def test_a_node_that_splits_the_clip_is_refused(tiny_wan, causal, run):
     model = causal(tiny_wan)
-    model.model_options[option] = {"cuda:1": model}  # as ComfyUI's own nodes leave it
-    with pytest.raises(ValueError, match=words):
+    model.model_options["context_handler"] = object()  # as ComfyUI's own nodes leave it
+    with pytest.raises(ValueError, match="Context windows cut the clip in another way"):
         run(model)
+
+
+@pytest.mark.parametrize("causal_first", [True, False])
+def test_a_node_that_splits_a_forward_over_devices_is_refused(tiny_wan, causal, run, causal_first):
+    def split(model):
+        """What create_multigpu_deepclones does to a MODEL, with a copy for a device that is there."""
+        model, copy = model.clone(), model.clone()
+        copy.is_multigpu_base_clone = True
+        model.set_additional_models("multigpu", [*model.get_additional_models_with_key("multigpu"), copy])
+        model.match_multigpu_clones()
+        return model
+
+    model = split(causal(tiny_wan)) if causal_first else causal(split(tiny_wan))
+    with pytest.raises(ValueError, match="MultiGPU CFG Split .* one forward over devices"):
+        run(model)
+
+
+def test_the_split_with_one_device_changes_nothing(tiny_wan, causal, run):
+    from comfy.multigpu import create_multigpu_deepclones
+
+    model = causal(tiny_wan)
+    assert torch.equal(run(create_multigpu_deepclones(model, 2)), run(model))
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_sparse_attention_is_told_once(tiny_wan, causal, run, caplog):
+    from comfy.patcher_extension import CallbacksMP
+
+    model = causal(tiny_wan)
+    plain = run(model)
+    assert not any("attention" in line for line in warnings(caplog))
+    # As the node BlockSparseAttention of ComfyUI after 0.30 leaves it, beside an override.
+    model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "block_sparse_attention", lambda *args: None)
+    assert torch.equal(run(model), plain)
+    (told,) = [line for line in warnings(caplog) if "attention" in line.lower()]
+    assert "BlockSparseAttention) can act on the first chunk only" in told
+
+
+class Preference(torch.nn.Module):
+    """Stands for ComfyUI's ComfyAttention, which 0.30 has not: a layer's wish, and the function for it if there is."""
+
+    def __init__(self, config, function):
+        super().__init__()
+        self.config, self.function = config, function
+
+
+@pytest.fixture
+def wished(pack_module, monkeypatch):
+    """`wished(model, preference)`: puts it on every layer and lists what those layers ask ComfyUI's attention for."""
+    module = pack_module("model_patches.causal")
+
+    def make(model, preference):
+        asked, attention = [], module.attention_pytorch
+
+        def dispatch(*args, **kwargs):
+            """As the one after 0.30: it takes the keyword off."""
+            asked.append(kwargs.pop("preferred_attention", None))
+            return attention(*args, **kwargs)
+
+        monkeypatch.setattr(module, "attention_pytorch", dispatch)
+        monkeypatch.setattr(module, "optimized_attention", dispatch)
+        for block in model.model.diffusion_model.blocks:
+            block.self_attn.comfy_attention = block.cross_attn.comfy_attention = preference
+        return asked
+
+    return make
+
+
+def test_a_dense_kind_of_attention_is_passed_on(pack_module, monkeypatch, tiny_wan, causal, run, wished, caplog):
+    def int8(q, k, v, heads, **kwargs):
+        raise AssertionError("ComfyUI's own dispatcher calls it")
+
+    plain = run(causal(tiny_wan))
+    monkeypatch.setattr(pack_module("model_patches.causal"), "DENSE_PREFERENCES", (int8,))
+    preference = Preference({"attention": "comfy_kitchen_int8"}, int8)
+    asked = wished(tiny_wan, preference)
+    assert difference(run(causal(tiny_wan)), plain) < CLOSE
+    assert len(asked) == DIAGONAL.nfe(3) * BLOCKS * 2, "self-attention and cross-attention"
+    assert all(found is preference for found in asked)
+    assert not any("asks for the attention" in line for line in warnings(caplog))
+
+
+@pytest.mark.parametrize("of_a_lora", [False, True])
+def test_another_kind_is_not_used_and_told(tiny_wan, causal, run, wished, caplog, of_a_lora):
+    def sol(*args, **kwargs):
+        raise AssertionError("it needs as many keys as queries")
+
+    plain = run(causal(tiny_wan))
+    sparse = Preference({"attention": "comfy_kitchen_sol", "tau": 0.75}, sol)
+    asked = wished(tiny_wan, Preference(None, None) if of_a_lora else sparse)
+    model = causal(tiny_wan)
+    if of_a_lora:  # ComfyUI's add_patches puts it in the other's place
+        for block in range(BLOCKS):
+            model.add_object_patch(f"diffusion_model.blocks.{block}.self_attn.comfy_attention", sparse)
+    assert difference(run(model), plain) < CLOSE
+    assert asked and not any(asked)
+    (told,) = [line for line in warnings(caplog) if "asks for the attention" in line]
+    assert f"comfy_kitchen_sol', 'tau': 0.75}} in {2 if of_a_lora else 4} layers, which is not used" in told
+
+
+def test_a_kind_without_a_kernel_here_is_ignored_as_comfyui_does(tiny_wan, causal, run, wished, caplog):
+    asked = wished(tiny_wan, Preference({"attention": "comfy_kitchen_int8"}, None))
+    run(causal(tiny_wan))
+    assert asked and not any(asked)
+    assert not any("asks for the attention" in line for line in warnings(caplog))
+
+
+@pytest.mark.parametrize("given", [{}, {"skip_reshape": True}, {"skip_output_reshape": True}, {"mask": True}])
+def test_an_override_may_call_our_attention_in_its_own_shapes(pack_module, given):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    q, k, v = torch.randn((3, 1, 6, 2 * 8), generator=torch.Generator().manual_seed(0))
+    k, v = k[:, :4], v[:, :4]
+    options = dict(given)
+    if "mask" in options:
+        options["mask"] = torch.eye(6, 4) * 5
+
+    def override(function, q, k, v, heads, **kwargs):
+        if "skip_reshape" in options:
+            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = function(q, k, v, heads, **kwargs, **options)
+        return out.transpose(1, 2).flatten(2) if "skip_output_reshape" in options else out
+
+    plain = pack_module("model_patches.causal")._attention_plain
+    found = plain(q, k, v, heads=2, transformer_options={"optimized_attention_override": override})
+    assert difference(found, attention_pytorch(q, k, v, 2, mask=options.get("mask"))) < 1e-6
 
 
 def test_a_latent_of_several_streams_is_refused(tiny_wan, causal, run):

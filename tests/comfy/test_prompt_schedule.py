@@ -469,7 +469,7 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
             )
             try:
                 streaming.stream_video(model, positive, negative, vae, schedule, options, **more)
-            except Stop:
+            except (Stop, comfy.model_management.InterruptProcessingException):
                 pass
         return found
 
@@ -504,6 +504,26 @@ def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch
         assert seen[-1].forwards == seen[-1].total, "what was done before is counted"
         assert f"after chunk {stopped}" in lines[0]
         assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+
+
+@pytest.mark.parametrize("switch", ["recache", "keep"])
+def test_a_cancel_loses_no_chunk_of_a_stream_with_prompts(stream, switch):
+    """Wherever it comes in the fifth: while the window is written again, in a step, while the chunk is decoded."""
+    seen = []
+    whole = stream(TEXT, switch, state_every=99, on_progress=seen.append)
+    own = [progress.forwards for progress in seen if progress.chunk == 4]
+    assert len(own) == (6 if switch == "recache" else 3)
+    for forwards in own:
+
+        def cancel(progress, at=forwards):
+            if progress.forwards == at:
+                comfy.model_management.interrupt_current_processing()
+
+        stream(TEXT, switch, state_every=99, on_progress=cancel)
+        lines = []
+        made = stream(TEXT, switch, state_every=99, announce=lines.append)
+        assert "after chunk 4" in lines[0], f"cancelled at forward {forwards}"
+        assert len(made) == 3 and all(torch.equal(a, b) for a, b in zip(made, whole[4:], strict=True))
 
 
 @pytest.mark.parametrize(("text", "fps", "said"), [("2s", 24.0, True), ("2s", 16.0, False), ("chunk 5", 24.0, False)])

@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diagonal_sampler.cache import KVCache
 from diagonal_sampler.flow import OpticalFlow, camera_flow
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import DiagonalSchedule
@@ -268,18 +269,50 @@ def cancelled_reference(streaming, demo, tmp_path_factory):
         folder_paths.set_output_directory(before)
 
 
-def test_a_cancel_in_a_short_last_chunk_goes_on_in_no_longer_video(stream, options, output, caplog):
-    """What it evicted was for two latent frames, and the longer video's chunk has three."""
-    shorter = options(format="png", seconds=2.5, state_every=99)
+@pytest.mark.parametrize(
+    ("seconds", "longer", "forwards"),
+    [(2.5, 3.0, 11), (3.5, 4.0, 14), (5.0, 6.0, 14), (6.0, 5.0, 14)],
+    ids=["short last chunk", "that evicts", "to the window's positions", "to absolute positions"],
+)
+def test_a_cancelled_video_goes_on_in_one_of_another_length(
+    streaming, stream, options, monkeypatch, seconds, longer, forwards
+):
+    """Positions auto change at 21 latent frames, between 5 and 6 seconds; the window is full after four chunks."""
+    found = recorded(streaming, monkeypatch)
+    stream(options(format="png", seconds=longer, state_every=99, filename_prefix="whole"))
+    whole = torch.cat(found, 2)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        stream(shorter, on_progress=cancelled_at(11))
-    stopped = files(output)
+        stream(options(format="png", seconds=seconds, state_every=99), on_progress=cancelled_at(forwards))
+    found.clear()
     lines = []
-    longer = stream(options(format="png", seconds=3.0, state_every=99), announce=lines.append)
-    assert longer.path.name not in stopped
-    assert "its chunks are others than this length's" in lines[0] and "its chunks are others" in caplog.text
-    stream(shorter, announce=lines.append)
-    assert "Resumed" in lines[1] and "after chunk 3" in lines[1]
+    stream(options(format="png", seconds=longer, state_every=99), announce=lines.append)
+    chunk = (forwards - 1) // FORWARDS_A_CHUNK
+    assert "Resumed" in lines[0] and f"after chunk {chunk}" in lines[0]
+    torch.testing.assert_close(torch.cat(found, 2), whole[:, :, CHUNK * chunk :], atol=2e-3, rtol=0)
+
+
+def test_a_cancel_while_a_decoder_with_a_large_state_decodes_copies_nothing(
+    streaming, stream, options, monkeypatch, pack_module, caplog
+):
+    monkeypatch.setattr(pack_module("model_patches.stream_decode"), "MOST_KEPT_BYTES", -1)
+    copied = []
+    monkeypatch.setattr(streaming, "save_state", lambda *_: copied.append("state"))
+    snapshot = KVCache.snapshot
+    monkeypatch.setattr(KVCache, "snapshot", lambda self: copied.append("cache") or snapshot(self))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(format="png", seconds=3.0, state_every=99), on_progress=cancelled_at(3 * FORWARDS_A_CHUNK))
+    assert not copied
+    assert "The Cancel came while the VAE decoded" in caplog.text
+
+
+def test_a_state_that_cannot_be_saved_leaves_a_cancel_a_cancel(stream, options, monkeypatch, caplog):
+    def no_memory(_self):
+        raise MemoryError("no memory for the copy")
+
+    monkeypatch.setattr(KVCache, "snapshot", no_memory)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(format="png", seconds=3.0, state_every=99), on_progress=cancelled_at(8))
+    assert "No state could be saved at the Cancel: no memory for the copy" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -548,13 +548,75 @@ def test_a_snapshot_inside_a_chunk_has_it_made_again_bit_by_bit(positions, forwa
         keys, values = normal(1, 2, 1, 3 * TOKENS, HEADS, HEAD_DIM)
         stopped.condition("positive").update(0, keys, values)
     restored = KVCache(settings, 20)
-    restored.restore(stopped.committed, stopped.snapshot(), begun=stopped.frames)
-    with pytest.raises(ValueError, match="in a chunk of 3 latent frames, and this one has 2"):
-        restored.begin(2)
+    restored.restore(stopped.committed, stopped.snapshot(), moved=stopped.moved, begun=stopped.begun)
+    if made > 1:
+        with pytest.raises(ValueError, match="in a chunk of 3 latent frames, which lie over history that one of 2"):
+            restored.begin(2)
     while whole.committed < whole.total_frames:
         assert restored.position == whole.position
         expected, found = one_chunk(whole, names), one_chunk(restored, names)
         assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(("stopped_at", "goes_on_at"), [(7, 20), (20, 7)], ids=str)
+def test_a_snapshot_in_a_chunk_goes_on_in_a_clip_that_counts_positions_otherwise(stopped_at, goes_on_at):
+    """Positions auto are absolute in a clip of 7 latent frames, and the window's in one of 20; none had to go yet."""
+    settings = {
+        total: settings_of(6, 2, 3, "window" if total == 20 else "absolute") for total in (stopped_at, goes_on_at)
+    }
+    stopped, whole = (KVCache(settings[total], 20) for total in (stopped_at, goes_on_at))
+    for cache in (stopped, whole):
+        for _ in range(2):
+            one_chunk(cache, ("only",))
+    stopped.begin(3)
+    one_forward(stopped, ("only",))
+    restored = KVCache(settings[goes_on_at], 20)
+    restored.restore(stopped.committed, stopped.snapshot(), moved=stopped.moved, begun=stopped.begun)
+    for _ in range(2):
+        for expected, found in zip(one_chunk(whole, ("only",)), one_chunk(restored, ("only",)), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@pytest.mark.parametrize("made", [1, 2, 4])
+def test_a_snapshot_in_a_short_chunk_goes_on_with_a_longer_one(positions, made):
+    settings = settings_of(7, 2, 3, positions)
+    whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
+    for cache in (whole, stopped):
+        for _ in range(made):
+            one_chunk(cache, ("only",))
+    stopped.begin(2)
+    one_forward(stopped, ("only",))
+    restored = KVCache(settings, 20)
+    restored.restore(stopped.committed, stopped.snapshot(), moved=stopped.moved, begun=stopped.begun)
+    for _ in range(2):
+        for expected, found in zip(one_chunk(whole, ("only",)), one_chunk(restored, ("only",)), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_snapshot_without_keys_has_its_window_written_again(sink):
+    """What a Cancel leaves of a cache that is being written again: another clip is made as if it had not come."""
+    settings = settings_of(7, sink, 3, "window")
+    whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
+    for cache in (whole, stopped):
+        for _ in range(3):
+            one_chunk(cache, ("only",))
+    stopped.rewind(3)
+    stopped.begin(2)
+    one_forward(stopped, ("only",))
+    stopped.forget(9)
+    assert stopped.nbytes == stopped.begun == stopped.dropped == 0 and stopped.snapshot() == {}
+    restored = KVCache(settings, 20)
+    restored.restore(9, {}, moved=stopped.moved)
+    for cache in (whole, restored):
+        for run in cache.rewind(3):
+            cache.skip_to(run.start)
+            while cache.committed < run.stop:
+                cache.begin(1)
+                one_forward(cache, ("only",))
+                cache.commit()
+    assert all(torch.equal(*pair) for pair in zip(*(one_chunk(c, ("only",)) for c in (whole, restored)), strict=True))
 
 
 def test_a_snapshot_begun_in_a_chunk_may_be_written_again_for_one_of_another_length():
@@ -563,7 +625,7 @@ def test_a_snapshot_begun_in_a_chunk_may_be_written_again_for_one_of_another_len
     cache.begin(3)
     one_forward(cache, ("only",))
     restored = KVCache(cache.settings, 20)
-    restored.restore(cache.committed, cache.snapshot(), begun=cache.frames)
+    restored.restore(cache.committed, cache.snapshot(), moved=cache.moved, begun=cache.begun)
     restored.rewind(2)
     restored.begin(2)
 
@@ -577,7 +639,7 @@ def test_the_last_chunk_can_be_opened_again_for_a_snapshot_of_before_it(position
             one_chunk(cache, ("only",))
     stopped.reopen(3)
     restored = KVCache(settings, 20)
-    restored.restore(stopped.committed, stopped.snapshot(), begun=stopped.frames)
+    restored.restore(stopped.committed, stopped.snapshot(), moved=stopped.moved, begun=stopped.begun)
     expected, found = one_chunk(whole, ("only",)), one_chunk(restored, ("only",))
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
     with pytest.raises(RuntimeError, match="inside a chunk"):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
 
 from diagonal_sampler import weight_files
-from diagonal_sampler.checkpoints import load_checkpoint, recognise
+from diagonal_sampler.checkpoints import inspect_checkpoint, load_checkpoint, recognise
 from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
@@ -276,6 +276,85 @@ def test_quantised_layer_without_its_scale_is_missing(tmp_path: Path) -> None:
         load_checkpoint(save(tmp_path, tensors))
     tensors["blocks.1.ffn.2.weight_scale"] = torch.tensor(1.0)
     assert load_checkpoint(save(tmp_path, tensors)).info.quantization == "int8_tensorwise (1 layers)"
+
+
+PACKED = {
+    "asym_w4a8_int8": (("weight_s_rel", "weight_s_channel"), ("weight_codebook",)),
+    "awq_w4a16": (("weight_scale", "weight_zeros"), ()),
+}
+"""Formats of ComfyUI after 0.30 -> what its loader needs beside the weight, and what it takes."""
+
+
+def in_format(name: str, layer: str = "blocks.1.ffn.2") -> dict[str, torch.Tensor]:
+    """Tensors of a file with one layer in this format, two weights in a byte."""
+    tensors = tiny_wan()
+    rows, columns = tensors[f"{layer}.weight"].shape
+    mark = json.dumps({"format": name, "group_size": 16}).encode()
+    tensors[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.int8)
+    tensors[f"{layer}.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    required, optional = PACKED[name]
+    return tensors | {f"{layer}.{part}": torch.ones(16) for part in required + optional}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_format_has_tensors_of_its_own(name: str, tmp_path: Path) -> None:
+    tensors = in_format(name)
+    checkpoint = load_checkpoint(save(tmp_path, tensors), quant_formats=[name])
+    assert checkpoint.state_dict.keys() == tensors.keys()
+    assert checkpoint.info.dims == DIMS and checkpoint.info.quantization == f"{name} (1 layers)"
+    required, optional = PACKED[name]
+    for part in required + optional:
+        path = save(tmp_path, {key: tensor for key, tensor in tensors.items() if not key.endswith(part)})
+        if part in optional:
+            load_checkpoint(path)
+            continue
+        with pytest.raises(ValueError, match=f"1 tensors are missing: blocks.1.ffn.2.{part}"):
+            load_checkpoint(path)
+    with pytest.raises(ValueError, match=f"{name}' is not known to this ComfyUI .it knows nvfp4.; update ComfyUI"):
+        load_checkpoint(save(tmp_path, tensors), quant_formats=["nvfp4"])
+
+
+def test_a_format_that_only_comfyui_knows_is_refused_with_the_way_round(tmp_path: Path) -> None:
+    tensors = in_format("awq_w4a16")
+    mark = json.dumps({"format": "int9"}).encode()
+    tensors["blocks.1.ffn.2.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    match = r"model.safetensors', layer 'blocks.1.ffn.2'.*'int9' is not known to this pack .*Load Diffusion Model"
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(save(tmp_path, tensors), quant_formats=["int9"])
+
+
+# --- attention preferences ---
+
+
+def preference(config: object) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_attention_preferences_go_to_the_host_beside_the_weights(prefix: str, tmp_path: Path) -> None:
+    wishes = {
+        "blocks.0.self_attn.comfy_attention.config": preference({"attention": "comfy_kitchen_int8"}),
+        "blocks.1.cross_attn.comfy_attention.config": preference([{"attention": "comfy_kitchen_sol", "tau": 0.75}]),
+    }
+    path = save(tmp_path, prefixed(tiny_wan() | wishes, prefix))
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.state_dict.keys() == tiny_wan().keys() and checkpoint.info.quantization is None
+    assert checkpoint.attention.keys() == wishes.keys()
+    assert all(torch.equal(checkpoint.attention[key], wishes[key]) for key in wishes)
+    assert inspect_checkpoint(path).info == checkpoint.info
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "match"),
+    [
+        ("blocks.0.ffn.comfy_attention.config", preference({}), "1 are left over: blocks.0.ffn.comfy_attention"),
+        ("blocks.0.self_attn.comfy_attention.config", torch.zeros(4, dtype=torch.uint8), "self_attn.*expected JSON"),
+        ("blocks.0.self_attn.comfy_attention.config", preference(3), "self_attn.*expected JSON"),
+    ],
+)
+def test_a_wrong_attention_preference_is_named(key: str, tensor: torch.Tensor, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"model.safetensors.*{match}"):
+        load_checkpoint(save(tmp_path, tiny_wan() | {key: tensor}))
 
 
 @pytest.mark.parametrize("layer", ["text_embedding.0", "time_embedding.0", "blocks.0.ffn.0"])
@@ -608,6 +687,14 @@ def test_modulation_differences_are_not_used_and_said_so(key: str, tmp_path: Pat
     """Public step-distillation LoRAs hold some; ComfyUI would take them and never apply them."""
     lora = load_lora(save(tmp_path, peft(lora_pairs()) | {key: torch.ones(1, 6, 128)}))
     assert lora.unused == (key,) and not any("modulation" in name or "diff_m" in name for name in lora.tensors)
+    assert lora.summary().endswith(f"not used: {key}")
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_attention_preferences_of_a_lora_are_not_used_and_said_so(prefix: str, tmp_path: Path) -> None:
+    key = f"{prefix}blocks.1.self_attn.comfy_attention.config"
+    lora = load_lora(save(tmp_path, peft(lora_pairs()) | {key: preference({"attention": "comfy_kitchen_int8"})}))
+    assert lora.unused == (key,) and not any("comfy_attention" in name for name in lora.tensors)
     assert lora.summary().endswith(f"not used: {key}")
 
 
