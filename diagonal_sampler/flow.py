@@ -154,12 +154,7 @@ class OpticalFlow:
             begun = bool(_stored(valid).any())
             flow, valid = _resize(flow, valid, height, width)
             if begun and not _stored(valid).any():
-                reach = math.ceil(max(self.width / width, self.height / height))
-                raise NothingValid(
-                    f"The optical flow's valid part is too small: nothing of it is left at {width}x{height}, where a "
-                    f"pixel is {reach} of the motion's. Give tracks a track_radius of {reach} pixels or more, or draw "
-                    "the motion or the mask larger."
-                )
+                raise NothingValid(_too_small(self, height, width))
         missing = steps - len(flow)
         if missing > 0:
             flow = torch.cat([flow, flow.new_zeros(missing, height, width, 2)])
@@ -198,7 +193,7 @@ class OpticalFlow:
         j to latent frame j+1, for latent frame j ends with pixel frame 4*j.
 
         Raises:
-            ValueError: fewer steps than one group, or nothing valid throughout a group.
+            ValueError: fewer steps than one group; NothingValid where nothing is valid throughout a group.
         """
         count = self.steps // group
         held = count > 1 and self.flow.stride(0) == 0 and self.valid.stride(0) == 0
@@ -217,6 +212,8 @@ class OpticalFlow:
             valids.append(known | (self.valid[index * group] & ~inside(points, self.height, self.width)))
         if not count:
             raise ValueError(f"The optical flow has {self.steps} steps; one latent frame needs {group}.")
+        if not any(bool(valid.any()) for valid in valids):
+            raise NothingValid(f"it is known nowhere through the {group} steps of a latent frame.")
         return OpticalFlow(torch.stack(flows), torch.stack(valids))
 
 
@@ -232,21 +229,40 @@ def _all_finite(tensor: Tensor) -> bool:
 
 def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     steps = len(flow)
-    held = flow.stride(0) == 0 and valid.stride(0) == 0
-    if held:
+    shares = _shares(flow, valid, height, width)
+    known = shares[:, 2:] >= 0.5
+    flow = (shares[:, :2] / shares[:, 2:].clamp(min=0.5) * known).movedim(1, -1)
+    if len(flow) < steps:
+        return flow.expand(steps, -1, -1, -1), known[:, 0].expand(steps, -1, -1)
+    return flow, known[:, 0]
+
+
+def _too_small(optical_flow: OpticalFlow, height: int, width: int) -> str:
+    reach = math.ceil(max(optical_flow.width / width, optical_flow.height / height))
+    return (
+        f"The optical flow's valid part is too small: nothing of it is left at {width}x{height}, where a pixel is "
+        f"{reach} of the motion's. Give tracks a track_radius of {reach} pixels or more, or draw the motion or the "
+        "mask larger."
+    )
+
+
+def _shares(flow: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
+    """The means of a field over the pixels of another size, what is not valid counted as 0.
+
+    Returns:
+        [T, 3, height, width] dx and dy, stretched with the picture, and the share of a pixel that is valid; T is 1
+        where one step stands for all.
+    """
+    if flow.stride(0) == 0 and valid.stride(0) == 0:
         flow, valid = flow[:1], valid[:1]
-    scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1]])
-    flows, valids = [], []
+    scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1], 1]).view(-1, 1, 1)
+    parts = []
     at_once = max(1, _RESIZED_AT_ONCE // flow[0].numel())
     for first in range(0, len(flow), at_once):  # in parts, so that a long clip needs no second copy of itself
         weight = valid[first : first + at_once, None].float()
         pictures = torch.cat([flow[first : first + at_once].movedim(-1, 1) * weight, weight], dim=1)
-        pictures = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
-        known = pictures[:, 2:] >= 0.5
-        flows.append((pictures[:, :2] / pictures[:, 2:].clamp(min=0.5) * known).movedim(1, -1) * scale)
-        valids.append(known[:, 0])
-    flow, valid = torch.cat(flows), torch.cat(valids)
-    return (flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)) if held else (flow, valid)
+        parts.append(F.interpolate(pictures, (height, width), mode="bilinear", antialias=True) * scale)
+    return torch.cat(parts)
 
 
 # --- points and pictures ---
@@ -560,23 +576,31 @@ def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int,
         NothingValid: the clip would have no flow.
     """
     steps = max(1, TIME_FACTOR * (latent_frames - 1))
-    return AdapterField(optical_flow.fit(steps, height, width), height, width).features(0, latent_frames)
+    field = optical_flow.fit(steps, optical_flow.height, optical_flow.width)
+    return AdapterField(field, height, width).features(0, latent_frames)
 
 
 class AdapterField:
-    """What the adapter's convolution takes, for any part of a clip however long; memory is that of the field itself.
+    """What the adapter's convolution takes, for any part of a clip however long; memory is that of its own pixels.
+
+    How much of a latent's pixel is commanded is kept as it is, and not rounded to all or none: it says where within the
+    pixel the border lies, so that a sprite's place is told exactly.
 
     Args:
-        optical_flow: any size; it is fitted by the rules of `OpticalFlow.fit`, except that what is too short stays so.
+        optical_flow: any size; it is stretched to the latent's. Where it ends the rest of the clip is free, but for
+            a single step, which is held.
         height, width: of the latent.
 
     Raises:
-        NothingValid: at the latent's size nothing is left.
+        NothingValid: no pixel of the latent is ever commanded by half.
     """
 
     def __init__(self, optical_flow: OpticalFlow, height: int, width: int) -> None:
-        self.small = optical_flow.fit(optical_flow.steps, height, width)
         self.height, self.width = height, width
+        shares = _shares(optical_flow.flow, optical_flow.valid, height, width).cpu()
+        if not (shares[:, 2] >= 0.5).any():
+            raise NothingValid(_too_small(optical_flow, height, width))
+        self._shares = shares.expand(optical_flow.steps, -1, -1, -1)
 
     def features(self, start: int, frames: int) -> Tensor:
         """The features of some latent frames.
@@ -586,22 +610,20 @@ class AdapterField:
             frames: how many.
 
         Returns:
-            [1, 4, frames, H, W] float32: dx and dy in latent pixels per latent frame, averaged over the four pixel
-            steps that lead to the latent frame (of the clip's first, the one that leaves it); the share of them that is
-            valid; the speed |(dx, dy)|. 0 where nothing is valid.
+            [1, 4, frames, H, W] float32: the means of dx, dy and "valid" over a pixel of the latent and the four pixel
+            steps that lead to the latent frame (of the clip's first, the one that leaves it), what is not valid counted
+            as 0, dx and dy in latent pixels per latent frame; and the speed |(dx, dy)|.
         """
-        small = self.small
         out = torch.zeros(ADAPTER_CHANNELS, frames, self.height, self.width)
         for frame in range(frames):
             latent_frame = start + frame
             first = max(0, TIME_FACTOR * (latent_frame - 1))
             count = TIME_FACTOR if latent_frame else 1
-            rows = slice(0, 1) if small.steps == 1 else slice(first, first + count)  # a single step is held
-            weight = small.valid[rows].float().cpu()
-            total = weight.sum(0)
-            motion = (small.flow[rows].cpu() * weight[..., None]).sum(0) / total.clamp(min=1)[..., None]
-            out[:2, frame] = TIME_FACTOR * motion.movedim(-1, 0)
-            out[2, frame] = total / (1 if small.steps == 1 else count)
+            if len(self._shares) == 1:  # a single step is held
+                out[:3, frame] = self._shares[0]
+            else:
+                out[:3, frame] = self._shares[first : first + count].sum(0) / count
+        out[:2] *= TIME_FACTOR
         out[3] = out[:2].norm(dim=0)
         return out[None]
 

@@ -230,21 +230,20 @@ def features(told: Commands, scenes: Scenes, frames: int, height: int, width: in
     whole = (told.kind >= FIRST_WHOLE_KIND)[:, None, None, None, None]
     share = small.sum(2, keepdim=True)
     rest = torch.where(whole, 1 - share, 0.0)  # moves with the camera, or is known to rest
-    known = ((share + rest >= 0.5) & _in_time(told)[:, :, None, None, None]).float()  # [N, T - 1, 1, height, width]
+    share = share + rest
     motion = _everywhere(told)[..., None, None] * rest
     for sprite in (0, 1):
         motion = motion + told.motion[:, sprite, :, :, None, None] * small[:, :, sprite, None]
     scale = motion.new_tensor([width, height])[:, None, None] / FRAME_SIZE
-    motion = motion / (share + rest).clamp(min=0.5) * known * scale
+    shares = torch.cat([motion * scale, share], dim=2) * _in_time(told)[:, :, None, None, None]
+    # No field where no pixel of the latent is ever commanded by half.
+    shares = shares * (shares[:, :, 2] >= 0.5).flatten(1).any(1)[:, None, None, None, None]
     # The clip's first latent frame has the first step, each other one the four that lead to it.
-    parts = []
-    for rows, steps in ((slice(0, 1), 1), (slice(0, None), TIME_FACTOR)):
-        motions, knowns = (values[:, rows].unflatten(1, (-1, steps)) for values in (motion, known))
-        total = knowns.sum(2)
-        parts.append(torch.cat([TIME_FACTOR * motions.sum(2) / total.clamp(min=1), total / steps], dim=2))
-    found = torch.cat(parts, dim=1).movedim(1, 2)
+    parts = [shares[:, :1], shares.unflatten(1, (-1, TIME_FACTOR)).mean(2)]
+    found = torch.cat(parts, dim=1).movedim(1, 2)  # [N, 3, frames, height, width]
     assert found.shape[2] == frames
-    return torch.cat([found, found[:, :2].norm(dim=1, keepdim=True)], dim=1)
+    motion = TIME_FACTOR * found[:, :2]
+    return torch.cat([motion, found[:, 2:], motion.norm(dim=1, keepdim=True)], dim=1)
 
 
 def _in_time(told: Commands) -> Tensor:

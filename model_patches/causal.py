@@ -579,8 +579,12 @@ goes with any number of queries. Sparse ones (Sol-Attn) need as many of both."""
 def _preference(module: torch.nn.Module) -> dict[str, Any]:
     """The keyword by which a layer of ComfyUI's (after 0.30) tells its attention what the file asks for, if we can."""
     preference = getattr(module, "comfy_attention", None)
-    usable = preference is not None and preference.function in DENSE_PREFERENCES
-    return {"preferred_attention": preference} if usable else {}
+    return {"preferred_attention": preference} if _attention_of(preference) in DENSE_PREFERENCES else {}
+
+
+def _attention_of(preference: Any) -> Callable | None:
+    """The function that a preference names; None where a newer ComfyUI keeps it elsewhere, and chunks do without."""
+    return getattr(preference, "function", None)
 
 
 def ignored_preferences(model: ModelPatcher) -> dict[str, int]:
@@ -594,8 +598,8 @@ def ignored_preferences(model: ModelPatcher) -> dict[str, int]:
             if hasattr(getattr(block, name), "comfy_attention"):
                 # A LoRA puts another in its place, as an object patch.
                 preference = model.get_model_object(f"diffusion_model.blocks.{index}.{name}.comfy_attention")
-                if preference.function is not None and preference.function not in DENSE_PREFERENCES:
-                    found[short(preference.config)] += 1
+                if _attention_of(preference) not in (None, *DENSE_PREFERENCES):
+                    found[short(getattr(preference, "config", preference))] += 1
     return dict(found)
 
 

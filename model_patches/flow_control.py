@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import AdapterField, OpticalFlow
+from ..diagonal_sampler.flow import AdapterField, NothingValid, OpticalFlow
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference, weaker_start
 from ..diagonal_sampler.frames import TIME_FACTOR
@@ -179,7 +179,7 @@ class FlowRun:
             if self.starts_chunks:
                 self.schedule = self._reference.schedule
         if adapter is not None and self.mode in (ADAPTER, ADAPTER_AND_BLEND):
-            self._adapter_field = AdapterField(field.fit(self._steps, height, width), height, width)
+            self._adapter_field = AdapterField(field.fit(self._steps, field.height, field.width), height, width)
             original = model.get_model_object(_EMBEDDING_PATH)
             while isinstance(original, FlowEmbedding):  # of an earlier run
                 original = original.original
@@ -227,7 +227,12 @@ class FlowRun:
         )
         batch, channels, frames, height, width = self._shape
         whole = max(TIME_FACTOR, self._steps)  # at least one latent frame's motion
-        small = self._settings.optical_flow.fit(whole, height, width).composed()
+        small = self._settings.optical_flow.fit(whole, height, width)
+        try:
+            small = small.composed()
+        except NothingValid as error:
+            log.warning("The optical flow changes nothing in this video: %s Give a longer motion or mask.", error)
+            return draws
         self._noise = FlowNoise(
             draws,
             small,

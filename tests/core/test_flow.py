@@ -255,9 +255,23 @@ def test_adapter_features():
     assert features.shape == (1, 4, 4, 8, 8)
     # 4 pixels a frame are 2 cells a latent frame; the third latent frame has half its steps, the fourth none.
     assert torch.allclose(features[0, :, 0, 4, 4], torch.tensor([2.0, -1.5, 1.0, 2.5]))
-    assert torch.allclose(features[0, :, 2, 4, 4], torch.tensor([2.0, -1.5, 0.5, 2.5]))
+    assert torch.allclose(features[0, :, 2, 4, 4], torch.tensor([1.0, -0.75, 0.5, 1.25]))
     assert (features[0, :, 3] == 0).all()
     assert adapter_features(field, 1, 8, 8).shape == (1, 4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("place", [(30.0, 30.0), (32.6, 29.3), (34.0, 33.5)])
+def test_the_adapter_is_told_where_in_a_latents_pixel_a_sprite_is(place):
+    rests = torch.tensor(place).expand(5, 1, 2)
+    features = adapter_features(tracks_flow(rests, None, 64, 64, radius=9.0), 2, 8, 8)[0, :, 1]
+    centres = grid(8, 8) * 8 + 3.5  # of the latent's pixels, in pixels
+    found = (features[2, ..., None] * centres).sum((0, 1)) / features[2].sum()
+    assert torch.allclose(found, torch.tensor(place), atol=0.35), "a pixel of the latent is eight"
+
+
+def test_what_the_adapter_cannot_see_is_refused():
+    with pytest.raises(NothingValid, match="nothing of it is left at 8x8, where a pixel is 8 of the motion's"):
+        adapter_features(tracks_flow(torch.full((5, 1, 2), 32.0), None, 64, 64, radius=3.0), 2, 8, 8)
 
 
 # --- moving pictures ---
