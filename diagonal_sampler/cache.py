@@ -230,6 +230,8 @@ class KVCache:
         """
         out: dict[str, Tensor] = {}
         filled = min(self._written, self.capacity)
+        if not filled:  # a window of one chunk: what is rewritten for it is nothing
+            return out
         segments = self.segments()
         for number, condition in enumerate(self._conditions.values()):
             for index, layer in condition._layers.items():
@@ -277,7 +279,7 @@ class KVCache:
             self.frames = begun
             moved, self.frames = self.moved, 0
         restored: dict[int, ConditionKV] = {}
-        for name, tensor in snapshot.items():
+        for name, tensor in snapshot.items() if filled else ():
             number, index, part = name.split("/")
             condition = restored.setdefault(int(number), ConditionKV(self))
             tokens, remainder = divmod(tensor.shape[1], filled)
@@ -376,7 +378,7 @@ class ConditionKV:
 
         With grad mode off the results are views of the buffer's prefix. With it on they are copies, in which the
         current chunk keeps its graph and the history is detached: backward may need them after the buffer has been
-        begun, even where the queries alone are trained. The buffer receives detached values.
+        overwritten, even where the queries alone are trained. The buffer receives detached values.
 
         Args:
             index: the layer.

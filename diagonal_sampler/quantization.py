@@ -48,7 +48,7 @@ _FORMATS = {
     "convrot_w4a4": _Format(packed=True),
     # Not in ComfyUI 0.30.
     "asym_w4a8_int8": _Format(
-        required=("weight_s_rel", "weight_s_channel"), optional=("weight_codebook",), packed=True
+        required=("weight_s_rel", "weight_s_channel"), optional=("weight_codebook", "weight_correction"), packed=True
     ),
     "awq_w4a16": _Format(required=("weight_scale", "weight_zeros"), packed=True),
 }

@@ -31,7 +31,7 @@ _RAFT_LEAST = 128
 
 class _Measured(NamedTuple):
     optical_flow: OpticalFlow
-    total: float  # of the video's values, in case a node has written into it (inference tensors count no versions)
+    totals: tuple[float, ...]  # of each frame, in case a node has written into them (there are no versions to look at)
     estimator: weakref.ref[ModelPatcher] | None
 
 
@@ -39,14 +39,13 @@ _measured: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What was measured of each video that ComfyUI still holds: a node whose strength is turned runs anew."""
 
 
-def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> OpticalFlow:
+def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None, *, keep: bool = False) -> OpticalFlow:
     """The motion between the frames of a video; valid where forward and backward motion agree.
-
-    It is kept as long as the video is; the same video is measured again only with another estimator.
 
     Args:
         images: IMAGE [T, H, W, 3] in 0..1, T at least 2.
         estimator: ComfyUI's OPTICAL_FLOW (RAFT); None uses OpenCV's DIS.
+        keep: remember the motion as long as the video is there: measured again only with another estimator.
 
     Returns:
         T - 1 steps of the images' size.
@@ -61,8 +60,9 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> Opti
         raise ValueError(f"The video has {len(images)} frame; motion needs at least 2.")
     if not torch.isfinite(torch.stack(images.aminmax())).all():
         raise ValueError("The video holds NaN or infinite values; check the node that made it.")
-    total, known = float(images.sum(dtype=torch.float64)), _measured.get(images)
-    if known is not None and known.total == total and (known.estimator and known.estimator()) is estimator:
+    totals = tuple(float(frame.sum(dtype=torch.float64)) for frame in images) if keep else ()
+    known = _measured.get(images) if keep else None
+    if known is not None and known.totals == totals and _same(known.estimator, estimator):
         return known.optical_flow
     between = _dis() if estimator is None else _raft(estimator)
     frames = images[..., :3]
@@ -76,8 +76,14 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None) -> Opti
         valid[step] = _leads_home(flow[step], between(second, first))
         progress.update(1)
     found = OpticalFlow(flow, valid)
-    _measured[images] = _Measured(found, total, None if estimator is None else weakref.ref(estimator))
+    if keep:
+        _measured[images] = _Measured(found, totals, None if estimator is None else weakref.ref(estimator))
     return found
+
+
+def _same(known: weakref.ref[ModelPatcher] | None, estimator: ModelPatcher | None) -> bool:
+    """Whether an estimator is the one before; one that is gone is none that is asked for."""
+    return estimator is None if known is None else known() is estimator is not None
 
 
 def _leads_home(there: Tensor, back: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _camera(inputs: FlowInputs) -> OpticalFlow:
 
 
 def _video(inputs: FlowInputs) -> OpticalFlow:
-    return estimate_flow(_connected(inputs.video, "video"), inputs.estimator)
+    return estimate_flow(_connected(inputs.video, "video"), inputs.estimator, keep=True)
 
 
 def _tracks(inputs: FlowInputs) -> OpticalFlow:

@@ -324,7 +324,10 @@ def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, do
         return "its chunks are others than this length's."
     settings, frames = plan.settings, plan.shape[2]
     same_positions = settings.window_positions(state.latent_frames) == settings.window_positions(frames)
-    if not same_positions and state.committed > settings.capacity(state.latent_frames):
+    moved = state.committed > settings.capacity(state.latent_frames)
+    if state.moved is None:  # of an older pack, which does not say how far
+        moved = moved or state.begun > 0 or state.dropped > 0
+    if not same_positions and moved:
         return (
             f"with {frames} latent frames instead of {state.latent_frames} the model counts positions in another way "
             "(positions auto); set positions to window on the causal model to change lengths freely."

@@ -333,8 +333,8 @@ class _Run:
             if cache.committed != committed:
                 # A new prompt's window is being written again. The next run writes it anew, from the chunk's history.
                 cache.forget(committed)
-                if self._live is not None:
-                    chunk = replace(chunk, live=self._live)
+            if self._live is not None:  # the open chunk may be under a prompt that this one did not know
+                chunk = replace(chunk, live=self._live)
             self._save(chunk)
         except Exception as error:  # a state that cannot be saved does not decide how a cancelled run ends
             log.warning("No state could be saved at the Cancel: %s", error)

@@ -73,6 +73,9 @@ class DiagonalPromptSchedule(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
+            # The result names this node, and ComfyUI leaves the ids of V3 nodes out of its cache's keys: a copy with
+            # the same values would be given the other's.
+            not_idempotent=True,
         )
 
     @classmethod

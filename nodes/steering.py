@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from server import PromptServer
 
 from ..diagonal_sampler.prompt_schedule import require_switch
 from ..model_patches.prompts import NotSteerable, PromptBox, PromptNow, PromptRequest, PromptSource, schedule_of
+
+log = logging.getLogger(__name__)
 
 PROMPT_ROUTE, PROMPT_EVENT = "/diagonal/prompt", "diagonal.prompt"
 MAX_BODY = 64 * 1024  # bytes
@@ -120,6 +123,7 @@ async def post_prompt(request: web.Request) -> web.Response:
         except NotSteerable as error:
             raise _Refused(409, str(error)) from error
         except asyncio.TimeoutError:
+            answer.add_done_callback(lambda done: _tell_refused(run, node, body["text"], done))
             message = "The run has not looked yet; the prompt begins with the chunk after it does."
             return web.json_response({"text": body["text"], "message": message}, status=202)
         except Exception as error:  # of the tokenizer or the text encoder
@@ -127,6 +131,16 @@ async def post_prompt(request: web.Request) -> web.Response:
     except _Refused as refusal:
         return web.json_response({"error": str(refusal)}, status=refusal.status)
     return web.json_response({"text": prompt.text, "chunk": prompt.chunk + 1, "switch": prompt.switch})
+
+
+def _tell_refused(run: _Steerable, node: str, text: str, answer: Future) -> None:
+    """A refusal that comes after the HTTP answer has gone; called in the sampling thread."""
+    error = answer.exception()
+    if error is None:
+        return
+    log.warning("The prompt %r cannot be used: %s", text, error)
+    data = {"prompt_id": run.prompt_id, "nodes": [node], "running": True, "refused": str(error), "text": text}
+    PromptServer.instance.send_sync(PROMPT_EVENT, data, run.client_id)
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

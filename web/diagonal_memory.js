@@ -87,6 +87,8 @@ function walk(node, name, type, found) {
   for (let step = 0; at && step < MOST_STEPS; step++) {
     if (at.mode === MUTED) throw new Unknown(phrase("muted", { node: at.title }));
     if (at.mode !== BYPASSED && found(at)) return at;
+    // What lies in a subgraph may set the window, or be another model: it is not looked into.
+    if (at.subgraph && at.mode !== BYPASSED) throw new Unknown(phrase("made_by", { node: at.title, type }));
     const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
     if (!input && at.mode === BYPASSED) throw new Unknown(phrase("bypassed", { node: at.title }));
     if (!input) throw new Unknown(phrase("made_by", { node: at.title, type }));

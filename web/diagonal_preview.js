@@ -99,7 +99,10 @@ class Preview {
       if (data.prompt_id === this.promptId) this.clear(); // it came while ComfyUI went over to this workflow
       return false;
     }
-    if (data.prompt_id !== this.promptId) this.reset(data.prompt_id);
+    // Another instance of the subgraph that the node is in, or a node that a loop runs again, begins anew.
+    const again = data.node !== this.instance || data.forwards <= this.state?.forwards;
+    if (data.prompt_id !== this.promptId || again) this.reset(data.prompt_id);
+    this.instance = data.node;
     this.root.classList.remove("idle");
     this.ending = null;
     return true;

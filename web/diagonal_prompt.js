@@ -56,11 +56,12 @@ class PromptField {
       this.refresh();
     });
     this.text.addEventListener("keydown", (event) => {
-      event.stopPropagation(); // the canvas has shortcuts of its own
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      const modified = event.ctrlKey || event.metaKey;
+      if (event.key === "Enter" && modified && !event.altKey && !event.shiftKey) {
+        event.stopPropagation(); // ComfyUI would queue the graph
         event.preventDefault();
         this.send();
-      }
+      } else if (!modified && !event.altKey) event.stopPropagation(); // plain keys are text, whoever else listens
     });
     this.button.addEventListener("click", () => this.send());
     this.refresh();
@@ -84,7 +85,9 @@ class PromptField {
     this.button.disabled = !this.running || this.sending || !this.text.value.trim();
   }
 
+  /** A linked or promoted widget's value is not what runs; left out, the server takes the run's own. */
   value(name) {
+    if (this.node.inputs?.some((input) => input.widget?.name === name && input.link != null)) return undefined;
     return this.node.widgets.find((widget) => widget.name === name)?.value;
   }
 
@@ -96,6 +99,12 @@ class PromptField {
       this.promptId = null;
       this.running = false;
       this.words = phrase("prompt_idle");
+      return this.refresh();
+    }
+    if (data.refused) {
+      // After "the run has not looked yet", and after the text has left the field.
+      this.text.value ||= data.text;
+      this.refusal = data.refused;
       return this.refresh();
     }
     const wasRunning = this.running;

@@ -52,6 +52,7 @@ class ScheduleDrawing {
     this.node = node;
     this.asked = null; // the values that the server was asked about last
     this.reply = null;
+    this.counts = null; // steps of each chunk, ahead of the reply while a person changes them
     this.root = document.createElement("div");
     this.root.className = "diagonal-schedule";
     this.svg = element("svg", { role: "group", "aria-label": phrase("levels") }, this.root);
@@ -120,6 +121,7 @@ class ScheduleDrawing {
     }
     if (this.asked !== null && this.asked !== query) return; // the values have changed since: a newer reply comes
     this.reply = reply;
+    this.counts = reply.sigmas?.map((sigmas) => sigmas.length) ?? null;
     this.draw();
   }
 
@@ -133,7 +135,7 @@ class ScheduleDrawing {
       line.textContent = text;
       this.words.append(line);
     };
-    const focused = document.activeElement?.dataset?.chunk;
+    const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.chunk : undefined;
     this.svg.replaceChildren();
     if (reply.error) {
       say(reply.error, "error");
@@ -212,19 +214,19 @@ class ScheduleDrawing {
       event.preventDefault();
       event.stopPropagation();
       const before = this.widget("steps").value;
-      this.setSteps(chunk, last, Math.min(this.reply.sigmas[chunk].length + by, most));
+      this.setSteps(chunk, last, Math.min(this.counts?.[chunk] + by, most));
       this.record(before);
     });
     area.addEventListener("pointerdown", (event) => this.drag(event, chunk, last, most));
   }
 
   drag(event, chunk, last, most) {
-    if (event.button !== 0) return; // the middle button pans the canvas
+    if (event.button !== 0 || !this.counts) return; // the middle button pans the canvas
     event.preventDefault();
     event.stopPropagation();
     const began = event.clientY;
     const before = this.widget("steps").value;
-    const steps = this.reply.sigmas[chunk].length;
+    const steps = this.counts[chunk];
     // The node may be zoomed: as many screen pixels a step as the drawing shows.
     const pixels = (PIXELS_PER_STEP * this.svg.getBoundingClientRect().height) / PLOT.height;
     const move = (at) =>
@@ -249,10 +251,12 @@ class ScheduleDrawing {
 
   /** Changes one chunk's steps; the last one shown stands for all later chunks too. */
   setSteps(chunk, last, wanted) {
-    const steps = this.reply.sigmas.map((sigmas) => sigmas.length);
+    if (!this.counts) return; // the server has gone meanwhile
+    const steps = [...this.counts];
     const value = Math.max(wanted, 1);
     if (steps[chunk] === value) return;
     steps[chunk] = value;
+    this.counts = steps;
     const widget = this.widget("steps");
     const text = stepsText(last ? steps.slice(0, chunk + 1) : steps);
     if (widget.value === text) return;

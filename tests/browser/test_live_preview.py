@@ -131,3 +131,30 @@ def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
     page.evaluate("async () => app.loadGraphData(app.graph.serialize(), true, true)")
     wait_line(page, "Chunks play here")
     assert frontend.errors == []
+
+
+def test_another_instance_of_a_subgraph_begins_its_own_preview(page, frontend):
+    """Two instances of a subgraph share the node in it; in one run they come one behind the other."""
+    found = page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalChunkSampler");
+            const picture = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==";
+            const line = () => document.querySelector(".diagonal-preview .line").textContent;
+            const shown = [];
+            for (const instance of [5, 6])
+                for (const chunk of [1, 2]) {
+                    const own = { node: `${instance}:${node.id}`, prompt_id: "P", chunk, chunks: 2, elapsed: 2 };
+                    app.api.dispatchCustomEvent("diagonal.progress",
+                        { ...own, step: 1, steps: 1, forwards: chunk, made: chunk, total: 2 });
+                    app.api.dispatchCustomEvent("diagonal.chunk",
+                        { ...own, first: instance, frames: [picture], fps: 4, pixel_frames: 9 });
+                    shown.push([line(), document.querySelectorAll(".diagonal-preview .bar").length]);
+                }
+            return shown;
+        }"""
+    )
+    assert [bars for _, bars in found] == [1, 2, 1, 2]
+    assert [f"first after {first}.0 s" in line for (line, _), first in zip(found, (5, 5, 6, 6), strict=True)] == [
+        True
+    ] * 4
+    assert frontend.errors == []

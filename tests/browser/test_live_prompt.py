@@ -78,6 +78,51 @@ def test_the_end_of_a_run_is_said_where_a_refusal_stood(page, frontend):
     assert [line for line in frontend.errors if "/diagonal/prompt" not in line] == []
 
 
+def test_a_refusal_that_comes_late_is_said_and_gives_the_text_back(page, frontend):
+    tell(page, prompt_id="P", running=True)
+    page.route("**/diagonal/prompt", lambda route: route.fulfill(status=202, json={"text": BLUE, "message": "later"}))
+    field, line = page.locator(".diagonal-prompt textarea"), page.locator(".diagonal-prompt .line")
+    field.fill(BLUE)
+    page.locator(".diagonal-prompt button").click()
+    wait_line(page, "has not looked yet")
+    assert field.input_value() == ""
+    tell(page, prompt_id="P", running=True, refused="No such words.", text=BLUE)
+    assert line.inner_text() == "No such words." and field.input_value() == BLUE
+    page.unroute("**/diagonal/prompt")
+    assert frontend.errors == []
+
+
+def test_comfyuis_own_shortcuts_work_in_the_field_and_a_linked_switch_is_left_to_the_run(page, frontend):
+    sent = []
+
+    def answer(route):
+        sent.append(route.request.post_data_json)
+        route.fulfill(json={"text": BLUE, "chunk": 3, "switch": "keep"})
+
+    tell(page, prompt_id="P", running=True)
+    page.route("**/diagonal/prompt", answer)
+    page.evaluate(
+        """() => {
+            window.heard = [];
+            window.addEventListener("keydown", (event) => heard.push(event.key), true);
+            window.addEventListener("keydown", (event) => heard.push(`through ${event.key}`));
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalPromptSchedule");
+            node.inputs.find((input) => input.widget?.name === "switch").link = 999; // as from a node outside
+        }"""
+    )
+    field = page.locator(".diagonal-prompt textarea")
+    field.fill(BLUE)
+    field.press("Control+Alt+Enter")
+    field.press("a")
+    assert sent == [] and page.evaluate("() => heard.includes('through Enter') && !heard.includes('through a')")
+    field.press("Control+Enter")
+    wait_line(page, "(keep): ")
+    page.unroute("**/diagonal/prompt")
+    (body,) = sent
+    assert "switch" not in body and body["blend_chunks"] == 4
+    assert [line for line in frontend.errors if "999" not in line] == []
+
+
 def test_a_run_of_another_workflow_is_not_steered_from_here(page, frontend):
     page.route("**/api/prompt", lambda route: route.fulfill(json={"prompt_id": "P", "number": 1, "node_errors": {}}))
     page.evaluate("() => app.api.queuePrompt(0, { output: {}, workflow: {} })")

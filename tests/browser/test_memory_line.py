@@ -326,3 +326,21 @@ def test_nodes_that_are_gone_ask_nothing(page, frontend):
     finally:
         page.evaluate("() => restoreIntervals()")
     assert frontend.errors == []
+
+
+def test_a_subgraph_on_the_way_to_the_loader_is_not_looked_into(page, frontend):
+    """It may set the window, as this one does."""
+    wait_lines(page, "Needs ", "64x64")
+    page.evaluate(
+        """() => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            const causal = LiteGraph.createNode("DiagonalCausalAttention");
+            app.graph.add(causal);
+            find("DiagonalDemoLoader").connect(0, causal, 0);
+            const sampler = find("DiagonalChunkSampler");
+            causal.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "model"));
+            app.graph.convertToSubgraph(new Set([causal]));
+        }"""
+    )
+    wait_line(page, "DiagonalChunkSampler", "makes the MODEL: its memory is known when it runs.")
+    assert frontend.errors == []

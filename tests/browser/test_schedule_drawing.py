@@ -214,3 +214,16 @@ def test_the_node_saves_and_exports_as_before(drawing):
     assert saved == DEFAULTS
     (node,) = drawing.frontend.api_export().values()
     assert "drawing" not in node["inputs"]
+
+
+def test_quick_keys_are_all_counted_before_the_server_has_answered(drawing):
+    drawing.page.evaluate(
+        """() => {
+            const up = (chunk) => document.querySelector(`.diagonal-schedule [data-chunk="${chunk}"]`)
+                .dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowUp", bubbles: true, cancelable: true }));
+            for (const chunk of [0, 0, 1]) up(chunk);
+        }"""
+    )
+    assert drawing.get("steps") == "6,4,2"
+    drawing.wait([6, 4, 2, 2, 2, 2, 2])
+    assert drawing.frontend.errors == []

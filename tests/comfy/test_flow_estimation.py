@@ -3,6 +3,7 @@
 import builtins
 import gc
 import math
+from functools import partial
 from weakref import WeakValueDictionary
 
 import comfy.utils
@@ -127,15 +128,19 @@ def test_a_video_is_measured_once(estimation):
     pytest.importorskip("cv2")
     with torch.inference_mode():  # as ComfyUI runs nodes
         video = pair(camera_flow(1, HEIGHT, WIDTH, pan=(3.0, 0.0)))
-        found = estimation.estimate_flow(video)
-        assert estimation.estimate_flow(video) is found
-        assert estimation.estimate_flow(video.clone()) is not found
+        measure = partial(estimation.estimate_flow, keep=True)
+        found = measure(video)
+        assert measure(video) is found and measure(video.clone()) is not found
+        assert estimation.estimate_flow(video) is not found, "a preview keeps nothing"
         raft = _raft_patcher()
-        by_raft = estimation.estimate_flow(video, raft)
-        assert not torch.equal(by_raft.flow, found.flow) and estimation.estimate_flow(video, raft) is by_raft
-        video[1] = video[0]  # a node that writes into its input
-        assert estimation.estimate_flow(video).flow.abs().max() < 0.5
-    kept = WeakValueDictionary(flow=estimation.estimate_flow(video).flow)
+        by_raft = measure(video, raft)
+        assert not torch.equal(by_raft.flow, found.flow) and measure(video, raft) is by_raft
+        del raft
+        gc.collect()
+        assert torch.equal(measure(video).flow, found.flow), "RAFT is gone, and was not asked for"
+        video.copy_(video.flip(0).clone())  # a node that writes into its input
+        assert measure(video).flow.mean(dim=(0, 1, 2))[0] == pytest.approx(-float(found.flow[..., 0].mean()), abs=0.5)
+    kept = WeakValueDictionary(flow=measure(video).flow)
     assert "flow" in kept
     del video
     gc.collect()

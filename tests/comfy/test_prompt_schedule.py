@@ -678,3 +678,32 @@ def test_a_prompts_body_is_checked(steering, change, status, words):
     with pytest.raises(steering.module._Refused, match=words) as error:
         asyncio.run(reading)
     assert error.value.status == status
+
+
+def test_a_refusal_after_the_answer_has_gone_reaches_the_page(pack_module, prompts, demo, monkeypatch, caplog):
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    steering = pack_module("nodes.steering")
+    sent = []
+    server = SimpleNamespace(client_id="C", last_prompt_id="P", send_sync=lambda *message: sent.append(message))
+    monkeypatch.setattr(steering, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(steering, "ANSWER_SECONDS", 0.01)
+    positive = prompts.schedule_prompts(
+        demo[1], "0: a red circle moves right", fps=16.0, switch="recache", blend_chunks=1, node_id="7"
+    )
+
+    async def ask() -> int:
+        app = web.Application()
+        app.router.add_post("/", steering.post_prompt)
+        async with TestClient(TestServer(app)) as client:
+            return (await client.post("/", json={"client_id": "C", "text": "a purple dog"})).status
+
+    with steering.steerable(positive) as box:
+        assert asyncio.run(ask()) == 202 and sent == []
+        (request,) = box.take()
+        request.answer.set_exception(ValueError("words that are not known"))
+        ((event, data, client),) = sent
+        assert (event, client, data["prompt_id"], data["nodes"]) == (steering.PROMPT_EVENT, "C", "P", ["7"])
+        assert data["refused"] == "words that are not known" and data["text"] == "a purple dog"
+    assert "cannot be used: words that are not known" in caplog.text

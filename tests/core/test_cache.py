@@ -594,6 +594,23 @@ def test_a_snapshot_in_a_short_chunk_goes_on_with_a_longer_one(positions, made):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_a_window_of_one_chunk_leaves_a_snapshot_of_nothing_and_goes_on():
+    """Behind a rewind it sees nothing of what was: all of it is left out."""
+    settings = settings_of(3, 0, 3)
+    whole, stopped = KVCache(settings, 12), KVCache(settings, 12)
+    for cache in (whole, stopped):
+        one_chunk(cache, ("only",))
+        for run in cache.rewind(3):
+            cache.skip_to(run.start)
+        cache.begin(3)
+        one_forward(cache, ("only",))
+    whole.frames = 0
+    restored = KVCache(settings, 12)
+    restored.restore(3, stopped.snapshot(), dropped=stopped.dropped, moved=stopped.moved, begun=stopped.begun)
+    for expected, found in zip(one_chunk(whole, ("only",)), one_chunk(restored, ("only",)), strict=True):
+        assert torch.equal(expected, found)
+
+
 @pytest.mark.parametrize("sink", [0, 2])
 def test_a_snapshot_without_keys_has_its_window_written_again(sink):
     """What a Cancel leaves of a cache that is being written again: another clip is made as if it had not come."""

@@ -104,6 +104,16 @@ def blueness(frames: torch.Tensor) -> float:
     return float(excess.gather(1, strongest).mean())
 
 
+def test_a_copy_of_a_schedule_is_steered_by_its_own_name(comfy_server):
+    """ComfyUI's cache gave it what the first one had made, whose name the run then went by."""
+    for seed, name in enumerate(("prompts", "copy")):
+        queued = graph(f"0: {RED}", steps="1", seed=500 + seed)
+        queued[name] = queued.pop("prompts")
+        queued["sampler"]["inputs"]["positive"] = [name, 0]
+        _, _, events, _ = asyncio.run(run(comfy_server, queued))
+        assert {node for event in events for node in event["nodes"]} == {name}
+
+
 def test_a_live_prompt_changes_the_picture_and_others_are_refused(comfy_server, frames_of):
     def own(**fields):
         return lambda client, prompt_id: {"client_id": client, **fields}
