@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
-import { addDrawing, isElsewhere, isNode } from "./diagonal_widget.js";
+import { addDrawing, isElsewhere, isHere, isNode } from "./diagonal_widget.js";
 
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 204; // canvas units, the margin of 10 around it included
@@ -12,6 +12,8 @@ const MOST_HEIGHT = 2000; // a person may pull the node larger, to see more
 const PICTURE = 128;
 const MOST_FRAMES = 512; // of a long stream the newest are kept
 const MOST_BARS = 32;
+const MOST_LEFT = 4; // previews of nodes that are gone
+const LOOK_MS = 500; // ComfyUI says which workflow is open only after its nodes have come
 
 const STYLE = `
 .diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; user-select: none; }
@@ -29,6 +31,7 @@ const STYLE = `
 `;
 
 const previews = new Set();
+const left = new Set(); // whose nodes are gone, as those of a workflow in another tab are; the oldest first
 
 function seconds(value) {
   if (value < 10) return phrase("seconds", { seconds: value.toFixed(1) });
@@ -57,13 +60,41 @@ class Preview {
   }
 
   begin() {
+    left.delete(this); // undo gives a drawing another node
     previews.add(this);
     if (this.frames.length) this.play();
+    this.looking = setInterval(() => this.look(), LOOK_MS);
   }
 
   end() {
     previews.delete(this);
     this.pause();
+    clearInterval(this.looking);
+    if (this.promptId === null) return;
+    for (const one of left) if (one.promptId === this.promptId && one.instance === this.instance) left.delete(one);
+    left.add(this);
+    if (left.size > MOST_LEFT) left.delete(left.values().next().value);
+  }
+
+  /** The workflow that is open is known for sure only some time after the node has come. */
+  look() {
+    if (this.promptId !== null && isElsewhere(this.promptId)) this.clear();
+    this.adopt();
+  }
+
+  /** Shows what the node showed of a run before its workflow was left for another one, and what was made since. */
+  adopt() {
+    if (this.promptId !== null) return;
+    const former = [...left].reverse().find((one) => isHere(one.promptId) && isNode(one.instance, this.node));
+    if (!former) return;
+    const { promptId, instance, frames, shown, first, state, ending, steps, fps } = former;
+    Object.assign(this, { promptId, instance, frames: [...frames], shown, first, state, ending, fps });
+    this.steps = new Map(steps);
+    this.root.classList.remove("idle");
+    this.drawBars();
+    this.say();
+    this.warn(former.warned);
+    if (this.frames.length) this.play();
   }
 
   pause() {
@@ -94,11 +125,13 @@ class Preview {
   }
 
   belongs(data) {
+    if (left.has(this)) return data.prompt_id === this.promptId && data.node === this.instance;
     if (!isNode(data.node, this.node)) return false;
     if (isElsewhere(data.prompt_id)) {
       if (data.prompt_id === this.promptId) this.clear(); // it came while ComfyUI went over to this workflow
       return false;
     }
+    this.adopt();
     // Another instance of the subgraph that the node is in, or a node that a loop runs again, begins anew.
     const again = data.node !== this.instance || data.forwards <= this.state?.forwards;
     if (data.prompt_id !== this.promptId || again) this.reset(data.prompt_id);
@@ -120,6 +153,7 @@ class Preview {
 
   /** What the server warns of, in its own English, which its log has too. */
   warn(lines) {
+    this.warned = lines;
     const words = lines.join("\n");
     if (words === this.warnings.title) return;
     this.warnings.title = words;
@@ -145,7 +179,7 @@ class Preview {
     }
     this.fps = data.fps;
     this.say();
-    if (this.timer === null && this.frames.length) this.play();
+    if (this.timer === null && this.frames.length && !left.has(this)) this.play();
   }
 
   play() {
@@ -206,7 +240,7 @@ class Preview {
 app.registerExtension({
   name: "diagonaldistillation.preview",
   init() {
-    const all = (act) => (event) => previews.forEach((preview) => act(preview, event.detail));
+    const all = (act) => (event) => [...previews, ...left].forEach((preview) => act(preview, event.detail));
     // For programs that use the API; without a listener ComfyUI's page warns of it.
     api.addEventListener("diagonal.stream", () => {});
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));

@@ -43,6 +43,11 @@ export function isElsewhere(promptId) {
   return queuedFrom.has(promptId) && queuedFrom.get(promptId) !== openWorkflow();
 }
 
+/** Whether a run was queued from the workflow that is open, as far as this page knows. */
+export function isHere(promptId) {
+  return queuedFrom.has(promptId) && queuedFrom.get(promptId) === openWorkflow();
+}
+
 function place({ node, name }) {
   return [node.graph.rootGraph.id, node.graph.id, node.id, name].join(" ");
 }

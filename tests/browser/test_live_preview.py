@@ -109,9 +109,18 @@ def test_a_run_plays_in_the_workflow_that_it_was_queued_from(page, comfy_server,
     assert page.locator(".diagonal-preview .line").inner_text() == "Chunks play here as they are made."
     assert not page.locator(".diagonal-preview img").is_visible()
     page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    # With all that was made before and meanwhile.
+    first = "() => +document.querySelector('.diagonal-preview .bar')?.title.match(/\\d+/)?.[0]"
     wait_line(page, "chunk ")
+    page.wait_for_function("() => document.querySelectorAll('.diagonal-preview .bar').length > 1")
+    assert page.evaluate(first) == 1
     comfy_server.post("/interrupt", {})
-    wait_line(page, "cancelled; these frames stay")
+    line = wait_line(page, "cancelled; these frames stay")
+    for command in ("NextOpenedWorkflow", "PreviousOpenedWorkflow"):
+        page.evaluate("name => app.extensionManager.command.execute('Workspace.' + name)", command)
+        wait_line(page, "Chunks play here" if command.startswith("Next") else line)
+    assert page.locator(".diagonal-preview img").get_attribute("src").startswith("data:image/jpeg")
+    assert page.evaluate(first) == 1
     assert frontend.errors == []
 
 
