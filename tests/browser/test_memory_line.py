@@ -304,13 +304,13 @@ def test_nodes_that_are_gone_ask_nothing(page, frontend):
 
     try:
         frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
-        assert ticking() == 3, "the schedule's and two memory lines"
+        assert ticking() == 4, "the schedule's, two memory lines' and the preview's"
         page.evaluate("() => { app.canvas.selectItems(app.graph.nodes); app.canvas.copyToClipboard(); }")
-        assert ticking() == 3
+        assert ticking() == 4
         page.evaluate("() => app.canvas.pasteFromClipboard()")
-        assert ticking() == 6
+        assert ticking() == 8
         page.evaluate("() => app.canvas.deleteSelected()")
-        assert ticking() == 3
+        assert ticking() == 4
         page.evaluate(
             """() => {
                 const sampler = app.graph.nodes.find((node) => node.type === "DiagonalChunkSampler");
@@ -319,10 +319,10 @@ def test_nodes_that_are_gone_ask_nothing(page, frontend):
                 app.graph.convertToSubgraph(new Set([sampler]));
             }"""
         )
-        assert ticking() == 3
+        assert ticking() == 4
         for _ in range(2):
             frontend.undo_a_move()
-            assert ticking() == 3
+            assert ticking() == 4
     finally:
         page.evaluate("() => restoreIntervals()")
     assert frontend.errors == []
