@@ -79,16 +79,12 @@ class KVCache:
     @property
     def position(self) -> float:
         """RoPE position of the current chunk's first latent frame."""
-        return (self.committed - self._position_shift) * self.time_scale
-
-    @property
-    def _position_shift(self) -> int:
-        return self.evicted if self._window_positions else 0
+        return (self.committed - self.moved) * self.time_scale
 
     @property
     def moved(self) -> int:
-        """Latent frames by which the history's keys were moved down in time, for the current chunk too."""
-        return self._position_shift
+        """Latent frames by which the history's keys are moved down in time, for the current chunk too."""
+        return self.evicted if self._window_positions else 0
 
     @property
     def begun(self) -> int:
@@ -193,7 +189,7 @@ class KVCache:
         """Every layer's keys are those of the frames committed now, where they are now."""
         for condition in (*self._conditions.values(), *self._restored):
             for layer in condition._layers.values():
-                layer.shift, layer.written_until = self._position_shift, self.committed
+                layer.shift, layer.written_until = self.moved, self.committed
 
     def segments(self) -> list[Segment]:
         """Slots of the current chunk: the sink's own, then a ring over the rest of the buffer."""
@@ -443,14 +439,14 @@ class ConditionKV:
             raise RuntimeError(
                 f"Latent frames {layer.written_until} to {cache.committed} of a layer were committed unwritten."
             )
-        delta = cache._position_shift - layer.shift
+        delta = cache.moved - layer.shift
         if delta:
             first = cache.settings.sink * tokens
             for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)
                 if moved.start < moved.stop:
                     rotate_time_(layer.keys_BLND[:, moved], -delta * cache.time_scale)
-            layer.shift = cache._position_shift
+            layer.shift = cache.moved
         layer.written_until = cache.committed + cache.frames
 
     def _kept_runs(self, segments: list[Segment], tokens: int) -> list[slice]:
