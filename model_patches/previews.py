@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Callable, Iterable
 
+import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,20 +19,41 @@ PREVIEW_ATTACHMENT = "diagonal_preview"
 [-1, 1], for models whose latents ComfyUI's own preview does not know."""
 LARGEST_SIDE = 320  # pixels of a preview frame
 PIXEL_FRAMES_A_PICTURE = 4  # as many as a latent frame stands for
+log = logging.getLogger(__name__)
 
 
 def preview_callback(model: ModelPatcher) -> Callable[[int, Tensor, Tensor, int], None]:
-    """ComfyUI's callback for its progress bar and its own previews."""
+    """ComfyUI's callback for its progress bar and its own previews. A preview that fails, as another pack's may, is
+    logged and left out from there on; the progress bar goes on."""
     callback = None
 
     def preview(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
         # The previewer is made at the first forward: only then is the number of forwards settled.
         nonlocal callback
-        if callback is None:
-            callback = latent_preview.prepare_callback(model, total)
-        callback(step, denoised, x, total)
+        try:
+            if callback is None:
+                callback = latent_preview.prepare_callback(model, total)
+            callback(step, denoised, x, total)
+        except Exception as error:  # a Cancel is none: ComfyUI's interrupt is a BaseException
+            tell_of_failure(error)
+            bar = comfy.utils.ProgressBar(total)
+
+            def callback(step: int, _denoised: Tensor, _x: Tensor, total: int) -> None:
+                bar.update_absolute(step + 1, total)
+
+            callback(step, denoised, x, total)
 
     return preview
+
+
+def tell_of_failure(error: Exception) -> None:
+    """A preview is not worth a run."""
+    log.warning(
+        "This run goes on without previews, which failed: %s: %s. ComfyUI's setting of the preview method, or the "
+        "previews of another node pack, may be why.",
+        type(error).__name__,
+        error,
+    )
 
 
 def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]] | None:
@@ -48,19 +71,28 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
 
         return decoded
     latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    if previewer is None:
-        if latent_format.latent_rgb_factors is None:
-            return None
-        previewer = latent_preview.Latent2RGBPreviewer(
+    linear = None
+    if latent_format.latent_rgb_factors is not None:
+        linear = latent_preview.Latent2RGBPreviewer(
             latent_format.latent_rgb_factors,
             latent_format.latent_rgb_factors_bias,
             latent_format.latent_rgb_factors_reshape,
         )
-    return lambda latents: (
-        previewer.decode_latent_to_preview_image("JPEG", latents[:1, :, frame : frame + 1])[1]
-        for frame in range(latents.shape[2])
-    )
+    chosen = latent_preview.get_previewer(model.load_device, latent_format) or linear
+    if chosen is None:
+        return None
+
+    def pictures(latents: Tensor) -> Iterable[Image.Image]:
+        for frame in range(latents.shape[2]):
+            latent = latents[:1, :, frame : frame + 1]
+            # A pack that plays previews by itself (VideoHelperSuite's do) puts a previewer here that gives none.
+            made = chosen.decode_latent_to_preview_image("JPEG", latent)
+            if made is None and linear is not None:
+                made = linear.decode_latent_to_preview_image("JPEG", latent)
+            if made is not None:
+                yield made[1]
+
+    return pictures
 
 
 def frame_pictures(images: Tensor) -> Iterable[Image.Image]:

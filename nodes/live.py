@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.frames import pixel_frames
 from ..diagonal_sampler.sampler import Chunk
-from ..model_patches.previews import as_address, frame_pictures, preview_of
+from ..model_patches.previews import as_address, frame_pictures, preview_of, tell_of_failure
 from ..model_patches.sampling import Progress, uses_negative
 
 PROGRESS_EVENT, CHUNK_EVENT = "diagonal.progress", "diagonal.chunk"
@@ -65,6 +65,7 @@ class LiveReport:
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.given: int | None = None  # pixel frames before the first chunk
         self.first: float | None = None  # seconds until the first pictures
+        self.without_pictures = False  # making one has failed
         self.model = model
 
     def __enter__(self) -> LiveReport:
@@ -101,7 +102,13 @@ class LiveReport:
         """After every finished chunk: the first clip's frames, quickly made."""
         if PromptServer.instance.client_id is None:  # nobody looks
             return
-        frames = [] if self.frames_of is None else self.frames_of(chunk.latents)
+        frames: list[Image.Image] = []
+        if not self.without_pictures:
+            try:
+                frames = [] if self.frames_of is None else list(self.frames_of(chunk.latents))
+            except Exception as error:
+                tell_of_failure(error)
+                self.without_pictures = True
         if self.given is None:
             self.given = pixel_frames(chunk.start_frame)
         end = pixel_frames(chunk.start_frame + chunk.latents.shape[2])

@@ -1,0 +1,82 @@
+"""Pictures of a run that goes on must never end it, whatever previewer another node pack puts in ComfyUI's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+class PlaysByItself:
+    """As VideoHelperSuite's animated previews: shows what it is given and gives no picture back."""
+
+    def __init__(self):
+        self.shown = 0
+
+    def decode_latent_to_preview_image(self, preview_format, latents):
+        self.shown += 1
+
+
+class Fails:
+    def decode_latent_to_preview_image(self, preview_format, latents):
+        raise RuntimeError("no room for the preview")
+
+
+def no_previewer(*_given):
+    raise Exception("Unsupported preview type")
+
+
+LATENTS = torch.linspace(-1, 1, 16 * 3 * 4 * 6).reshape(1, 16, 3, 4, 6)
+
+
+def test_a_previewer_that_gives_no_picture_is_replaced(pack_module, tiny_wan, monkeypatch):
+    import latent_preview
+
+    previews = pack_module("model_patches.previews")
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *given: None)
+    expected = list(previews.preview_of(tiny_wan)(LATENTS))
+    assert len(expected) == 3 and len({picture.tobytes() for picture in expected}) == 3
+    previewer = PlaysByItself()
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *given: previewer)
+    found = list(previews.preview_of(tiny_wan)(LATENTS))
+    assert previewer.shown == 3
+    assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in expected]
+
+
+@pytest.mark.parametrize("get_previewer", [lambda *given: Fails(), no_previewer])
+def test_a_preview_that_fails_is_warned_of_once_and_left_out(pack_module, tiny_wan, monkeypatch, caplog, get_previewer):
+    import comfy.utils
+    import latent_preview
+
+    monkeypatch.setattr(latent_preview, "get_previewer", get_previewer)
+    bars = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: bars.append((value, total)))
+    callback = pack_module("model_patches.previews").preview_callback(tiny_wan)
+    for step in range(3):
+        callback(step, LATENTS, LATENTS, 3)
+    assert bars[0] == (1, 3) and bars[-1] == (3, 3)  # ComfyUI leaves out what comes within 50 ms
+
+    live = pack_module("nodes.live")
+    sent = []
+    server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
+    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    report = live.LiveReport("5", tiny_wan)
+    for start in (0, 3, 6):
+        report.chunk(SimpleNamespace(start_frame=start, latents=LATENTS))
+    assert [(data["frames"], data["pixel_frames"]) for _, data, _ in sent] == [([], 9), ([], 21), ([], 33)]
+    told = [record.getMessage() for record in caplog.records if "without previews" in record.getMessage()]
+    assert len(told) == 2, "once by the progress bar's callback, once by the canvas's report"
+
+
+def test_a_cancel_within_a_preview_still_cancels(pack_module, tiny_wan, monkeypatch):
+    import comfy.model_management
+    import comfy.utils
+
+    def interrupted(*_given, **_named):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", interrupted)
+    callback = pack_module("model_patches.previews").preview_callback(tiny_wan)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        callback(0, LATENTS, LATENTS, 3)
