@@ -125,6 +125,8 @@ def sample_latent(
     context: ContextFrames | None = None,
     optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
+    finish: Callable[[], bool] | None = None,
+    on_early_end: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Denoise a LATENT with a causal MODEL.
 
@@ -142,9 +144,11 @@ def sample_latent(
         context: frames that the clip begins with (see plan_clip); they count in the latent's length.
         optical_flow: motion to follow; of strength 0 it is as none.
         prompts: where prompts come from while the run goes on, if the positive is a prompt schedule.
+        finish: asked after every chunk but the last; the clip ends there where it says True.
+        on_early_end: called if it did.
 
     Returns:
-        a new LATENT.
+        a new LATENT, [B, 16, T, H, W]; where `finish` ended it, of the frames that were made.
 
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
@@ -173,20 +177,22 @@ def sample_latent(
     # ComfyUI's guider wants the clip's noise as one tensor: wrappers may look at it or change it.
     initial = torch.cat([draws(k, INITIAL_STEP, n) for k, n in enumerate(plan.made_frames)], dim=2).to(samples.device)
     initial = torch.cat([torch.zeros_like(samples[:, :, : plan.context_frames], dtype=initial.dtype), initial], dim=2)
+    sampler = DiagonalSampler(
+        plan,
+        draws,
+        starts_from_latent=not empty,
+        on_progress=on_progress,
+        on_chunk=on_chunk,
+        flow_run=flow_run,
+        prompts=prompts,
+        finish=finish,
+    )
     result = _run_guider(
         run_model,
         positive,
         negative,
         plan,
-        DiagonalSampler(
-            plan,
-            draws,
-            starts_from_latent=not empty,
-            on_progress=on_progress,
-            on_chunk=on_chunk,
-            flow_run=flow_run,
-            prompts=prompts,
-        ),
+        sampler,
         initial,
         samples,
         seed=seed,
@@ -195,10 +201,24 @@ def sample_latent(
         callback=callback,
     )
     out = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    out["samples"] = result.to(
+    out["samples"] = result[:, :, : sampler.frames].to(
         device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
     )
+    if sampler.frames < plan.shape[2]:
+        if (mask := out.get("noise_mask")) is not None:
+            out["noise_mask"] = _mask_until(mask, sampler.frames, plan.shape[2])
+        if on_early_end is not None:
+            on_early_end()
     return out
+
+
+def _mask_until(mask: Tensor, frames: int, whole: int) -> Tensor:
+    """The part of a LATENT's noise_mask that is of the first frames: [B, C, T, H, W], or [T, 1, H, W] as Set Latent
+    Noise Mask makes it, which ComfyUI stretches over the clip."""
+    axis = 2 if mask.ndim == 5 else 0
+    if mask.shape[axis] == 1:
+        return mask
+    return mask.narrow(axis, 0, max(1, round(mask.shape[axis] * frames / whole)))
 
 
 def _run_clone(model: ModelPatcher, positive: list, negative: list) -> ModelPatcher:
@@ -252,7 +272,8 @@ def stream_latent(
     optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
     on_cancel: Callable[[], None] | None = None,
-) -> None:
+    finish: Callable[[], bool] | None = None,
+) -> bool:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
 
     Seed for seed the latents equal those of `sample_latent` on an empty latent, because noise is drawn per chunk and
@@ -264,9 +285,13 @@ def stream_latent(
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
         live: prompts that earlier runs of this clip were given while they went on.
-        on_cancel: called when ComfyUI's Cancel ends the run, while the last chunk that was given away still is valid.
-        positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts: as in sample_latent. Progress
-            counts on when resumed.
+        on_cancel: called when ComfyUI's Cancel, or `finish`, ends the run, while the last chunk that was given away
+            still is valid.
+        positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts, finish: as in sample_latent.
+            Progress counts on when resumed.
+
+    Returns:
+        whether it is the whole clip; not where `finish` ended it.
 
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
@@ -276,28 +301,22 @@ def stream_latent(
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
     run_model = _run_clone(model, positive, negative)
     flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, _seeded_noise(plan, seed), seed)
-    _run_guider(
-        run_model,
-        positive,
-        negative,
+    sampler = DiagonalSampler(
         plan,
-        DiagonalSampler(
-            plan,
-            draws,
-            on_progress=on_progress,
-            stream=on_chunk,
-            resume=resume,
-            live=live,
-            flow_run=flow_run,
-            prompts=prompts,
-            on_cancel=on_cancel,
-        ),
-        chunk,
-        chunk.clone(),
-        seed=seed,
-        cfg=cfg,
-        callback=callback,
+        draws,
+        on_progress=on_progress,
+        stream=on_chunk,
+        resume=resume,
+        live=live,
+        flow_run=flow_run,
+        prompts=prompts,
+        on_cancel=on_cancel,
+        finish=finish,
     )
+    _run_guider(
+        run_model, positive, negative, plan, sampler, chunk, chunk.clone(), seed=seed, cfg=cfg, callback=callback
+    )
+    return sampler.frames == plan.shape[2]
 
 
 def _seeded_noise(plan: ClipPlan, seed: int, rows: Sequence[int] | None = None) -> SeededNoise:
@@ -417,6 +436,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
     Args:
         starts_from_latent: the latent is a video that a schedule below sigma 1 may start from, not an empty one.
+
+    Attributes:
+        frames: latent frames of the clip that `sample` leaves, the whole plan's unless `finish` ended it earlier; what
+            `sample` returns is zero behind them.
     """
 
     def __init__(
@@ -433,8 +456,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
         flow_run: FlowRun | None = None,
         prompts: PromptBox | None = None,
         on_cancel: Callable[[], None] | None = None,
+        finish: Callable[[], bool] | None = None,
     ) -> None:
+        self.frames = plan.shape[2]
         self.on_cancel = on_cancel
+        self.finish = finish
         self.starts_from_latent = starts_from_latent
         self.flow_run = flow_run
         self.prompts = prompts
@@ -606,12 +632,18 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 steps = []
                 if flow_run is not None:
                     flow_run.finished(chunk.latents)
+                end = chunk.start_frame + chunk.latents.shape[2]
                 if streaming:
                     give(chunk.index, chunk.latents)
-                    continue
-                output[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
-                if self.on_chunk is not None:
-                    self.on_chunk(chunk)
+                else:
+                    output[:, :, chunk.start_frame : end] = chunk.latents
+                    if self.on_chunk is not None:
+                        self.on_chunk(chunk)
+                if self.finish is not None and end < plan.shape[2] and self.finish():
+                    self.frames = end
+                    if self.on_cancel is not None:
+                        self.on_cancel()
+                    break
             finite.settle()
         except comfy.model_management.InterruptProcessingException:
             if self.on_cancel is not None:

@@ -79,6 +79,7 @@ class StreamResult:
         video: as ComfyUI's VIDEO.
         context: its last frames, as Diagonal Context Frames makes them.
         message: what was done, for people.
+        whole: it has all frames that were asked for; not where `finish` ended it.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class StreamResult:
     video: Input.Video
     context: ContextFrames
     message: str
+    whole: bool
 
 
 def stream_video(
@@ -106,6 +108,7 @@ def stream_video(
     on_frames: Callable[[StreamProgress], None] | None = None,
     announce: Callable[[str], None] | None = None,
     prompts: PromptBox | None = None,
+    finish: Callable[[], bool] | None = None,
 ) -> StreamResult:
     """Make a video, or go on with the one that the same graph left unfinished.
 
@@ -120,6 +123,8 @@ def stream_video(
         prompt, node_id: ComfyUI's API graph and our place in it; they are part of what a state belongs to.
         on_frames: called, in another thread, when frames have become watchable.
         announce: gets one line when the run begins.
+        finish: asked after every chunk but the last; where it says True the video ends there, and its state stays as
+            after a Cancel, so that the same graph goes on with it.
 
     Raises:
         ValueError: an input that cannot be used, with the reason and the remedy.
@@ -168,7 +173,7 @@ def stream_video(
         if prompts is not None:
             prompts.on_taken = run.note_prompts
         try:
-            stream_latent(
+            whole = stream_latent(
                 model,
                 positive,
                 negative,
@@ -183,10 +188,13 @@ def stream_video(
                 optical_flow=optical_flow,
                 prompts=prompts,
                 on_cancel=run.cancelled,
+                finish=finish,
             )
             # While there still is a state to go on from, should this fail.
             last = encode_context(vae, run.tail, CONTEXT_LATENT_FRAMES)
-            frames = run.finish()
+            frames = run.close()
+            if whole:
+                run.put_state_away()
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
             run.stop()
@@ -194,13 +202,16 @@ def stream_video(
         seconds = time.perf_counter() - started
     made = run.made
     length = float(frames / options.rate)
-    message += f"\nDone: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
+    done = "Done" if whole else "Finished early, and queued again it goes on"
+    message += f"\n{done}: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
     log.info("%s: %d frames, %d of them made now in %.0f s.", opened.path.name, frames, made, seconds)
     if options.format == "png":
         video: Input.Video = PngVideo(opened.path, options.rate)
     else:
         video = InputImpl.VideoFromFile(str(opened.path))
-    return StreamResult(path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message)
+    return StreamResult(
+        path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message, whole=whole
+    )
 
 
 def _flow_parts(optical_flow: FlowConditioning | None, model: ModelPatcher) -> dict[str, Any]:
@@ -316,7 +327,10 @@ class _Run:
             self._newest = chunk
 
     def cancelled(self) -> None:
-        """Save the state of the newest chunk that was decoded, so that it and those before it are not made again."""
+        """Save the state of the newest chunk that was decoded, so that it and those before it are not made again.
+
+        Also where `finish` ended the run.
+        """
         chunk = self._newest
         if chunk is None:
             return
@@ -382,12 +396,16 @@ class _Run:
         )
         save_state(self.opened.state_path, state, tensors)
 
-    def finish(self) -> int:
-        """End the video and put its state away; the frames it has."""
+    def close(self) -> int:
+        """End the video; the frames it has. The state stays as it was."""
         self._thread.drain()
         self._thread.end()
         self.opened.writer.close()
         self._thread.report()
+        return self.opened.writer.frames
+
+    def put_state_away(self) -> None:
+        """What a finished video needs no more, or under another name."""
         state_path = self.opened.state_path
         if self.options.keep_state:
             name = state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX
@@ -395,7 +413,6 @@ class _Run:
         else:
             state_path.unlink(missing_ok=True)
             self.opened.prompts_path.unlink(missing_ok=True)
-        return self.opened.writer.frames
 
     def stop(self) -> None:
         """End early: write what was decoded, so that the file plays to its end. The state stays as it was."""

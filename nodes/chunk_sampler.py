@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..model_patches.previews import preview_callback
 from ..model_patches.sampling import sample_latent
 from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
+from .finishing import early_ends, ended_early, finishable
 from .live import LiveReport
 from .steering import steerable
 
@@ -65,6 +66,11 @@ class DiagonalChunkSampler(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **widgets) -> int:
+        """A whole video is made anew where the one before was ended early."""
+        return early_ends(cls.hidden.unique_id, widgets)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -78,7 +84,12 @@ class DiagonalChunkSampler(io.ComfyNode):
         context=None,
         optical_flow=None,
     ) -> io.NodeOutput:
-        with LiveReport(cls.hidden.unique_id, model, cfg) as live, steerable(positive) as prompts:
+        node_id = cls.hidden.unique_id
+        with (
+            LiveReport(node_id, model, cfg) as live,
+            steerable(positive) as prompts,
+            finishable(node_id) as finish,
+        ):
             result = sample_latent(
                 model,
                 positive,
@@ -94,5 +105,7 @@ class DiagonalChunkSampler(io.ComfyNode):
                 context=context,
                 optical_flow=optical_flow,
                 prompts=prompts,
+                finish=finish.is_set,
+                on_early_end=lambda: ended_early(node_id),
             )
         return io.NodeOutput(result)

@@ -3,6 +3,7 @@
 from aiohttp import web
 from server import PromptServer
 
+from .finishing import FINISH_ROUTE, post_finish
 from .memory import MEMORY_ROUTE, get_memory
 from .schedule import drawing
 from .steering import PROMPT_ROUTE, post_prompt
@@ -17,6 +18,7 @@ def add_routes() -> None:
         server.routes.get(SCHEDULE_ROUTE)(get_schedule)
         server.routes.get(MEMORY_ROUTE)(get_memory)
         server.routes.post(PROMPT_ROUTE)(post_prompt)
+        server.routes.post(FINISH_ROUTE)(post_finish)
 
 
 async def get_schedule(request: web.Request) -> web.Response:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,46 +15,24 @@ from server import PromptServer
 
 from ..diagonal_sampler.prompt_schedule import require_switch
 from ..model_patches.prompts import NotSteerable, PromptBox, PromptNow, PromptRequest, PromptSource, schedule_of
+from .requests import Refused, Run, Runs, read_body
 
 log = logging.getLogger(__name__)
 
 PROMPT_ROUTE, PROMPT_EVENT = "/diagonal/prompt", "diagonal.prompt"
-MAX_BODY = 64 * 1024  # bytes
 MAX_TEXT = 16 * 1024  # characters
 ANSWER_SECONDS = 30.0  # a prompt is read between two forwards, and a large model's take a while
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Steerable:
-    """A run that takes prompts, and the client and prompt of ComfyUI's queue that it belongs to."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Steerable(Run):
+    """A run that takes prompts."""
 
     box: PromptBox
     source: PromptSource
-    client_id: str | None
-    prompt_id: str | None
 
 
-class _Runs:
-    """The runs that go on now. ComfyUI runs one graph at a time, but nothing here depends on it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs: list[_Steerable] = []
-
-    def add(self, run: _Steerable) -> None:
-        with self._lock:
-            self._runs.append(run)
-
-    def remove(self, run: _Steerable) -> None:
-        with self._lock:
-            self._runs.remove(run)
-
-    def all(self) -> list[_Steerable]:
-        with self._lock:
-            return list(self._runs)
-
-
-_RUNS = _Runs()
+_RUNS: Runs[_Steerable] = Runs()
 
 
 @contextlib.contextmanager
@@ -88,14 +64,6 @@ def steerable(positive: list) -> Iterator[PromptBox | None]:
         tell(running=False)
 
 
-class _Refused(Exception):
-    """An answer other than success: HTTP status and message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 async def post_prompt(request: web.Request) -> web.Response:
     """Hand a prompt to the run that goes on; it begins with the next chunk.
 
@@ -121,15 +89,15 @@ async def post_prompt(request: web.Request) -> web.Response:
             )
             prompt = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(answer)), ANSWER_SECONDS)
         except NotSteerable as error:
-            raise _Refused(409, str(error)) from error
+            raise Refused(409, str(error)) from error
         except asyncio.TimeoutError:
             answer.add_done_callback(lambda done: _tell_refused(run, node, body["text"], done))
             message = "The run has not looked yet; the prompt begins with the chunk after it does."
             return web.json_response({"text": body["text"], "message": message}, status=202)
         except Exception as error:  # of the tokenizer or the text encoder
-            raise _Refused(422, f"The prompt cannot be used: {error}") from error
-    except _Refused as refusal:
-        return web.json_response({"error": str(refusal)}, status=refusal.status)
+            raise Refused(422, f"The prompt cannot be used: {error}") from error
+    except Refused as refusal:
+        return refusal.answer()
     return web.json_response({"text": prompt.text, "chunk": prompt.chunk + 1, "switch": prompt.switch})
 
 
@@ -145,65 +113,32 @@ def _tell_refused(run: _Steerable, node: str, text: str, answer: Future) -> None
 
 async def _body(request: web.Request) -> dict[str, Any]:
     """The checked body."""
-    data = bytearray()
-    async for part in request.content.iter_chunked(MAX_BODY):
-        data += part
-        if len(data) > MAX_BODY:
-            raise _Refused(413, f"The body is larger than {MAX_BODY} bytes; send a shorter prompt.")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise _Refused(400, 'The body is not JSON; send {"client_id": "...", "text": "..."}.') from None
-    if not isinstance(body, dict):
-        raise _Refused(400, 'The body is no JSON object; send {"client_id": "...", "text": "..."}.')
-    for name, kinds, needed in (
-        ("client_id", (str,), True),
-        ("text", (str,), True),
-        ("prompt_id", (str,), False),
-        ("node", (str, int), False),
-        ("switch", (str,), False),
-        ("blend_chunks", (int,), False),
-    ):
-        value = body.get(name)
-        if value is None and not needed:
-            continue
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = " or ".join({str: "text", int: "a whole number"}[kind] for kind in kinds)
-            raise _Refused(
-                400, f"{name} is {'missing' if name not in body else repr(value)[:60]}; it must be {wanted}."
-            )
+    body = await read_body(
+        request,
+        {"client_id": str, "text": str},
+        {"prompt_id": (str,), "node": (str, int), "switch": (str,), "blend_chunks": (int,)},
+    )
     if not body["text"].strip():
-        raise _Refused(400, "text is empty; write a prompt.")
+        raise Refused(400, "text is empty; write a prompt.")
     if len(body["text"]) > MAX_TEXT:
-        raise _Refused(413, f"text has {len(body['text'])} characters; the most is {MAX_TEXT}.")
+        raise Refused(413, f"text has {len(body['text'])} characters; the most is {MAX_TEXT}.")
     try:
         require_switch(body.get("switch") or "keep", 1 if body.get("blend_chunks") is None else body["blend_chunks"])
     except ValueError as error:
-        raise _Refused(400, str(error)) from None
+        raise Refused(400, str(error)) from None
     return body
 
 
 def _find(body: dict[str, Any]) -> tuple[_Steerable, str]:
     """The run that a request means, and the node of its schedule."""
-    runs = _RUNS.all()
-    if not runs:
-        raise _Refused(
-            409,
-            "No run takes prompts now. Queue a graph in which Diagonal Prompt Schedule feeds positive of Diagonal "
-            "Chunk Sampler or Diagonal Stream Video, and send while that node runs.",
-        )
-    own = [run for run in runs if run.client_id is not None and run.client_id == body["client_id"]]
-    if not own:
-        raise _Refused(
-            403, "The run belongs to another client; only the one that queued it can steer it (its client_id)."
-        )
-    if body.get("prompt_id") is not None:
-        own = [run for run in own if run.prompt_id == body["prompt_id"]]
-        if not own:
-            raise _Refused(404, f"prompt_id {body['prompt_id']!r} does not run now; leave it out to steer what does.")
+    own = _RUNS.of(
+        body,
+        "No run takes prompts now. Queue a graph in which Diagonal Prompt Schedule feeds positive of Diagonal "
+        "Chunk Sampler or Diagonal Stream Video, and send while that node runs.",
+    )
     node = None if body.get("node") is None else str(body["node"])
     for run in reversed(own):
         if (found := run.source.find(node)) is not None:
             return run, found
     known = ", ".join(name for run in own for name in run.source.clips)
-    raise _Refused(404, f"node {node!r} is in no schedule that runs; those that do are {known}. Or leave node out.")
+    raise Refused(404, f"node {node!r} is in no schedule that runs; those that do are {known}. Or leave node out.")

@@ -11,6 +11,7 @@ from ..model_patches.video_containers import MAX_CRF
 from ..model_patches.video_writer import FORMATS, png_name
 from ..model_patches.writing_thread import StreamProgress
 from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
+from .finishing import early_ends, ended_early, finishable
 from .live import LiveReport, tell
 from .steering import steerable
 
@@ -131,9 +132,9 @@ class DiagonalStreamVideo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, restart: bool = False, **_widgets) -> float | str:
+    def fingerprint_inputs(cls, restart: bool = False, **widgets) -> float | int:
         """With restart every run begins a new video; otherwise a finished one is not made twice."""
-        return float("nan") if restart else ""
+        return float("nan") if restart else early_ends(cls.hidden.unique_id, widgets)
 
     @classmethod
     def execute(
@@ -179,7 +180,7 @@ class DiagonalStreamVideo(io.ComfyNode):
             metadata |= {} if prompt is None else {"prompt": prompt}
         live = LiveReport(node_id, model, cfg)
         reporter = _StreamReporter(node_id, live)
-        with live, steerable(positive) as prompts:
+        with live, steerable(positive) as prompts, finishable(node_id) as finish:
             result = stream_video(
                 model,
                 positive,
@@ -197,7 +198,10 @@ class DiagonalStreamVideo(io.ComfyNode):
                 on_frames=reporter.frames,
                 announce=reporter.announce,
                 prompts=prompts,
+                finish=finish.is_set,
             )
+        if not result.whole:
+            ended_early(node_id)
         reporter.announce(result.message)
         if format == "png":
             folder = f"{result.subfolder}/{result.path.name}".lstrip("/")

@@ -1,11 +1,13 @@
 // Plays the chunks made so far inside the node that makes them, with what a person waits for: how fast, how far, how
-// long still. A cancelled run leaves its frames here, which ComfyUI itself discards.
+// long still. A cancelled run leaves its frames here, which ComfyUI itself discards; one that is finished early gives
+// what it made to the next nodes.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
 import { addDrawing, isElsewhere, isHere, isNode } from "./diagonal_widget.js";
 
+const FINISH_ROUTE = "/diagonal/finish";
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const HEIGHT = 204; // canvas units, the margin of 10 around it included
 const MOST_HEIGHT = 2000; // a person may pull the node larger, to see more
@@ -27,7 +29,14 @@ const STYLE = `
 .diagonal-preview.idle img, .diagonal-preview.idle .bars, .diagonal-preview .warnings:empty { display: none; }
 .diagonal-preview .warnings { flex: none; max-height: 39px; line-height: 13px; overflow: auto;
   overflow-wrap: anywhere; }
-.diagonal-preview .line { flex: none; line-height: 1.35; overflow-wrap: anywhere; }
+.diagonal-preview .foot { flex: none; display: flex; align-items: flex-end; gap: 6px; }
+.diagonal-preview .line { flex: 1 1 auto; line-height: 1.35; overflow-wrap: anywhere; }
+.diagonal-preview.idle .line { text-align: center; }
+.diagonal-preview button { flex: none; padding: 2px 8px; font: inherit; color: #fff; background: #5b8def; border: 0;
+  border-radius: 4px; cursor: pointer; }
+.diagonal-preview button:disabled { background: rgb(128 128 128 / 0.3); color: var(--descrip-text, #999);
+  cursor: default; }
+.diagonal-preview button[hidden] { display: none; }
 `;
 
 const previews = new Set();
@@ -54,7 +63,13 @@ class Preview {
     this.warnings = document.createElement("div");
     this.warnings.className = "warnings";
     this.warnings.setAttribute("role", "status");
-    this.root.append(this.image, this.bars, this.line, this.warnings);
+    this.button = document.createElement("button");
+    this.button.type = "button";
+    this.button.addEventListener("click", () => this.finish());
+    const foot = document.createElement("div");
+    foot.className = "foot";
+    foot.append(this.line, this.button);
+    this.root.append(this.image, this.bars, foot, this.warnings);
     this.clear();
     addDrawing(this, "live", { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT });
   }
@@ -87,8 +102,8 @@ class Preview {
     if (this.promptId !== null) return;
     const former = [...left].reverse().find((one) => isHere(one.promptId) && isNode(one.instance, this.node));
     if (!former) return;
-    const { promptId, instance, frames, shown, first, state, ending, steps, fps } = former;
-    Object.assign(this, { promptId, instance, frames: [...frames], shown, first, state, ending, fps });
+    const { promptId, instance, frames, shown, first, state, ending, finishing, steps, fps } = former;
+    Object.assign(this, { promptId, instance, frames: [...frames], shown, first, state, ending, finishing, fps });
     this.steps = new Map(steps);
     this.root.classList.remove("idle");
     this.drawBars();
@@ -110,9 +125,12 @@ class Preview {
     this.first = null; // seconds until the first chunk
     this.state = null;
     this.ending = null; // the name of a text
+    this.finishing = false; // asked to end with the chunk in work
+    this.refusal = null; // why it does not
     this.steps = new Map(); // chunk -> [steps done, steps]
     this.image.removeAttribute("src");
     this.bars.replaceChildren();
+    this.button.hidden = true;
     this.warn([]);
   }
 
@@ -215,6 +233,8 @@ class Preview {
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
     if (pixelFrames) parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
     if (this.ending) parts.push(phrase(this.ending));
+    else if (this.refusal) parts.push(this.refusal);
+    else if (this.finishing) parts.push(phrase("finishing"));
     else if (forwards && forwards < total)
       parts.push(phrase("left", { time: seconds((elapsed / made) * (total - forwards)) }));
     else if (forwards) {
@@ -223,6 +243,37 @@ class Preview {
     }
     this.line.textContent = parts.join(" · ");
     this.line.title = this.line.textContent;
+    this.button.hidden = this.ending !== null || !(chunk < chunks);
+    this.button.disabled = this.finishing;
+    this.button.textContent = phrase("finish");
+    this.button.title = phrase("finish_hint");
+  }
+
+  /** Asks for the end of the run with the chunk in work: what is made until then goes on to the next nodes. */
+  async finish() {
+    const { promptId } = this;
+    this.finishing = true;
+    this.refusal = null;
+    this.say();
+    let refusal = null;
+    try {
+      const reply = await api.fetchApi(FINISH_ROUTE, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ client_id: api.clientId, prompt_id: promptId, node: this.instance }),
+      });
+      if (!reply.ok) refusal = (await reply.json()).error;
+    } catch (error) {
+      refusal = phrase("unreachable", { why: error.message });
+    }
+    if (refusal === null || this.promptId !== promptId || this.ending) return;
+    this.finishing = false;
+    this.refusal = refusal;
+    this.say();
+  }
+
+  onFinished(data) {
+    if (data.prompt_id === this.promptId && data.node === this.instance) this.stop(data.prompt_id, "finished_early");
   }
 
   stop(promptId, ending) {
@@ -245,6 +296,7 @@ app.registerExtension({
     api.addEventListener("diagonal.stream", () => {});
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));
+    api.addEventListener("diagonal.finish", all((preview, data) => preview.onFinished(data)));
     api.addEventListener("execution_interrupted", all((p, data) => p.stop(data.prompt_id, "cancelled")));
     api.addEventListener("execution_error", all((p, data) => p.stop(data.prompt_id, "failed")));
     api.addEventListener("reconnecting", all((preview) => preview.onLost()));

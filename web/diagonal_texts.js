@@ -109,6 +109,13 @@ const TEXTS = {
   minutes: ["{minutes}:{seconds} min", "{minutes} 分 {seconds} 秒"],
   cancelled: ["cancelled; these frames stay", "已取消；这些帧会保留"],
   failed: ["stopped by an error", "因错误而停止"],
+  finish: ["Finish", "结束"],
+  finish_hint: [
+    "End with the chunk that is being made; the nodes after this one get what there is.",
+    "在当前块完成后结束；已生成的部分会交给后面的节点。",
+  ],
+  finishing: ["ends with this chunk", "当前块完成后结束"],
+  finished_early: ["finished early", "已提前结束"],
 
   // Live prompt
   prompt_idle: ["While a run goes on, a new prompt can be sent from here.", "运行期间可从这里发送新提示词。"],

@@ -93,7 +93,7 @@ def test_the_node_says_what_the_run_is_warned_of_and_that_cfg_doubles_it(page, f
 def test_a_run_plays_in_the_workflow_that_it_was_queued_from(page, comfy_server, frontend):
     """Templates share ids: the same file in two tabs is the plainest case."""
     frontend.set_widget("EmptyARVideoLatent", "length", 1021)
-    frontend.set_widget("DiagonalSchedule", "steps", "8")  # longer than the test
+    frontend.set_widget("DiagonalSchedule", "steps", "4,40")  # longer than the test, and few chunks meanwhile
     page.evaluate("() => app.queuePrompt(0, 1)")
     wait_line(page, "chunk 2 of")
     page.evaluate(
@@ -124,8 +124,38 @@ def test_a_run_plays_in_the_workflow_that_it_was_queued_from(page, comfy_server,
     assert frontend.errors == []
 
 
+def test_the_finish_button_ends_a_run_early_and_what_it_made_goes_on(page, comfy_server, frontend):
+    frontend.set_widget("EmptyARVideoLatent", "length", 1021)
+    frontend.set_widget("DiagonalSchedule", "steps", "4,40")  # longer than the test, on any machine
+    button = page.locator(".diagonal-preview button")
+    assert not button.is_visible()
+    page.evaluate(
+        """() => {
+            window.made = new Promise((done) => app.api.addEventListener("execution_success", done, {once: true}));
+            app.queuePrompt(0, 1);
+        }"""
+    )
+    page.wait_for_function("() => seen.pictures.size >= 2", timeout=90_000)
+    page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
+    page.wait_for_timeout(500)
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "live_finish.png")
+    assert button.inner_text() == "Finish" and button.is_enabled()
+    button.click()
+    wait_line(page, "finished early")
+    assert any("ends with this chunk" in line for line in page.evaluate("() => seen.lines"))
+    page.evaluate("() => window.made")
+    assert not button.is_visible() and frontend.errors == []
+    # Queued again, the same graph is not answered with the short video.
+    page.evaluate("() => { app.queuePrompt(0, 1); }")
+    wait_line(page, " left")
+    comfy_server.post("/interrupt", {})
+    wait_line(page, "cancelled; these frames stay")
+
+
 def test_a_cancelled_run_leaves_its_frames(page, comfy_server, frontend):
     frontend.set_widget("EmptyARVideoLatent", "length", 1021)
+    frontend.set_widget("DiagonalSchedule", "steps", "4,40")
     page.evaluate("() => app.queuePrompt(0, 1)")
     page.wait_for_function("() => seen.pictures.size >= 2", timeout=90_000)
     comfy_server.post("/interrupt", {})

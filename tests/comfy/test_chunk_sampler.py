@@ -502,6 +502,30 @@ def test_progress_counts_every_forward(tiny_wan, causal, prompt, sample_latent, 
         assert seen[-1].chunk == 2 and seen[-1].chunks == 3
 
 
+def test_a_run_that_is_finished_early_gives_what_it_made(tiny_wan, causal, prompt, sample_latent, empty_latent):
+    latent = {**empty_latent(8), "noise_mask": torch.ones(1, 1, 8, 4, 6)}
+    given = (causal(tiny_wan), prompt(), [], latent, DIAGONAL)
+    whole = sample_latent(*given, seed=1)["samples"]
+    asked, made, ended = [], [], []
+    named = {"seed": 1, "on_chunk": made.append, "on_early_end": lambda: ended.append(len(made))}
+
+    def finish():
+        asked.append(len(made))
+        return len(made) == 2
+
+    result = sample_latent(*given, finish=finish, **named)
+    assert asked == [1, 2] and torch.equal(result["samples"], whole[:, :, :6]) and ended == [2]
+    assert result["noise_mask"].shape[2] == 6
+    made.clear()
+    latent["noise_mask"] = torch.ones(8, 1, 32, 48)  # as Set Latent Noise Mask has it
+    assert sample_latent(*given, finish=finish, **named)["noise_mask"].shape == (6, 1, 32, 48)
+    asked.clear(), made.clear(), ended.clear()
+    latent["noise_mask"] = torch.ones(1, 1, 8, 4, 6)
+    result = sample_latent(*given, finish=lambda: bool(asked.append(len(made))), **named)
+    assert asked == [1, 2] and len(made) == 3 and not ended, "nobody is asked after the last chunk"
+    assert torch.equal(result["samples"], whole) and result["noise_mask"].shape[2] == 8
+
+
 def test_cancel_stops_within_one_forward_and_leaves_nothing(
     tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
 ):
@@ -1064,13 +1088,20 @@ def test_the_samplers_widgets_and_inputs_reach_the_run(pack_module, monkeypatch)
     nodes = pack_module("nodes.chunk_sampler")
     monkeypatch.setattr(nodes.DiagonalChunkSampler, "hidden", SimpleNamespace(unique_id="5"), raising=False)
     monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
+    finishing = pack_module("nodes.finishing")
+    server = SimpleNamespace(client_id=None, last_prompt_id="P")
+    monkeypatch.setattr(finishing, "PromptServer", SimpleNamespace(instance=server))
     asked = []
     monkeypatch.setattr(nodes, "sample_latent", lambda *given, **named: asked.append((given, named)) or "latent")
     inputs = {"model": "M", "positive": [], "negative": "N", "latent_image": "L", "schedule": "S"}
     widgets = {"seed": 7, "cfg": 2.0, "denoise": 0.5, "context": "C", "optical_flow": "F"}
+    before = nodes.DiagonalChunkSampler.fingerprint_inputs(seed=7)
     assert nodes.DiagonalChunkSampler.execute(**inputs, **widgets).result == ("latent",)
     ((given, named),) = asked
     assert given == ("M", [], "N", "L", "S")
+    assert nodes.DiagonalChunkSampler.fingerprint_inputs(seed=7) == before
+    named["on_early_end"]()  # the whole one is to be made when it is queued again
+    assert nodes.DiagonalChunkSampler.fingerprint_inputs(seed=7) != before
     assert {name: named[name] for name in widgets} == widgets
     assert named["callback"] == "preview" and named["prompts"] is None
     live = named["on_progress"].__self__

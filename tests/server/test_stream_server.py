@@ -69,8 +69,8 @@ def stream_graph(prefix: str, **widgets):
     }
 
 
-async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
-    """Queue a graph, perhaps cancel it once that many frames can be watched: how it ended, events and texts."""
+async def run(server, graph, *, workflow=None, cancel_at: int | None = None, finish_at: int | None = None):
+    """Queue a graph, perhaps cancel or finish it once that many frames can be watched: how it ended, events, texts."""
     client = uuid.uuid4().hex
     frames, texts = [], []
     async with aiohttp.ClientSession() as session:
@@ -91,6 +91,16 @@ async def run(server, graph, *, workflow=None, cancel_at: int | None = None):
                         cancel_at = None
                         async with session.post(f"{server.url}/interrupt"):
                             pass
+                    if finish_at is not None and frames[-1]["frames"] >= finish_at:
+                        finish_at = None
+                        for body, status in (
+                            ({"client_id": "somebody"}, 403),
+                            ({"client_id": client, "node": "nobody"}, 404),
+                            ({}, 400),
+                            ({"client_id": client, "node": "stream"}, 200),
+                        ):
+                            async with session.post(f"{server.url}/diagonal/finish", json=body) as answer:
+                                assert answer.status == status, await answer.text()
                 if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                     # ComfyUI writes its history a moment after it says that it is done.
                     outputs = server.wait(event["data"]["prompt_id"])["outputs"]
@@ -152,6 +162,33 @@ def test_cancel_resume_and_again(comfy_server):
     resumed, uncut = view(comfy_server, item), view(comfy_server, again["images"][0])
     assert packets(resumed)[:resumed_at] == packets(uncut)[:resumed_at]
     assert np.abs(pictures(resumed) - pictures(uncut)).mean(axis=(1, 2, 3)).max() < 2, resumed_at
+
+
+def test_finish_ends_early_feeds_the_next_nodes_and_the_same_graph_goes_on(comfy_server):
+    graph = stream_graph("streams/early")
+    graph["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["stream", 0]}}
+    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["parts", 0], "filename_prefix": "streams/early"}}
+    end, data, shown, frames, _ = asyncio.run(run(comfy_server, graph, finish_at=9))
+    assert end == "execution_success", data
+    (item,) = shown["images"]
+    with av.open(io.BytesIO(view(comfy_server, item))) as container:
+        count = sum(1 for _ in container.decode(video=0))
+    assert 9 <= count < FRAMES and f"Finished early, and queued again it goes on: {count} frames" in shown["text"][0]
+    assert len(list(comfy_server.output_dir.glob("streams/early*.png"))) == count
+
+    end, data, shown, frames, _ = asyncio.run(run(comfy_server, graph))
+    assert end == "execution_success", data
+    assert shown["images"] == [item] and "Resumed" in shown["text"][0] and f"Done: {FRAMES} frames" in shown["text"][0]
+    assert asyncio.run(run(comfy_server, graph))[0] == "execution_success"
+    assert len(list(comfy_server.output_dir.glob("streams/early*.mp4"))) == 1, "the whole one is ComfyUI's to answer"
+
+    async def late():
+        async with aiohttp.ClientSession() as session:
+            async with session.post(f"{comfy_server.url}/diagonal/finish", json={"client_id": "C"}) as answer:
+                return answer.status, (await answer.json())["error"]
+
+    status, words = asyncio.run(late())
+    assert status == 409 and "No run can be finished now" in words
 
 
 def test_a_run_without_a_client_is_shown_on_no_page(comfy_server):
