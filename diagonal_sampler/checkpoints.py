@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from .provenance import PROVENANCE_KEYS, Provenance
-from .quantization import PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_mark, read_quantization
+from .quantization import LEGACY_FP8_KEY, PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_mark, read_quantization
 from .schedule import PRESETS, DiagonalSchedule, same_levels
 from .settings import CausalSettings
 from .wan_layout import (
+    COUNTER_PREFIX,
     DIFFUSERS_KEY,
     FLOW_ADAPTER_KEYS,
     HEAD_DIM,
@@ -33,12 +34,15 @@ from .wan_layout import (
     PATCH,
     PREFIXES,
     PUBLISHED_SIZES,
+    RCM_PREFIX,
     WRAPPERS,
     WanDims,
     count_blocks,
     expected_shapes,
     from_diffusers,
     strip_wrappers,
+    unfold_patches,
+    variant_of,
 )
 from .weight_files import (
     WeightFile,
@@ -64,8 +68,6 @@ _MAX_NESTING = 4
 
 COMPANIONS = ("vae", "first_stage_model", "text_encoders", "cond_stage_model", "conditioner", "clip_vision")
 """Other models that an all-in-one file carries beside the diffusion model: named in the report, not loaded."""
-
-WAN22_5B_CHANNELS = 48
 
 CONFIG_KEY = "config"
 
@@ -110,7 +112,17 @@ _ATTENTION_KEY = re.compile(r"blocks\.\d+\.(?:self|cross)_attn\.comfy_attention\
 """JSON as bytes: which attention a layer prefers. ComfyUI reads it after 0.30."""
 
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.")
-_FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise", re.IGNORECASE)
+_FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise|(?<![a-z0-9])c1-1(?![0-9])", re.IGNORECASE)
+
+_BIDIRECTIONAL = re.compile(r"bidirect", re.IGNORECASE)
+# lightx2v's: Self-Forcing-Plus trains bidirectional models (Self-Forcing-Plus-Plus causal ones).
+_STEP_DISTILLED = re.compile(r"lightx2v|step[-_ ]?distill|self[-_ ]?forcing[-_ ]?plus(?![-_ ]?plus)", re.IGNORECASE)
+_CAUSAL = r"(?<!non)(?<!non[-_ ])causal|causvid|auto[-_ ]?regressive"
+_SAYS_CAUSAL = re.compile(_CAUSAL, re.IGNORECASE)
+_KNOWN_CAUSAL = re.compile(
+    _CAUSAL + r"|(?:self|rolling|reward|diagonal)[-_ ]?(?:forcing|distill)|long[-_ ]?live|stream[-_ ]?diffusion|krea",
+    re.IGNORECASE,
+)
 
 WANTED_METADATA = (CONFIG_KEY, QUANTIZATION_KEY, *PROVENANCE_KEYS)
 
@@ -121,9 +133,10 @@ class CheckpointInfo:
 
     file: its name. layout: in words. source: the dict used (`generator_ema`, `flat`, ...). prefix: stripped
     from every key. dtype: of most elements. parameters: elements of the network. quantization: in words, or
-    None. causal_marker: `header`, `section` (a training checkpoint's generator) or None (nothing says it is
-    causal). unused: what else the file holds, not loaded. suggested_preset: a schedule preset, or None where
-    the file cannot tell. warnings: sentences for the user.
+    None. causal_marker: `header`, `section` (a distillation checkpoint's generator, usually causal) or None
+    (nothing says it is causal); see `causality_warning`. unused: what else the file holds, not loaded.
+    suggested_preset: a schedule preset, or None where the file cannot tell. warnings: sentences for the user
+    about its size.
     """
 
     file: str
@@ -147,7 +160,7 @@ class CheckpointInfo:
         stored = self.quantization or self.dtype
         marker = {
             "header": "marked causal in its header",
-            "section": "a causal training checkpoint",
+            "section": "a distillation checkpoint, usually causal",
             None: "with no mark that says it is causal",
         }[self.causal_marker]
         parts = [
@@ -229,10 +242,16 @@ def recognise(
     bare, foreign = _split_prefix(renamed, prefix)
     unused += _companions(foreign)
     foreign = [key for key in foreign if key.split(".", 1)[0] not in COMPANIONS]
+    if prefix == RCM_PREFIX:
+        counters = [key for key in bare if key.startswith(COUNTER_PREFIX)]
+        unused += [prefix + key for key in counters]
+        bare = unfold_patches({key: value for key, value in bare.items() if key not in counters})
     _refuse_variant(bare, name)
 
     config = _transformer_config(file)
-    quantization = read_quantization(file, bare, prefix=prefix, known_formats=quant_formats, companions=COMPANIONS)
+    quantization = read_quantization(
+        file, bare, prefix=prefix, known_formats=quant_formats, companions=COMPANIONS, check_values=check_values
+    )
     depth = count_blocks(bare, name)
     attention = _take_attention(bare, name, check_values)
     _check_names(bare, foreign, depth, quantization, name)
@@ -262,7 +281,7 @@ def recognise(
         provenance=provenance,
         suggested_preset=suggest_preset(provenance, dims=dims, source=source, prefix=prefix),
         unused=tuple(unused),
-        warnings=tuple(_warnings(dims, marker)),
+        warnings=tuple(_warnings(dims)),
     )
     return Checkpoint(state_dict=bare, host_metadata=host_metadata, info=info, attention=attention)
 
@@ -283,9 +302,41 @@ def suggest_preset(provenance: Provenance, *, dims: WanDims, source: str, prefix
 def frame_by_frame(path: str) -> bool:
     """Whether a file's name, or its folder's, says that the model makes one latent frame at a time.
 
-    Causal Forcing's files are in two kinds that differ in nothing else, `framewise` and `chunkwise`.
+    Causal Forcing's files are in two kinds that differ in nothing else, `framewise` and `chunkwise`; so are
+    Causal-rCM's, `c1-1` and `c3-3`.
     """
     return bool(_FRAME_BY_FRAME.search(path))
+
+
+def bidirectional_by_name(path: str) -> bool:
+    """Whether a file's name, or its folder's, says that the model, or the LoRA's, denoises all frames at once."""
+    step_distilled = _STEP_DISTILLED.search(path) and not _SAYS_CAUSAL.search(path)
+    return bool(_BIDIRECTIONAL.search(path) or step_distilled)
+
+
+def causality_warning(info: CheckpointInfo, path: str) -> str | None:
+    """What a person should know of a file that does not say for certain that it is causal; None for nothing.
+
+    path: of the file, below the folder that its user chose it from. A header is believed, a name next.
+    """
+    if info.causal_marker == "header":
+        return None
+    if bidirectional_by_name(path):
+        return (
+            "its name says that it is bidirectional: made to denoise all frames at once, it gives poor video chunk by "
+            "chunk; use a causal one, such as Self Forcing's"
+        )
+    if _KNOWN_CAUSAL.search(path):
+        return None
+    if info.causal_marker == "section":
+        return (
+            "distillation checkpoints are usually causal, but bidirectional ones look the same: if chunks do not go on "
+            "from one another, it is one of those"
+        )
+    return (
+        "nothing in the file says that it was trained causally; an ordinary (bidirectional) Wan gives poor video chunk "
+        "by chunk"
+    )
 
 
 def _agrees(name: str, provenance: Provenance) -> bool:
@@ -443,12 +494,7 @@ def _refuse_variant(bare: Mapping[str, torch.Tensor], name: str) -> None:
     channels_out = head.shape[0] // math.prod(PATCH) if head is not None and head.ndim == 2 else LATENT_CHANNELS
     if channels_in == channels_out == LATENT_CHANNELS:
         return
-    if channels_out == WAN22_5B_CHANNELS:
-        variant = "Wan 2.2 5B or LongLive 2"
-    elif channels_in > LATENT_CHANNELS:
-        variant = "a Wan image-to-video or control variant"
-    else:
-        variant = "no Wan 2.1 network"
+    variant = variant_of(channels_in, channels_out)
     raise ValueError(
         f"weight file {name!r}, key 'patch_embedding.weight': expected {LATENT_CHANNELS} latent channels in "
         f"and out, got {channels_in} in and {channels_out} out: this is {variant}, which the chunk sampler "
@@ -649,7 +695,8 @@ def _check_tensors(
             f"weight file {name!r}: {len(wrong)} tensors do not fit a Wan network of dim {dims.dim}: "
             f"{listed(wrong)}; download it again, or convert it without changing shapes"
         )
-    bad = [key for key, tensor in bare.items() if values and not is_finite(tensor)]
+    # What LEGACY_FP8_KEY holds is never computed with, and some converters left it as the memory was.
+    bad = [key for key, tensor in bare.items() if values and key != LEGACY_FP8_KEY and not is_finite(tensor)]
     if bad:
         raise ValueError(
             f"weight file {name!r}: NaN or Inf in {len(bad)} tensors: {listed(bad)}; such a model only gives "
@@ -666,12 +713,7 @@ def _layout_in_words(source: str, prefix: str, changes: tuple[str, ...]) -> str:
     return ", ".join((where, keys, *changes))
 
 
-def _warnings(dims: WanDims, marker: str | None) -> Iterable[str]:
-    if marker is None:
-        yield (
-            "nothing in the file says that it was trained causally; an ordinary (bidirectional) Wan gives "
-            "poor video chunk by chunk"
-        )
+def _warnings(dims: WanDims) -> Iterable[str]:
     if dims.dim in PUBLISHED_SIZES and dims.size_name is None:
         size, depth, ffn_dim = PUBLISHED_SIZES[dims.dim]
         yield (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_COUNT = 1_000_000  # tensors, entries, elements of an entry, or bytes of a text: a damaged file asks for more
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 40  # of a tensor; the largest of a Wan has 71 million
 DEFAULT_ALIGNMENT = 32
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -49,15 +51,15 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
             tensors, entries = _count(file), _count(file)
             metadata = dict((_text(file), _value(file, _number(file, "I"))) for _ in range(entries))
             shapes = dict(_tensor(file) for _ in range(tensors))
+            for key, shape in metadata.items():
+                name = key.removeprefix(_SHAPE_KEY)
+                if name != key and name in shapes and isinstance(shape, tuple):
+                    shapes[name] = _checked(shape)
         except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise ValueError(f"weight file {path.name!r} is a damaged GGUF file; download it again.") from error
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         alignment = alignment if isinstance(alignment, int) and alignment > 0 else DEFAULT_ALIGNMENT
         start = -(-file.tell() // alignment) * alignment
-    for key, shape in metadata.items():
-        name = key.removeprefix(_SHAPE_KEY)
-        if name != key and name in shapes and isinstance(shape, tuple):
-            shapes[name] = shape
     return GGUFHeader(shapes=shapes, data_bytes=max(0, path.stat().st_size - start))
 
 
@@ -101,4 +103,11 @@ def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...]]:
     shape = tuple(_number(file, "Q") for _ in range(dimensions))
     _number(file, "I")  # how it is packed
     _number(file, "Q")  # where it lies
-    return name, shape[::-1]
+    return name, _checked(shape[::-1])
+
+
+def _checked(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """Raises OverflowError for what no tensor's shape is."""
+    if not all(type(size) is int and size >= 0 for size in shape) or prod(shape) > MAX_ELEMENTS:
+        raise OverflowError("a tensor of no or a huge size")
+    return shape

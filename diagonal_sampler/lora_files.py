@@ -3,7 +3,8 @@ accounted for.
 
 A low-rank adapter changes a weight W [out, in] to W + strength * alpha / rank * up @ down, with up [out,
 rank] (PEFT: lora_B) and down [rank, in] (PEFT: lora_A). Without an alpha, alpha is the rank, as in the
-published files.
+published files. Rank-stabilised adapters (PEFT: use_rslora) divide by the root of the rank; ComfyUI divides by
+the rank, and so is given alpha * sqrt(rank).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ HOST_PREFIX = "diffusion_model."
 
 ALPHA_KEY = "lora_alpha"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+RANK_STABILISED, ALPHA_PATTERN, DORA = "use_rslora", "alpha_pattern", "use_dora"
+"""Of PEFT's adapter settings those that change the scale. A `rank_pattern` is what the tensors' own shapes say."""
+_SETTINGS = (ALPHA_KEY, RANK_STABILISED, ALPHA_PATTERN, DORA, "rank_pattern", "r")
 WANTED_METADATA = (ALPHA_KEY, ADAPTER_METADATA_KEY)
 
 _KINDS = (
@@ -91,11 +95,12 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
     """
     name = file.name
     section, tensors, unused = _choose_section(file)
-    alpha = _common_alpha(file)
+    scaling = _scaling(file)
     kohya = {
         parameter.removesuffix(".weight").replace(".", "_"): parameter.removesuffix(".weight") for parameter in shapes
     }
     parts: dict[str, dict[str, torch.Tensor]] = {}
+    names: dict[str, str] = {}  # bare layer -> as the file names it
     layouts: set[str] = set()
     adapters: set[str | None] = set()
     unmatched: list[str] = []
@@ -107,7 +112,7 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
         if found is None or _target(found[0], found[1]) not in shapes:
             unmatched.append(key)
             continue
-        layer, kind, layout, adapter = found
+        layer, kind, layout, adapter, names[found[0]] = found
         if kind in parts.setdefault(layer, {}):
             raise ValueError(f"LoRA {name!r}, key {key!r}: layer {layer!r} has two {kind} tensors; keep one adapter")
         parts[layer][kind] = tensor
@@ -133,7 +138,12 @@ def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lor
             f"LoRA {name!r} does not fit this model: {listed(problems)}. Nothing was applied; use a LoRA "
             "made for this model"
         )
-    return _renamed(file, section, parts, layouts, alpha, unused)
+    if scaling.dora and not all("dora_scale" in found for found in parts.values() if "up" in found):
+        raise ValueError(
+            f"LoRA {name!r} says {DORA}, but not all of its layers have a magnitude (dora_scale). Nothing was applied; "
+            "use a version merged into plain low-rank tensors"
+        )
+    return _renamed(file, section, parts, layouts, scaling.alphas(parts, names, name), unused)
 
 
 def _renamed(
@@ -141,7 +151,7 @@ def _renamed(
     section: str,
     parts: Mapping[str, Mapping[str, torch.Tensor]],
     layouts: set[str],
-    alpha: float | None,
+    alphas: Mapping[str, float],
     unused: list[str],
 ) -> Lora:
     tensors: dict[str, torch.Tensor] = {}
@@ -151,8 +161,8 @@ def _renamed(
             tensors[f"{HOST_PREFIX}{layer}.{_HOST_ENDINGS[kind]}"] = tensor
             if kind not in ("down", "alpha", "dora_scale"):
                 targets.append(_target(layer, kind))
-        if alpha is not None and "up" in found and "alpha" not in found:
-            tensors[f"{HOST_PREFIX}{layer}.alpha"] = torch.tensor(alpha)
+        if layer in alphas:
+            tensors[f"{HOST_PREFIX}{layer}.alpha"] = torch.tensor(alphas[layer])
     ranks = sorted({found["down"].shape[0] for found in parts.values() if "down" in found})
     layout = " and ".join(sorted(layouts)) or "ComfyUI"
     return Lora(
@@ -175,7 +185,7 @@ def _choose_section(file: WeightFile) -> tuple[str, dict[str, torch.Tensor], lis
     tensors, others = flat_tensors(_with_number_alphas(tree), file.name, f"dict {section or 'flat'!r}")
     refuse_inflated(tensors, file.name)
     beside = [str(key) for key in file.tree if section and key != section]
-    return section, tensors, [key for key in others if key != ALPHA_KEY] + beside
+    return section, tensors, [key for key in others if key not in _SETTINGS] + beside
 
 
 def _with_number_alphas(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,29 +198,106 @@ def _with_number_alphas(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _common_alpha(file: WeightFile) -> float | None:
-    """The alpha of all layers that have none of their own, where the file states one apart from the tensors."""
-    stated: Any = file.tree.get(ALPHA_KEY, file.metadata.get(ALPHA_KEY))
-    if stated is None and ADAPTER_METADATA_KEY in file.metadata:
-        try:
-            entries = json.loads(file.metadata[ADAPTER_METADATA_KEY])
-        except (ValueError, RecursionError):
-            entries = {}
-        entries = entries if isinstance(entries, dict) else {}
-        stated = next((entries[key] for key in entries if key.rpartition(".")[2] == ALPHA_KEY), None)
-    if stated is None:
-        return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scaling:
+    """What a file says of its scale apart from the tensors, after PEFT's LoraConfig.
+
+    alpha: of all layers that have none of their own, or None. patterns: layer name, or its end -> another alpha.
+    rank_stabilised: the product is divided by the root of the rank. dora: magnitudes belong to it.
+    """
+
+    alpha: float | None
+    patterns: Mapping[str, float]
+    rank_stabilised: bool
+    dora: bool
+
+    def alphas(
+        self, parts: Mapping[str, Mapping[str, torch.Tensor]], names: Mapping[str, str], name: str
+    ) -> dict[str, float]:
+        """Bare layer -> the alpha that ComfyUI is to divide by the rank, for pairs that have no alpha tensor.
+
+        parts: bare layer -> its tensors. names: bare layer -> as the file names it. name: the file, for errors.
+
+        Raises ValueError for a pattern that is the name of no layer.
+        """
+        found: dict[str, float] = {}
+        unused = set(self.patterns)
+        for layer, tensors in parts.items():
+            if "up" not in tensors:
+                continue
+            pattern = next((key for key in self.patterns if _is_end_of(key, layer, names[layer])), None)
+            unused.discard(pattern or "")
+            alpha = self.alpha if pattern is None else self.patterns[pattern]
+            if alpha is not None and "alpha" not in tensors:
+                found[layer] = alpha * (math.sqrt(tensors["down"].shape[0]) if self.rank_stabilised else 1)
+        if unused:
+            raise ValueError(
+                f"LoRA {name!r}, {ALPHA_PATTERN}: {listed(map(short, unused))} is no layer that it changes. "
+                "Nothing was applied; save it with an alpha tensor in each layer"
+            )
+        return found
+
+
+def _is_end_of(pattern: str, *layers: str) -> bool:
+    """Whether a layer has this name, or a name that ends with it. As PEFT does, but no regular expressions."""
+    return any(f".{layer}".endswith(f".{pattern.removeprefix('^')}") for layer in layers)
+
+
+def _scaling(file: WeightFile) -> _Scaling:
+    """Raises ValueError for a scale that is no number, and for a rank-stabilised adapter without one."""
+    adapter = _adapter_settings(file)
+    inside = {key: file.tree[key] for key in _SETTINGS if key in file.tree}
+    settings = adapter | {key: value for key, value in inside.items() if not isinstance(value, torch.Tensor)}
+    stated = file.tree.get(ALPHA_KEY, file.metadata.get(ALPHA_KEY, adapter.get(ALPHA_KEY)))
+    patterns = settings.get(ALPHA_PATTERN) or {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
+        raise ValueError(
+            f"LoRA {file.name!r}, {ALPHA_PATTERN}: expected an object of layer names, got a {type(patterns).__name__}; "
+            "correct the file"
+        )
+    alpha = None if stated is None else _number(stated, ALPHA_KEY, file.name)
+    rank_stabilised = _is_true(settings.get(RANK_STABILISED))
+    if rank_stabilised and alpha is None:
+        raise ValueError(f"LoRA {file.name!r} says {RANK_STABILISED}, but no {ALPHA_KEY}, which decides its strength")
+    return _Scaling(
+        alpha=alpha,
+        patterns={key: _number(value, f"{ALPHA_PATTERN} of {key!r}", file.name) for key, value in patterns.items()},
+        rank_stabilised=rank_stabilised,
+        dora=_is_true(settings.get(DORA)),
+    )
+
+
+def _adapter_settings(file: WeightFile) -> dict[str, Any]:
+    """The adapter's settings in the header, as diffusers writes them: `transformer.lora_alpha` -> value."""
     try:
-        alpha = float(stated)
-    except (TypeError, ValueError):
-        alpha = math.nan
-    if not math.isfinite(alpha):
-        raise ValueError(f"LoRA {file.name!r}, {ALPHA_KEY}: expected a number, got {short(stated)}; correct the file")
-    return alpha
+        entries = json.loads(file.metadata.get(ADAPTER_METADATA_KEY, "{}"))
+    except (ValueError, RecursionError):
+        entries = {}
+    entries = entries if isinstance(entries, dict) else {}
+    components = [key.rpartition(".")[0] for key in entries]
+    chosen = "transformer" if "transformer" in components else next(iter(components), "")
+    return {key.rpartition(".")[2]: value for key, value in entries.items() if key.rpartition(".")[0] == chosen}
 
 
-def _parse_key(key: str, kohya: Mapping[str, str]) -> tuple[str, str, str | None, str | None] | None:
-    """A tensor's name -> bare layer, part, layout, adapter name; None for a name of another kind."""
+def _number(value: Any, what: str, name: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        value = f"a tensor of shape {tuple(value.shape)}"  # which may be as large as it likes: not to be printed
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"LoRA {name!r}, {what}: expected a number, got {short(value)}; correct the file")
+    return number
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() == "true"
+
+
+def _parse_key(key: str, kohya: Mapping[str, str]) -> tuple[str, str, str | None, str | None, str] | None:
+    """A tensor's name -> bare layer, part, layout, adapter name, the layer as it is named here; None for a name of
+    another kind."""
     plain = strip_wrappers(key)
     for kind, ending, layout in _KINDS:
         match = ending.search(plain)
@@ -221,8 +308,8 @@ def _parse_key(key: str, kohya: Mapping[str, str]) -> tuple[str, str, str | None
         if layer.startswith(KOHYA_PREFIX):
             # Wan Fun's own trainer writes two underscores after lora_unet.
             bare = kohya.get(layer.removeprefix(KOHYA_PREFIX).lstrip("_"))
-            return None if bare is None else (bare, kind, "kohya" if layout else None, adapter)
-        return from_diffusers(_without_prefixes(layer)), kind, layout, adapter
+            return None if bare is None else (bare, kind, "kohya" if layout else None, adapter, layer)
+        return from_diffusers(_without_prefixes(layer)), kind, layout, adapter, layer
     return None
 
 

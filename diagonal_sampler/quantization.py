@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .wan_layout import count_blocks, linear_layers, strip_wrappers
-from .weight_files import WeightFile, json_object, listed, short
+from .weight_files import MARK_ELEMENTS, WeightFile, json_object, listed, short
 
 QUANTIZATION_KEY = "_quantization_metadata"
 LEGACY_FP8_KEY = "scaled_fp8"
@@ -104,12 +104,13 @@ def read_quantization(
     prefix: str,
     known_formats: Iterable[str] = (),
     companions: Iterable[str] = (),
+    check_values: bool = True,
 ) -> Quantization:
     """Find the quantised layers of a bare state dict.
 
     prefix: what was stripped from the file's names, and is stripped from the header's. known_formats: those the host
     can run; empty accepts any. companions: first name components of other models in the file, whose layers do not
-    matter here.
+    matter here. check_values: the tensors have their values, not shapes alone.
 
     Raises ValueError naming file and layer for a format that the host or `_FORMATS` does not know, or a layer that Wan
     does not have.
@@ -157,7 +158,7 @@ def read_quantization(
             )
         formats[layer] = chosen
     legacy_fp8 = LEGACY_FP8_KEY in bare and QUANTIZATION_KEY not in file.metadata
-    if legacy_fp8:
+    if legacy_fp8 and check_values:
         _require_e4m3_range(bare, name)
     return Quantization(formats=formats, legacy_fp8=legacy_fp8, host_metadata=host_metadata)
 
@@ -182,10 +183,12 @@ def read_mark(tensor: torch.Tensor, key: str, name: str, kinds: tuple[type, ...]
 
     Raises ValueError for anything else.
     """
-    try:
-        entry = json.loads(bytes(tensor.flatten().tolist()))
-    except (ValueError, TypeError, RecursionError):
-        entry = None
+    entry = None
+    if tensor.numel() <= MARK_ELEMENTS:  # one that only claims its size would be unfolded here
+        try:
+            entry = json.loads(bytes(tensor.flatten().tolist()))
+        except (ValueError, TypeError, RecursionError):
+            entry = None
     if not isinstance(entry, kinds):
         raise ValueError(
             f"weight file {name!r}, key {key!r}: expected JSON bytes, got something else; download it again"

@@ -78,6 +78,9 @@ _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
 # Noise levels 1, 0.75, 0.5 and 0.357: the demo's student (distillation.train_levels).
 _DEMO = (1.0, 3 / 8, 1 / 6, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
+# CausVid's timesteps 1000, 757 and 522, not shifted again, as its scheduler finds them in the table of its shift.
+_CAUSVID_SHIFT = 8.0
+_CAUSVID = (1.0, 0.28, 0.12)
 # Its two-step list is its own; with one step a later frame has the first level alone.
 _CAUSAL_FORCING_PLUS = MappingProxyType({4: _SELF_FORCING, 2: (1.0, 0.5)})
 PRESETS: dict[str, Preset] = {
@@ -85,6 +88,7 @@ PRESETS: dict[str, Preset] = {
     "demo 4-3-2": Preset(_DEMO, (4, 3, 2), "noisy"),
     "diagonal 4-2": Preset(_DIAGONAL, (4, 2), "noisy"),
     "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
+    "causvid": Preset(_CAUSVID, (3,), "clean", shift=_CAUSVID_SHIFT),
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .flow import ADAPTER_CHANNELS
 
-PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "")
+PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net.", "")
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 """Name components that sharding, checkpointing, compiling and data-parallel wrappers insert anywhere."""
 
@@ -16,6 +19,9 @@ HEAD_DIM = 128
 """Wan's attention heads are 128 wide at every size; the number of heads is dim / 128."""
 PATCH = (1, 2, 2)
 LATENT_CHANNELS = 16
+WAN22_5B_CHANNELS = 48
+RCM_PREFIX, COUNTER_PREFIX = "net.", "accum_"
+"""What NVIDIA's rCM puts before a name, and behind that before its trainer's counters, which it saves as well."""
 FLOW_ADAPTER_KEYS = ("flow_embedding.weight", "flow_embedding.bias")
 """What a model conditioned on optical flow has beside Wan's tensors; ComfyUI's Wan has no place for them."""
 
@@ -126,6 +132,25 @@ def expected_shapes(dims: WanDims) -> dict[str, tuple[int, ...]]:
         shapes[FLOW_ADAPTER_KEYS[0]] = (dim, ADAPTER_CHANNELS, *PATCH)
         shapes[FLOW_ADAPTER_KEYS[1]] = (dim,)
     return shapes
+
+
+def unfold_patches(bare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bare state dict whose patch embedding is a convolution [dim, channels, *PATCH].
+
+    rCM (NVIDIA) multiplies by the same numbers as a matrix [dim, channels * prod(PATCH)], channels outermost.
+    """
+    key, cells = "patch_embedding.weight", math.prod(PATCH)
+    weight = bare.get(key)
+    if weight is None or weight.ndim != 2 or weight.shape[1] % cells:
+        return dict(bare)
+    return {**bare, key: weight.reshape(weight.shape[0], weight.shape[1] // cells, *PATCH)}
+
+
+def variant_of(channels_in: int, channels_out: int) -> str:
+    """The Wan that takes and gives this many channels, in words; other than LATENT_CHANNELS of both."""
+    if channels_out == WAN22_5B_CHANNELS:
+        return "Wan 2.2 5B or LongLive 2"
+    return "a Wan image-to-video or control variant" if channels_in > LATENT_CHANNELS else "no Wan 2.1 network"
 
 
 def strip_wrappers(key: str) -> str:

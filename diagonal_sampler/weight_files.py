@@ -60,6 +60,7 @@ MAX_INFLATION = 2
 """Tensors may share memory (tied weights), but not so that they unfold to more than this many times what is stored."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGICS = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
 _GGUF_MAGIC = b"GGUF"
 _LFS_MAGIC = b"version https://git-lfs"
 _SNIFF_BYTES = 64
@@ -96,9 +97,11 @@ def short(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts blocks.2 before blocks.10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts blocks.2 before blocks.10. Numbers stay text: Python reads none of thousands of digits."""
+    parts = re.split(r"([0-9]+)", name)
+    digits = [part.lstrip("0") for part in parts]
+    return [(0, len(digits[i]), digits[i]) if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
 
 
 def read_weight_file(
@@ -181,7 +184,20 @@ def _sniff(path: Path) -> bytes:
     with path.open("rb") as handle:
         head = handle.read(_SNIFF_BYTES)
     _refuse_foreign(path.name, head)
+    _refuse_renamed(path, head)
     return head
+
+
+def _refuse_renamed(path: Path, head: bytes) -> None:
+    """Raise ValueError for a torch file that is named as a safetensors file, and the other way round."""
+    suffix = path.suffix.lower()
+    # The length of a safetensors header may be any bytes, so that its brace decides.
+    is_safetensors = head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER_BYTES
+    if suffix in PICKLE_SUFFIXES and is_safetensors:
+        raise ValueError(f"weight file {path.name!r} is a safetensors file; rename it to .safetensors")
+    is_torch = not is_safetensors and head.startswith((_ZIP_MAGIC, *_PICKLE_MAGICS))
+    if suffix in SAFETENSORS_SUFFIXES and is_torch:
+        raise ValueError(f"weight file {path.name!r} is a torch file; rename it to .pt")
 
 
 def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ()) -> WeightFile:

@@ -37,6 +37,7 @@ from ..diagonal_sampler.dit import timestep_embedding
 from ..diagonal_sampler.flow import adapter_tokens
 from ..diagonal_sampler.noise import send
 from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.wan_layout import LATENT_CHANNELS, variant_of
 from ..diagonal_sampler.weight_files import short
 
 WRAPPER_KEY = "diagonal_causal"
@@ -261,6 +262,14 @@ def _require_text_to_video(network: torch.nn.Module) -> None:
         raise ValueError(
             f"The MODEL is a {kind.__name__} of type {network.model_type}: only Wan 2.1 text-to-video models can "
             "stream chunk by chunk. For a start image use a text-to-video model with ARVideoI2V."
+        )
+    # ComfyUI knows Wan 2.2's image-to-video models, and those of another VAE, as text-to-video ones.
+    channels = network.in_dim, network.out_dim
+    if channels != (LATENT_CHANNELS, LATENT_CHANNELS):
+        raise ValueError(
+            f"The MODEL takes {channels[0]} latent channels and gives {channels[1]}, a Wan 2.1 text-to-video model "
+            f"{LATENT_CHANNELS}: this is {variant_of(*channels)}, which cannot stream chunk by chunk. Load a Wan 2.1 "
+            "text-to-video model."
         )
 
 

@@ -17,20 +17,23 @@ from pathlib import Path
 import comfy.model_management
 import comfy.quant_ops
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..diagonal_sampler.checkpoints import CONFIG_KEY, inspect_checkpoint
+from ..diagonal_sampler.checkpoints import CONFIG_KEY, Checkpoint, inspect_checkpoint
 from ..diagonal_sampler.gguf_header import read_gguf_header
 from ..diagonal_sampler.memory import DecoderFacts, NetworkFacts
 from ..diagonal_sampler.provenance import Provenance
+from ..diagonal_sampler.quantization import QUANTIZATION_KEY
 from ..diagonal_sampler.weight_files import MARK_ELEMENTS, read_weight_shapes
 from .demo import load_demo_vae
 from .loading import WEIGHT_DTYPES, host_model
 from .stream_decode import stream_decoder
 
 GGUF_SUFFIX = ".gguf"
-GGUF_NEEDS = {"head.modulation", "text_embedding.0.weight", "time_embedding.0.weight"}
+GGUF_NEEDS = {"head.modulation", "head.head.weight", "text_embedding.0.weight", "time_embedding.0.weight"}
+LEGACY_INPUT_SCALE = ".scale_input"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +87,19 @@ def available_memory() -> tuple[int, int, bool]:
     What ComfyUI holds loaded counts as available, since it makes room; what it keeps in reserve does not.
     """
     device = comfy.model_management.get_torch_device()
-    loaded = sum(
-        model.model_loaded_memory() for model in comfy.model_management.current_loaded_models if model.device == device
-    )
+    # An entry of ComfyUI's list does not keep its MODEL: it may be gone, or go while this thread looks.
+    entries = list(comfy.model_management.current_loaded_models)
+    models = [entry.model for entry in entries if entry.device == device]
+    loaded = sum(model.loaded_size() for model in models if model is not None)
     free = comfy.model_management.get_free_memory(device) + loaded - comfy.model_management.extra_reserved_memory()
     total = comfy.model_management.get_total_memory(device)
     return max(0, min(int(free), int(total))), int(total), device.type not in ("cpu", "mps")
+
+
+def weights_kept(weight_bytes: int, available: int) -> int:
+    """Bytes of the weights that ComfyUI loads onto the device though a run needs the memory: none on NVIDIA's."""
+    ratio = getattr(comfy.model_management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+    return min(weight_bytes, round(ratio * available))
 
 
 def _version(path: str | Path) -> tuple[int, int]:
@@ -103,30 +113,53 @@ def _file_facts(path: str, changed: int, size: int, weights: str, weight_dtype: 
     if path.lower().endswith(GGUF_SUFFIX):
         return _gguf_facts(Path(path), options)
     checkpoint = inspect_checkpoint(path, weights=weights, quant_formats=comfy.quant_ops.QUANT_ALGOS)
-    checkpoint = replace(checkpoint, state_dict=_on_meta(checkpoint.state_dict))
+    checkpoint = _with_marks(replace(checkpoint, state_dict=_on_meta(checkpoint.state_dict)))
     with torch.device("meta"):
         model = host_model(checkpoint, options)
     return FileFacts(network=network_facts(model), provenance=checkpoint.info.provenance)
+
+
+def _with_marks(checkpoint: Checkpoint) -> Checkpoint:
+    """With a mark in each quantised layer: ComfyUI makes them from a header, and from a legacy float8 file's scales, by
+    values, which no tensor has on the meta device."""
+    # A scale of the input is looked at, too, and dropped where it is 1: it is one number a layer.
+    state_dict = {key: value for key, value in checkpoint.state_dict.items() if not key.endswith(LEGACY_INPUT_SCALE)}
+    metadata = dict(checkpoint.host_metadata)
+    state_dict, _ = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    metadata.pop(QUANTIZATION_KEY, None)
+    return replace(checkpoint, state_dict=state_dict, host_metadata=metadata)
 
 
 def _gguf_facts(path: Path, options: dict) -> FileFacts:
     """Its weights stay packed in memory; what is computed is in ComfyUI's choice of format, as of any file."""
     header = read_gguf_header(path)
     named = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
-    model = None
-    if GGUF_NEEDS <= named.keys():
-        sizes = {"text_dim": named["text_embedding.0.weight"][-1], "freq_dim": named["time_embedding.0.weight"][-1]}
-        with torch.device("meta"):
-            model = comfy.sd.load_diffusion_model_state_dict(
-                {name: torch.empty(shape, dtype=torch.float16) for name, shape in named.items()},
-                model_options=options,
-                metadata={CONFIG_KEY: json.dumps({"transformer": sizes})},
-            )
-    if model is None:
-        raise ValueError(f"weight file {path.name!r} is not a Wan diffusion model; choose a Wan 2.1 file.")
+    try:
+        facts = network_facts(_gguf_model(named, options))
+    except Exception as error:  # ComfyUI recognises a Wan by some names and takes the rest for granted
+        raise ValueError(
+            f"weight file {path.name!r} is no whole Wan diffusion model ({_first_line(error)}); choose a Wan 2.1 file, "
+            "or download it again."
+        ) from error
     parameters = sum(prod(shape) for shape in named.values())
-    network = replace(network_facts(model), weight_bytes=header.data_bytes, parameters=parameters)
+    network = replace(facts, weight_bytes=header.data_bytes, parameters=parameters)
     return FileFacts(network=network, provenance=Provenance())
+
+
+def _gguf_model(shapes: Mapping[str, tuple[int, ...]], options: dict) -> ModelPatcher:
+    """ComfyUI's model of these shapes by Wan's names, or any error."""
+    if lacks := sorted(GGUF_NEEDS - shapes.keys()):
+        raise ValueError(f"it lacks {', '.join(lacks)}")
+    sizes = {"text_dim": shapes["text_embedding.0.weight"][-1], "freq_dim": shapes["time_embedding.0.weight"][-1]}
+    with torch.device("meta"):
+        model = comfy.sd.load_diffusion_model_state_dict(
+            {name: torch.empty(shape, dtype=torch.float16) for name, shape in shapes.items()},
+            model_options=options,
+            metadata={CONFIG_KEY: json.dumps({"transformer": sizes})},
+        )
+    if model is None:
+        raise ValueError("ComfyUI knows no such model")
+    return model
 
 
 @lru_cache(maxsize=32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import folder_paths
@@ -15,9 +17,11 @@ from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_th
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import CausalSettings
-from ..model_patches.memory import available_memory, decoder_facts, file_facts
+from ..model_patches.memory import available_memory, decoder_facts, file_facts, weights_kept
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
 from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
+
+log = logging.getLogger(__name__)
 
 MEMORY_ROUTE = "/diagonal/memory"
 MODEL_FOLDERS = {
@@ -59,39 +63,64 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
             `vae_node` and `vae`.
 
     Returns:
-        Figures, which the canvas puts into words of its language: in bytes `parts`, `total` and `available`, and what
-        of the weights would have to wait in RAM while the run goes on (`waiting`, 0 where that does not help); `fits`,
-        `on_gpu`, `device`; the clip's `width` and `height` in pixels and its `window` in latent frames; and `changes`
-        that fit, each with `weights` (a format), `window` (latent frames) and `size` (width, height in pixels), None
-        for what stays. Or `error`, in English; with `missing` where that is a `file` that is in none of its `folders`.
+        What `_figures` says, or `error`, in English; with `missing` where that is a `file` that is in none of its
+        `folders`.
     """
     try:
-        path, options = _model_path(query), {}
-        if query.get("node") != DEMO_NODE:
-            options = {name: query[name] for name in ("weights", "weight_dtype") if query.get(name)}
-        facts = file_facts(path, **options)
-        settings, _ = causal_settings(
-            facts.provenance,
-            frames_per_chunk=_preset_frames(query) or _setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
-            window=_setting(query, "window", WINDOW_FROM_FILE),
-            sink=_setting(query, "sink", SINK_FROM_FILE),
-        )
-        clip = _clip(query, settings)
-        decoder = _decoder(query, min(settings.frames_per_chunk, clip.frames))
+        return _figures(query)
     except _Missing as error:
         return {"error": f"{error}", "missing": {"file": error.file, "folders": error.folders}}
     except (ValueError, OSError) as error:
         return {"error": f"{error}"}
+    except Exception as error:  # of ComfyUI's, on a file that it takes for one of its own
+        reason = (f"{error}".splitlines() or [""])[0]
+        return {"error": _unforeseen(query.get("file", ""), f"{type(error).__name__}: {reason}")}
+
+
+@lru_cache(maxsize=64)
+def _unforeseen(file: str, reason: str) -> str:
+    """The answer, which goes to the log once: every canvas asks again and again."""
+    words = f"What {repr(file) if file else 'this graph'} takes of the memory is not known ({reason})."
+    log.warning(words, exc_info=True)
+    return words
+
+
+def _figures(query: Mapping[str, str]) -> dict[str, Any]:
+    """The memory that a graph will take; see `prediction`.
+
+    Returns:
+        Figures, which the canvas puts into words of its language: in bytes `parts`, `total` and `available`, and what
+        of the weights would have to wait in RAM while the run goes on (`waiting`, 0 where that does not help); `fits`,
+        `on_gpu`, `device`; the clip's `width` and `height` in pixels and its `window` in latent frames; and `changes`
+        that fit, each with `weights` (a format), `window` (latent frames) and `size` (width, height in pixels), None
+        for what stays.
+
+    Raises:
+        ValueError, OSError: what cannot be known, in words.
+    """
+    path, options = _model_path(query), {}
+    if query.get("node") != DEMO_NODE:
+        options = {name: query[name] for name in ("weights", "weight_dtype") if query.get(name)}
+    facts = file_facts(path, **options)
+    settings, _ = causal_settings(
+        facts.provenance,
+        frames_per_chunk=_preset_frames(query) or _setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
+        window=_setting(query, "window", WINDOW_FROM_FILE),
+        sink=_setting(query, "sink", SINK_FROM_FILE),
+    )
+    clip = _clip(query, settings)
+    decoder = _decoder(query, min(settings.frames_per_chunk, clip.frames))
     available, device, on_gpu = available_memory()
     needed = forecast(facts.network, clip, decoder)
     fits = needed.total <= available
+    waiting_helps = on_gpu and needed.working + weights_kept(needed.weights, available) <= available
     changes = [] if fits else changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS)
     return {
         "fits": fits,
         "parts": {name: getattr(needed, name) for name in ("weights", "keys_values", "text", "forward", "decoder")},
         "total": needed.total,
         "available": available,
-        "waiting": needed.total - available if on_gpu and needed.working <= available < needed.total else 0,
+        "waiting": needed.total - available if waiting_helps and not fits else 0,
         "on_gpu": on_gpu,
         "device": device,
         "width": clip.columns * LATENT_CELL,

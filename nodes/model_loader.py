@@ -8,7 +8,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..diagonal_sampler.checkpoints import WEIGHTS, frame_by_frame
+from ..diagonal_sampler.checkpoints import WEIGHTS, bidirectional_by_name, causality_warning, frame_by_frame
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
@@ -171,7 +171,13 @@ class DiagonalModelLoader(io.ComfyNode):
             model, lora = apply_lora(model, lora_path, lora_strength, info)
             lines.append(f"{lora.summary()}, strength {lora_strength:g}")
         unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
-        warnings = [*info.warnings, *contradictions]
+        doubt = causality_warning(info, ckpt_name)
+        warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions]
+        if lora_path is not None and bidirectional_by_name(lora_name):
+            warnings.append(
+                f"{lora_name}: its name says that it was made for a bidirectional Wan, which denoises all frames at "
+                "once; it makes no model causal, and a causal one has its own few steps"
+            )
         if unsaid and frame_by_frame(ckpt_name):
             warnings.append(
                 "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "

@@ -25,6 +25,8 @@ const USUAL_SIZE = { width: 832, height: 480, length: 81 };
 const DEMO_SIZE = { width: 64, height: 64, length: 81 };
 const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
+// A server that fails is asked again after this, then after twice as long each time, up to the most.
+const [RETRY_MS, MOST_RETRY_MS] = [2_000, 120_000];
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
 const PARTS = ["weights", "keys_values", "text", "forward", "decoder"]; // names of the server, texts and colours
 // What a run leaves loaded or frees changes what the next one could have.
@@ -197,6 +199,8 @@ class MemoryLine {
   constructor(node) {
     this.node = node;
     this.asked = null; // what the server was asked last
+    this.failures = 0; // in a row, of that question
+    this.askAt = Infinity; // when it is asked once more
     this.root = document.createElement("div");
     this.root.className = "diagonal-memory";
     this.root.setAttribute("role", "status");
@@ -232,13 +236,16 @@ class MemoryLine {
       unknown = { error: error.message };
     }
     const asked = unknown?.error ?? queries.join(" ");
-    if (asked === this.asked) return;
+    if (asked === this.asked && performance.now() < this.askAt) return;
+    if (asked !== this.asked) this.failures = 0;
     this.asked = asked;
+    this.askAt = Infinity;
     const replies = unknown ? [unknown] : await Promise.all(queries.map(ask));
     if (this.asked !== asked) return;
     const most = replies.reduce((a, b) => ((b.total ?? 0) > (a.total ?? 0) ? b : a));
     this.draw(most, new URLSearchParams(queries[0]).get("assumed"));
-    if (replies.some((reply) => reply.failed)) this.asked = null; // the server is asked again
+    if (!replies.some((reply) => reply.failed)) return void (this.failures = 0);
+    this.askAt = performance.now() + Math.min(RETRY_MS * 2 ** this.failures++, MOST_RETRY_MS);
   }
 
   draw(reply, assumed) {

@@ -139,6 +139,25 @@ def test_a_server_that_did_not_answer_is_asked_again(page, frontend):
     frontend.errors.clear()  # the browser's own, of the requests that were stopped
 
 
+def test_a_server_that_fails_is_asked_less_and_less_often(page, frontend):
+    """Not twice a second and line, which is how often the graph is looked at."""
+    wait_lines(page, "Needs ", "64x64")
+    asked = []
+
+    def fail(route):
+        asked.append(route.request.url)
+        route.fulfill(status=500, body="")
+
+    page.route("**/diagonal/memory**", fail)
+    frontend.set_widget("EmptyARVideoLatent", "width", 640)
+    wait_lines(page, "Memory unknown")
+    page.wait_for_timeout(7500)  # two lines: at once, after 2 s, and after 4 s more
+    page.unroute("**/diagonal/memory**")
+    assert 4 <= len([url for url in asked if "width=640" in url]) <= 6
+    wait_lines(page, "Needs ", "640x64")
+    frontend.errors.clear()  # the browser's own, of the answers
+
+
 def test_what_is_free_is_asked_again_behind_a_run(page, frontend):
     wait_lines(page, "Needs ", "64x64")
     page.wait_for_timeout(2000)  # what was added to the graph is asked for once

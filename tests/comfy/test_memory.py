@@ -1,5 +1,6 @@
 """The memory that is predicted from files, against what ComfyUI makes of them and a run allocates."""
 
+import json
 import struct
 from types import SimpleNamespace
 
@@ -49,6 +50,37 @@ def test_the_number_format_counts(memory, load_wan, tmp_path, weight_dtype):
     assert facts.network.weight_bytes < memory.file_facts(path).network.weight_bytes / 3
 
 
+def quantized(kind, scale_input):
+    """Tensors and header of a file whose first feed-forward layer is float8, in each of the three ways that say so."""
+    layer, entry = "blocks.0.ffn.0", {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    tensors = tiny_wan()
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    scale = {"legacy": "scale_weight"}.get(kind, "weight_scale")
+    tensors[f"{layer}.{scale}"] = torch.ones(())
+    header = {}
+    if kind == "legacy":
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        tensors |= {f"{layer}.scale_input": torch.ones(())} if scale_input else {}
+    elif kind == "marks":
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    else:
+        header = {"_quantization_metadata": json.dumps({"layers": {layer: entry}})}
+    return tensors, header
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale_input"), [("legacy", False), ("legacy", True), ("marks", False), ("header", False)]
+)
+def test_a_quantised_files_facts_are_those_of_its_model(memory, load_wan, tmp_path, kind, scale_input):
+    tensors, header = quantized(kind, scale_input)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata=header)
+    facts = memory.file_facts(path).network
+    assert facts == memory.network_facts(load_wan(path)[0])
+    save_file(tiny_wan(), tmp_path / "whole.safetensors")
+    assert facts.weight_bytes < memory.file_facts(tmp_path / "whole.safetensors").network.weight_bytes
+
+
 def test_weights_are_not_read(memory, load_wan, tmp_path):
     weights = tiny_wan()
     weights["blocks.0.ffn.0.weight"][0, 0] = float("nan")
@@ -70,16 +102,44 @@ def test_a_replaced_file_is_looked_at_again(memory, tmp_path):
     assert memory.file_facts(path).provenance.window == 9
 
 
-def test_a_gguf_file_keeps_its_weights_packed(memory, load_wan, tmp_path):
+def write_gguf(path, shapes, original=()):
+    """A GGUF file of these shapes. original: of the tensor `blocks.0.modulation`, as ComfyUI's files keep one."""
+
     def text(words):
         return struct.pack("<Q", len(words)) + words.encode()
 
-    shapes = expected_shapes(DIMS)
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), 0)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), bool(original))
+    if original:
+        header += text("comfy.gguf.orig_shape.blocks.0.modulation") + struct.pack("<IIQ", 9, 11, len(original))
+        header += struct.pack(f"<{len(original)}q", *original)
     for name, shape in shapes.items():
         header += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), 2, 0)
-    path = tmp_path / "wan-Q4_0.gguf"
     path.write_bytes(header + bytes(-len(header) % 32) + bytes(12345))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"blocks.0.ffn.0.weight": (2**62, 2**62)}, "damaged"),
+        ({"head.head.weight": None}, "no whole Wan diffusion model .it lacks head.head.weight"),
+        ({"patch_embedding.weight": None}, "no whole Wan diffusion model"),
+        ({"text_embedding.0.weight": ()}, "no whole Wan diffusion model"),
+        ({"head.modulation": ()}, "no whole Wan diffusion model"),
+        ({"original": (-1, 6, 128)}, "damaged"),
+    ],
+)
+def test_a_damaged_gguf_header_is_said_to_be_one(memory, tmp_path, change, words):
+    change = dict(change)
+    original = change.pop("original", ())
+    shapes = {name: shape for name, shape in (expected_shapes(DIMS) | change).items() if shape is not None}
+    path = write_gguf(tmp_path / "bad.gguf", shapes, original)
+    with pytest.raises(ValueError, match=f"'bad.gguf' is .*{words}"):
+        memory.file_facts(path)
+
+
+def test_a_gguf_file_keeps_its_weights_packed(memory, load_wan, tmp_path):
+    path = write_gguf(tmp_path / "wan-Q4_0.gguf", expected_shapes(DIMS), (1, 6, DIMS.dim))
     network = memory.file_facts(path).network
     whole = memory.network_facts(load_wan(LAYOUTS["comfyui, bare"](tmp_path, tiny_wan(), {}))[0])
     assert network.weight_bytes == 12345
@@ -200,6 +260,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(predict):
 
 
 def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
     nodes = pack_module("nodes.memory")
     needed = predict(width="64", height="64")
     monkeypatch.setattr(nodes, "available_memory", lambda: (needed["total"] - 1, 10**9, True))
@@ -209,7 +270,43 @@ def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
     assert not without_gpu["fits"] and without_gpu["waiting"] == 0
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_weights_wait_only_where_comfyui_makes_room(predict, pack_module, monkeypatch, ratio):
+    """On other GPUs than NVIDIA's it keeps weights in 40% of the memory, whatever a run needs."""
+    monkeypatch.setattr(comfy.model_management, "MIN_WEIGHT_MEMORY_RATIO", ratio)
+    needed = predict(width="64", height="64")
+    working, weights = needed["total"] - needed["parts"]["weights"], needed["parts"]["weights"]
+    facts = pack_module("model_patches.memory")
+    for share in (0.2, 0.5, 0.9):
+        available = working + round(share * weights)
+        monkeypatch.setattr(
+            pack_module("nodes.memory"), "available_memory", lambda available=available: (available, 10**9, True)
+        )
+        kept = facts.weights_kept(weights, available)
+        assert kept == min(weights, round(ratio * available))
+        fits = working + kept <= available
+        assert (predict(width="64", height="64")["waiting"] > 0) == fits
+        assert fits or ratio > 0
+
+
+def test_what_comfyui_fails_on_is_an_answer_and_logged_once(predict, pack_module, monkeypatch, caplog):
+    nodes, calls = pack_module("nodes.memory"), []
+
+    def fail(*_arguments, **_options):
+        calls.append(1)
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(nodes, "file_facts", fail)
+    nodes._unforeseen.cache_clear()
+    with caplog.at_level("WARNING"):
+        replies = [predict(), predict(width="64")]
+    assert len(calls) == 2 and replies[0] == replies[1]
+    assert "'model.safetensors'" in replies[0]["error"] and "RuntimeError: Tensor.item()" in replies[0]["error"]
+    assert len([record for record in caplog.records if "model.safetensors" in record.getMessage()]) == 1
+
+
 def test_all_that_there_is_may_be_taken_and_only_weights_wait(predict, pack_module, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
     nodes = pack_module("nodes.memory")
     needed = predict(width="64", height="64")
     working = needed["total"] - needed["parts"]["weights"]
@@ -273,12 +370,13 @@ def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *a: 10**10)
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
     alone, total, on_gpu = memory.available_memory()
-    loaded = SimpleNamespace(device=device, model_loaded_memory=lambda: 5 * 10**8)
-    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded])
+    loaded = SimpleNamespace(device=device, model=SimpleNamespace(loaded_size=lambda: 5 * 10**8))
+    gone = SimpleNamespace(device=device, model=None)  # its MODEL is no longer anywhere
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded, gone])
     assert memory.available_memory()[0] == alone + 5 * 10**8
     assert (total, on_gpu) == (10**10, False)
     monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: 3 * 10**8)
-    elsewhere = SimpleNamespace(device=torch.device("meta"), model_loaded_memory=lambda: 10**8)
+    elsewhere = SimpleNamespace(device=torch.device("meta"), model=SimpleNamespace(loaded_size=lambda: 10**8))
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded, elsewhere])
     assert memory.available_memory()[0] == 12 * 10**8, "what is kept in reserve, or lies elsewhere, cannot"
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *a: 10**9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_base
@@ -19,6 +20,8 @@ import torch
 import wan_files
 from safetensors.torch import save_file
 from wan_files import CONFIG, DIMS, LAYOUTS, LORA_LAYERS, LORA_LAYOUTS, lora_pairs, prefixed, tiny_wan, write_lora
+
+from diagonal_sampler.settings import CausalSettings
 
 PARITY = sorted((Path(__file__).parents[1] / "data").rglob("*.model.safetensors"))
 
@@ -327,14 +330,15 @@ def test_every_widget_has_a_tooltip(node) -> None:
 
 
 def test_node_makes_a_causal_model_and_reports(node, folders, caplog) -> None:
-    LAYOUTS["self forcing, ema and generator"](folders["diffusion_models"], tiny_wan(0), tiny_wan(1))
+    made = LAYOUTS["self forcing, ema and generator"](folders["diffusion_models"], tiny_wan(0), tiny_wan(1))
+    made.rename(made.with_name("self_forcing_dmd.pt"))
     write_lora(folders["loras"], "longlive, generator_lora")
     with caplog.at_level(logging.WARNING):
-        output = node.execute(ckpt_name="model.pt", lora_name="lora.pt", lora_strength=0.5, **WIDGETS)
+        output = node.execute(ckpt_name="self_forcing_dmd.pt", lora_name="lora.pt", lora_strength=0.5, **WIDGETS)
     model, report = output.args
     settings = settings_of(model)
     assert (settings.frames_per_chunk, settings.window, settings.sink) == (3, 12, 3)
-    assert "model.pt: Wan text-to-video" in report and "'generator_ema'" in report
+    assert "self_forcing_dmd.pt: Wan text-to-video" in report and "'generator_ema'" in report
     assert "lora.pt: PEFT" in report and "rank 4, strength 0.5" in report
     assert "3 latent frames a chunk (the usual; the file does not say), window 12, sink 3" in report
     assert "warning" not in report and not [r for r in caplog.records if "model_loader" in r.name]
@@ -382,6 +386,33 @@ def test_a_name_that_says_frame_by_frame_is_heard(node, folders, name: str, chun
     info = node.execute(ckpt_name=name, **(WIDGETS | {"frames_per_chunk": chunk})).args[1]
     assert ("preset 'causal forcing framewise'" in info) == told
     assert ("the file does not say" in info) == (chunk == 0)
+
+
+def test_names_that_say_bidirectional_are_heard(node, folders) -> None:
+    for kind, name in (("diffusion_models", "bidirectional_checkpoint2"), ("loras", "lightx2v_cfg_step_distill")):
+        (folders[kind] / name).mkdir()
+    LAYOUTS["causvid, generator"](folders["diffusion_models"] / "bidirectional_checkpoint2", tiny_wan(0), {})
+    LAYOUTS["causvid, generator"](folders["diffusion_models"], tiny_wan(0), {})
+    lora, _ = write_lora(folders["loras"] / "lightx2v_cfg_step_distill", "kohya, alpha 1")
+    lora_name = str(lora.relative_to(folders["loras"]))
+    said = "warning: its name says that it is bidirectional"
+    assert said in node.execute(ckpt_name=str(Path("bidirectional_checkpoint2", "model.pt")), **WIDGETS).args[1]
+    report = node.execute(ckpt_name="model.pt", lora_name=lora_name, **WIDGETS).args[1]
+    assert said not in report and "warning: distillation checkpoints are usually causal" in report
+    assert f"warning: {lora_name}: its name says that it was made for a bidirectional Wan" in report
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [((36, 16), "36 latent channels and gives 16.*image-to-video"), ((48, 48), "48 latent channels.*Wan 2.2 5B")],
+)
+def test_causal_attention_refuses_what_the_loader_refuses(channels, words: str, pack_module, tmp_path: Path) -> None:
+    """ComfyUI knows both as text-to-video models, and an ordinary sampler runs them."""
+    dims = replace(DIMS, in_channels=channels[0], out_channels=channels[1])
+    model = comfyui_model(tmp_path, tiny_wan(0, dims), {"config": json.dumps({"transformer": {"text_dim": 64}})})
+    assert model.model.diffusion_model.model_type == "t2v"
+    with pytest.raises(ValueError, match=f"The MODEL takes {words}.*Load a Wan 2.1 text-to-video model"):
+        pack_module("model_patches.causal").make_causal(model, CausalSettings())
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "missing"])

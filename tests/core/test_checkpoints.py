@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
 
 from diagonal_sampler import weight_files
-from diagonal_sampler.checkpoints import inspect_checkpoint, load_checkpoint, recognise
+from diagonal_sampler.checkpoints import (
+    bidirectional_by_name,
+    causality_warning,
+    frame_by_frame,
+    inspect_checkpoint,
+    load_checkpoint,
+    recognise,
+)
 from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
@@ -83,8 +90,52 @@ def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
     both = load_checkpoint(save(tmp_path, prefixed(weights, "generator.model."), {"config": wan_files.CONFIG})).info
     markers = [info.causal_marker for info in (marked, plain, section, both)]
     assert markers == ["header", None, "section", "header"]
-    assert marked.warnings == section.warnings == ()
-    assert "bidirectional" in plain.warnings[0]
+    assert "a distillation checkpoint, usually causal" in section.summary()
+    for name, doubts in (
+        ("model.pt", (None, "usually causal, but", "nothing in the file says")),
+        ("Self-Forcing/self_forcing_dmd.pt", (None, None, None)),
+        ("causvid/autoregressive_checkpoint/model.pt", (None, None, None)),
+        ("causvid/bidirectional_checkpoint2/model.pt", (None, "its name says", "its name says")),
+        ("lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill/model.pt", (None, "its name says", "its name says")),
+        ("noncausal.pt", (None, "usually causal, but", "nothing in the file says")),
+    ):
+        for info, doubt in zip((marked, section, plain), doubts, strict=True):
+            found = causality_warning(info, name)
+            assert (found is None) == (doubt is None) and (doubt or "") in (found or ""), (name, found)
+    assert marked.warnings == section.warnings == plain.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "bidirectional"),
+    [
+        ("lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors", True),
+        ("Self-Forcing-Plus/model.pt", True),
+        ("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors", True),
+        ("self-forcing-plus-plus/model.pt", False),
+        ("lightx2v/Wan2.1-T2V-14B-CausVid/model.pt", False),
+        ("self_forcing_dmd.pt", False),
+        ("Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-dCM-init_SF-DMD_c3-3_step4.pt", False),
+    ],
+)
+def test_a_name_may_say_that_a_model_is_bidirectional(name: str, bidirectional: bool) -> None:
+    assert bidirectional_by_name(name) == bidirectional
+
+
+@pytest.mark.parametrize(
+    ("name", "single"), [("Causal_rCM_c1-1_step4.pt", True), ("Causal_rCM_c3-3.pt", False), ("abc1-1.pt", False)]
+)
+def test_a_name_may_say_frame_by_frame(name: str, single: bool) -> None:
+    assert frame_by_frame(name) == single
+
+
+def test_what_rcm_saves_beside_the_weights_is_named(tmp_path: Path) -> None:
+    weights = tiny_wan()
+    checkpoint = load_checkpoint(LAYOUTS["causal rcm, flat net."](tmp_path, weights, {}))
+    assert checkpoint.info.unused == ("net.accum_video_sample_counter", "net.accum_train_in_hours")
+    wide = torch.zeros(DIMS.dim, 36, 1, 2, 2)
+    torch.save(wan_files.rcm(weights | {"patch_embedding.weight": wide}), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="36 in and 16 out.*image-to-video"):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 def test_all_in_one_file_names_the_models_it_leaves(tmp_path: Path) -> None:
@@ -323,6 +374,29 @@ def test_a_format_that_only_comfyui_knows_is_refused_with_the_way_round(tmp_path
         load_checkpoint(save(tmp_path, tensors), quant_formats=["int9"])
 
 
+def test_what_the_legacy_marker_holds_does_not_matter(tmp_path: Path) -> None:
+    nan = torch.tensor([0x7F, 0], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    tensors = legacy_fp8(tiny_wan()) | {"scaled_fp8": nan}
+    assert load_checkpoint(save(tmp_path, tensors)).info.quantization == "scaled float8 (scaled_fp8)"
+
+
+def test_values_are_looked_at_only_where_there_are_any() -> None:
+    """Of a file that is only inspected they are what the memory was."""
+    tensors, key = legacy_fp8(tiny_wan()), "blocks.0.ffn.0.weight"
+    tensors[key] = torch.full(tensors[key].shape, 57344.0).to(torch.float8_e5m2)
+    file = WeightFile(name="model.safetensors", tree=tensors)
+    assert recognise(file, check_values=False).info.quantization == "scaled float8 (scaled_fp8)"
+    with pytest.raises(ValueError, match=r"scaled float8_e5m2 beyond what ComfyUI can hold \(448\)"):
+        recognise(file)
+
+
+def test_a_mark_that_claims_a_terabyte_is_not_unfolded() -> None:
+    giant = torch.zeros((), dtype=torch.uint8).expand(10**12)
+    file = WeightFile(name="model.pt", tree=tiny_wan() | {"blocks.0.self_attn.q.comfy_quant": giant})
+    with pytest.raises(ValueError, match="self_attn.q.comfy_quant.*expected JSON bytes"):
+        recognise(file, check_values=False)
+
+
 # --- attention preferences ---
 
 
@@ -529,6 +603,13 @@ def test_listed_sorts_numbers_as_numbers() -> None:
     assert listed([f"b.{i}" for i in range(12)]).endswith("b.9 and 2 more")
 
 
+@pytest.mark.parametrize("key", [f"blocks.{'1' * 5000}.x", "a1\u00b2", "\u0661"])
+def test_a_name_with_odd_numbers_is_named(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 are left over: ") as error:
+        load_checkpoint(save(tmp_path, tiny_wan() | {key: torch.zeros(1)}))
+    assert key in str(error.value)
+
+
 # --- damaged and foreign files ---
 
 
@@ -584,6 +665,25 @@ def test_foreign_files(name: str, content: bytes, match: str, tmp_path: Path) ->
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, inspect_checkpoint])
+def test_a_file_under_another_kinds_name_is_told_its_own(read, tmp_path: Path) -> None:
+    for zipped in (True, False):
+        torch.save({"generator": tiny_wan()}, tmp_path / "torch.safetensors", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="torch.safetensors' is a torch file; rename it to .pt"):
+            read(tmp_path / "torch.safetensors")
+    for suffix in (".pt", ".bin"):
+        path = save(tmp_path, tiny_wan(), name="model.safetensors").rename(tmp_path / f"model{suffix}")
+        with pytest.raises(ValueError, match=f"model{suffix}' is a safetensors file; rename it to .safetensors"):
+            read(path)
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    """80 02, as old torch files begin, is 640."""
+    content = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(0x280)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + bytes(4))
+    assert read_weight_file(tmp_path / "a.safetensors").tree["a"].tolist() == [0]
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -671,6 +771,65 @@ def test_alpha_outside_the_tensors_is_used(tmp_path: Path) -> None:
     lora = load_lora(tmp_path / "lora.pt")
     assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 8
     assert "step" in lora.unused
+
+
+def with_settings(folder: Path, settings: dict, tensors: dict | None = None) -> Path:
+    """A LoRA of rank 4 with diffusers' names and PEFT's settings in its header."""
+    named = {wan_files.diffusers_name(layer): pair for layer, pair in lora_pairs().items()}
+    entries = {f"transformer.{key}": value for key, value in settings.items()} | {"text_encoder.lora_alpha": 99}
+    header = {"lora_adapter_metadata": json.dumps(entries)}
+    return save(folder, peft(named, "transformer.") | (tensors or {}), header, "lora.safetensors")
+
+
+def alphas(path: Path) -> dict[str, float]:
+    tensors = load_lora(path).tensors
+    ending = ".alpha"
+    return {
+        name.removeprefix("diffusion_model.").removesuffix(ending): value.item()
+        for name, value in tensors.items()
+        if name.endswith(ending)
+    }
+
+
+def test_a_rank_stabilised_adapter_is_divided_by_the_root_of_its_rank(tmp_path: Path) -> None:
+    """ComfyUI divides by the rank, 4."""
+    path = with_settings(tmp_path, {"r": 4, "lora_alpha": 6, "use_rslora": True})
+    assert alphas(path) == {layer: 6 * 2 for layer in wan_files.LORA_LAYERS}
+    with pytest.raises(ValueError, match="lora.safetensors' says use_rslora, but no lora_alpha"):
+        load_lora(save(tmp_path, peft(lora_pairs()), {"lora_adapter_metadata": '{"use_rslora": true}'}, path.name))
+
+
+def test_layers_may_have_an_alpha_of_their_own(tmp_path: Path) -> None:
+    patterns = {"blocks.0.attn1.to_q": 16, "ffn.net.2": 8, "^blocks.0.ffn.net.0.proj": 5}
+    path = with_settings(tmp_path, {"lora_alpha": 4, "alpha_pattern": patterns, "rank_pattern": {"attn1.to_q": 4}})
+    own = {"blocks.0.self_attn.q": 16, "blocks.1.ffn.2": 8, "blocks.0.ffn.0": 5}
+    assert alphas(path) == {layer: own.get(layer, 4) for layer in wan_files.LORA_LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"lora_alpha": 4, "alpha_pattern": {r"blocks\.\d\.attn1\.to_q": 16}}, "alpha_pattern: .*is no layer"),
+        ({"lora_alpha": 4, "alpha_pattern": {"blocks.7.attn1.to_q": 16}}, "'blocks.7.attn1.to_q' is no layer"),
+        (
+            {"lora_alpha": 4, "alpha_pattern": {"attn1.to_q": "many"}},
+            "alpha_pattern of 'attn1.to_q': expected a number",
+        ),
+        ({"lora_alpha": 4, "alpha_pattern": [3]}, "alpha_pattern: expected an object"),
+        ({"lora_alpha": 4, "use_dora": True}, "says use_dora, but not all of its layers have a magnitude"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused_by_name(settings: dict, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"LoRA 'lora.safetensors'.*{match}"):
+        load_lora(with_settings(tmp_path, settings))
+
+
+def test_an_alpha_that_claims_a_terabyte_is_not_unfolded(tmp_path: Path) -> None:
+    torch.save(
+        {"generator_lora": peft(lora_pairs()), "lora_alpha": torch.zeros(1).expand(10**12)}, tmp_path / "lora.pt"
+    )
+    with pytest.raises(ValueError, match=r"lora_alpha: expected a number, got 'a tensor of shape \(1000000000000,\)'"):
+        load_lora(tmp_path / "lora.pt")
 
 
 def test_full_differences_have_their_targets(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ PUBLISHED = {
     "diagonal 4-3-2": ((FOUR, THREE, TWO, TWO, TWO, TWO, TWO), "noisy", None, 17),
     "diagonal 4-2": ((FOUR, TWO, TWO, TWO, TWO, TWO, TWO), "noisy", None, 16),
     "self forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
+    "causvid": (((1000.0, 756.757, 521.739),) * 7, "clean", None, 28),
     "longlive": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing framewise": ((SELF_FORCING,) * 7, "clean", 1, 35),

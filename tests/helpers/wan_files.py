@@ -41,6 +41,13 @@ def wrapped(weights: dict[str, torch.Tensor], prefix: str = "model.", inner: str
     return named
 
 
+def rcm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As NVIDIA's rCM saves a network: the patch embedding as a matrix, and its trainer's counters beside it."""
+    named = prefixed(weights, "net.")
+    named["net.patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
+    return named | {"net.accum_video_sample_counter": torch.tensor(7), "net.accum_train_in_hours": torch.tensor(0.5)}
+
+
 _DIFFUSERS = {
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
@@ -115,6 +122,7 @@ LAYOUTS: dict[str, Callable[[Path, dict, dict], Path]] = {
     "streamdiffusion, state_dict": _pt(lambda w, o: {"state_dict": prefixed(w, "model.")}),
     "streamdiffusion, flat": _pt(lambda w, o: dict(w)),
     "nested state_dict of generator": _pt(lambda w, o: {"state_dict": {"generator": prefixed(w, "model.")}}),
+    "causal rcm, flat net.": _pt(lambda w, o: rcm(w)),
     "torch.compile and data parallel": _pt(lambda w, o: {"generator": prefixed(w, "module.model._orig_mod.")}),
     "empty ema": _pt(lambda w, o: {"generator_ema": {}, "generator": prefixed(w, "model.")}),
     "old torch format": _legacy_pt,
