@@ -83,6 +83,7 @@ class StreamedChunk:
 
 
 CONTEXT = -1
+_OUTPUT_PATCHES = {"attn1_output_patch", "attn2_output_patch"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,6 +339,12 @@ def _batch_rows(latent: dict[str, Any], plan: ClipPlan) -> list[int] | None:
 def _warn(model: ModelPatcher, schedule: DiagonalSchedule) -> None:
     for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
         log.warning(warning)
+    if _OUTPUT_PATCHES & model.model_options["transformer_options"].get("patches", {}).keys():
+        log.warning(
+            "The MODEL carries a patch of what attention gives (Normalized Attention Guidance or the like), which "
+            "ComfyUI's Wan models do not look at: it changes nothing, and may cost a second forward. For Wan that "
+            "guidance is a patch of cross-attention, as other packs have it."
+        )
     shift = getattr(model.get_model_object("model_sampling"), "shift", None)
     if "model_sampling" in model.object_patches and shift not in (None, schedule.shift):
         log.warning(

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ class Place:
 
     @classmethod
     def find(cls, options: StreamOptions) -> Place:
-        prefix = options.filename_prefix
+        prefix = dated(options.filename_prefix, datetime.now())
         output = folder_paths.get_output_directory()
         # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
         if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
@@ -141,6 +142,23 @@ class Place:
                 f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
             ) from error
         return cls(Path(folder), filename, counter, subfolder)
+
+
+_DATE = re.compile(r"%date(?::([^%]*))?%")
+_DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+_USUAL_DATE = "yyyyMMddhhmmss"
+
+
+def dated(prefix: str, now: datetime) -> str:
+    """A prefix with the time of day in place of `%date:yyyy-MM-dd_hh-mm-ss%`, as ComfyUI's page has it for its own
+    nodes that save: yyyy or yy, and M, d, h, m, s, of one digit or two. `%date%` is all of them."""
+
+    def part(found: re.Match) -> str:
+        letters = found[0]
+        value = now.strftime(_DATE_PARTS[letters if letters in _DATE_PARTS else letters * 2])
+        return value if letters in _DATE_PARTS else str(int(value))
+
+    return _DATE.sub(lambda found: re.sub(r"yyyy|yy|MM?|dd?|hh?|mm?|ss?", part, found[1] or _USUAL_DATE), prefix)
 
 
 def _lies_in(folder: str, path: str) -> bool:

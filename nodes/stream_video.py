@@ -69,7 +69,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="video/diagonal",
-                    tooltip="Name of the file, below ComfyUI's output folder; a number is added.",
+                    tooltip="Name of the file, below ComfyUI's output folder; a number is added. %date:yyyy-MM-dd% "
+                    "becomes the date.",
                 ),
                 io.Combo.Input(
                     "format",

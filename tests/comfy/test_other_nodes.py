@@ -253,6 +253,16 @@ def test_cross_attention_that_another_pack_changed_stays_theirs(tiny_wan, causal
     assert difference(before, after) < CLOSE
 
 
+def test_comfyuis_own_nag_is_said_to_change_nothing(tiny_wan, causal, run, caplog):
+    from comfy_extras.nodes_nag import NAGuidance
+
+    plain = run(causal(tiny_wan))
+    assert not [record for record in caplog.records if "changes nothing" in record.getMessage()]
+    model = NAGuidance.execute(causal(tiny_wan), nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5).result[0]
+    assert difference(run(model), plain) < CLOSE
+    assert [record for record in caplog.records if "changes nothing" in record.getMessage()]
+
+
 def test_replaced_self_attention_is_refused(tiny_wan, causal, run):
     def own(module, original, x, freqs, transformer_options=None, **kwargs):
         return type(module).forward(module, x, freqs, transformer_options=transformer_options or {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -365,3 +366,19 @@ def test_whoever_answers_the_network_only_answers():
 def test_the_builtins_named_here_exist():
     """A typing mistake in a list of forbidden names would forbid nothing."""
     assert all(hasattr(builtins, name) for name in CODE_FROM_DATA)
+
+
+def test_what_the_registry_publishes_runs_by_itself():
+    """`.comfyignore` leaves out what users of the nodes do not need; what stays must not import it."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached"]
+    tracked, left_out = (
+        set(subprocess.run([*git, *more], capture_output=True, check=True).stdout.decode().split("\0")) - {""}
+        for more in ((), ("--ignored", "--exclude-from=.comfyignore"))
+    )
+    published = tracked - left_out
+    gone = {"tests", "bootstrap", "benchmarks", "distillation", ".ci"}
+    assert gone == {name.split("/")[0] for name in left_out if "/" in name} - {"docs"}
+    wanted = {"__init__.py", "queue_batch.py", "demo/demo_student.safetensors", "workflows/demo.json", "README.md"}
+    assert published >= wanted and "quickstart.py" in left_out
+    for name in sorted(name for name in published if name.endswith(".py")):
+        assert not gone & {imported_name.split(".")[0] for imported_name in imports_of(ROOT / name)}, name
