@@ -6,15 +6,19 @@ Nothing here talks to a server, and nothing a prompts file says becomes a path.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
 import re
+import time
 import unicodedata
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 Graph = dict[str, dict[str, Any]]
 
@@ -25,6 +29,8 @@ TEXT_INPUTS = ("text", "prompt", "value", "string")
 SEED_INPUTS = ("seed", "noise_seed")
 PROMPT_TITLES = frozenset({"prompt", "positive", "positive prompt"})
 SEED_TITLES = frozenset({"seed", "noise seed"})
+INTERRUPTED = "interrupted on the server"  # by a person: no failure of the job or the server
+BUSY_SECONDS = 2.0  # a virus scanner or an indexer may hold a file on Windows for so long
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # line ends to some readers of the log
 
 
@@ -55,7 +61,12 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped."""
+    """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped.
+
+    Raises BatchError where the file cannot be read, is no such text or holds no prompt.
+    """
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise BatchError(f"--prompts: {path} is a table; give a text file with one prompt a line and nothing else")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -68,7 +79,8 @@ def read_prompts(path: Path) -> list[str]:
             f"--prompts: {path} is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}; "
             "save the file again as UTF-8"
         ) from error
-    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    # Files put together keep the byte order mark of each.
+    lines = [line.strip().strip("\ufeff").strip() for line in re.split("\r\n|\r|\n", text)]
     prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not prompts:
         raise BatchError(f"--prompts: {path} holds no prompt; write one a line")
@@ -80,7 +92,7 @@ def read_prompts(path: Path) -> list[str]:
 def load_graph(path: Path) -> Graph:
     """Read a graph in ComfyUI's API form: {node id: {"class_type": ..., "inputs": {...}}}."""
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BatchError(f"cannot read the workflow {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -142,14 +154,21 @@ def _literals(graph: Graph, kind: type, names: tuple[str, ...] | None = None) ->
 
 
 def _widget_behind(graph: Graph, node_id: str, names: tuple[str, ...], kind: type) -> Target | None:
-    """The first of the inputs ``names`` of a node that is a ``kind``, or the primitive node linked to it."""
-    for name in names:
+    """The first of the inputs ``names`` of a node that is a ``kind``, or that of the node which it is linked to."""
+    names_of_sources = (*names, "value")
+    todo = [(node_id, name) for name in reversed(names)]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        node_id, name = place = todo.pop()
+        if place in seen:
+            continue
+        seen.add(place)
         value = graph[node_id]["inputs"].get(name)
         if isinstance(value, kind) and not isinstance(value, bool):
             return Target(node_id, name)
         source = _link_source(graph, value)
-        if source is not None and isinstance(graph[source]["inputs"].get("value"), kind):
-            return Target(source, "value")
+        if source is not None:
+            todo += [(source, name) for name in reversed(names_of_sources)]
     return None
 
 
@@ -172,6 +191,19 @@ def _text_behind_positive(graph: Graph) -> list[Target]:
         names = ["positive"] if "positive" in inputs else [n for n in inputs if "cond" in n]
         todo += [source for n in names if (source := _link_source(graph, inputs[n]))]
     return list(found)
+
+
+def _behind(graph: Graph, side: str, other: str) -> set[str]:
+    """The nodes from which something comes into an input called ``side``, but for what comes in by ``other``."""
+    found: set[str] = set()
+    todo = [source for node in graph.values() if (source := _link_source(graph, node["inputs"].get(side)))]
+    while todo:
+        node_id = todo.pop()
+        if node_id not in found:
+            found.add(node_id)
+            links = [value for name, value in graph[node_id]["inputs"].items() if name != other]
+            todo += [source for value in links if (source := _link_source(graph, value))]
+    return found
 
 
 def _resolve_override(graph: Graph, flag: str, reference: str, names: tuple[str, ...], kind: type) -> Target:
@@ -207,16 +239,21 @@ def _resolve_override(graph: Graph, flag: str, reference: str, names: tuple[str,
 
 
 def find_prompt_targets(graph: Graph, overrides: list[str]) -> list[Target]:
-    """Where the prompt goes: as told, else what ``positive`` links to, else by title, else the encoder."""
+    """Where the prompt goes: as told, else what ``positive`` links to, else by title, else the encoder.
+
+    Raises BatchError where that is no place or more than one; what only ``negative`` links to is none.
+    """
     if overrides:
         return [_resolve_override(graph, "--prompt-node", ref, TEXT_INPUTS, str) for ref in overrides]
     found = _text_behind_positive(graph)
+    # Where a text is behind a positive input that is not understood, another text of the graph is not it.
+    usable = (_behind(graph, "positive", "negative") or set(graph)) - _behind(graph, "negative", "positive")
     if not found:
-        titled = [node_id for node_id, node in graph.items() if _title(node).casefold() in PROMPT_TITLES]
-        found = [t for node_id in titled if (t := _widget_behind(graph, node_id, TEXT_INPUTS, str))]
+        titled = [node_id for node_id in graph if _title(graph[node_id]).casefold() in PROMPT_TITLES]
+        found = _texts_of(graph, titled, usable)
     if not found:
-        encoders = [node_id for node_id, node in graph.items() if node["class_type"].startswith("CLIPTextEncode")]
-        found = [t for node_id in encoders if (t := _widget_behind(graph, node_id, TEXT_INPUTS, str))]
+        encoders = [node_id for node_id in graph if graph[node_id]["class_type"].startswith("CLIPTextEncode")]
+        found = _texts_of(graph, encoders, usable)
     if len(found) != 1:
         candidates = _describe(graph, found or _literals(graph, str))
         raise BatchError(
@@ -226,21 +263,34 @@ def find_prompt_targets(graph: Graph, overrides: list[str]) -> list[Target]:
     return found
 
 
+def _texts_of(graph: Graph, node_ids: list[str], usable: set[str]) -> list[Target]:
+    return [t for i in node_ids if i in usable and (t := _widget_behind(graph, i, TEXT_INPUTS, str))]
+
+
 def find_seed_targets(graph: Graph, overrides: list[str]) -> list[Target]:
-    """Where the seed goes: as told, else the input called seed or noise_seed, else by title."""
+    """Where the seed goes: as told, else the input called seed or noise_seed, else by title.
+
+    Raises BatchError where that is no place or more than one; a link to something that holds no number is a place.
+    """
     if overrides:
         return [_resolve_override(graph, "--seed-node", ref, (*SEED_INPUTS, "value"), int) for ref in overrides]
     owners = [node_id for node_id, node in graph.items() if any(name in node["inputs"] for name in SEED_INPUTS)]
-    found = dict.fromkeys(t for node_id in owners if (t := _widget_behind(graph, node_id, SEED_INPUTS, int)))
-    if not found:
+    behind = {node_id: _widget_behind(graph, node_id, SEED_INPUTS, int) for node_id in owners}
+    found = dict.fromkeys(target for target in behind.values() if target)
+    places = len(found)
+    if found:
+        linked = [graph[i]["inputs"].get(name) for i, target in behind.items() if not target for name in SEED_INPUTS]
+        places += sum(_link_source(graph, value) is not None for value in linked)
+    else:
         titled = [node_id for node_id, node in graph.items() if _title(node).casefold() in SEED_TITLES]
         found = dict.fromkeys(
             t for node_id in titled if (t := _widget_behind(graph, node_id, (*SEED_INPUTS, "value"), int))
         )
-    if len(found) != 1:
-        candidates = _describe(graph, list(found) or _literals(graph, int))
+        places = len(found)
+    if places != 1:
+        candidates = _describe(graph, list(found) if 1 < len(found) == places else _literals(graph, int))
         raise BatchError(
-            f"the graph has {len(found)} places for the seed; choose with --seed-node ID[.INPUT] "
+            f"the graph has {places} places for the seed; choose with --seed-node ID[.INPUT] "
             f"(more than once to set several). Candidates: {candidates}"
         )
     return list(found)
@@ -259,15 +309,26 @@ class Job:
     name: str
     prompt_id: str
     home: str | None = None  # the server that an earlier, killed run had given it to
-    attempts: int = 0
+    attempts: int = 0  # how often it was sent to the server that has it
+    losses: int = 0  # how often a server was lost while this job ran there
     downloads: int = 0  # attempts to fetch its results
+    started: bool = False  # the server that has it has said so
+    ended: bool = False  # it is in the server's history
     outcome_unknown: bool = False  # the connection broke while the request was under way
     missing: int = 0  # polls in a row that found it neither queued nor finished
     posted: float = 0.0
+    tried: dict[str, str] = field(default_factory=dict)  # the servers that refused or failed it, and why
 
     @property
     def key(self) -> tuple[str, int]:
         return self.prompt, self.seed
+
+    def renew(self) -> None:
+        """Forget the server that had it: the next one gets it under another id."""
+        self.prompt_id, self.home = str(uuid.uuid4()), None
+        self.attempts = self.downloads = self.missing = 0
+        self.started = self.ended = self.outcome_unknown = False
+        self.posted = 0.0
 
 
 def slug(text: str) -> str:
@@ -317,7 +378,82 @@ def printable(text: str, limit: int = 300) -> str:
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
+# --------------------------------------------------------------------------------------------------- answers
+
+
+def refusal(status: int, answer: Any) -> str:
+    """The server's reason for not taking a graph, node by node."""
+    if not isinstance(answer, dict):
+        return f"the server refused the graph: HTTP {status}"
+    parts = []
+    node_errors = answer.get("node_errors")
+    for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
+        for error in node.get("errors") or []:
+            details = f": {error['details']}" if error.get("details") else ""
+            parts.append(f"{node.get('class_type')} (node {node_id}): {error.get('message')}{details}")
+    if not parts:
+        error = answer.get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+        parts.append(str(message or f"HTTP {status}"))
+    return printable("; ".join(parts), 1000)
+
+
+def failure(entry: dict[str, Any]) -> str | None:
+    """What went wrong in a finished job, or None if it succeeded."""
+    status = entry.get("status") or {}
+    if status.get("status_str") == "success":
+        return None
+    for event, data in status.get("messages") or []:
+        if event == "execution_error":
+            where = f"{data.get('node_type')} (node {data.get('node_id')})"
+            return printable(
+                f"{where}: {data.get('exception_type')}: {str(data.get('exception_message')).strip()}", 1000
+            )
+        if event == "execution_interrupted":
+            return INTERRUPTED
+    return "failed on the server, which gave no reason"
+
+
 # ------------------------------------------------------------------------------------------------------- log
+
+T = TypeVar("T")
+
+
+def insist(action: Callable[[], T]) -> T:
+    """Do something with a file, again for two seconds where another program has it open (on Windows).
+
+    Raises the OSError of the last try.
+    """
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            if time.monotonic() > give_up:
+                raise
+        time.sleep(0.1)
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file until its process ends; False where another has it.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
+    return True
 
 
 class BatchLog:
@@ -327,6 +463,8 @@ class BatchLog:
         done: the (prompt, seed) pairs that an earlier run finished with the graph ``digest``.
         foreign: how many finished lines another graph made.
         inflight: (prompt, seed) -> (prompt id, server) of jobs whose end is not known.
+
+    LOG.lock keeps a second program from it. Raises BatchError where the log cannot be used.
     """
 
     def __init__(self, path: Path, digest: str, *, resume: bool) -> None:
@@ -337,19 +475,35 @@ class BatchLog:
         self.inflight: dict[tuple[str, int], tuple[str, str]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            size = path.stat().st_size if path.exists() else 0
-            if (size or self.inflight_path.exists()) and not resume:
-                raise BatchError(
-                    f"the log {path} is there from an earlier run; add --resume to skip what it has done, "
-                    "or name another file with --log"
-                )
-            if size:
-                self._read_and_repair()
-            if self.inflight_path.exists():
-                self._read_inflight()
-            self._file = open(path, "ab", buffering=0)
+            self._lock = open(path.with_name(path.name + ".lock"), "ab")
+            try:
+                self._file = self._open(resume=resume)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             raise BatchError(f"--log: cannot use {path}: {error.strerror}") from error
+
+    def _open(self, *, resume: bool) -> FileIO:
+        if not self._is_ours():
+            raise BatchError(f"--log: another queue_batch.py is using this log ({self.path}); name another file")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if (size or self.inflight_path.exists()) and not resume:
+            raise BatchError(
+                f"the log {self.path} is there from an earlier run; add --resume to skip what it has done, "
+                "or name another file with --log"
+            )
+        if size:
+            self._read_and_repair()
+        if self.inflight_path.exists():
+            self._read_inflight()
+        return open(self.path, "ab", buffering=0)
+
+    def _is_ours(self) -> bool:
+        try:
+            return try_lock(self._lock)
+        except OSError:  # some network drives have no locks
+            return True
 
     def _read_and_repair(self) -> None:
         """Read all lines; a half line that a crash left at the end is cut off."""
@@ -395,10 +549,14 @@ class BatchLog:
             self.foreign += 1
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line and make it durable before anything else happens."""
+        """Write one line and make it durable before anything else happens. Raises BatchError."""
         line = json.dumps(record, ensure_ascii=False).translate(LINE_BREAKS) + "\n"
+        raw = line.encode("utf-8", "backslashreplace")
         try:
-            self._file.write(line.encode("utf-8", "backslashreplace"))
+            end = self._file.seek(0, os.SEEK_END)
+            if self._file.write(raw) != len(raw):  # a disk that fills up takes a part
+                self._file.truncate(end)
+                raise BatchError(f"cannot write the log {self.path}: the disk took a part of a line; is it full?")
             os.fsync(self._file.fileno())
         except OSError as error:
             raise BatchError(f"cannot write the log {self.path}: {error.strerror}") from error
@@ -417,19 +575,20 @@ class BatchLog:
         try:
             if jobs:
                 partial.write_text(json.dumps({"graph": self.digest, "jobs": jobs}), encoding="utf-8")
-                os.replace(partial, self.inflight_path)
+                insist(lambda: os.replace(partial, self.inflight_path))
             else:
-                self.inflight_path.unlink(missing_ok=True)
+                insist(lambda: self.inflight_path.unlink(missing_ok=True))
         except OSError as error:
             raise BatchError(f"cannot write {self.inflight_path}: {error.strerror}") from error
 
     def close(self) -> None:
         self._file.close()
+        self._lock.close()
 
 
 def json_object(raw: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(raw.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

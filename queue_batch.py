@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -27,6 +28,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import aiohttp
@@ -49,29 +51,37 @@ if __name__ == "__main__":  # the Python of ComfyUI's portable build does not lo
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from batch_jobs import (  # noqa: E402
+    INTERRUPTED,
     BatchError,
     BatchLog,
     Graph,
     Job,
     Target,
+    failure,
     find_prompt_targets,
     find_seed_targets,
     graph_digest,
     graph_for,
+    insist,
     json_object,
     load_graph,
     make_jobs,
     parse_seeds,
     printable,
     read_prompts,
+    refusal,
 )
 
 MAX_ATTEMPTS = 3  # a job that takes its server down with it is not tried for ever
+MAX_FAULTS = 3  # jobs in a row that a server cannot do and others can: it is the server
 POLL_SECONDS = 5.0  # the websocket tells at once; this finds what it missed
 TICK_SECONDS = 0.5
 QUIET_SECONDS = 600.0  # without a word of the job whose turn it is: few nodes take that long, a dead worker for ever
 HEARTBEAT_SECONDS = 30.0  # generous: a server in a long compile answers pings late
+PATIENCE_SECONDS = 600.0
 FIRST_CONTACT_SECONDS = 10.0  # a server that never answered is given up sooner than one that was lost
+RETRY_SECONDS = 30.0  # how often one that was given up is looked for while others work
+STALL_MINUTES = 60.0
 STABLE_SECONDS = 5.0  # a connection that held this long was a good one
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 10.0
 CONNECT_SECONDS = 20.0
@@ -80,6 +90,8 @@ REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 DOWNLOAD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 CANCEL_TIMEOUT = aiohttp.ClientTimeout(total=10)
 PASSING_STATUS = {502, 503, 504}  # a proxy before a server that is restarting
+ODD_ANSWER = (TypeError, AttributeError, LookupError, ValueError)  # what reading a server that is no ComfyUI raises
+MAX_IMAGES = 1_000_000  # of one result: a name with a larger number was not counted up to
 # Results keep these suffixes; any other becomes .bin, so that no server makes a download a program by name.
 MEDIA_SUFFIXES = frozenset(
     ".mp4 .webm .mkv .mov .avi .gif .png .jpg .jpeg .webp .avif .exr .tiff .flac .mp3 .opus .ogg .wav "
@@ -90,6 +102,10 @@ VIDEO_SUFFIXES = frozenset(".mp4 .webm .mkv .mov .avi .gif".split())
 
 class DownloadError(Exception):
     """A result that the server does not hand over."""
+
+
+class ServerUnfit(Exception):
+    """The server answers, and is of no use to this batch."""
 
 
 class ConnectionLost(Exception):
@@ -104,9 +120,17 @@ class ConnectionLost(Exception):
 
 
 def server_url(text: str) -> str:
-    """The address of a server without a slash at its end; http:// where no scheme is given."""
+    """The address of a server without a slash at its end; http:// where no scheme is given.
+
+    Raises BatchError where it is no address.
+    """
     url = text if "://" in text else f"http://{text}"
-    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+    try:
+        parts = urlsplit(url)  # its port raises ValueError where it is no number, and so does a host like a..b
+        is_url = re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) and parts.port != 0 and parts.hostname.encode("idna")
+    except (ValueError, AttributeError):
+        is_url = False
+    if not is_url:
         raise BatchError(f"--server {text!r} is no address; write it like http://127.0.0.1:8188")
     return url.rstrip("/")
 
@@ -119,7 +143,10 @@ def _lost(error: BaseException) -> ConnectionLost:
 
 @dataclass(eq=False)
 class Server:
-    """HTTP calls to one ComfyUI server; any failure to get an answer is a ConnectionLost."""
+    """HTTP calls to one ComfyUI server; any failure to get an answer is a ConnectionLost.
+
+    An answer that is not as ComfyUI's raises one of ODD_ANSWER, here or where it is read.
+    """
 
     url: str
     session: aiohttp.ClientSession
@@ -127,7 +154,12 @@ class Server:
     jobs: dict[str, Job] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     reached: bool = False
-    settled: int = 0  # jobs that ended here
+    open: bool = True  # it may get jobs: False once it is given up, until it answers again
+    out: bool = False  # it gets no more jobs, whatever it answers
+    settled: int = 0  # jobs that it did
+    faults: int = 0  # jobs in a row that it refused or failed and another did
+    late: bool = False  # it did not answer in the first seconds, nor since
+    doubted: bool = False  # whether a person was told that it refused or failed one, since the last that it did
     heard: float = 0.0  # when it last said something of a job that it has
     quiet: bool = False  # whether a person was told that it says nothing
 
@@ -149,7 +181,7 @@ class Server:
             raise ConnectionLost(f"HTTP {status}")
         try:
             return status, json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return status, None
 
     async def get(self, path: str) -> dict[str, Any]:
@@ -159,10 +191,13 @@ class Server:
         return answer
 
     async def queued_ids(self) -> list[str]:
-        """The ids that run or wait, as often as they do."""
+        """The ids that run or wait, as often as they do; marks those of ``jobs`` that run as started."""
         answer = await self.get("/queue")
-        entries = [*answer.get("queue_running", []), *answer.get("queue_pending", [])]
-        return [entry[1] for entry in entries if isinstance(entry, list) and len(entry) > 1]
+        running, pending = ([entry[1] for entry in answer[f"queue_{state}"]] for state in ("running", "pending"))
+        for prompt_id in running:
+            if prompt_id in self.jobs:
+                self.jobs[prompt_id].started = True
+        return [*running, *pending]
 
     async def finished(self, prompt_id: str) -> dict[str, Any] | None:
         return (await self.get(f"/history/{prompt_id}")).get(prompt_id)
@@ -181,44 +216,11 @@ class Server:
         return True
 
 
-def refusal(status: int, answer: Any) -> str:
-    """The server's reason for not taking a graph, node by node."""
-    if not isinstance(answer, dict):
-        return f"the server refused the graph: HTTP {status}"
-    parts = []
-    node_errors = answer.get("node_errors")
-    for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
-        for error in node.get("errors", []):
-            details = f": {error['details']}" if error.get("details") else ""
-            parts.append(f"{node.get('class_type')} (node {node_id}): {error.get('message')}{details}")
-    if not parts:
-        error = answer.get("error")
-        message = error.get("message") if isinstance(error, dict) else error
-        parts.append(str(message or f"HTTP {status}"))
-    return printable("; ".join(parts), 1000)
-
-
-def failure(entry: dict[str, Any]) -> str | None:
-    """What went wrong in a finished job, or None if it succeeded."""
-    status = entry.get("status") or {}
-    if status.get("status_str", "success") == "success":
-        return None
-    for event, data in status.get("messages", []):
-        if event == "execution_error":
-            where = f"{data.get('node_type')} (node {data.get('node_id')})"
-            return printable(
-                f"{where}: {data.get('exception_type')}: {str(data.get('exception_message')).strip()}", 1000
-            )
-        if event == "execution_interrupted":
-            return "interrupted on the server"
-    return "failed on the server, which gave no reason"
-
-
 def seconds_taken(entry: dict[str, Any], posted: float) -> float:
     """Seconds from start to end on the server; where it does not say, since the job was sent."""
     stamps = {
         event: data.get("timestamp")
-        for event, data in (entry.get("status") or {}).get("messages", [])
+        for event, data in (entry.get("status") or {}).get("messages") or []
         if isinstance(data, dict)
     }
     start = stamps.get("execution_start")
@@ -251,7 +253,8 @@ def _earlier_images(last: str) -> list[str]:
     number, dot, suffix = last.partition(".")
     if not (number.isascii() and number.isdecimal() and len(number) <= 8):
         return []
-    return [f"{n:0{len(number)}}{dot}{suffix}" for n in range(1, int(number))]
+    count = int(number)
+    return [f"{n:0{len(number)}}{dot}{suffix}" for n in range(1, count)] if count <= MAX_IMAGES else []
 
 
 def media_suffix(filename: str) -> str:
@@ -313,13 +316,22 @@ class Display:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line chose; ``patience`` in seconds, ``output`` None leaves results on the server."""
+    """What the command line chose.
+
+    Attributes:
+        patience: seconds to wait for a server that was lost.
+        first_patience: seconds to wait for one that has not answered yet.
+        stall: seconds without a word of the job whose turn it is after which its server is given up.
+        output: where results are downloaded to; None leaves them on the server.
+    """
 
     graph: Graph
     prompt_targets: list[Target]
     seed_targets: list[Target]
     in_flight: int
     patience: float
+    first_patience: float
+    stall: float
     output: Path | None
 
 
@@ -329,73 +341,135 @@ class Batch:
 
     def __init__(self, jobs: list[Job], servers: list[Server], options: Options, log: BatchLog, display: Display):
         self.waiting = deque(jobs)
+        self.homeless: list[Job] = []  # an earlier run left them on a server that is none of ours by name
+        self.unasked = set(servers)  # those that were not yet asked for them
         self.servers = servers
+        self.by_url = {server.url: server for server in servers}
         self.options = options
         self.log = log
         self.display = display
         self.failed = 0
         self.unfinished = len(jobs)
 
+    @property
+    def over(self) -> bool:
+        """Whether every job is finished or no server is left."""
+        return not self.unfinished or not any(server.open or server.jobs for server in self.servers)
+
     async def run(self) -> None:
-        """Run until every job is finished or every server is given up."""
+        """Run until every job is finished or every server is given up.
+
+        Raises BatchError where the log or a result cannot be written: the jobs in flight go on then, and LOG.inflight
+        has them. A cancelled batch takes its jobs off the servers.
+        """
         self._adopt()
         tasks = [asyncio.create_task(self._serve(server)) for server in self.servers]
+        takes_back = True
         try:
             await asyncio.gather(*tasks)
+        except BatchError:
+            takes_back = False
+            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(self._cancel(server) for server in self.servers if server.jobs))
+            if takes_back:
+                await asyncio.gather(*(self._cancel(server) for server in self.servers))
 
     async def _cancel(self, server: Server) -> None:
-        jobs = list(server.jobs.values())
-        if await server.cancel(jobs):
+        """Take back what a server has not finished; what it has stays in LOG.inflight for --resume to fetch."""
+        jobs = [job for job in server.jobs.values() if not job.ended]
+        if jobs and await server.cancel(jobs):
             for job in jobs:
                 if not job.outcome_unknown:  # else it may arrive yet: --resume looks there first
                     self.log.forget(job)
 
     def _adopt(self) -> None:
         """Give the jobs that a killed run left in flight back to their servers, to be looked up there."""
-        by_url = {server.url: server for server in self.servers}
         for job in [job for job in self.waiting if job.home]:
-            if job.home in by_url:
-                self.waiting.remove(job)
-                by_url[job.home].jobs[job.prompt_id] = job
+            self.waiting.remove(job)
+            if job.home in self.by_url:
+                self.by_url[job.home].jobs[job.prompt_id] = job
             else:
+                self.homeless.append(job)
                 self.display.line(
-                    f"seed {job.seed} was left on {job.home}, which is not in --server; it is queued anew"
+                    f"seed {job.seed} was left on {job.home}, which is not in --server; it is looked for on all"
                 )
+
+    async def _look_around(self, server: Server) -> None:
+        """A server may have another name now than in an earlier run: take the jobs that it has."""
+        for job in list(self.homeless):
+            entry, queued = await self._look_up(server, job)
+            if (entry or queued) and job in self.homeless:
+                self.homeless.remove(job)
+                server.jobs[job.prompt_id] = job
+        self._asked(server)
+
+    def _asked(self, server: Server) -> None:
+        """Jobs that no server has are queued anew, under other ids."""
+        self.unasked.discard(server)
+        if not self.unasked:
+            for job in self.homeless:
+                job.renew()
+            self.waiting.extendleft(reversed(self.homeless))
+            self.homeless.clear()
 
     async def _serve(self, server: Server) -> None:
         """Keep one server busy; on a lost connection come back, look up what became of its jobs, go on."""
         lost_since, backoff, told = time.monotonic(), FIRST_BACKOFF_SECONDS, False
-        while self.unfinished:
+        refused = True  # every attempt to connect since it was lost
+        while not self.over:
             connected, settled = None, server.settled
             try:
                 async with await self._websocket(server) as socket:
                     connected = time.monotonic()
                     if told:
                         self.display.line(f"{server.label}: connected again")
-                    server.reached = True
+                    if not server.open:
+                        lost_since, backoff = connected, FIRST_BACKOFF_SECONDS
+                    server.reached, server.late, server.open = True, False, not server.out
+                    await self._look_around(server)
                     await self._reconcile(server)
                     await self._pump(server, socket)
                     return
             except ConnectionLost as error:
                 lost = error
+            except ServerUnfit as error:
+                self._give_up(server, str(error), for_good=True)
+                return
+            except ODD_ANSWER as error:
+                self._give_up(server, f"it answers not as ComfyUI does: {error!r}", for_good=True)
+                return
+            refused = connected is not None or (refused and lost.refused)
             held = connected is not None and time.monotonic() - connected > STABLE_SECONDS
             if held or server.settled > settled:
                 lost_since, backoff, told = time.monotonic(), FIRST_BACKOFF_SECONDS, False
             if not told:
                 self.display.line(f"{server.label}: no connection ({lost}); trying again")
                 told = True
-            patience = self.options.patience if server.reached else min(self.options.patience, FIRST_CONTACT_SECONDS)
-            if time.monotonic() - lost_since > patience:
-                self._give_up(server, lost)
+            if not server.reached and time.monotonic() - lost_since > FIRST_CONTACT_SECONDS:
+                server.late = True
+                self._drop_untakable()
+            # Where others work, it costs nothing to wait for one that may have jobs of an earlier run.
+            waits_long = server.reached or (server.jobs and len(self.servers) > 1)
+            patience = self.options.patience if waits_long else self.options.first_patience
+            if (server.open or server.jobs) and time.monotonic() - lost_since > patience:
+                self._give_up(server, str(lost), dead=refused and lost.refused)
+            if server.open or server.jobs:
+                self.display.note(server.url, "no connection")
+                await self._pause(backoff)
+                backoff = min(backoff * 2, MAX_BACKOFF_SECONDS)
+            elif server.out:
                 return
-            self.display.note(server.url, "no connection")
-            await asyncio.sleep(backoff)
-            backoff = min(backoff * 2, MAX_BACKOFF_SECONDS)
+            else:
+                await self._pause(RETRY_SECONDS)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the end of the batch."""
+        until = time.monotonic() + seconds
+        while not self.over and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, TICK_SECONDS))
 
     async def _websocket(self, server: Server) -> aiohttp.ClientWebSocketResponse:
         url = f"{server.url}/ws?clientId={server.client_id}"
@@ -412,9 +486,8 @@ class Batch:
         reader = asyncio.create_task(self._read_events(server, socket))
         last_poll = server.heard = time.monotonic()
         try:
-            while self.unfinished:
-                while self.waiting and len(server.jobs) < self.options.in_flight:
-                    job = self.waiting.popleft()
+            while self.unfinished and (server.open or server.jobs):
+                while server.open and len(server.jobs) < self.options.in_flight and (job := self._next_for(server)):
                     server.jobs[job.prompt_id] = job
                     await self._post(server, job)
                 try:
@@ -432,26 +505,42 @@ class Batch:
         finally:
             reader.cancel()
 
+    def _next_for(self, server: Server) -> Job | None:
+        """Take the first waiting job that this server has not tried."""
+        for place, job in enumerate(self.waiting):
+            if server.url not in job.tried:
+                del self.waiting[place]
+                return job
+        return None
+
     async def _read_events(self, server: Server, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for message in socket:
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue  # previews
             event = json_object(message.data.encode()) or {}
             data = event.get("data")
-            if not isinstance(data, dict) or data.get("prompt_id") not in server.jobs:
+            prompt_id = data.get("prompt_id") if isinstance(data, dict) else None
+            if not isinstance(prompt_id, str) or prompt_id not in server.jobs:
                 continue
             server.heard, server.quiet = time.monotonic(), False
-            job = server.jobs[data["prompt_id"]]
+            job = server.jobs[prompt_id]
+            job.started = True
+            value, most = data.get("value"), data.get("max")
             if event.get("type") == "executing" and data.get("node") is None:
                 server.wake.set()  # sent after the job is in the history
-            elif event.get("type") == "progress" and data.get("max"):
-                self.display.note(server.url, f"seed {job.seed} {job.prompt}", data.get("value", 0) / data["max"])
+            elif event.get("type") == "progress" and isinstance(value, (int, float)) and isinstance(most, (int, float)):
+                self.display.note(server.url, f"seed {job.seed} {job.prompt}", value / most if most else 0.0)
 
     def _notice_silence(self, server: Server, queued: list[str]) -> None:
-        """Tell a person once when the job at the head of a server's queue is ours and nothing is heard of it."""
+        """Tell a person once when the job at the head of a server's queue is ours and nothing is heard of it.
+
+        Raises ServerUnfit where that lasts: a server whose worker is dead accepts jobs and runs none.
+        """
         if not queued or queued[0] not in server.jobs:
             server.heard = time.monotonic()  # it is the turn of others
         silence = time.monotonic() - server.heard
+        if silence > self.options.stall:
+            raise ServerUnfit(f"no word of its job for {silence / 60:.0f} minutes, see --stall")
         if silence > QUIET_SECONDS and not server.quiet:
             server.quiet = True
             self.display.line(
@@ -479,6 +568,7 @@ class Batch:
 
     async def _reconcile(self, server: Server) -> None:
         """After a (re)connection: keep what waits, collect what finished, send again what was lost."""
+        lost = []
         for job in list(server.jobs.values()):
             entry, queued = await self._look_up(server, job)
             if not entry and not queued and job.outcome_unknown:
@@ -487,16 +577,25 @@ class Batch:
             if entry and failure(entry) and not job.attempts:
                 # An earlier run's job that failed, or was interrupted by its Ctrl-C: --resume tries it again.
                 del server.jobs[job.prompt_id]
-                job.prompt_id, entry = str(uuid.uuid4()), None
-                server.jobs[job.prompt_id] = job
+                job.renew()
+                server.jobs[job.prompt_id], entry = job, None
             if entry:
                 await self._finish(server, job, entry)
             elif queued:
                 job.outcome_unknown = False
-            elif job.attempts >= MAX_ATTEMPTS:
-                self._fail(server, job, f"the server was lost {job.attempts} times while it had this job")
             else:
-                await self._post(server, job)
+                lost.append(job)
+        for job in self._survivors(server, lost):
+            await self._post(server, job)
+
+    def _survivors(self, server: Server, lost: list[Job]) -> list[Job]:
+        """Those of the jobs a server has lost that may run again: not one that was lost too often as it ran."""
+        sent = [job for job in lost if job.attempts]
+        for job in [job for job in sent if job.started] or sent[:1]:  # the first may have ended it before a word
+            job.losses += 1
+            if job.losses >= MAX_ATTEMPTS:
+                self._fail(server, job, f"the server was lost {job.losses} times while it had this job")
+        return [job for job in lost if job.losses < MAX_ATTEMPTS]
 
     async def _look_up(self, server: Server, job: Job) -> tuple[dict[str, Any] | None, bool]:
         """The history entry of a job, and whether it still waits or runs."""
@@ -510,7 +609,7 @@ class Batch:
         body = {"prompt": graph, "prompt_id": job.prompt_id, "client_id": server.client_id}
         self.log.start(job, server.url)
         job.attempts += 1
-        job.missing = 0
+        job.missing, job.started, job.ended = 0, False, False
         job.posted = time.monotonic()
         job.outcome_unknown = True
         status, answer = await server.request("POST", "/prompt", body=body)
@@ -519,7 +618,7 @@ class Batch:
         if status != 200 or not isinstance(answer, dict) or errors:
             if status == 200:  # it took the part of the graph that is valid: that is not what was asked for
                 await server.cancel([job])
-            self._fail(server, job, refusal(status, answer))
+            self._turn_down(server, job, refusal(status, answer))
             return
         if answer.get("prompt_id") not in (None, job.prompt_id):
             raise BatchError(f"{server.url} ignores prompt_id: it needs a newer ComfyUI (0.30 was tested)")
@@ -533,10 +632,17 @@ class Batch:
             await server.request("POST", "/queue", body={"delete": [job.prompt_id]})  # removes one that waits
 
     async def _finish(self, server: Server, job: Job, entry: dict[str, Any]) -> None:
+        job.ended = True
         seconds, error = seconds_taken(entry, job.posted), failure(entry)
-        if error:
+        if error == INTERRUPTED:
             self._fail(server, job, error, seconds)
-            return
+        elif error:
+            self._turn_down(server, job, error, seconds)
+        else:
+            await self._collect(server, job, entry, seconds)
+
+    async def _collect(self, server: Server, job: Job, entry: dict[str, Any], seconds: float) -> None:
+        """Fetch the results of a job that succeeded, and log it."""
         results = result_files(entry, every_image=self.options.output is not None)
         files = [f"{r['type']}/{r['subfolder']}/{r['filename']}".replace("//", "/") for r in results]
         if self.options.output is not None:
@@ -544,9 +650,11 @@ class Batch:
             try:
                 files = [await self._download(server, job, result, i) for i, result in enumerate(results)]
             except (ConnectionLost, DownloadError) as problem:
-                if isinstance(problem, ConnectionLost) and job.downloads < MAX_ATTEMPTS:
+                lost = isinstance(problem, ConnectionLost)
+                if lost and job.downloads < MAX_ATTEMPTS:
                     raise
-                self._fail(server, job, f"it ran, but its result was not downloaded: {problem}", seconds, keep=True)
+                # What the server says it does not have is not asked for again: --resume makes it anew.
+                self._fail(server, job, f"it ran, but its result was not downloaded: {problem}", seconds, keep=lost)
                 return
         self._record(server, job, "done", seconds, files=files)
 
@@ -565,14 +673,59 @@ class Batch:
                 with open(partial, "wb") as file:
                     async for block in response.content.iter_chunked(1 << 20):
                         file.write(block)
-            os.replace(partial, path)
+                    file.flush()
+                    os.fsync(file.fileno())  # the log says that it is there
+            insist(lambda: os.replace(partial, path))
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise _lost(error) from error
         except OSError as error:
             raise BatchError(f"cannot write {path}: {error.strerror}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                insist(lambda: partial.unlink(missing_ok=True))
         return str(path)
+
+    def _turn_down(self, server: Server, job: Job, error: str, seconds: float = 0.0) -> None:
+        """A server refused or failed a job: one that has not tried it gets it; where none is left, it failed."""
+        job.tried[server.url] = error
+        if not self._another_can_try(job):
+            self._fail(server, job, error, seconds)
+            return
+        if not server.doubted:
+            server.doubted = True
+            what = f"seed {job.seed}, {printable(job.prompt, 60)}"
+            self.display.line(f"{server.label}: {what}: {error}; another server tries it")
+        self._move(server, job)
+
+    def _another_can_try(self, job: Job) -> bool:
+        return any(server.open and not server.late and server.url not in job.tried for server in self.servers)
+
+    def _move(self, server: Server, job: Job) -> None:
+        """Let another server have a job that this one does not run."""
+        self.log.forget(job)
+        del server.jobs[job.prompt_id]
+        job.renew()
+        self.waiting.appendleft(job)
+
+    def _blame(self, job: Job) -> None:
+        """A job is done: servers that could not do it, and several others before it, get no more."""
+        for other in (self.by_url[url] for url in job.tried):
+            other.faults += 1
+            if other.faults >= MAX_FAULTS and other.open and any(s.open for s in self.servers if s is not other):
+                other.open, other.out = False, True
+                self.display.line(
+                    f"{other.label}: it gets no more jobs, for others did the last {other.faults} that it could not: "
+                    f"{job.tried[other.url]}"
+                )
+                self._drop_untakable()
+
+    def _drop_untakable(self) -> None:
+        """Fail the waiting jobs that every server at work has tried; those that none has tried are left waiting."""
+        for job in [job for job in self.waiting if job.tried]:
+            if not self._another_can_try(job):
+                self.waiting.remove(job)
+                url, error = list(job.tried.items())[-1]
+                self._fail(self.by_url[url], job, error)
 
     def _fail(self, server: Server, job: Job, error: str, seconds: float = 0.0, *, keep: bool = False) -> None:
         self.failed += 1
@@ -609,24 +762,35 @@ class Batch:
         if not keep:
             self.log.forget(job)
         server.jobs.pop(job.prompt_id, None)
-        server.settled += 1
         self.unfinished -= 1
+        if status == "done":
+            server.settled += 1
+            server.faults, server.doubted = 0, False
+            self._blame(job)
         self.display.job(record)
         self.display.note(server.url, "")
 
-    def _give_up(self, server: Server, lost: ConnectionLost) -> None:
-        """Stop waiting for a server. Its jobs move on only if they cannot be running there any more."""
-        others = [s for s in self.servers if s is not server and s.reached]
+    def _give_up(self, server: Server, reason: str, *, dead: bool = False, for_good: bool = False) -> None:
+        """Stop waiting for a server.
+
+        Args:
+            dead: nothing has listened on its port all the time: its jobs move to other servers. Else they may run
+                there yet, and fail; --resume looks there first.
+            for_good: it gets no jobs any more even if it answers again.
+        """
+        server.open, server.out = False, server.out or for_good
+        others = any(other.open for other in self.servers)
         hint = "" if server.reached else "; is ComfyUI running there?"
-        self.display.line(f"{server.label}: given up ({lost}){hint}")
-        for job in list(server.jobs.values()):
-            if lost.refused and others:
-                self.log.forget(job)
-                del server.jobs[job.prompt_id]
-                self.waiting.appendleft(job)
-            else:
-                self._fail(server, job, f"lost {server.url} ({lost}); --resume looks there first", keep=True)
-        server.reached = False  # no other's jobs are to move here
+        self.display.line(f"{server.label}: given up ({reason}){hint}")
+        jobs = list(server.jobs.values())
+        if dead and others:
+            for job in reversed(self._survivors(server, jobs)):
+                self._move(server, job)
+        else:
+            for job in jobs:
+                self._fail(server, job, f"lost {server.url} ({reason}); --resume looks there first", keep=True)
+        self._drop_untakable()
+        self._asked(server)
 
 
 # --------------------------------------------------------------------------------------------------- command
@@ -646,12 +810,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-node", action="append", default=[], metavar="ID[.INPUT]", help="node id or title")
     parser.add_argument("--seed-node", action="append", default=[], metavar="ID[.INPUT]", help="node id or title")
     parser.add_argument("--in-flight", type=int, default=2, help="jobs queued at once on each server (default: 2)")
-    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for a lost server (default: 600)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        help="seconds to wait for a server that is lost (default: 600) or does not answer yet (default: 10); one that "
+        "refuses connections for so long is taken for dead, and its jobs move to other servers",
+    )
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=STALL_MINUTES,
+        metavar="MINUTES",
+        help="give a server up that says nothing of its job for so long (default: 60; inf: never)",
+    )
     options = parser.parse_args(arguments)
     if options.in_flight < 1:
         parser.error(f"--in-flight must be 1 or more, got {options.in_flight}")
-    if not options.patience >= 0:
+    if options.patience is not None and not options.patience >= 0:
         parser.error(f"--patience must be 0 or more seconds, got {options.patience}")
+    if not options.stall > 0:
+        parser.error(f"--stall must be more than 0 minutes, got {options.stall}")
     return options
 
 
@@ -665,6 +843,7 @@ async def run_batch(jobs: list[Job], urls: list[str], options: Options, log: Bat
     def stop() -> None:
         nonlocal stopped
         if stopped:
+            display.close()  # gives a terminal its cursor back
             os._exit(130)  # the second Ctrl-C does not wait for servers
         stopped = True
         main_task.cancel()
@@ -685,7 +864,10 @@ async def run_batch(jobs: list[Job], urls: list[str], options: Options, log: Bat
                 display.line(f"stopped: {batch.unfinished} of {len(jobs)} jobs not finished; --resume goes on")
                 return 130
             except BatchError as error:
-                display.line(f"stopped: {error}; {batch.unfinished} of {len(jobs)} jobs not finished")
+                display.line(
+                    f"stopped: {error}; {batch.unfinished} of {len(jobs)} jobs not finished; what the servers have "
+                    "goes on, and --resume looks there first"
+                )
                 return 1
     finally:
         display.close()
@@ -739,7 +921,9 @@ def run_command(arguments: argparse.Namespace) -> int:
             prompt_targets=prompt_targets,
             seed_targets=seed_targets,
             in_flight=arguments.in_flight,
-            patience=arguments.patience,
+            patience=PATIENCE_SECONDS if arguments.patience is None else arguments.patience,
+            first_patience=FIRST_CONTACT_SECONDS if arguments.patience is None else arguments.patience,
+            stall=arguments.stall * 60,
             output=output,
         )
         return asyncio.run(run_batch(todo, urls, options, log))

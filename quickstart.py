@@ -14,6 +14,14 @@ if __name__ == "__main__":
             "those, e.g. `python3.12 quickstart.py`.\n" % sys.version_info[:2]
         )
         sys.exit(1)
+    from importlib.util import find_spec
+
+    if find_spec("venv") is None:
+        sys.stderr.write(
+            "quickstart: this Python has no venv, as the one in ComfyUI's portable build. Install Python 3.12 from "
+            'python.org, or install the pack into your ComfyUI: README.md, "Use it in your ComfyUI".\n'
+        )
+        sys.exit(1)
     # An embedded Python does not look for modules beside the script.
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     from bootstrap.cli import main

@@ -20,6 +20,8 @@ import aiohttp
 import av
 from PIL import Image, ImageDraw, ImageFont
 
+from batch_jobs import BatchError, failure, find_prompt_targets, refusal
+
 SAMPLERS = ("DiagonalChunkSampler", "DiagonalStreamVideo")
 EVENT = "diagonal.progress"  # what the sampler sends after every forward
 POLL_S = 2.0  # how often the history is asked, in case the websocket misses the end
@@ -48,24 +50,20 @@ def _find(graph: dict, name: str, kind: type) -> Iterator[dict]:
             yield node["inputs"]
 
 
-def _positive_text(graph: dict) -> dict:
-    """Return the inputs of the CLIPTextEncode that the sampler's positive conditioning comes from."""
-    samplers = [node for node in graph.values() if "positive" in node.get("inputs", {})]
-    link = samplers[0]["inputs"]["positive"] if samplers else None
-    for _ in graph:  # a path through the graph is no longer than the graph
-        if not isinstance(link, list) or str(link[0]) not in graph:
-            break
-        inputs = graph[str(link[0])]["inputs"]
-        if isinstance(inputs.get("text"), str):
-            return inputs
-        link = next((inputs[name] for name in ("positive", "conditioning") if name in inputs), None)
-    raise JobError("--prompt: the workflow has no CLIPTextEncode on its sampler's positive input.")
+def _prompt_place(graph: dict) -> tuple[dict, str]:
+    """Return the inputs that hold the prompt, and its name there. Raises JobError where that is not one place."""
+    try:
+        (target,) = find_prompt_targets(graph, [])
+    except BatchError:
+        raise JobError("--prompt: the workflow has no CLIPTextEncode on its sampler's positive input.") from None
+    return graph[target.node_id]["inputs"], target.name
 
 
 def edit_graph(graph: dict, *, prompt: str | None, seed: int | None, length: int | None, prefix: str) -> None:
     """Set the prompt, seed and length (pixel frames; None keeps the workflow's) and the file name, in place."""
     if prompt is not None:
-        _positive_text(graph)["text"] = prompt
+        inputs, key = _prompt_place(graph)
+        inputs[key] = prompt
     for name, value in (("seed", seed), ("length", length)):
         if value is None:
             continue
@@ -213,31 +211,6 @@ async def _answer_of(response: aiohttp.ClientResponse) -> dict:
     return answer if isinstance(answer, dict) else {}
 
 
-def _refusal(status: int, answer: dict) -> str:
-    """Return in one line why ComfyUI refused a graph."""
-    reasons = []
-    for node_id, node in (answer.get("node_errors") or {}).items():
-        for error in node.get("errors", []):
-            details = error.get("details") or error.get("message")
-            reasons.append(f"{node.get('class_type', 'node')} {node_id}: {details}")
-    general = (answer.get("error") or {}).get("message", "no reason given")
-    return f"ComfyUI refused the workflow ({status}): {'; '.join(reasons) or general}"
-
-
-def _failure(entry: dict) -> str | None:
-    """Return in one line why a finished run failed, None where it did not."""
-    status = entry.get("status") or {}
-    if status.get("status_str") == "success":
-        return None
-    for kind, data in status.get("messages") or []:
-        if kind == "execution_error":
-            reason = " ".join(str(data.get("exception_message", "")).split())
-            return f"{data.get('node_type', 'a node')} failed: {reason or data.get('exception_type')}"
-        if kind == "execution_interrupted":
-            return "the run was cancelled"
-    return "the run failed, and ComfyUI does not say why"
-
-
 async def run_graph(url: str, graph: dict, progress: Progress) -> dict:
     """Queue a graph, follow it to its end and return its outputs by node id. Raises JobError."""
     client = uuid.uuid4().hex
@@ -248,7 +221,8 @@ async def run_graph(url: str, graph: dict, progress: Progress) -> dict:
             async with session.post("/prompt", json={"prompt": graph, "client_id": client}) as response:
                 answer = await _answer_of(response)
                 if response.status != 200:
-                    raise JobError(_refusal(response.status, answer))
+                    reason = refusal(response.status, answer)
+                    raise JobError(f"ComfyUI refused the workflow ({response.status}): {reason}")
             prompt_id = answer["prompt_id"]
             listener = asyncio.create_task(_listen(socket, prompt_id, progress))
             try:
@@ -280,9 +254,9 @@ async def _until_done(session, prompt_id: str, progress: Progress, listener: asy
         async with session.get(f"/history/{prompt_id}") as response:
             entry = (await _answer_of(response)).get(prompt_id)
         if entry is not None:
-            failure = _failure(entry)
-            if failure is not None:
-                raise JobError(failure)
+            reason = failure(entry)
+            if reason is not None:
+                raise JobError(f"the run failed: {reason}")
             progress.stage = "done"
             return entry.get("outputs") or {}
 
@@ -431,12 +405,12 @@ def run(options: argparse.Namespace) -> None:
     graph = edited(options.length)
     outputs, progress = follow(graph)
     for video in find_videos(outputs, options.output):
-        title = _positive_text(graph)["text"]
+        inputs, key = _prompt_place(graph)
         if options.compare:
             labels = lanes(graph, progress.node_seconds)
             add_labels(video, labels)
             print("\n".join(labels), flush=True)
-        make_contact_sheet(video, video.with_suffix(".png"), title)
+        make_contact_sheet(video, video.with_suffix(".png"), inputs[key])
 
 
 def main() -> int:

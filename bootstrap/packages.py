@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+
+from batch_jobs import try_lock  # the pack as published has that file and not this folder
 
 from . import GIB, HOST, ROOT, VENV
 from .processes import (
@@ -77,30 +78,12 @@ def setup_lock() -> Iterator[None]:
     HOST.mkdir(parents=True, exist_ok=True)
     with (HOST / "setup.lock").open("a+") as file:
         waiting = False
-        while not _lock(file):
+        while not try_lock(file):
             if not waiting:
                 STATUS.step("Another quickstart is setting up this clone; waiting for it ...")
             waiting = True
             time.sleep(0.5)
         yield
-
-
-def _lock(file) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
 
 
 def make_venv() -> None:
@@ -196,24 +179,40 @@ def installed(comfyui: Path, *, test: bool) -> bool:
 
 
 def install(comfyui: Path, *, test: bool) -> None:
-    """Install the pinned packages into the `.venv` there is; nothing where the stamp says it is done."""
+    """Install the pinned packages into the `.venv` there is; nothing where the stamp says it is done.
+
+    Raises Problem where they cannot be had. An environment that was whole before is still taken for whole then: pip
+    and uv fetch everything first, and the next run installs into it again.
+    """
     if installed(comfyui, test=test):
         return
+    whole = STAMP.exists() and not UNFINISHED.exists()
     UNFINISHED.touch()
-    files = ["-r", LOCK, *(["-r", TEST_LOCK] if test else [])]
-    _install(["--no-deps", *files], "Installing the pinned packages")
-    requirements = comfyui / "requirements.txt"
-    if _sha256(requirements) != LOCKED_REQUIREMENTS_SHA256:
-        # Another ComfyUI wants other versions of its own packages; torch stays the one this pack was tried with.
-        pins = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if re.match(r"torch\w*==", line)]
-        constraints = HOST / "torch-pins.txt"
-        write_whole(constraints, "\n".join(pins) + "\n")
-        _install(["-r", requirements, "-c", constraints], "Installing this ComfyUI's requirements")
+    try:
+        _install_all(comfyui, test=test)
+    except (Problem, OSError):
+        if whole:
+            UNFINISHED.unlink(missing_ok=True)
+        raise
     stamp = {"run": stamp_key(comfyui, test=False)}
     if test:
         stamp["test"] = stamp_key(comfyui, test=True)
     write_whole(STAMP, json.dumps(stamp))
     UNFINISHED.unlink(missing_ok=True)
+
+
+def _install_all(comfyui: Path, *, test: bool) -> None:
+    files = ["-r", LOCK, *(["-r", TEST_LOCK] if test else [])]
+    _install(["--no-deps", *files], "Installing the pinned packages")
+    requirements = comfyui / "requirements.txt"
+    if _sha256(requirements) != LOCKED_REQUIREMENTS_SHA256:
+        if STAMP.exists() and not installed(comfyui, test=False):
+            write_whole(STAMP, "{}")  # another host's packages are no longer what it says
+        # Another ComfyUI wants other versions of its own packages; torch stays the one this pack was tried with.
+        pins = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if re.match(r"torch\w*==", line)]
+        constraints = HOST / "torch-pins.txt"
+        write_whole(constraints, "\n".join(pins) + "\n")
+        _install(["-r", requirements, "-c", constraints], "Installing this ComfyUI's requirements")
 
 
 def _install(arguments: list[object], what: str) -> None:

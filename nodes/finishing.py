@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from .requests import Refused, Run, Runs, read_body
+from .live_runs import Refused, Run, Runs, read_body
 
 FINISH_ROUTE, FINISH_EVENT = "/diagonal/finish", "diagonal.finish"
 MOST_NODES = 1000  # whose early ends are remembered

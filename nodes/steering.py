@@ -15,7 +15,7 @@ from server import PromptServer
 
 from ..diagonal_sampler.prompt_schedule import require_switch
 from ..model_patches.prompts import NotSteerable, PromptBox, PromptNow, PromptRequest, PromptSource, schedule_of
-from .requests import Refused, Run, Runs, read_body
+from .live_runs import Refused, Run, Runs, read_body
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ A small TCP proxy stands between where a test must lose the connection and not t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -123,12 +123,13 @@ class ProbeServer:
 
 class Proxy:
     """Forwards TCP to a server. ``down`` refuses, ``hang`` goes silent; ``swallow_answer`` loses the answer to the
-    next POST /prompt, and ``old`` has no route to cancel one job, as ComfyUI 0.24."""
+    next POST /prompt, ``old`` has no route to cancel one job, as ComfyUI 0.24, ``no_view`` has no results,
+    ``holds_view`` keeps them to itself, and ``odd`` spells a key of /queue otherwise."""
 
     def __init__(self, port: int) -> None:
         self.target = port
-        self.swallow_answer = self.old = False
-        self.swallowed = 0
+        self.swallow_answer = self.old = self.no_view = self.holds_view = self.odd = False
+        self.swallowed = self.held = 0
         self.silent = False
         self.sockets: set[socket.socket] = set()
         self.port = comfy_host.free_port()
@@ -157,7 +158,9 @@ class Proxy:
     def hang(self) -> None:
         """Break what is open; new connections are taken and never answered, as by a machine that froze."""
         self.silent = True
-        for item in list(self.sockets):
+        opened = list(self.sockets)
+        self.sockets.clear()
+        for item in opened:
             with contextlib.suppress(OSError):
                 item.shutdown(socket.SHUT_RDWR)
 
@@ -182,6 +185,13 @@ class Proxy:
                     lose.set()
                 if is_request and self.old and data.startswith(b"POST /api/jobs/"):
                     data = data.replace(b"/api/jobs/", b"/api/none/", 1)
+                if is_request and data.startswith(b"GET /view"):
+                    if self.holds_view:
+                        self.held += 1
+                        continue
+                    data = data.replace(b"/view", b"/none", 1) if self.no_view else data
+                if self.odd and not is_request:
+                    data = data.replace(b'"queue_running"', b'"queue_walking"')
                 if not is_request and lose.is_set():
                     self.swallowed += 1
                     break
@@ -191,20 +201,26 @@ class Proxy:
                 item.shutdown(socket.SHUT_RDWR)
 
 
+def arguments(folder: Path, graph: dict, prompts: str, seeds: str, servers: list[str], *more: str) -> list[str]:
+    """Write a batch's files into a folder and return the arguments of queue_batch.py for it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "graph.json").write_text(json.dumps(graph))
+    (folder / "prompts.txt").write_text(prompts, encoding="utf-8")
+    made = [str(folder / "graph.json"), "--prompts", str(folder / "prompts.txt"), "--seeds", seeds]
+    for server in servers:
+        made += ["--server", server]
+    return [*made, "--output", str(folder / "out"), *more]
+
+
 class Run:
     """One call of queue_batch.py in its own process, and the log it writes."""
 
     def __init__(self, folder: Path, graph: dict, prompts: str, seeds: str, servers: list[str], *more: str) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "graph.json").write_text(json.dumps(graph))
-        (folder / "prompts.txt").write_text(prompts, encoding="utf-8")
         self.output, self.log = folder / "out", folder / "out" / "batch.jsonl"
-        command = [sys.executable, str(ROOT / "queue_batch.py"), str(folder / "graph.json")]
-        command += ["--prompts", str(folder / "prompts.txt"), "--seeds", seeds, "--output", str(self.output)]
-        for server in servers:
-            command += ["--server", server]
+        command = [sys.executable, str(ROOT / "queue_batch.py")]
+        command += arguments(folder, graph, prompts, seeds, servers, *more)
         self.process = subprocess.Popen(
-            [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
 
     def end(self) -> tuple[int, str]:
@@ -217,10 +233,14 @@ class Run:
         return self.process.returncode, printed
 
     def records(self) -> list[dict]:
-        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").split("\n") if line]
+        return records(self.log)
 
     def done(self) -> Counter[tuple[str, int]]:
         return Counter((r["prompt"], r["seed"]) for r in self.records() if r["status"] == "done")
+
+
+def records(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n") if line]
 
 
 def wait_for(condition, what: str, seconds: float = 60.0) -> None:
@@ -274,7 +294,8 @@ def test_two_servers_share_the_jobs_and_no_name_becomes_a_path(comfy_server, pro
         assert file.parent == run.output and file.suffix == ".png"
         assert Image.open(file).getpixel((0, 0)) == (0, 0, record["seed"])  # the very job's result
         assert record["seconds"] >= 0 and record["error"] is None
-    assert len(list(run.output.iterdir())) == len(hostile) * 3 + 1  # and the log
+    others = {path.name for path in run.output.iterdir() if path.suffix != ".png"}
+    assert others == {"batch.jsonl", "batch.jsonl.lock"} and len(list(run.output.iterdir())) == len(hostile) * 3 + 2
     assert not (run.output / "batch.jsonl.inflight").exists()
     assert "\x1b" not in printed
     outputs = [comfy_server.output_dir, probe.server.output_dir]
@@ -340,37 +361,30 @@ def test_a_lost_connection_runs_no_job_twice(probe, tmp_path):
 
 
 def test_a_job_of_which_nothing_is_heard_is_told_once(probe, tmp_path, monkeypatch, capsys):
-    (tmp_path / "graph.json").write_text(json.dumps(probe_graph(3.0)))
-    (tmp_path / "prompts.txt").write_text("p")
     monkeypatch.setattr(queue_batch, "POLL_SECONDS", 0.5)
     monkeypatch.setattr(queue_batch, "QUIET_SECONDS", 1.0)
-    arguments = [str(tmp_path / "graph.json"), "--prompts", str(tmp_path / "prompts.txt"), "--server", probe.url]
-    assert queue_batch.main([*arguments, "--log", str(tmp_path / "batch.jsonl")]) == 0
+    assert queue_batch.main(arguments(tmp_path / "a", probe_graph(3.0), "p", "0", [probe.url])) == 0
     assert capsys.readouterr().out.count("no word of its job") == 1
 
 
 def test_a_server_that_goes_silent_is_given_up_and_resume_looks_there_first(probe, tmp_path, monkeypatch):
     proxy = Proxy(probe.port)
-    run = Run(tmp_path / "a", probe_graph(1.0), "p", "0", [proxy.url])
-    run.process.kill()  # only its files are wanted: this process runs the command itself, with shorter times
-    run.process.communicate()
-    shutil.rmtree(run.output, ignore_errors=True)
+    batch, log = arguments(tmp_path / "a", probe_graph(1.0), "p", "0", [proxy.url]), tmp_path / "a/out/batch.jsonl"
     monkeypatch.setattr(queue_batch, "CONNECT_SECONDS", 0.5)
     monkeypatch.setattr(queue_batch, "STABLE_SECONDS", 0.2)
-    arguments = [part for part in run.process.args[2:]]
     watch = threading.Thread(target=lambda: (wait_for(lambda: probe.events("start"), "the job to start"), proxy.hang()))
     watch.start()
-    assert queue_batch.main([*arguments, "--patience", "2"]) == 1
+    assert queue_batch.main([*batch, "--patience", "2"]) == 1
     watch.join()
-    (record,) = run.records()
+    (record,) = records(log)
     assert record["status"] == "error" and "--resume looks there first" in record["error"]
     proxy.down()
     proxy.silent = False
     proxy.up()
-    assert queue_batch.main([*arguments, "--resume"]) == 0
+    assert queue_batch.main([*batch, "--resume"]) == 0
     proxy.down()
     assert probe.events("start") == {"0 p": 1}
-    assert run.done() == {("p", 0): 1}
+    assert [record["status"] for record in records(log)] == ["error", "done"]
 
 
 def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
@@ -455,6 +469,229 @@ def test_jobs_of_a_server_that_stays_away_move_to_another(comfy_server, tmp_path
     assert status == 1 and "4 not run" in printed and "is ComfyUI running there?" in printed
 
 
+def test_a_server_that_refuses_every_job_leaves_them_to_another(comfy_server, probe, tmp_path):
+    run = Run(tmp_path / "a", probe_graph(0.5), "p", "0-7", [comfy_server.url, probe.url])  # one has no probe node
+    status, printed = run.end()
+    assert status == 0, printed
+    assert run.done() == {("p", seed): 1 for seed in range(8)}
+    assert probe.events("start") == {f"{seed} p": 1 for seed in range(8)}
+    assert printed.count("Node 'Prompt' not found") == 2, "the first job and the end of it are told, the others not"
+    assert printed.count("gets no more jobs, for others did the last 3") == 1
+    assert not (run.output / "batch.jsonl.inflight").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_in_a_download_leaves_the_finished_job_for_resume(probe, tmp_path):
+    proxy = Proxy(probe.port)
+    proxy.holds_view = True
+    run = Run(tmp_path / "a", PROBE, "p", "0", [proxy.url])
+    wait_for(lambda: proxy.held, "the download to begin")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 130
+    proxy.holds_view = False
+    again = Run(tmp_path / "a", PROBE, "p", "0", [proxy.url], "--resume")
+    status, printed = again.end()
+    proxy.down()
+    assert status == 0, printed
+    assert probe.events("start") == {"0 p": 1} and again.done() == {("p", 0): 1}
+
+
+def test_a_result_that_cannot_be_written_stops_the_batch_and_no_job(probe, tmp_path):
+    graph = probe_graph(0.5)
+    digest = batch_jobs.graph_digest(graph, [batch_jobs.Target("7", "text"), batch_jobs.Target("7", "seed")])
+    first, _ = batch_jobs.make_jobs(["p"], [0, 1], digest)
+    in_the_way = tmp_path / "a" / "out" / f"{first.name}.txt"
+    in_the_way.mkdir(parents=True)
+    run = Run(tmp_path / "a", graph, "p", "0-1", [probe.url])
+    status, printed = run.end()
+    assert status == 1 and f"cannot write {in_the_way}" in printed and "what the servers have goes on" in printed
+    in_the_way.rmdir()
+    again = Run(tmp_path / "a", graph, "p", "0-1", [probe.url], "--resume")
+    status, printed = again.end()
+    assert status == 0, printed
+    assert probe.events("start") == probe.events("end") == {"0 p": 1, "1 p": 1}
+
+
+def test_a_result_that_a_server_does_not_have_is_made_anew_by_resume(probe, tmp_path):
+    proxy = Proxy(probe.port)
+    proxy.no_view = True
+    run = Run(tmp_path / "a", PROBE, "p", "0", [proxy.url])
+    status, printed = run.end()
+    assert status == 1 and "its result was not downloaded: HTTP 404" in printed
+    assert not (run.output / "batch.jsonl.inflight").exists()
+    proxy.no_view = False
+    assert Run(tmp_path / "a", PROBE, "p", "0", [proxy.url], "--resume").end()[0] == 0
+    proxy.down()
+    assert probe.events("start") == {"0 p": 2}
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(probe, tmp_path, monkeypatch):
+    synced, kept, sync, replace = set(), [], os.fsync, os.replace
+
+    def note(source, target):
+        kept.append((Path(target).suffix, os.stat(source).st_ino in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), sync(number)))
+    monkeypatch.setattr(os, "replace", note)
+    assert queue_batch.main(arguments(tmp_path / "a", PROBE, "p", "0", [probe.url])) == 0
+    assert (".txt", True) in kept
+
+
+def test_a_server_that_says_nothing_for_too_long_is_given_up_and_keeps_its_job(probe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(queue_batch, "POLL_SECONDS", 0.2)
+    batch, log = arguments(tmp_path / "a", probe_graph(6.0), "p", "0-1", [probe.url]), tmp_path / "a/out/batch.jsonl"
+    assert queue_batch.main([*batch, "--in-flight", "1", "--stall", "0.02"]) == 1
+    printed = capsys.readouterr().out
+    assert "given up (no word of its job" in printed and "1 failed, 1 not run" in printed
+    assert "--resume looks there first" in records(log)[0]["error"]
+    assert queue_batch.main([*batch, "--resume"]) == 0
+    assert probe.events("start") == probe.events("end") == {"0 p": 1, "1 p": 1}
+
+
+def test_a_server_that_is_late_gets_jobs_while_another_works(probe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(queue_batch, "FIRST_CONTACT_SECONDS", 0.2)
+    monkeypatch.setattr(queue_batch, "RETRY_SECONDS", 0.2)
+    proxy = Proxy(probe.port)
+    proxy.down()
+    watch = threading.Thread(target=lambda: (wait_for(lambda: len(probe.events("end")) > 2, "jobs"), proxy.up()))
+    watch.start()
+    batch = arguments(tmp_path / "a", probe_graph(0.5), "p", "0-9", [proxy.url, probe.url])
+    assert queue_batch.main(batch) == 0
+    watch.join()
+    proxy.down()
+    printed = capsys.readouterr().out
+    assert printed.count("given up") == printed.count("connected again") == 1
+    assert proxy.url in {record["server"] for record in records(tmp_path / "a" / "out" / "batch.jsonl")}
+    assert probe.events("start") == {f"{seed} p": 1 for seed in range(10)}
+
+
+def test_patience_that_is_asked_for_is_had_with_a_server_that_still_starts(probe, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_batch, "FIRST_CONTACT_SECONDS", 0.1)
+    proxy = Proxy(probe.port)
+    proxy.down()
+    batch = arguments(tmp_path / "a", PROBE, "p", "0", [proxy.url])
+    assert queue_batch.main(batch) == 1
+    late = threading.Timer(1.0, proxy.up)
+    late.start()
+    assert queue_batch.main([*batch, "--resume", "--patience", "60"]) == 0
+    late.join()
+    proxy.down()
+
+
+def test_only_a_port_that_refused_all_the_time_moves_jobs(probe, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_batch, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(queue_batch, "STABLE_SECONDS", 0.0)
+    log = tmp_path / "a" / "out" / "batch.jsonl"
+    proxy = Proxy(probe.port)
+
+    def break_off(hangs: bool) -> None:
+        wait_for(lambda: len(probe.server.get("/queue")["queue_pending"]) == 1, "a job to run and one to wait")
+        if hangs:
+            proxy.hang()
+            wait_for(lambda: proxy.sockets, "a connection that is not answered")
+            time.sleep(0.6)
+        proxy.down()
+
+    batch = arguments(tmp_path / "a", probe_graph(6.0), "p", "0-1", [proxy.url, probe.url], "--in-flight", "1")
+    for hangs, resume in ((True, []), (False, ["--resume"])):
+        watch = threading.Thread(target=break_off, args=(hangs,))
+        watch.start()
+        assert queue_batch.main([*batch, *resume, "--patience", "2"]) == (1 if hangs else 0)
+        watch.join()
+        if hangs:
+            (lost,) = [record for record in records(log) if record["status"] == "error"]
+            assert lost["server"] == proxy.url and "--resume looks there first" in lost["error"]
+            wait_for(lambda: sum(probe.events("end").values()) == 2, "both jobs to end")
+            assert probe.events("start") == {"0 p": 1, "1 p": 1}
+            log.unlink()
+            batch[batch.index("0-1")] = "2-3"
+            proxy.silent = False
+            proxy.up()
+    done = [record for record in records(log) if record["status"] == "done"]
+    assert {record["server"] for record in done} == {probe.url} and len(done) == 2
+
+
+def test_another_spelling_of_an_address_runs_no_job_twice(probe, tmp_path):
+    run = Run(tmp_path / "a", probe_graph(1.0), "p", "0-1", [probe.url])
+    wait_for(lambda: probe.events("start"), "the first job to start")
+    run.process.kill()
+    run.process.communicate()
+    nowhere = {"graph": "", "jobs": [["p", 2, str(uuid.uuid4()), "http://gone"]]}
+    inflight = run.output / "batch.jsonl.inflight"
+    known = json.loads(inflight.read_text())
+    inflight.write_text(json.dumps({**known, "jobs": known["jobs"] + nowhere["jobs"]}))
+    again = Run(tmp_path / "a", probe_graph(1.0), "p", "0-2", [f"http://localhost:{probe.port}"], "--resume")
+    status, printed = again.end()
+    assert status == 0, printed
+    assert printed.count("is looked for on all") == 3
+    assert probe.events("start") == probe.events("end") == {f"{seed} p": 1 for seed in range(3)}
+    assert nowhere["jobs"][0][2] not in {record["prompt_id"] for record in again.records()}
+
+
+def test_a_server_with_odd_answers_is_given_up_and_the_others_go_on(probe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(queue_batch, "POLL_SECONDS", 0.2)
+    proxy = Proxy(probe.port)
+    proxy.odd = True
+    batch = arguments(tmp_path / "a", probe_graph(1.0), "p", "0-3", [proxy.url, probe.url], "--in-flight", "1")
+    assert queue_batch.main(batch) == 1
+    proxy.down()
+    assert "given up (it answers not as ComfyUI does: KeyError('queue_running'))" in capsys.readouterr().out
+    log = records(tmp_path / "a" / "out" / "batch.jsonl")
+    assert Counter(record["status"] for record in log) == {"done": 3, "error": 1}
+    assert (tmp_path / "a" / "out" / "batch.jsonl.inflight").exists()
+    wait_for(lambda: sum(probe.events("end").values()) == 4, "the job that was left there")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT and needs a pseudo-terminal")
+def test_a_second_ctrl_c_gives_the_terminal_its_cursor_back(probe, tmp_path):
+    pytest.importorskip("rich")
+    import pty
+
+    proxy = Proxy(probe.port)
+    command = [sys.executable, str(ROOT / "queue_batch.py")]
+    command += arguments(tmp_path / "a", probe_graph(3.0), "p", "0", [proxy.url])
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while block := os.read(ours, 65536):
+                shown.extend(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: probe.events("start"), "the job to start")
+    proxy.hang()  # it will not answer to what the first Ctrl-C asks of it
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(timeout=5) == 130
+    reader.join()
+    os.close(ours)
+    proxy.down()
+    assert 0 <= shown.rfind(b"\x1b[?25l") < shown.rfind(b"\x1b[?25h"), "hidden, and shown again"
+    wait_for(lambda: probe.events("end"), "the job that was left there")
+
+
+def test_a_job_that_the_queue_has_as_running_has_started(probe):
+    async def look() -> list[bool]:
+        jobs = batch_jobs.make_jobs(["p"], [1, 2], "g")
+        async with queue_batch.aiohttp.ClientSession() as session:
+            server = queue_batch.Server(probe.url, session, jobs={job.prompt_id: job for job in jobs})
+            for job in jobs:
+                body = {"prompt": probe_graph(2.0), "prompt_id": job.prompt_id}
+                assert (await server.request("POST", "/prompt", body=body))[0] == 200
+            wait_for(lambda: probe.events("start"), "the first job to start")
+            assert await server.queued_ids() == [job.prompt_id for job in jobs]
+            await server.cancel(jobs)
+        return [job.started for job in jobs]
+
+    assert asyncio.run(look()) == [True, False]
+
+
 # --------------------------------------------------------------------------------------------------- no server
 
 
@@ -485,6 +722,12 @@ def test_prompts_file(tmp_path):
     file.write_bytes(b"# nothing\n")
     with pytest.raises(batch_jobs.BatchError, match="holds no prompt"):
         batch_jobs.read_prompts(file)
+    file.write_bytes("\ufeffa cat\n\ufeffa dog\n \ufeff \n".encode())
+    assert batch_jobs.read_prompts(file) == ["a cat", "a dog"], "two files put together"
+    for name in ("prompts.csv", "prompts.TSV"):
+        (tmp_path / name).write_text("a,b\n")
+        with pytest.raises(batch_jobs.BatchError, match="is a table; give a text file with one prompt a line"):
+            batch_jobs.read_prompts(tmp_path / name)
     file.write_bytes(b"a cat\0\n")
     with pytest.raises(batch_jobs.BatchError, match="holds a zero byte"):
         batch_jobs.read_prompts(file)
@@ -507,6 +750,8 @@ def test_graph_files_that_are_none(tmp_path):
         batch_jobs.load_graph(tmp_path / "missing.json")
     file.write_text(json.dumps(PICTURE | {"1": _encoder("\u732b")}, ensure_ascii=False), encoding="utf-8")
     assert batch_jobs.load_graph(file)["1"]["inputs"]["text"] == "\u732b"
+    file.write_text(json.dumps(PICTURE), encoding="utf-8-sig")  # as some editors of Windows save it
+    assert batch_jobs.load_graph(file) == PICTURE
 
 
 def _encoder(text="x", title=None):
@@ -792,7 +1037,13 @@ def test_names_from_a_server_are_not_used():
 
 
 @pytest.mark.parametrize(
-    ("name", "before"), [("00000003.png", ["00000001.png", "00000002.png"]), ("../x.png", []), ("9" * 20 + ".png", [])]
+    ("name", "before"),
+    [
+        ("00000003.png", ["00000001.png", "00000002.png"]),
+        ("../x.png", []),
+        ("9" * 20 + ".png", []),
+        ("99999999.png", []),
+    ],
 )
 def test_a_folder_of_images_is_downloaded_whole(name, before):
     last = {"filename": name, "subfolder": "a/b", "type": "output"}
@@ -815,7 +1066,9 @@ def test_what_became_of_a_job_is_read_from_the_history():
         return {"status": {"status_str": status, "messages": [list(message) for message in messages]}}
 
     start, end = ("execution_start", {"timestamp": 1000}), ("execution_success", {"timestamp": 3500})
-    assert queue_batch.failure(entry("success", start, end)) is None and queue_batch.failure({}) is None
+    assert queue_batch.failure(entry("success", start, end)) is None
+    assert queue_batch.failure({}) == queue_batch.failure(entry(None)) == "failed on the server, which gave no reason"
+    assert queue_batch.failure({"status": {"status_str": "error", "messages": None}})
     assert queue_batch.seconds_taken(entry("success", start, end), 0.0) == 2.5
     assert queue_batch.seconds_taken({}, 0.0) == 0 and queue_batch.seconds_taken({}, time.monotonic() - 9) >= 9
     assert queue_batch.failure(entry("error", start, ("execution_interrupted", {}))) == "interrupted on the server"
@@ -836,6 +1089,6 @@ def test_a_refusal_says_the_servers_reason():
 def test_addresses():
     assert queue_batch.server_url("127.0.0.1:8188") == "http://127.0.0.1:8188"
     assert queue_batch.server_url("https://host/comfy/") == "https://host/comfy"
-    for wrong in ("ftp://host", "http://", "host name"):
+    for wrong in ("ftp://host", "http://", "host name", "http://a..b", "http://host:99999", "http://:80"):
         with pytest.raises(batch_jobs.BatchError, match="--server"):
             queue_batch.server_url(wrong)

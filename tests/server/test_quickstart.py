@@ -138,6 +138,16 @@ def test_an_unsupported_python_is_told_which_it_needs(version, monkeypatch, caps
     assert "need 3.10 to 3.14" in one_line(capsys.readouterr().err)
 
 
+def test_a_python_without_venv_is_told_what_to_do(monkeypatch, capsys):
+    """As that of ComfyUI's portable build for Windows."""
+    monkeypatch.setitem(sys.modules, "venv", None)
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / "quickstart.py"), run_name="__main__")
+    assert exit_info.value.code == 1
+    line = one_line(capsys.readouterr().err)
+    assert "has no venv" in line and "python.org" in line and "install the pack into your ComfyUI" in line
+
+
 def test_an_old_python_can_read_the_file_that_tells_it():
     source = (ROOT / "quickstart.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 4))
@@ -304,6 +314,69 @@ def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(tmp_path,
     (folder / "kept").touch()
     packages.make_venv()
     assert (folder / "kept").exists()
+
+
+@pytest.fixture
+def setup_folder(tmp_path, monkeypatch) -> Path:
+    """A `.venv` that is whole, for which no package has been installed but by `packages._install`."""
+    folder = tmp_path / ".venv"
+    folder.mkdir()
+    (tmp_path / "lock.txt").write_text("torch==1\n")
+    for name, value in (
+        ("VENV", folder),
+        ("STAMP", folder / "stamp.json"),
+        ("UNFINISHED", folder / "unfinished"),
+        ("HOST", tmp_path),
+        ("PYTHON", Path(sys.executable)),
+        ("LOCK", tmp_path / "lock.txt"),
+        ("TEST_LOCK", tmp_path / "lock.txt"),
+    ):
+        monkeypatch.setattr(packages, name, value)
+    return folder
+
+
+@pytest.mark.parametrize("error", [Problem("no network"), OSError(28, "No space left on device")])
+def test_an_install_that_fails_leaves_a_whole_environment_in_use(error, setup_folder, tmp_path, monkeypatch):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", "")
+
+    def fail(arguments, what):
+        assert packages.UNFINISHED.exists(), "a kill now would leave it half made"
+        raise error
+
+    works = lambda arguments, what: None  # noqa: E731
+    monkeypatch.setattr(packages, "_install", fail)
+    with pytest.raises(type(error)):
+        packages.install(comfyui, test=False)
+    assert packages.UNFINISHED.exists(), "a first install was never whole"
+    monkeypatch.setattr(packages, "_install", works)
+    packages.install(comfyui, test=False)
+    monkeypatch.setattr(packages, "_install", fail)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            packages.install(comfyui, test=True)
+        assert not packages.UNFINISHED.exists() and packages.installed(comfyui, test=False)
+    packages.make_venv()
+    assert packages.STAMP.exists(), "the next plain run uses it"
+    packages.UNFINISHED.touch()
+    with pytest.raises(type(error)):
+        packages.install(comfyui, test=True)
+    assert packages.UNFINISHED.exists(), "killed before: not whole"
+
+
+def test_a_half_changed_environment_is_not_taken_for_that_of_another_host(setup_folder, tmp_path, monkeypatch):
+    first, second = fake_comfyui(tmp_path / "A", ""), fake_comfyui(tmp_path / "B", "")
+    (second / "requirements.txt").write_text("av>=99\n")
+    monkeypatch.setattr(packages, "_install", lambda arguments, what: None)
+    packages.install(first, test=False)
+
+    def fail_later(arguments, what):
+        if "--no-deps" not in arguments:
+            raise Problem("no network")
+
+    monkeypatch.setattr(packages, "_install", fail_later)
+    with pytest.raises(Problem):
+        packages.install(second, test=False)
+    assert not packages.UNFINISHED.exists() and not packages.installed(first, test=False)
 
 
 def test_linking_the_pack(tmp_path):
@@ -515,23 +588,16 @@ def test_a_run_of_one_forward_has_a_speed(monkeypatch):
     assert progress.line() == "sampling · forwards 1/1 · 4.5 frames/s"
 
 
-def test_failures_of_a_run_are_one_line():
-    entry = {
-        "status": {
-            "status_str": "error",
-            "messages": [["execution_error", {"node_type": "X", "exception_message": "a\nb"}]],
-        }
-    }
-    assert job._failure(entry) == "X failed: a b"
-    assert job._failure({"status": {"status_str": "success", "messages": []}}) is None
-    cancelled = [["execution_start", {}], ["execution_interrupted", {}]]
-    assert job._failure({"status": {"status_str": "error", "messages": cancelled}}) == "the run was cancelled"
-    assert job._failure({}) == "the run failed, and ComfyUI does not say why"
-    assert job._refusal(400, {"error": {"message": "no outputs"}}) == "ComfyUI refused the workflow (400): no outputs"
-    refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "", "message": "wrong type"}]}}}
-    assert job._refusal(400, refusal).endswith(": Y 4: wrong type")
-    refusal = {"node_errors": {"4": {"class_type": "Y", "errors": [{"details": "length: 5000000 > 16384"}]}}}
-    assert job._refusal(400, refusal) == "ComfyUI refused the workflow (400): Y 4: length: 5000000 > 16384"
+def test_the_prompt_is_found_as_in_a_batch():
+    graph = demo_graph()
+    graph["3"]["inputs"]["text"] = ["9", 0]
+    graph["9"] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "a red circle"}}
+    job.edit_graph(graph, prompt="a green triangle", seed=None, length=None, prefix="p")
+    assert graph["9"]["inputs"]["value"] == "a green triangle" and graph["3"]["inputs"]["text"] == ["9", 0]
+    graph["9"]["inputs"] = {"words": "x"}
+    with pytest.raises(job.JobError, match="--prompt: the workflow has no CLIPTextEncode on its sampler's positive"):
+        job.edit_graph(graph, prompt="x", seed=None, length=None, prefix="p")
+    assert graph["2"]["inputs"]["text"] == ""
 
 
 def test_forwards_of_several_samplers_add_up_and_each_node_is_timed(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the pack's HTTP calls share: the run that a client means, a checked body, refusals."""
+"""What the HTTP calls on a run that goes on share: the run that a client means, a checked body, refusals."""
 
 from __future__ import annotations
 

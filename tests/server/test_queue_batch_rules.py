@@ -1,0 +1,354 @@
+"""queue_batch.py without a server: who gets a job, when one is lost for good, where prompt and seed go, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp")
+import batch_jobs  # noqa: E402
+import queue_batch  # noqa: E402
+
+NAMES = ("http://a", "http://b", "http://c")
+FAILED = {"status": {"status_str": "error", "messages": [["execution_error", {"node_type": "N", "node_id": "1"}]]}}
+DONE = {"status": {"status_str": "success", "messages": None}}
+CUT = {"status": {"status_str": "error", "messages": [["execution_interrupted", {}]]}}
+
+
+class Bench:
+    """A batch whose servers are only names: what happens to its jobs is called by hand."""
+
+    def __init__(self, folder: Path, jobs: int, servers: int = 3) -> None:
+        self.jobs = batch_jobs.make_jobs(["p"], list(range(jobs)), "g")
+        self.servers = [queue_batch.Server(url, None) for url in NAMES[:servers]]
+        for server in self.servers:
+            server.reached = True
+        self.log = batch_jobs.BatchLog(folder / "batch.jsonl", "g", resume=False)
+        options = queue_batch.Options(
+            graph={},
+            prompt_targets=[],
+            seed_targets=[],
+            in_flight=2,
+            patience=9.0,
+            first_patience=9.0,
+            stall=9.0,
+            output=None,
+        )
+        display = queue_batch.Display(jobs, list(NAMES))
+        self.batch = queue_batch.Batch(self.jobs, self.servers, options, self.log, display)
+
+    def give(self, server: queue_batch.Server) -> batch_jobs.Job:
+        """A server takes its next job."""
+        job = self.batch._next_for(server)
+        assert job is not None
+        server.jobs[job.prompt_id] = job
+        self.log.start(job, server.url)
+        return job
+
+    def end(self, server: queue_batch.Server, job: batch_jobs.Job, entry: dict) -> None:
+        """The server's history has a job."""
+        asyncio.run(self.batch._finish(server, job, entry))
+
+    def records(self) -> list[tuple[str, int, str | None]]:
+        lines = [json.loads(line) for line in self.log.path.read_text().splitlines()]
+        return [(line["server"], line["seed"], line["error"]) for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------- who gets a job
+
+
+def test_a_job_that_fails_for_its_own_sake_is_tried_once_on_each_server_and_takes_none_out(tmp_path, capsys):
+    bench = Bench(tmp_path, 4)
+    for _ in range(4):
+        ids = set()
+        for server in bench.servers:
+            job = bench.give(server)
+            ids.add(job.prompt_id)
+            bench.end(server, job, FAILED)
+        assert len(ids) == 3, "another id for each server: two may be one server with two names"
+    assert bench.batch.over and bench.batch.failed == 4
+    assert [(server, seed) for server, seed, _ in bench.records()] == [("http://c", seed) for seed in range(4)]
+    assert all(server.open for server in bench.servers) and not bench.log.inflight
+    assert capsys.readouterr().out.count("another server tries it") == 2, "once for a server"
+
+
+def test_a_server_does_not_get_a_job_again_that_it_failed(tmp_path):
+    bench = Bench(tmp_path, 2, servers=2)
+    first, second = bench.jobs
+    a, b = bench.servers
+    bench.end(a, bench.give(a), FAILED)
+    assert (bench.give(a), bench.give(b)) == (second, first)
+
+
+def test_with_one_server_a_failed_job_is_not_tried_again(tmp_path):
+    bench = Bench(tmp_path, 1, servers=1)
+    (server,) = bench.servers
+    bench.end(server, bench.give(server), FAILED)
+    assert bench.batch.over and [seed for _, seed, _ in bench.records()] == [0]
+
+
+def test_a_job_that_a_person_interrupted_goes_to_no_other_server(tmp_path):
+    bench = Bench(tmp_path, 1)
+    bench.end(bench.servers[0], bench.give(bench.servers[0]), CUT)
+    assert bench.records() == [("http://a", 0, batch_jobs.INTERRUPTED)]
+
+
+def test_a_server_that_fails_what_others_do_is_taken_out_unless_it_does_one_itself(tmp_path, capsys):
+    bench = Bench(tmp_path, 9, servers=2)
+    bad, good = bench.servers
+    for fails in (True, True, False, True, True, True):
+        job = bench.give(bad)
+        bench.end(bad, job, FAILED if fails else DONE)
+        if fails:
+            assert bad.open
+            bench.end(good, bench.give(good), DONE)
+    assert bad.out and not bad.open and good.open and bench.batch.failed == 0
+    assert capsys.readouterr().out.count("gets no more jobs") == 1
+
+
+def test_the_last_server_is_not_taken_out(tmp_path):
+    bench = Bench(tmp_path, 4, servers=2)
+    bad, good = bench.servers
+    jobs = [bench.give(bad) for _ in range(4)]
+    for job in jobs:
+        bench.end(bad, job, FAILED)
+    others = [bench.give(good) for _ in range(4)]
+    good.open = False  # given up, and what it has ends well after all
+    for job in others:
+        bench.end(good, job, DONE)
+    assert bad.open and not bad.out
+
+
+def test_a_job_waits_for_no_server_that_is_given_up_or_late(tmp_path):
+    bench = Bench(tmp_path, 2)
+    a, b, c = bench.servers
+    c.late = True
+    for server in (a, b):
+        job = bench.give(server)
+        bench.end(server, job, FAILED)
+        assert len(bench.batch.waiting) == (2 if server is a else 1)
+    assert [error for _, _, error in bench.records()] == ["N (node 1): None: None"]
+    bench.end(a, bench.give(a), FAILED)
+    assert len(bench.batch.waiting) == 1
+    bench.batch._give_up(b, "gone")
+    assert bench.batch.unfinished == 0 and bench.records()[-1][0] == "http://a"
+
+
+# ------------------------------------------------------------------------------------------ what a loss counts for
+
+
+def test_a_lost_server_counts_against_the_jobs_that_it_had_begun(tmp_path):
+    bench = Bench(tmp_path, 3, servers=1)
+    (server,) = bench.servers
+    poison, first, second = (bench.give(server) for _ in range(3))
+    for round_ in range(1, 4):
+        for job in (poison, first, second):
+            job.attempts += 1
+        poison.started = True
+        left = bench.batch._survivors(server, [first, poison, second])
+        assert left == ([first, poison, second] if round_ < 3 else [first, second])
+    assert (first.losses, second.losses) == (0, 0)
+    assert bench.records()[0][2] == "the server was lost 3 times while it had this job"
+
+
+def test_a_job_that_ends_its_server_before_a_word_is_not_sent_for_ever(tmp_path):
+    bench = Bench(tmp_path, 2, servers=1)
+    (server,) = bench.servers
+    jobs = [bench.give(server) for _ in range(2)]
+    assert bench.batch._survivors(server, jobs) == jobs and not jobs[0].losses, "of an earlier run: not sent yet"
+    jobs[0].attempts = jobs[1].attempts = 1
+    for _ in range(2):
+        assert bench.batch._survivors(server, jobs) == jobs
+    assert bench.batch._survivors(server, jobs) == [jobs[1]] and jobs[1].losses == 0
+
+
+def test_a_job_has_started_once_an_event_tells_of_it(tmp_path):
+    class Socket:
+        def __init__(self, *events: dict) -> None:
+            self.events = list(events)
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self) -> aiohttp.WSMessage:
+            if not self.events:
+                raise StopAsyncIteration
+            return aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, json.dumps(self.events.pop(0)), None)
+
+    bench = Bench(tmp_path, 2, servers=1)
+    (server,) = bench.servers
+    jobs = [bench.give(server) for _ in range(2)]
+    odd = [
+        {"type": "progress", "data": {"prompt_id": i, "value": None, "max": [1]}} for i in (["x"], jobs[0].prompt_id)
+    ]
+    events = [{"type": "execution_start", "data": {"prompt_id": jobs[0].prompt_id}}, {"type": "status", "data": {}}]
+    asyncio.run(bench.batch._read_events(server, Socket(*events, *odd, {"data": 3})))
+    assert [job.started for job in jobs] == [True, False]
+
+
+def test_a_failed_job_does_not_renew_the_patience_with_its_server(tmp_path):
+    bench = Bench(tmp_path, 2, servers=1)
+    (server,) = bench.servers
+    bench.batch._fail(server, bench.give(server), "x")
+    assert server.settled == 0
+    bench.end(server, bench.give(server), DONE)
+    assert server.settled == 1
+
+
+def test_jobs_of_a_dead_server_move_and_those_of_a_lost_one_stay_where_resume_looks(tmp_path):
+    bench = Bench(tmp_path, 4)
+    a, b, _ = bench.servers
+    moved, kept = [bench.give(a) for _ in range(2)], [bench.give(b) for _ in range(2)]
+    moved[0].ended = True
+    bench.batch._give_up(a, "refused", dead=True)
+    assert list(bench.batch.waiting) == moved and not moved[0].ended and not a.jobs
+    bench.batch._give_up(b, "silent")
+    assert [seed for _, seed, _ in bench.records()] == [2, 3]
+    assert bench.log.inflight == {job.key: (job.prompt_id, b.url) for job in kept}
+
+
+def test_a_finished_job_is_not_taken_back(tmp_path):
+    bench = Bench(tmp_path, 2, servers=1)
+    (server,) = bench.servers
+    cancelled = []
+
+    async def cancel(jobs):
+        cancelled.extend(jobs)
+        return True
+
+    ended, running = bench.give(server), bench.give(server)
+    ended.ended, server.cancel = True, cancel
+    asyncio.run(bench.batch._cancel(server))
+    assert cancelled == [running] and list(bench.log.inflight) == [ended.key]
+
+
+# ------------------------------------------------------------------------------------- where prompt and seed go
+
+
+def _encoder(**inputs):
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["9", 0], **inputs}}
+
+
+def _node(class_type="KSampler", title=None, **inputs):
+    return {"class_type": class_type, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
+
+
+SAMPLER = _node(positive=["1", 0], negative=["2", 0], seed=1)
+
+
+def test_the_negative_text_never_takes_the_prompt():
+    unknown = _node("CLIPTextEncodeFlux", t5xxl="a", clip_l="b")
+    for negative in (_encoder(), _node("Note", "Prompt", text="x"), _encoder(text=["4", 0])):
+        graph = {"1": unknown, "2": negative, "3": SAMPLER, "4": _node("PrimitiveString", "Prompt", value="x")}
+        with pytest.raises(
+            batch_jobs.BatchError, match=r"0 places for the prompt; choose with --prompt-node.*1\.t5xxl"
+        ):
+            batch_jobs.find_prompt_targets(graph, [])
+    between = _node("ConditioningZeroOut", conditioning=["6", 0])
+    with pytest.raises(batch_jobs.BatchError, match="0 places for the prompt"):
+        batch_jobs.find_prompt_targets({"1": unknown, "2": between, "3": SAMPLER, "6": _encoder()}, [])
+    with pytest.raises(batch_jobs.BatchError, match="0 places for the prompt"):  # of no side at all
+        batch_jobs.find_prompt_targets({"1": unknown, "2": unknown, "3": SAMPLER, "6": _encoder()}, [])
+    guider = _node("DualCFGGuider", cond1=["1", 0], negative=["2", 0])
+    with pytest.raises(batch_jobs.BatchError, match="0 places for the prompt"):
+        batch_jobs.find_prompt_targets({"1": unknown, "2": _encoder(), "3": guider}, [])
+    unknown = _node("CLIPTextEncodeFlux", t5xxl=["4", 0], clip_l=["4", 0])
+    graph = {"1": unknown, "2": _encoder(), "3": SAMPLER, "4": _node("AnyText", "Prompt", value="x")}
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("4", "value")]
+
+
+def test_a_text_is_followed_through_the_nodes_it_comes_from():
+    for name in ("value", "text", "string", "prompt"):
+        graph = {"1": _encoder(text=["4", 0]), "2": _encoder(), "3": SAMPLER, "4": _node("Text", **{name: "x"})}
+        assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("4", name)]
+        graph["4"], graph["5"] = _node("Reroute", value=["5", 0]), graph["4"]
+        assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("5", name)]
+    graph["5"] = _node("Loop", value=["4", 0])
+    with pytest.raises(batch_jobs.BatchError, match="0 places"):
+        batch_jobs.find_prompt_targets(graph, [])
+    long = {str(n): _node("Reroute", value=[str(n + 1), 0]) for n in range(10, 5000)}
+    long |= {"5000": _node("Text", value="x"), "1": _encoder(text=["10", 0]), "3": SAMPLER}
+    assert batch_jobs.find_prompt_targets(long, []) == [batch_jobs.Target("5000", "value")]
+
+
+def test_a_seed_behind_a_link_that_is_not_understood_is_a_place_too():
+    graph = {"1": _node(seed=3), "2": _node(seed=["4", 0]), "4": _node("Random", low=1)}
+    with pytest.raises(batch_jobs.BatchError, match=r"2 places for the seed; choose with --seed-node.*1\.seed.*4\.low"):
+        batch_jobs.find_seed_targets(graph, [])
+    assert batch_jobs.find_seed_targets(graph, ["1"]) == [batch_jobs.Target("1", "seed")]
+    graph["4"] = _node("PrimitiveBoolean", value=True)
+    with pytest.raises(batch_jobs.BatchError, match="2 places for the seed"):
+        batch_jobs.find_seed_targets(graph, [])
+    graph["4"] = _node("Seed (rgthree)", seed=["5", 0])
+    graph["5"] = _node("PrimitiveInt", value=5)
+    assert batch_jobs.find_seed_targets({"2": graph["2"], "4": graph["4"], "5": graph["5"]}, []) == [
+        batch_jobs.Target("5", "value")
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ the log
+
+
+def test_a_log_that_another_program_uses_is_refused(tmp_path):
+    first = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=True)
+    for resume in (True, False):
+        with pytest.raises(batch_jobs.BatchError, match="another queue_batch.py is using this log"):
+            batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=resume)
+    batch_jobs.BatchLog(tmp_path / "other.jsonl", "g", resume=True).close()
+    first.append({"prompt": "a"})
+    first.close()
+    for _ in range(2):  # one that is refused for another reason leaves no lock
+        with pytest.raises(batch_jobs.BatchError, match="add --resume") as refused:
+            batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    assert refused
+    batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=True).close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files")
+def test_a_line_of_which_the_disk_took_a_part_is_cut_off(tmp_path):
+    import resource
+
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    log.append({"prompt": "a"})
+    before = log.path.read_bytes()
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        with pytest.raises(batch_jobs.BatchError, match="cannot write the log .*batch.jsonl: the disk took a part"):
+            log.append({"prompt": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == before
+    log.append({"prompt": "b"})
+    log.close()
+    assert len(log.path.read_bytes().splitlines()) == 2
+
+
+def test_a_file_that_another_program_has_open_for_a_moment_does_not_end_the_batch(tmp_path, monkeypatch):
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    (job,) = batch_jobs.make_jobs(["p"], [1], "g")
+    replace, unlink, refusals = os.replace, Path.unlink, []
+
+    def busy(action):
+        def act(*arguments, **options):
+            refusals.append(action)
+            if len(refusals) % 3:  # twice not, then well
+                raise PermissionError(13, "used by another process")
+            return action(*arguments, **options)
+
+        return act
+
+    monkeypatch.setattr(os, "replace", busy(replace))
+    monkeypatch.setattr(Path, "unlink", busy(unlink))
+    log.start(job, "http://a")
+    assert log.inflight_path.exists()
+    log.forget(job)
+    assert not log.inflight_path.exists() and len(refusals) == 6
+    monkeypatch.setattr(batch_jobs, "BUSY_SECONDS", 0.0)
+    with pytest.raises(batch_jobs.BatchError, match="inflight: used by another process"):
+        log.start(job, "http://a")
+    log.close()
