@@ -35,7 +35,7 @@ _KNOWN_WEIGHT = 0.2  # a target pixel that receives less than this share of a pi
 
 
 class NothingValid(ValueError):
-    """A field that says nothing of the clip that it is fitted to."""
+    """A field that says nothing of the clip that it is fitted to, or was measured in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,11 +130,11 @@ class OpticalFlow:
             held = self.flow.expand(len(mask), -1, -1, -1), self.valid.expand(len(mask), -1, -1)
             return OpticalFlow(*held).masked(mask)
         size = (self.height, self.width)
-        inside = F.interpolate(mask[: self.steps, None].float(), size, mode="bilinear", antialias=True)[:, 0] > 0.5
-        inside = inside.to(self.valid.device)
-        if len(inside) == 1 and self.valid.stride(0) == 0:  # one step that stands for all stays one
-            return OpticalFlow(self.flow, (self.valid[:1] & inside).expand(self.steps, -1, -1))
-        return OpticalFlow(self.flow, self.valid & inside)
+        counts = F.interpolate(mask[: self.steps, None].float(), size, mode="bilinear", antialias=True)[:, 0] > 0.5
+        counts = counts.to(self.valid.device)
+        if len(counts) == 1 and self.valid.stride(0) == 0:  # one step that stands for all stays one
+            return OpticalFlow(self.flow, (self.valid[:1] & counts).expand(self.steps, -1, -1))
+        return OpticalFlow(self.flow, self.valid & counts)
 
     def fit(self, steps: int, height: int, width: int) -> OpticalFlow:
         """The field for a clip of another length and size.
@@ -181,8 +181,7 @@ class OpticalFlow:
         weight = valid.to(points.dtype)
         picture = torch.cat([self.flow[step].to(device).movedim(-1, 0) * weight, weight[None]])
         found = sample(picture, points)
-        inside = (points >= -0.5).all(-1) & (points[..., 0] < self.width - 0.5) & (points[..., 1] < self.height - 0.5)
-        known = (found[2] >= 0.5) & inside
+        known = (found[2] >= 0.5) & inside(points, self.height, self.width)
         motion = found[:2] / found[2].clamp(min=0.5) * known
         return motion.movedim(0, -1), known
 
@@ -296,11 +295,18 @@ def sample(picture: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
     return found.reshape(picture.shape[0], *points.shape[:-1])
 
 
-def splat(values: Tensor, points: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+_ONE = 2.0**28  # what 1 is as a whole number: finer than a float32, and 2**11 of the largest values fit in one place
+
+
+def splat(
+    values: Tensor, points: Tensor, weight: Tensor, height: int, width: int, *, exactly: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """Puts values at points onto a picture, each shared among the four pixels around it.
 
+    On CUDA, where sums are in no order, they are of whole numbers (`exactly`): the same at every run.
+
     Args:
-        values: [C, N].
+        values: [C, N], below 2**24 in size.
         points: [N, 2].
         weight: [N] how much each counts against others that meet it.
 
@@ -310,14 +316,21 @@ def splat(values: Tensor, points: Tensor, weight: Tensor, height: int, width: in
     corner = points.floor()
     part = points - corner
     corner = corner.long()
-    totals = values.new_zeros(height * width, values.shape[0] + 2)
-    data = torch.cat([values * weight, weight[None], torch.ones_like(weight)[None]]).T
+    exactly = values.is_cuda if exactly is None else exactly
+    dtype = torch.int64 if exactly else values.dtype
+    # The last row takes what falls outside.
+    totals = torch.zeros(height * width + 1, values.shape[0] + 2, dtype=dtype, device=values.device)
+    data = torch.cat([values * weight, weight[None], torch.ones_like(weight)[None]]).T.contiguous()
     for dy in (0, 1):
         for dx in (0, 1):
             x, y = corner[:, 0] + dx, corner[:, 1] + dy
             share = (part[:, 0] if dx else 1 - part[:, 0]) * (part[:, 1] if dy else 1 - part[:, 1])
             there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            totals.index_add_(0, (y * width + x)[there], (data * share[:, None])[there])
+            shares = data * share[:, None]
+            if exactly:
+                shares = shares.double().mul(_ONE).round().long()
+            totals.index_add_(0, torch.where(there, y * width + x, height * width), shares)
+    totals = totals[:-1].double().div(_ONE).to(values.dtype) if exactly else totals[:-1]
     means = totals[:, :-2] / totals[:, -2:-1].clamp(min=1e-8)
     return means.T.reshape(-1, height, width), totals[:, -1].view(height, width)
 
@@ -362,8 +375,16 @@ class WarpedFrame:
     entered: Tensor
 
 
+def carrying_device(device: torch.device) -> torch.device:
+    """Where frames of a model on this device are carried: there on CUDA, else on the CPU. Apple's GPU reads no picture
+    beyond its edge."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) -> Iterator[WarpedFrame]:
     """Carries a picture along the flow, one frame at a time; each frame is made from the picture itself, once.
+
+    Computed where `carrying_device` says, and the frames are there.
 
     Every pixel is a particle. Where two meet, the one that has moved further hides the other, which goes on at its own
     pace until it is seen again; places that nothing arrives at are filled from around them. Once nothing of the picture
@@ -384,12 +405,12 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
             f"The picture is {picture.shape[-1]}x{picture.shape[-2]} and the optical flow {width}x{height}; fit the "
             "optical flow to the picture first."
         )
-    device = picture.device
-    origin = grid(height, width, device).reshape(-1, 2)
+    picture = picture.to(carrying_device(picture.device))
+    origin = grid(height, width, picture.device).reshape(-1, 2)
     points, velocity = origin, torch.zeros_like(origin)
-    commanded = torch.ones(len(origin), dtype=torch.bool, device=device)
+    commanded = torch.ones(len(origin), dtype=torch.bool, device=picture.device)
     hidden = torch.zeros_like(commanded)
-    passed = torch.zeros_like(origin)  # motion over each place so far: tells what entered from outside
+    begun = origin.T.reshape(2, height, width)  # where what is at each place was in the picture, or outside of it
     started = None
     seen = picture
     values = picture.reshape(picture.shape[0], -1)
@@ -397,7 +418,7 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     for step in range(start, start + count):
         if step < optical_flow.steps:
             motion, known = optical_flow.at(step, points)
-            passed = passed + optical_flow.at(step, origin)[0]
+            begun = _one_step_on(begun, optical_flow, step, origin)
         else:
             motion, known = torch.zeros_like(points), torch.zeros_like(commanded)
         # The field says nothing of what is hidden or has left the frame: it goes on as it did.
@@ -424,8 +445,22 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
             moved = torch.cat([seen, torch.zeros_like(moved[-1:])])
         seen = moved[:-1]
         mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
-        entered = ~arrived & ~inside(origin - passed, height, width).view(height, width)
+        entered = ~arrived & ~inside(begun.movedim(0, -1), height, width)
         yield WarpedFrame(seen, mask.masked_fill(entered, 0.0), entered)
+
+
+def _one_step_on(begun: Tensor, optical_flow: OpticalFlow, step: int, origin: Tensor) -> Tensor:
+    """[2, H, W] a map of each place to where its content was in the beginning, one step later.
+
+    What is at a place now was one motion before: not the place's own, but that of where it came from.
+    """
+    height, width = begun.shape[1:]
+    corner = origin.new_zeros(2), origin.new_tensor([width - 1, height - 1])
+    before = origin - optical_flow.at(step, origin)[0]
+    before = origin - optical_flow.at(step, before.clamp(*corner))[0]
+    # Beyond the edge the map goes on as it does at rest: as far outside as one is.
+    outside = before - before.clamp(*corner)
+    return sample(begun, before).view_as(begun) + outside.T.reshape(begun.shape)
 
 
 def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:

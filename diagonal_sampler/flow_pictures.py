@@ -136,7 +136,12 @@ def draw_arrows(frame: Tensor, flow: Tensor, valid: Tensor, *, spacing: int, fra
 
 
 def preview(
-    frames: Tensor | None, optical_flow: OpticalFlow, measured: OpticalFlow | None = None, *, speed: float | None = None
+    frames: Tensor | None,
+    optical_flow: OpticalFlow,
+    measured: OpticalFlow | None = None,
+    *,
+    speed: float | None = None,
+    nothing_measured: bool = False,
 ) -> Tensor:
     """Panels side by side for every pixel frame that a motion leaves: frame with arrows, the colours, measured colours.
 
@@ -144,6 +149,7 @@ def preview(
         frames: [P, H, W, 3] in 0..1, or None for gray ones of the field's size.
         optical_flow: fitted to the frames' size and number; measured: of the frames themselves.
         speed: pixels per frame of the full colour; None finds one.
+        nothing_measured: the last panel is black, for a field with nothing valid is none.
 
     Returns:
         IMAGE [steps, h, n * w, 3]; small frames are enlarged so that arrows can be seen. One picture where there are
@@ -166,6 +172,8 @@ def preview(
             if field is not None:
                 colours = flow_colours(field.flow[step].cpu(), field.valid[step].cpu(), speed)
                 panels.append(_enlarge(colours, size))
+        if nothing_measured:
+            panels.append(torch.full_like(panels[0], _UNKNOWN))
         out.append(torch.cat(panels, dim=1))
     return torch.stack(out)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flow import OpticalFlow, carry
+from .flow import OpticalFlow, carry, carrying_device
 from .frames import TIME_FACTOR
 from .sampler import Forward
 from .schedule import DiagonalSchedule, shift_sigma, unshift_sigma
@@ -29,9 +29,10 @@ TAIL_FRAMES = 3
 """Latent frames that are decoded to get the last pixel frame: a video decoder needs some before it."""
 
 Decode = Callable[[Tensor], Tensor]
-"""Latents [B, C, n, h, w] in the model's space, the end of a clip -> its last pixel frame [B, 3, H, W] in 0..1."""
+"""Latents [B, C, n, h, w] in the model's space, the end of a clip -> its last pixel frame [B, 3, H, W] in 0..1, best
+on `flow.carrying_device`."""
 Encode = Callable[[Tensor], Tensor]
-"""Pixel frames [B, 3, 1 + 4n, H, W] in 0..1 -> latents [B, C, 1 + n, h, w] in the model's space."""
+"""Pixel frames [B, 3, 1 + 4n, H, W] in 0..1, where Decode's is -> latents [B, C, 1 + n, h, w] in the model's space."""
 
 
 def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float) -> tuple[float, ...]:
@@ -176,12 +177,12 @@ class FlowReference:
             last = self.decode(tail)
             step = TIME_FACTOR * (start_frame - 1)
             clips, masks, outside = [], [], []
-            for picture in last:
+            for picture in last.to(carrying_device(last.device)):
                 carried = list(carry(picture, self.optical_flow, step, TIME_FACTOR * frames))
                 clips.append(torch.stack([picture, *(frame.picture for frame in carried)], dim=1))
                 masks.append(torch.stack([frame.commanded for frame in carried]))
                 outside.append(torch.stack([frame.entered.to(picture.dtype) for frame in carried]))
-            latents = self.encode(torch.stack(clips))[:, :, 1:].to(tail)
+            latents = self.encode(torch.stack(clips).to(last.device))[:, :, 1:].to(tail)
             cells = (frames, tail.shape[-2], tail.shape[-1])
             mask = (F.adaptive_avg_pool3d(torch.stack(masks)[:, None], cells) / FOLLOWED_SHARE).clamp(max=1)
             mask = mask * (1 - F.adaptive_avg_pool3d(torch.stack(outside)[:, None], cells))

@@ -17,10 +17,18 @@ from .frames import TIME_FACTOR
 SWITCHES = ("recache", "keep", "blend")
 UNITS = ("seconds", "chunk")
 MAX_TIME = 1e9
-_SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_WORDS = {
+    1.0: ("", "s", "sec", "secs", "second", "seconds"),
+    60.0: ("m", "min", "mins", "minute", "minutes"),
+    3600.0: ("h", "hour", "hours"),
+}
+_SECONDS = {word: seconds for seconds, words in _WORDS.items() for word in words}
+_BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
+_WIDE_COLON = "\uff1a"  # of Chinese keyboards
+_COLON = f"[:{_WIDE_COLON}]"
 _TIME = re.compile(r"(?P<chunk>chunk\s*)?(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
-_CLOCK = re.compile(r"(?P<time>(\d+:)?\d+:\d\d)\s*:(?P<prompt>.*)")
-_CLOCK_ALONE = re.compile(r"(\d+:)?\d+:\d\d(?=\s+[^\s:])")
+_CLOCK = re.compile(rf"(?P<time>(\d+{_COLON})?\d+{_COLON}\d\d)\s*{_COLON}(?P<prompt>.*)")
+_CLOCK_ALONE = re.compile(rf"(\d+{_COLON})?\d+{_COLON}\d\d(?=\s+[^\s:{_WIDE_COLON}])")
 GRAMMAR = (
     "Write a time, a colon and a prompt in each row, such as '0: a red circle moves right', '5s: ...', '1.5m: ...', "
     "'1:30: ...' or 'chunk 12: ...' (seconds, minutes; chunks count from 1)."
@@ -79,10 +87,15 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
     A single row that does not begin with a time is a prompt from the start on, colons or not, so that a list of
     ordinary prompts (queue_batch.py's) can be put here. There "16:9", without a unit or a space, is no time.
 
+    A colon behind a time may be a full-width one (U+FF1A).
+
     Raises:
         ValueError: a row that cannot be read, with its number.
     """
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [
+        (number, line.strip().removeprefix(_BYTE_ORDER_MARK).lstrip())
+        for number, line in enumerate(text.splitlines(), start=1)
+    ]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if len(lines) == 1 and not _begins_with_a_time(lines[0][1]):
         return (PromptRow(lines[0][0], PromptTime(0), lines[0][1]),)
@@ -95,9 +108,17 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
             )
         clock = _CLOCK.fullmatch(line)
         if clock is not None:
-            seconds = sum(float(part) * 60**place for place, part in enumerate(reversed(clock["time"].split(":"))))
+            parts = re.split(_COLON, clock["time"])
+            if (digit := clock["prompt"][:1]).isdigit():
+                time = ":".join(parts)
+                raise ValueError(
+                    f"Row {number} begins with '{time}:{digit}', whose time may end at either colon. Write '{time}: "
+                    f"{digit}...' or '{parts[0]}: {':'.join(parts[1:])}:{digit}...', with a blank behind the colon "
+                    f"that ends the time. {GRAMMAR}"
+                )
+            seconds = sum(float(part) * 60**place for place, part in enumerate(reversed(parts)))
             line = f"{seconds:g}:{clock['prompt']}"
-        head, colon, prompt = line.partition(":")
+        head, colon, prompt = _parted(line)
         found = _TIME.fullmatch(head.strip())
         if not colon or found is None:
             raise ValueError(
@@ -118,11 +139,17 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
     return tuple(rows)
 
 
+def _parted(line: str) -> tuple[str, str, str]:
+    """A row before, at and behind the colon that ends its time: the first one, or a full-width one behind a time."""
+    head, colon, prompt = line.partition(_WIDE_COLON)
+    return (head, colon, prompt) if _TIME.fullmatch(head.strip()) else line.partition(":")
+
+
 def _begins_with_a_time(line: str) -> bool:
     """Whether the only row seems to be meant so."""
     if _CLOCK.fullmatch(line):
         return True
-    head, colon, prompt = line.partition(":")
+    head, colon, prompt = _parted(line)
     found = _TIME.fullmatch(head.strip())
     if not colon or found is None:
         return bool(colon) and not any(letter.isalpha() for letter in head)

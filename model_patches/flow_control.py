@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import AdapterField, NothingValid, OpticalFlow
+from ..diagonal_sampler.flow import AdapterField, NothingValid, OpticalFlow, carrying_device
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference, weaker_start
 from ..diagonal_sampler.frames import TIME_FACTOR
@@ -312,7 +312,7 @@ class FlowRun:
         self._loaded = self._model.loaded_size()
         images = decode(vae, self._model.model.process_latent_out(latents.float()))
         images = images.reshape(latents.shape[0], -1, *images.shape[-3:])  # [B, T, H, W, 3]
-        return images[:, -1, ..., :3].movedim(-1, 1).to(latents.device, torch.float32)
+        return images[:, -1, ..., :3].movedim(-1, 1).to(carrying_device(latents.device), torch.float32)
 
     def _encode(self, frames: Tensor) -> Tensor:
         vae = self._settings.vae
@@ -342,7 +342,8 @@ def _choose_mode(conditioning: FlowConditioning, has_adapter: bool) -> str:
 
 
 def _warn_about_fit(field: OpticalFlow, steps: int, height: int, width: int) -> None:
-    if 1 < field.steps != steps:
+    # A mask or a painting a pixel frame has one more than there are motions, and none too many.
+    if 1 < field.steps not in (steps, steps + 1):
         what = "the rest of it is not used" if field.steps > steps else "the end of the video is free"
         log.warning("The optical flow has %d steps and the video %d; %s.", field.steps, steps, what)
     if field.height * width != field.width * height:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..diagonal_sampler.flow import OpticalFlow, grid, inside, sample
+from ..diagonal_sampler.flow import NothingValid, OpticalFlow, grid, inside, sample
 
 OPENCV_MISSING = (
     "Measuring motion needs OpenCV, which is not installed: run `pip install opencv-python-headless` in ComfyUI's "
@@ -24,9 +25,15 @@ OPENCV_MISSING = (
 # optical flow", equation 5 (there on squares: 0.01 of them, plus 0.5).
 _HOME_PIXELS_SQUARED = 0.5
 _HOME_SHARE = 0.01
+_LEAST_TRUSTED = 1 / 4
+"""A step of which less is trusted is a cut: of pans of up to 100 pixels 77% and more are, of most cuts 17% and less."""
 _RAFT_MULTIPLE = 8
 _RAFT_LEAST = 128
 """torchvision's RAFT needs sides that are multiples of 8 and at least 128 pixels."""
+_RAFT_MOST_CELLS = 23_000
+"""Its correlations are a float32 for each two cells of 8x8 pixels: 2.1 GB of so many cells, 1616x904 pixels."""
+_RAFT_VOLUMES = 3
+"""Such volumes that are alive at once: the product, the scaled one, and the coarser ones with what they are made of."""
 
 
 class _Measured(NamedTuple):
@@ -42,6 +49,8 @@ _measured: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None, *, keep: bool = False) -> OpticalFlow:
     """The motion between the frames of a video; valid where forward and backward motion agree.
 
+    A step that agrees almost nowhere (_LEAST_TRUSTED) is a cut, and says nothing at all: what agrees there is chance.
+
     Args:
         images: IMAGE [T, H, W, 3] in 0..1, T at least 2.
         estimator: ComfyUI's OPTICAL_FLOW (RAFT); None uses OpenCV's DIS.
@@ -51,7 +60,7 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None, *, keep
         T - 1 steps of the images' size.
 
     Raises:
-        ValueError: one frame only, NaN, or no step that could be trusted anywhere.
+        ValueError: one frame only, or NaN; NothingValid where no step could be trusted.
         ImportError: no OpenCV and no estimator; says how to install.
     """
     if images.ndim != 4 or images.shape[-1] < 3:
@@ -64,17 +73,24 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None, *, keep
     known = _measured.get(images) if keep else None
     if known is not None and known.totals == totals and _same(known.estimator, estimator):
         return known.optical_flow
-    between = _dis() if estimator is None else _raft(estimator)
     frames = images[..., :3]
     steps, height, width = len(frames) - 1, *frames.shape[1:3]
+    between = _dis() if estimator is None else _raft(estimator, height, width)
     flow, valid = torch.empty(steps, height, width, 2), torch.empty(steps, height, width, dtype=torch.bool)
     progress = comfy.utils.ProgressBar(steps)
     for step in range(steps):
         comfy.model_management.throw_exception_if_processing_interrupted()
         first, second = frames[step].float().cpu(), frames[step + 1].float().cpu()
         flow[step] = between(first, second)
-        valid[step] = _leads_home(flow[step], between(second, first))
+        trusted = _leads_home(flow[step], between(second, first))
+        valid[step] = trusted & (trusted.float().mean() >= _LEAST_TRUSTED)
         progress.update(1)
+    if not valid.any():
+        raise NothingValid(
+            f"No motion of the video could be trusted: between none of its {len(frames)} frames do the motions there "
+            f"and back agree in {_LEAST_TRUSTED:.0%} of the picture. Give frames of one shot that follow each other, "
+            "without frames left out between them, or another estimator."
+        )
     found = OpticalFlow(flow, valid)
     if keep:
         _measured[images] = _Measured(found, totals, None if estimator is None else weakref.ref(estimator))
@@ -122,15 +138,28 @@ def _dis():
     return between
 
 
-def _raft(estimator: ModelPatcher):
-    comfy.model_management.load_model_gpu(estimator)
+def _raft_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width that RAFT is given: the nearest that it takes, or smaller ones whose memory is bounded."""
+    whole = [max(_RAFT_LEAST, round(side / _RAFT_MULTIPLE) * _RAFT_MULTIPLE) for side in (height, width)]
+    cells = math.prod(whole) / _RAFT_MULTIPLE**2
+    if cells <= _RAFT_MOST_CELLS:
+        return whole[0], whole[1]
+    shrink = math.sqrt(_RAFT_MOST_CELLS / cells) / _RAFT_MULTIPLE
+    small = [max(_RAFT_LEAST, math.floor(side * shrink) * _RAFT_MULTIPLE) for side in whole]
+    return small[0], small[1]
+
+
+def _raft(estimator: ModelPatcher, height: int, width: int):
+    """RAFT (Teed and Deng 2020) between two frames [height, width, 3] -> [height, width, 2]."""
+    size = _raft_size(height, width)
+    volume = 4 * (math.prod(size) // _RAFT_MULTIPLE**2) ** 2  # bytes
+    comfy.model_management.load_models_gpu([estimator], memory_required=_RAFT_VOLUMES * volume)
     device = estimator.load_device
+    shrinks = size[0] < height - _RAFT_MULTIPLE or size[1] < width - _RAFT_MULTIPLE
 
     def between(first: Tensor, second: Tensor) -> Tensor:
-        height, width = first.shape[:2]
-        size = [max(_RAFT_LEAST, round(n / _RAFT_MULTIPLE) * _RAFT_MULTIPLE) for n in (height, width)]
-        pair = torch.stack([first, second]).movedim(-1, 1).to(device)
-        pair = F.interpolate(pair, size, mode="bilinear") * 2 - 1
+        pair = torch.stack([first, second]).movedim(-1, 1)
+        pair = F.interpolate(pair, size, mode="bilinear", antialias=shrinks).to(device) * 2 - 1
         with torch.no_grad():
             flow = estimator.model(pair[:1], pair[1:])[-1].float()
         flow = F.interpolate(flow, (height, width), mode="bilinear")[0].movedim(0, -1).cpu()

@@ -10,7 +10,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import OpticalFlow, camera_flow, tracks_flow
+from ..diagonal_sampler.flow import NothingValid, OpticalFlow, camera_flow, tracks_flow
 from ..diagonal_sampler.flow_pictures import painted_flow, preview
 from .flow_estimation import estimate_flow
 
@@ -110,7 +110,8 @@ def flow_preview(
         speed: pixels per frame of the full colour; None finds one.
 
     Returns:
-        IMAGE of panels (see flow_pictures.preview), and a sentence with the end-point error.
+        IMAGE of panels (see flow_pictures.preview), and a sentence with the end-point error. Where nothing of the
+        images' motion could be trusted its panel is black, for the images may have taken long to make.
 
     Raises:
         ValueError, ImportError: see estimate_flow; a single image cannot be measured.
@@ -127,7 +128,10 @@ def flow_preview(
     fitted = field.fit(len(images) - 1, images.shape[1], images.shape[2])
     if not measure:
         return preview(images, fitted, speed=speed), f"{fitted.steps} steps at {fitted.width}x{fitted.height}"
-    measured = estimate_flow(images, estimator)
+    try:
+        measured = estimate_flow(images, estimator)
+    except NothingValid as error:
+        return preview(images, fitted, speed=speed, nothing_measured=True), str(error)
     both = fitted.valid & measured.valid
     if bool(both.any()):
         error = (fitted.flow - measured.flow).norm(dim=-1)[both]

@@ -76,8 +76,9 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     default=81,
                     min=2,
                     max=_MAX_LENGTH,
-                    tooltip="Pixel frames over which the camera moves. No effect on the other sources: they last as "
-                    "long as they are, and the rest of the video is free.",
+                    tooltip="Pixel frames over which the camera moves; the rest of the video is free. 2 is a single "
+                    "step, which is held for the whole video. No effect on the other sources: they last as long as "
+                    "they are.",
                 ),
                 io.Float.Input(
                     "pan_x",
@@ -177,7 +178,12 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     "expect some.",
                     advanced=True,
                 ),
-                io.Image.Input("video", optional=True, tooltip="Source video: the frames whose motion is measured."),
+                io.Image.Input(
+                    "video",
+                    optional=True,
+                    tooltip="Source video: the frames whose motion is measured. The motion of two frames is held for "
+                    "the whole video.",
+                ),
                 OpticalFlowModel.Input(
                     "estimator",
                     optional=True,
@@ -188,7 +194,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     "tracks",
                     optional=True,
                     tooltip="Source tracks: points over time in pixels, from ComfyUI's track nodes (Generate Video "
-                    "Tracks).",
+                    "Tracks). The motion of two frames is held for the whole video.",
                 ),
                 io.Image.Input(
                     "painted",

@@ -24,7 +24,8 @@ class DiagonalFlowPreview(io.ComfyNode):
                 io.Boolean.Input(
                     "measure",
                     default=True,
-                    tooltip="Measure the images' own motion and show it beside the other.",
+                    tooltip="Measure the images' own motion and show it beside the other; black where it cannot be "
+                    "trusted, as at a cut.",
                 ),
                 io.Float.Input(
                     "speed",

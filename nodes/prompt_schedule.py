@@ -30,8 +30,8 @@ class DiagonalPromptSchedule(io.ComfyNode):
                     dynamic_prompts=True,
                     default="0: a red circle moves right\n3s: a blue square moves up",
                     tooltip="A row for each prompt: a time, a colon, the prompt. Times: 0, 5s, 1.5m (seconds, minutes "
-                    "of the video), or chunk 12 (counted from 1). A prompt begins with the chunk that shows its time. "
-                    "Rows with # are skipped. A single prompt needs no time.",
+                    "of the video; words will do, too), or chunk 12 (counted from 1). A prompt begins with the chunk "
+                    "that shows its time. Rows with # are skipped. A single prompt needs no time.",
                 ),
                 io.Combo.Input(
                     "switch",

@@ -450,6 +450,45 @@ def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample
     assert "another shape" not in caplog.text
 
 
+def test_a_mask_a_pixel_frame_is_of_the_videos_length(tiny_wan, causal, control, caplog):
+    """One for each of 29 frames, of which the last has no motion behind it: nothing of use is left out."""
+    for steps, words in (
+        (28, None),
+        (29, None),
+        (30, "the rest of it is not used"),
+        (27, "the end of the video is free"),
+    ):
+        caplog.clear()
+        field = OpticalFlow.everywhere(torch.ones(1, 64, 64, 2)).masked(torch.ones(steps, 8, 8))
+        with caplog.at_level(logging.WARNING):
+            control.FlowRun(
+                control.FlowConditioning(optical_flow=field, mode="noise"), causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2)
+            )
+        assert (words or "") in caplog.text and ("steps and the video" in caplog.text) == (words is not None), steps
+
+
+def test_frames_are_carried_on_the_cpu_wherever_the_model_is(tiny_wan, causal, control, demo_vae, monkeypatch):
+    """The device "meta" stands for any other: nothing can be computed there."""
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", vae=demo_vae)
+    run = control.FlowRun(conditioning, causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2))
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.rand(1, 9, 8 * SIZE, 8 * SIZE, 3, generator=generator)
+    monkeypatch.setattr(control, "decode", lambda vae, latents: pictures)  # of numbers that are not there
+    encoded, real = [], control.encode
+
+    def encode(vae, images):
+        encoded.append(images)
+        return real(vae, images)
+
+    monkeypatch.setattr(control, "encode", encode)
+    run.finished(torch.zeros(1, 16, 3, SIZE, SIZE, device="meta"))
+    assert run.source(3, 3).device.type == "meta"
+    (images,) = encoded
+    assert images.device.type == "cpu" and torch.equal(images[0], pictures[0, -1])
+    moved = images[4, :-4, 8:] - pictures[0, -1, 4:, :-8]  # 8 pixels to the right and 4 up
+    assert moved[4:-4, 4:-4].abs().max() < 1e-3
+
+
 def test_noise_is_as_usual_where_the_motion_is_shorter_than_a_latent_frame(tiny_wan, causal, control, caplog):
     short = control.FlowConditioning(optical_flow=camera_flow(3, 64, 64, pan=(1, 0)), mode="noise")
     with caplog.at_level(logging.WARNING):
@@ -602,6 +641,21 @@ def test_the_error_of_a_result_is_taken_where_both_motions_are_known(pack_module
     assert text == "end-point error over 25% of the pixels: mean 2.00, median 2.00 px per frame"
     measured.valid[:] = False
     assert sources.flow_preview(field, images, None, measure=True, speed=None)[1] == "nowhere are both motions known"
+
+
+def test_a_result_without_measurable_motion_is_shown_all_the_same(conditioning_node, pack_module):
+    """It may have taken an hour to make."""
+    pytest.importorskip("cv2")
+    node = pack_module("nodes.flow_preview").DiagonalFlowPreview
+    conditioning = conditioning_node(width=64, height=64, length=3, pan_x=1.0)
+    shots = torch.rand(3, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(shots, (64, 64), mode="bilinear").movedim(1, -1)
+    found, info = node.execute(conditioning, True, 0.0, images=images).result
+    panels = found.view(2, 256, 3, 256, 3).unbind(2)
+    assert panels[0].max() > 0 and panels[1].max() > 0 and (panels[2] == 0).all()
+    assert info.startswith("No motion of the video could be trusted")
+    plain = node.execute(conditioning, False, 0.0, images=images).result[0]
+    assert torch.equal(found[:, :, : 2 * 256], plain)
 
 
 def test_a_motion_is_shown_over_a_single_image(conditioning_node, pack_module):

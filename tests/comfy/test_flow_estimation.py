@@ -6,12 +6,13 @@ import math
 from functools import partial
 from weakref import WeakValueDictionary
 
+import comfy.model_management
 import comfy.utils
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagonal_sampler.flow import camera_flow, grid, inside, sample
+from diagonal_sampler.flow import NothingValid, camera_flow, grid, inside, sample
 
 HEIGHT, WIDTH = 192, 256
 
@@ -69,6 +70,29 @@ def test_dis_finds_known_motion(estimation, motion):
     assert error[found.valid[0]].mean() <= 0.35
     assert error.median() <= 0.1
     assert found.valid.float().mean() > 0.75
+
+
+def test_a_cut_says_nothing(estimation):
+    """Two shots of a picture that moves, and another's behind the cut between them."""
+    pytest.importorskip("cv2")
+    first, second = (pair(camera_flow(1, HEIGHT, WIDTH, pan=(4.0, 0.0)), seed) for seed in (1, 2))
+    found = estimation.estimate_flow(torch.cat([first, second]))
+    assert found.valid.float().mean((1, 2))[[0, 2]].min() > 0.75
+    assert not found.valid[1].any(), "what agrees by chance is not trusted either"
+    with pytest.raises(
+        NothingValid, match="No motion of the video could be trusted: between none of its 2 frames.*25%"
+    ):
+        estimation.estimate_flow(torch.stack([first[0], second[1]]))
+
+
+@pytest.mark.parametrize("speed", [40.0, 100.0])
+def test_a_fast_pan_is_no_cut(estimation, speed):
+    pytest.importorskip("cv2")
+    picture = texture(4, 1024)[:, 100:340]
+    video = torch.stack([picture[:, :, x : x + 416] for x in (100, 100 + int(speed))]).movedim(1, -1)
+    found = estimation.estimate_flow(video)
+    assert found.valid.float().mean() > 0.6
+    assert found.flow[found.valid][:, 0].median() == pytest.approx(-speed, abs=0.5)
 
 
 def test_what_is_covered_is_not_trusted(estimation):
@@ -195,6 +219,30 @@ def test_raft_gets_the_sizes_and_range_it_needs(estimation):
     assert tuple(patcher.model.size) == (128, 128)
     assert torch.allclose(found.flow, torch.tensor([3 * 100 / 128, -60 / 128]), atol=1e-4)
     assert found.valid[0, 5:-5, 5:-5].all()
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [((60, 100), (128, 128)), ((480, 836), (480, 832)), ((900, 1600), (896, 1600)), ((1080, 1920), (904, 1616))],
+)
+def test_raft_asks_for_its_memory_and_large_frames_are_measured_smaller(estimation, monkeypatch, size, given):
+    """Its correlation volume grows with the square of the picture: 4 GB at 1920x1080, and three of them at once."""
+    asked, real = [], comfy.model_management.load_models_gpu
+
+    def load_models_gpu(models, memory_required=0, **options):
+        asked.append(memory_required)
+        return real(models, memory_required=memory_required, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
+    patcher = _raft_patcher()
+    (height, width), (small_height, small_width) = size, given
+    shades = torch.linspace(0, 0.9, width).expand(height, width)
+    video = torch.stack([shades, shades + 0.1])[..., None].expand(-1, -1, -1, 3)
+    found = estimation.estimate_flow(video, patcher)
+    assert tuple(patcher.model.size) == given
+    cells = small_height // 8 * (small_width // 8)
+    assert asked == [3 * 4 * cells**2] and 4 * cells**2 < 2.2e9
+    assert torch.allclose(found.flow, torch.tensor([3 * width / small_width, -height / small_height]), atol=1e-4)
 
 
 def test_comfyuis_own_raft_measures(estimation, tmp_path, monkeypatch):

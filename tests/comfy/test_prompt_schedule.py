@@ -621,7 +621,7 @@ def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedu
     find, server = steering.module._find, steering.server
 
     def refused(status, words, **body):
-        with pytest.raises(steering.module._Refused, match=words) as error:
+        with pytest.raises(steering.module.Refused, match=words) as error:
             find({"client_id": "C", **body})
         assert error.value.status == status
 
@@ -675,7 +675,7 @@ def test_a_prompts_body_is_checked(steering, change, status, words):
     if not status:
         assert asyncio.run(reading) == body
         return
-    with pytest.raises(steering.module._Refused, match=words) as error:
+    with pytest.raises(steering.module.Refused, match=words) as error:
         asyncio.run(reading)
     assert error.value.status == status
 

@@ -15,6 +15,7 @@ from diagonal_sampler.flow import (
     carry,
     fill_holes,
     grid,
+    inside,
     sample,
     splat,
     tracks_flow,
@@ -249,6 +250,20 @@ def test_at_the_latents_size_a_latent_frame_is_four_steps_and_a_cell_eight_pixel
         uniform(1, 0, steps=3).composed()
 
 
+def test_the_edges_of_the_field_are_alike():
+    """Opposite pans are mirror images: a point on an edge is inside at all four sides."""
+    field = uniform(1, -2)
+    edges = torch.tensor([[-0.5, 3.0], [15.5, 3.0], [4.0, -0.5], [4.0, 11.5], [-0.5, -0.5], [15.5, 11.5]])
+    motion, known = field.at(0, edges)
+    assert known.equal(inside(edges, 12, 16)) and known.all()
+    assert torch.allclose(motion, torch.tensor([1.0, -2.0]))
+    away = torch.tensor([[-0.6, 3.0], [15.6, 3.0], [4.0, -0.6], [4.0, 11.6]])
+    assert not field.at(0, away)[1].any()
+    left, right = (camera_flow(8, 64, 96, pan=(x, 0.0)).fit(8, 8, 12).composed() for x in (4.0, -4.0))
+    assert left.valid.equal(right.valid.flip(2))
+    assert torch.allclose(left.flow[..., 0], -right.flow[..., 0].flip(2), atol=1e-5)
+
+
 def test_adapter_features():
     field = uniform(4, -3, steps=8, height=64, width=64).fit(6, 64, 64)
     features = adapter_features(field, 4, 8, 8)
@@ -292,6 +307,20 @@ def test_splatting_conserves_and_finds_holes():
     assert abs(float(share.sum()) - 50) < 1e-3 and (share[0] == 0).all()
 
 
+def test_sums_of_whole_numbers_are_the_same_in_any_order():
+    """As on CUDA. A lens that shrinks a picture to a few pixels, with values as large as ways across a large frame."""
+    values = torch.rand(3, 4000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [4e3], [1.6e7]])
+    points = 3 + 4 * torch.rand(4000, 2, generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(4000, generator=torch.Generator().manual_seed(2)).clamp(min=1e-3)
+    expected = splat(values, points, weight, 16, 16)
+    found = splat(values, points, weight, 16, 16, exactly=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(3))
+    shuffled = splat(values[:, order], points[order], weight[order], 16, 16, exactly=True)
+    assert torch.equal(shuffled[0], found[0]) and torch.equal(shuffled[1], found[1])
+
+
 def test_holes_are_filled_from_around_them():
     picture = (grid(33, 47).movedim(-1, 0) / 47)[None]
     known = torch.ones(1, 33, 47, dtype=torch.bool)
@@ -322,6 +351,36 @@ def test_carried_pictures_equal_the_moved_scene(motion):
     assert frames[-1].commanded[~entered].mean() > 0.97
     if entered.any():
         assert frames[-1].commanded[entered].mean() < 0.2, "what enters from outside is not commanded"
+
+
+def turned_or_zoomed_home(height: int, width: int, steps: int, zoom: float = 0.0, rotation: float = 0.0):
+    """[H, W, 2] where each place of the last frame was in the first one, exactly."""
+    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2])
+    angle = math.radians(rotation * steps)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return (grid(height, width) - centre) @ turn.T / (1 + zoom / 100) ** steps + centre
+
+
+@pytest.mark.parametrize(
+    ("motion", "most"),
+    [
+        ({"zoom": -2.0}, (0, 0)),
+        ({"zoom": -3.0}, (0.015, 0)),
+        ({"zoom": -5.0}, (0.025, 0)),
+        ({"rotation": 2.0}, (0.02, 0)),  # a corner that left comes back on a straight line, not on the circle
+        ({"rotation": 3.0}, (0.02, 10)),
+    ],
+    ids=str,
+)
+def test_what_enters_at_the_edge_is_told_from_what_moves_inside(motion, most):
+    height, width = 60, 104
+    *_, last = carry(smooth_picture(height, width), camera_flow(12, height, width, **motion), 0, 12)
+    home = turned_or_zoomed_home(height, width, 12, **motion)
+    beyond = torch.maximum(-home, home - torch.tensor([width - 1.0, height - 1.0])).amax(-1)  # pixels from the edge
+    entered = beyond > 1.5  # nearer, the edge pixels' shares arrive too
+    assert entered.sum() > 900
+    assert (last.commanded[entered] > 0.5).float().mean() <= most[0], "entered, and taken for commanded"
+    assert last.entered[beyond <= 0.5].sum() <= most[1], "of the picture, and taken for entered"
 
 
 def test_a_picture_that_has_left_the_frame_is_not_black():
@@ -420,6 +479,14 @@ def test_preview_without_frames_draws_a_held_motion_once():
     held = OpticalFlow.everywhere(torch.ones(1, 16, 16, 2)).fit(10**6, 16, 16)
     assert len(preview(None, held)) == 1
     assert len(preview(torch.rand(4, 16, 16, 3), held.fit(3, 16, 16))) == 3
+
+
+def test_a_preview_may_show_that_nothing_was_measured():
+    field = camera_flow(3, 64, 48, pan=(2, 0))
+    frames = torch.rand(4, 64, 48, 3, generator=torch.Generator().manual_seed(0))
+    found = preview(frames, field, nothing_measured=True)
+    assert torch.equal(found[:, :, : 2 * 240], preview(frames, field))
+    assert found.shape == (3, 320, 3 * 240, 3) and (found[:, :, 2 * 240 :] == 0).all()
 
 
 def test_preview_shows_three_panels():

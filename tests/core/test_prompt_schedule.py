@@ -28,6 +28,53 @@ def test_rows_are_times_and_prompts():
     ]
 
 
+def test_units_may_be_written_out():
+    rows = parse_prompts(
+        "0 seconds: a\n1 second: b\n2secs: c\n1 minute: d\n2 Minutes: e\n3mins: f\n1 hour: g\n2 hours: h"
+    )
+    assert [row.at.value for row in rows] == [0, 1, 2, 60, 120, 180, 3600, 7200]
+
+
+def test_a_colon_behind_a_time_may_be_full_width():
+    """What a Chinese keyboard gives. In a prompt it is a letter like others."""
+    rows = parse_prompts("0\uff1aa: b\n5s\uff1a c\uff1ad\n1\uff1a30\uff1ae\n2:00\uff1a f\nchunk 99\uff1ag")
+    assert [(str(row.at), row.text) for row in rows] == [
+        ("0s", "a: b"), ("5s", "c\uff1ad"), ("90s", "e"), ("120s", "f"), ("chunk 99", "g"),
+    ]  # fmt: skip
+    for text, expected in (
+        ("0\uff1aa", "a"),
+        ("a film\uff1aa cat: 3", "a film\uff1aa cat: 3"),
+        ("16\uff1a9 photo", "16\uff1a9 photo"),
+    ):
+        assert [(str(row.at), row.text) for row in parse_prompts(text)] == [("0s", expected)]
+    assert parse_prompts("0: a\uff1ab\n5: c")[0].text == "a\uff1ab"
+    with pytest.raises(ValueError, match="Row 2 begins with '5 days', whose unit 'days' is unknown"):
+        parse_prompts("0: a\n5 days\uff1ab")
+
+
+def test_a_byte_order_mark_is_no_letter():
+    assert [(str(row.at), row.text) for row in parse_prompts("\ufeff0: a\n\ufeff# b\n \ufeff 5: c")] == [
+        ("0s", "a"),
+        ("5s", "c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "either", "other"),
+    [("5:16:9 video", "'5:16: 9...'", "'5: 16:9...'"), ("1:02:03:4 cats", "'1:02:03: 4...'", "'1: 02:03:4...'")],
+)
+def test_a_number_straight_behind_a_clock_is_not_guessed_at(row, either, other):
+    for text in (f"0: a\n{row}", row):
+        with pytest.raises(
+            ValueError, match=f"whose time may end at either colon. Write {either} or {other}, with a blank"
+        ):
+            parse_prompts(text)
+    rows = parse_prompts("0:05: b\n5: 16:9 c\n0:16: 9 d\n1:02:03: e\n1:02:04:f")
+    assert [(row.at.value, row.text) for row in rows] == [
+        (5, "b"), (5, "16:9 c"), (16, "9 d"), (3723, "e"), (3724, "f"),
+    ]  # fmt: skip
+
+
 def test_a_single_prompt_needs_no_time():
     (row,) = parse_prompts("# of a batch\n a red circle moves right ")
     assert (row.row, str(row.at), row.text) == (2, "0s", "a red circle moves right")
