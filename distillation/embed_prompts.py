@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         total = 1 + len({prompt for _, prompt in read_prompt_lines(options.prompts)})
         with progress_bar(total) as advance:
             path = embed_prompts(options, advance=advance)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     log.info("%s is complete; train on it", path)
 

@@ -23,6 +23,8 @@ from distillation import demo_files, sprites
 from distillation.evidence.measures import Evaluation, Options
 from distillation.evidence.report import build, load_scores
 from distillation.evidence.rows import (
+    GIVEN,
+    GIVEN_STEPS,
     NAMES,
     ROWS,
     SUBJECTS,
@@ -73,10 +75,11 @@ def run(chosen: argparse.Namespace) -> None:
         teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / demo_files.TEACHER_FILE
         print("# what all of them begin with: the teacher after causal initialisation")
         print(initial_command(runs, teacher=teacher) + "\n")
-        for row in ROWS:
-            if row.training is not None:
-                print(f"# {row.name}: {row.text}")
-                print(training_command(row, runs, teacher=teacher, updates=chosen.updates) + "\n")
+        trained = [row for row in ROWS if row.training is not None]
+        at = trained.index(row_named(GIVEN))
+        for row in (*trained[:at], *GIVEN_STEPS, *trained[at:]):
+            print(f"# {row.name}: {row.text}")
+            print(training_command(row, runs, teacher=teacher, updates=chosen.updates) + "\n")
         return
     options = None
     if not chosen.tables_only:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,23 +22,45 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.weight_files import write_weights
 from distillation import run_folder
 from distillation.common import git_commit
+from distillation.demo_files import KEPT_NOISE, NOISE_KEY
 from distillation.lora import host_lora
 from distillation.networks import read_wan
-from distillation.recipes import Recipe
+from distillation.recipes import RECIPES, Recipe
 
 log = logging.getLogger("export")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ADAPTER = "student"
+# Fields that the header says in another place, or of which nothing follows for the weights.
+UNLISTED = frozenset(("name", "stage", "updates", "batch", "seed")) | run_folder.FILE_FIELDS
+UNLISTED |= run_folder.FREE_FIELDS - {"cooldown"}
 
 
-def header_of(recipe: Recipe, updates: int, *, whole: bool) -> dict[str, str]:
-    """Header entries: DESIGN's provenance keys and, for whole weights, ComfyUI's mark of a causal model."""
-    schedule = recipe.schedule
+def changed_fields(recipe: Recipe) -> str:
+    """The flags that make this recipe of the one it is named after, without those of `UNLISTED`."""
+    usual = RECIPES[recipe.name]() if recipe.name in RECIPES else Recipe(name=recipe.name)
+    changes = {item.name: getattr(recipe, item.name) for item in fields(Recipe) if item.name not in UNLISTED}
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in changes.items() if value != getattr(usual, name))
+    return " ".join(flags)
+
+
+def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None = None) -> dict[str, str]:
+    """Header entries: DESIGN's provenance keys and, for whole weights, ComfyUI's mark of a causal model.
+
+    Args:
+        whole: not a LoRA.
+        commit: of the code that the run began with; None is the present one.
+    """
+    schedule, distilled = recipe.schedule, recipe.stage != "forcing"
+    if not distilled:  # it knows every noise level, and the clips' own distribution: it is sampled like a teacher
+        schedule = DiagonalSchedule.preset("undistilled", shift=recipe.shift)
     renoises = schedule.context_mode == "renoise"
+    # Beside the prompts, only what the stage reads: without a student it begins with the teacher.
+    used = ("prompts", "teacher", "student", *(() if recipe.distils else ("clips",)))
     provenance = Provenance(
         frames_per_chunk=recipe.frames_per_chunk,
         steps_per_chunk=tuple(len(row) for row in schedule.sigmas),
@@ -48,15 +71,17 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool) -> dict[str, str]:
         sink=recipe.sink,
         recipe=(
             f"distillation.train --recipe {recipe.name} --stage {recipe.stage}, {updates} updates of {recipe.batch} "
-            f"clips, seed {recipe.seed}" + (f", renoise {recipe.context_sigma:g}" if renoises else "")
+            f"clips, seed {recipe.seed}"
+            + (f", renoise {recipe.context_sigma:g}" if renoises else "")
+            + (f"; changed: {changes}" if (changes := changed_fields(recipe)) else "")
         ),
-        data=f"prompts {Path(recipe.prompts).name}; teacher {Path(recipe.teacher).name}",
-        git_commit=git_commit(),
+        data="; ".join(f"{name} {Path(getattr(recipe, name)).name}" for name in used if getattr(recipe, name)),
+        git_commit=git_commit() if commit is None else commit,
     )
-    header = provenance.to_metadata()
+    header = provenance.to_metadata() | ({} if distilled else {NOISE_KEY: KEPT_NOISE})
     if whole:
         config = {"causal_ar": True, "text_dim": recipe.text_dim}
-        header |= {"config": json.dumps({"transformer": config}), "cfg": "1"}
+        header |= {"config": json.dumps({"transformer": config})} | ({"cfg": "1"} if distilled else {})
     return header
 
 
@@ -87,7 +112,8 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
         tensors = host_lora(averaged, ADAPTER)
     kept = {name: value if name.endswith(".alpha") else value.to(dtype) for name, value in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, kept, header_of(recipe, updates, whole=merge or not recipe.lora_rank))
+    commit = run_folder.read_beginning(run).get("git_commit", f"unknown; exported at {git_commit()}")
+    write_weights(target, kept, header_of(recipe, updates, whole=merge or not recipe.lora_rank, commit=commit))
     log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
 
 

@@ -158,7 +158,11 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
 
 
 def spread(network: WanDiT, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, *, compiled: bool) -> WanDiT:
-    """Activation checkpointing, then compile, then fully_shard block by block (torchtitan's order), in place.
+    """Compiles the blocks, shards them and the rest, and has the network checkpoint them, in place.
+
+    From the inside out: a block's mathematics; fully_shard's hooks, which are part of the block's call and so of what
+    is compiled; compile; and outermost activation checkpointing, around the compiled block. torchtitan checkpoints
+    inside compile.
 
     Returns:
         the network.

@@ -178,6 +178,29 @@ def read_prompts(path: str | os.PathLike[str], *, encode: Encode | None = None) 
     return _read_txt(path, encode)
 
 
+def prompts_digest(path: Path) -> str:
+    """What a prompts file says, in 16 hex digits: its prompts in their order, and the text of its negative prompt.
+
+    Where the embeddings lie does not count. Lines that `read_prompts` would refuse count as they are.
+
+    Raises:
+        ValueError: as `read_lines`.
+    """
+    said = []
+    for _, line in read_lines(path):
+        if path.suffix.lower() == ".jsonl":
+            try:
+                found = json.loads(line)
+                said.append([found.get("prompt"), found.get("negative")])
+                continue
+            except (ValueError, RecursionError, AttributeError):
+                pass
+        elif line.startswith("#"):
+            continue
+        said.append(line)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Lines
 

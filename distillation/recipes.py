@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -116,13 +117,16 @@ class Recipe:
     compile: bool = option(False, "torch.compile the blocks of teacher and fake score")
 
     # Bookkeeping
-    save_every: int = option(50, "updates between checkpoints, and one after the last update; 0: none at all")
+    save_every: int = option(10, "updates between checkpoints, and one after the last update; 0: none at all")
     keep: int = option(2, "checkpoints kept")
     sample_every: int = option(0, "updates between sample clips; 0: none")
     sample_prompts: int = option(4, "clips of a sample")
     tensorboard: bool = option(True, "also log for TensorBoard, if it is installed")
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.type == "float" and not math.isfinite(getattr(self, item.name)):
+                raise ValueError(f"{item.name} is {getattr(self, item.name)}; it must be a finite number.")
         _choice("stage", self.stage, STAGES)
         _choice("exit", self.exit, EXITS)
         _choice("motion_form", self.motion_form, MOTION_FORMS)
@@ -303,7 +307,7 @@ def wan_1_3b(**changes: Any) -> Recipe:
     """Wan 2.1 T2V 1.3B with the released hyper-parameters: 8 GPUs of 80 GB, all weights trained."""
     defaults = dict(
         name="wan_1_3b", teacher="wan2.1_t2v_1.3B_bf16.safetensors", prompts="prompts/prompts.jsonl",
-        activation_checkpointing=True, compile=True, sample_every=100,
+        activation_checkpointing=True, sample_every=100,
     )  # fmt: skip
     return Recipe(**{**defaults, **changes})
 
@@ -313,7 +317,7 @@ def wan_14b_lora(**changes: Any) -> Recipe:
     defaults = dict(
         name="wan_14b_lora", teacher="wan2.1_t2v_14B_bf16.safetensors", prompts="prompts/prompts.jsonl",
         dim=5120, ffn_dim=13824, num_layers=40, lora_rank=256, learning_rate=1e-5, fake_score_learning_rate=2e-6,
-        activation_checkpointing=True, compile=False, sample_every=100,
+        activation_checkpointing=True, sample_every=100,
     )  # fmt: skip
     return Recipe(**{**defaults, **changes})
 

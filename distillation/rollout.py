@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.noise import NoiseSource, SeededNoise
+from diagonal_sampler.noise import NoiseSource, SeededNoise, send
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
@@ -44,8 +44,8 @@ class BatchNoise:
         self.device = device
 
     def __call__(self, chunk: int, step: int, frames: int) -> Tensor:
-        # One copy to the device, not one a clip.
-        return torch.cat([source(chunk, step, frames) for source in self.sources]).to(self.device)
+        # One copy to the device, not one a clip, and none that waits for it.
+        return send(torch.cat([source(chunk, step, frames) for source in self.sources]), self.device)
 
 
 def exit_steps(schedule: DiagonalSchedule, chunks: int, seed: int, *, last: bool = False) -> list[int]:
@@ -183,7 +183,10 @@ def predict_x0(
         settings: how a whole-clip forward looks back; None is bidirectional.
         optical_flow: motion of the same latent frames, see WanDiT.forward.
     """
-    sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.float32)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.to(x.device, torch.float32)
+    else:  # filled on the device: the copy of a number would wait for all that is queued there
+        sigma = torch.full((), sigma, dtype=torch.float32, device=x.device)
     sigma = sigma.expand(x.shape[0]) if sigma.ndim == 0 else sigma
     # Passed only where there is one: networks in wrappers need not know the argument.
     options = {} if optical_flow is None else {"optical_flow": optical_flow}

@@ -1,13 +1,16 @@
 """What a run leaves on disk: its recipe, its checkpoints, its log. Nothing is ever half written under its final name.
 
-RUN/recipe.json                  the recipe, written once; a resumed run must agree with it
+RUN/recipe.json                  the recipe, the commit it began with and what its files held, written once; a
+                                 resumed run must agree with it
 RUN/checkpoints/update_000150/   torch.distributed.checkpoint, renamed from *.partial when complete
 RUN/log.jsonl                    one line an update
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,8 +26,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from distillation.common import write_text
+from diagonal_sampler.weight_files import short
+from distillation.common import git_commit, write_text
+from distillation.prompts import prompts_digest
 from distillation.recipes import Recipe
+
+log = logging.getLogger("run_folder")
 
 # A resumed run may change these: none of them changes what an update computes (micro_batch: but for rounding), except
 # in a cooldown, which is decided on when a run is good enough to be ended.
@@ -43,8 +50,11 @@ FREE_FIELDS = frozenset(
         "autoencoder",
     }  # fmt: skip
 )
-# Of these only the name counts: a run may move with its files.
+# Of these only the name counts, and what some of them hold (`input_digests`): a run may move with its files.
 FILE_FIELDS = frozenset(("teacher", "student", "prompts", "text_encoder", "clips"))
+BEGAN = "began"
+"""Entry of recipe.json beside the recipe's fields: `git_commit`, and `files` as `input_digests` gives them."""
+_SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a weight file that are looked at, and at how many places
 _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
 
@@ -58,32 +68,77 @@ SPRITE_PROMPTS = "prompts.txt"
 """A run's own captions of the demo world."""
 
 
+def input_digests(recipe: Recipe) -> dict[str, str]:
+    """What the recipe's files hold, in 16 hex digits each by field, wherever they lie; missing ones have none.
+
+    Prompts by their texts. Weights by their size and a sample of their bytes, the header among them: 14B are not read
+    whole at every start.
+
+    Raises:
+        ValueError: a prompts file that is no text.
+    """
+    found = {}
+    for name in ("teacher", "student", "text_encoder"):
+        if (path := Path(getattr(recipe, name))).is_file():
+            found[name] = _weights_digest(path)
+    if (path := Path(recipe.prompts)).is_file():
+        found["prompts"] = prompts_digest(path)
+    return found
+
+
+def _weights_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(_SAMPLES):
+            file.seek(size * place // _SAMPLES)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def other_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Fields of `input_digests` whose files are known from both times and hold something else now."""
+    return [name for name, digest in now.items() if before.get(name, digest) != digest]
+
+
 def settle_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes the recipe of a new run, or compares it with the one the run began with.
 
     A run without a checkpoint has nothing to lose: what its first start got wrong may be corrected.
 
     Raises:
-        ValueError: a field that decides what is computed has another value than before.
+        ValueError: a field that decides what is computed has another value than before, or a file holds something
+            else.
     """
-    path = folder / "recipe.json"
+    path, files = folder / "recipe.json", input_digests(recipe)
+
+    def write() -> None:
+        write_json(path, {**asdict(recipe), BEGAN: {"git_commit": git_commit(), "files": files}})
+
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(recipe))
+        write()
         return
-    before = read_recipe(folder)
+    before, began = read_recipe(folder), read_beginning(folder)
     differences = [
         f"{name} was {getattr(before, name)!r} and is {value!r}"
         for name, value in asdict(recipe).items()
         if name not in FREE_FIELDS and not _same(name, value, getattr(before, name))
     ]
-    if differences and not checkpoints(folder):
-        (folder / SPRITE_PROMPTS).unlink(missing_ok=True)  # of another seed
-        write_json(path, asdict(recipe))
+    differences += [
+        f"the file {getattr(recipe, name)!r} ({name}) holds something else than when the run began"
+        for name in other_files(began.get("files", {}), files)
+    ]
+    if not checkpoints(folder):
+        if differences:
+            (folder / SPRITE_PROMPTS).unlink(missing_ok=True)  # of another seed
+        write()
     elif differences:
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or the same values to resume."
         )
+    elif not began:
+        log.warning("%s is of an older run and does not say what its files held; they are taken for the same", path)
 
 
 def _same(name: str, value: Any, before: Any) -> bool:
@@ -96,11 +151,32 @@ def read_recipe(folder: Path) -> Recipe:
     Raises:
         ValueError: no run there, or a recipe that cannot be read.
     """
-    path = folder / "recipe.json"
+    stated = _read(folder)
+    stated.pop(BEGAN, None)
     try:
-        return Recipe(**json.loads(path.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a run's recipe ({error}); name the folder given to --out.") from None
+        return Recipe(**stated)
+    except TypeError as error:
+        raise _no_recipe(folder, error) from None
+
+
+def read_beginning(folder: Path) -> dict[str, Any]:
+    """`git_commit` and `files` of a run's first start; empty for a run of a time that did not keep them.
+
+    Raises:
+        ValueError: as `read_recipe`.
+    """
+    return _read(folder).get(BEGAN, {})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "recipe.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise _no_recipe(folder, error) from None
+
+
+def _no_recipe(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder / 'recipe.json'} is not a run's recipe ({error}); name the folder given to --out.")
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -123,6 +199,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def require_same(what: str, value: Any) -> None:
+    """Checks that all ranks, if there are several, found the same on disk.
+
+    Args:
+        what: the value in a message.
+        value: anything that pickles.
+
+    Raises:
+        ValueError: on every rank, if two of them disagree.
+    """
+    if not dist.is_initialized():
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    if any(other != found[0] for other in found):
+        raise ValueError(
+            f"the ranks found different {what}: {', '.join(map(short, found))}; the run's folder, prompts and clips "
+            "must lie where all machines see the same files."
+        )
+
+
 def save(folder: Path, update: int, tensors: Mapping[str, Tensor], keep: int) -> None:
     """Writes a checkpoint from all ranks, renames it when it is complete, and drops old ones.
 
@@ -132,8 +229,8 @@ def save(folder: Path, update: int, tensors: Mapping[str, Tensor], keep: int) ->
     final = folder / "checkpoints" / f"update_{update:06d}"
     partial = final.with_suffix(".partial")
     if is_main():
-        if partial.exists():
-            shutil.rmtree(partial)
+        for left in (folder / "checkpoints").glob("update_*.partial"):  # of a run that was killed
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     barrier()
     try:
@@ -175,9 +272,10 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Reads a checkpoint into the given tensors, in place, whatever number of ranks wrote it.
 
     Raises:
-        ValueError: tensors that are missing, or that have another shape.
+        ValueError: tensors that are missing, or that have another shape; files that cannot be read, of which the
+            tensors may have changed in part.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = _stored(path)
     for name, tensor in tensors.items():
         shape = getattr(stored.get(name), "size", None)
         if shape is None or tuple(shape) != tuple(tensor.shape):
@@ -185,19 +283,44 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{path} has {name} of shape {None if shape is None else tuple(shape)}, the run needs "
                 f"{tuple(tensor.shape)}; it belongs to another recipe."
             )
-    with _one_process_is_meant():
+    with _reading(path):
         dcp.load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """ValueError with the remedy for a checkpoint that cannot be read."""
+    try:
+        with _one_process_is_meant():
+            yield
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        others = [other.name for _, other in checkpoints(path.parents[1])]
+        older = others[: others.index(path.name)] if path.name in others else []
+        instead = f"go on from {older[-1]}" if older else "begin anew"
+        raise ValueError(
+            f"checkpoint {path} cannot be read: {_root(error)}; if it stays so, remove that folder to {instead}."
+        ) from None
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors as its metadata describe them, by name; ValueError if they cannot be read."""
+    with _reading(path):
+        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose name begins with `prefix`, gathered, without it. Needs one process only."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    """All tensors of a checkpoint whose name begins with `prefix`, gathered, without it. Needs one process only.
+
+    Raises:
+        ValueError: files that cannot be read.
+    """
+    stored = _stored(path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
         if name.startswith(prefix) and hasattr(entry, "size")
     }
-    with _one_process_is_meant():
+    with _reading(path):
         dcp.load(dict(tensors), checkpoint_id=path, no_dist=True)
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 

@@ -5,7 +5,8 @@
 
 Every field of a recipe is a flag (`--recipe NAME --help` lists them). A run that was stopped, killed or crashed goes
 on from its last checkpoint when the same command is given again: every random number of update i follows from
-(seed, i, clip), so nothing but weights and moments has to be kept.
+(seed, i, clip), so nothing but weights and moments has to be kept. SIGTERM, SIGUSR1 and --seconds end a run after an
+update, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,7 +73,10 @@ class Ranks:
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Joins torchrun's process group, if there is one, and leaves it at the end."""
+    """Joins torchrun's process group, if there is one, and leaves it at the end.
+
+    Not after an error: NCCL would wait there for ranks that may never answer. `main` then ends the process at once.
+    """
     cuda = torch.cuda.is_available()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and here > torch.cuda.device_count():
@@ -85,11 +93,9 @@ def joined_ranks() -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    dist.destroy_process_group()
 
 
 def mean_over_ranks(value: Tensor) -> float:
@@ -99,6 +105,36 @@ def mean_over_ranks(value: Tensor) -> float:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return float(value)
+
+
+def any_rank(value: bool, ranks: Ranks) -> bool:
+    """Whether it is so on one of the ranks; all are told the same."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.full((), float(value), device=ranks.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGUSR1 has come to this process meanwhile; a second one acts as it usually does."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        for name in ("SIGTERM", "SIGUSR1"):
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,7 +294,12 @@ class Trainer:
                     ranks=self.ranks.count,
                     report=lambda done, total: log.info("trajectories: %d of %d files", done, total),
                 )
-        return ClipFolder(folder, recipe, with_trajectory=recipe.stage == "ode")
+        clips = ClipFolder(folder, recipe, with_trajectory=recipe.stage == "ode", prompts=len(self.prompts))
+        if clips.undated and self.ranks.main:
+            text = "%d files in %s do not say what teacher and prompts held; they are taken for the same"
+            log.warning(text, clips.undated, folder)
+        run_folder.require_same("clips", (len(clips), clips.rows[0], clips.rows[-1]))
+        return clips
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the run: what a checkpoint writes and a resumed run reads in place."""
@@ -493,13 +534,20 @@ class Trainer:
             )
             clean = clean.to(self.ranks.device)
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
+            weight = None
             if paths is None:
                 sigma = self._over_frames(
                     losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=0.02, high=1.0)
                 )
                 x = torch.lerp(clean, self.noise(seeds)(0, SCORE_STEP, recipe.frames), spread_sigma(sigma))
             else:
-                sigma, x = self._on_trajectory(paths, draws)
+                sigma, x, behind = self._on_trajectory(paths, draws)
+                if (level := recipe.schedule.cache_pass_sigma) is not None:
+                    # Finished chunks as the cache pass leaves them; it asks for no prediction.
+                    noise = self.noise(seeds)(0, SCORE_STEP, recipe.frames)
+                    x = torch.where(behind[:, None, :, None, None], torch.lerp(clean, noise, level), x)
+                    sigma = torch.where(behind, level, sigma)
+                    weight = (~behind).float()
             role = self.networks.student
             with role.active() as student:
                 x0 = predict_x0(
@@ -515,7 +563,9 @@ class Trainer:
                     # Flow matching: both flows lead away from the same x, so they differ as the x0 do, over sigma.
                     loss = ((x0 - clean) / spread_sigma(sigma)).square().mean()
                 else:
-                    loss = losses.ode_regression_loss(x0, clean)
+                    loss = losses.ode_regression_loss(x0, clean, weight)
+                    if weight is not None:  # a mean over all frames, whatever the micro-batch
+                        loss = loss * weight.mean()
                 (loss / self.accumulation).backward()
             total += loss.detach() / self.accumulation
         value = self._finite(recipe.stage, total, update)
@@ -530,23 +580,29 @@ class Trainer:
         counts = torch.tensor(self._chunks)
         return per_chunk.repeat_interleave(counts, dim=1).to(self.ranks.device)
 
-    def _on_trajectory(self, paths: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Each chunk at a random step of its own schedule: sigma [B, T] and x from the teacher's trajectory."""
+    def _on_trajectory(self, paths: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each chunk at a random step of its own schedule, from the teacher's trajectory.
+
+        Half the clips have context as at inference: the chunks before a random one are finished, at their last step.
+
+        Returns:
+            sigma [B, T], x [B, C, T, H, W], and which frames are such context, [B, T] bool.
+        """
         known = schedule_sigmas(self.recipe)
         schedule = self.recipe.schedule
         context, draws = draws[:, 0], draws[:, 1:]
         index = torch.zeros(draws.shape, dtype=torch.int64)
+        behind = torch.zeros(draws.shape, dtype=torch.bool)
         for chunk in range(draws.shape[1]):
             row = schedule.chunk_sigmas(chunk)
             places = torch.tensor([min(range(len(known)), key=lambda k: abs(known[k] - sigma)) for sigma in row])
             index[:, chunk] = places[(draws[:, chunk] * len(row)).long()]
-            # Half the clips have context as at inference: the chunks before a random one at their last step.
-            is_context = (context < 0.5) & (chunk < (2 * context * draws.shape[1]).floor())
-            index[:, chunk] = torch.where(is_context, places[-1], index[:, chunk])
+            behind[:, chunk] = (context < 0.5) & (chunk < (2 * context * draws.shape[1]).floor())
+            index[:, chunk] = torch.where(behind[:, chunk], places[-1], index[:, chunk])
         sigma = self._over_frames(torch.tensor(known)[index])
         frames = index.repeat_interleave(torch.tensor(self._chunks), dim=1)
         gather = frames[:, None, None, :, None, None].expand(-1, -1, *(paths.shape[2], -1, *paths.shape[4:]))
-        return sigma, paths.gather(1, gather)[:, 0].to(self.ranks.device)
+        return sigma, paths.gather(1, gather)[:, 0].to(self.ranks.device), self._over_frames(behind)
 
     def _finite(self, name: str, value: Tensor, update: int) -> float:
         mean = mean_over_ranks(value)
@@ -603,22 +659,22 @@ def _numpy_generator(seed: int, row: int):
     return np.random.default_rng([seed & 0xFFFFFFFF, row, 0xCA9])
 
 
-def tensorboard(folder: Path) -> Any:
-    """A SummaryWriter, or None where TensorBoard is not installed."""
+def tensorboard(folder: Path, first: int) -> Any:
+    """A SummaryWriter, or None where TensorBoard is not installed. Updates from `first` on will come again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.info("no TensorBoard here (pip install tensorboard); %s/log.jsonl has every number", folder)
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
 
 def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], bool] | None = None) -> None:
     """Trains to the recipe's last update, from the run's last checkpoint if there is one.
 
     Args:
-        time_is_up: asked after every update; True ends the run there as if that update were the recipe's last. All
-            ranks must be told the same.
+        time_is_up: asked after every update; True, on any rank, ends the run there as if that update were the recipe's
+            last. So do SIGTERM and SIGUSR1, on any rank.
 
     Raises:
         ValueError: bad input, or a loss that is not finite.
@@ -630,7 +686,9 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
     prompts = read_all_prompts(recipe, folder, ranks)
     trainer = Trainer(recipe, prompts, folder, ranks)
     first = 0
-    if found := run_folder.checkpoints(folder):
+    found = run_folder.checkpoints(folder)
+    run_folder.require_same("checkpoints", [update for update, _ in found[-1:]])
+    if found:
         first, path = found[-1]
         run_folder.load(path, trainer.tensors())
         log.info("resumed %s", path)
@@ -641,14 +699,14 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
         for warning in doubts(recipe, ranks.device):
             log.warning("%s", warning)
     journal = run_folder.Log(folder, first) if ranks.main else None
-    board = tensorboard(folder) if ranks.main and recipe.tensorboard else None
+    board = tensorboard(folder, first) if ranks.main and recipe.tensorboard else None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, TextColumn("{task.fields[losses]}"), disable=not ranks.main)
     lines = ranks.main and not bar.console.is_terminal  # there the bar shows nothing before the end
     try:
-        with bar:
+        with bar, stop_signals() as told_to_stop:
             task = bar.add_task(f"{recipe.name} {recipe.stage}", total=recipe.updates, completed=first, losses="")
             for update in range(first, recipe.updates):
                 started = time.perf_counter()
@@ -667,7 +725,8 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
                 if lines:
                     log.info("update %d of %d, %.1f s: %s", update + 1, recipe.updates, entry["seconds"], shown)
                 done = update + 1
-                last = done == recipe.updates or (time_is_up is not None and time_is_up())
+                stops = any_rank(told_to_stop() or (time_is_up is not None and time_is_up()), ranks)
+                last = done == recipe.updates or stops
                 if recipe.save_every and (done % recipe.save_every == 0 or last):
                     run_folder.save(folder, done, trainer.tensors(), recipe.keep)
                 if recipe.sample_every and recipe.sample_prompts and (done % recipe.sample_every == 0 or last):
@@ -675,6 +734,8 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
                     if ranks.main:
                         try_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
                 if last:
+                    if done < recipe.updates:
+                        log.info("stopped after update %d of %d, as it was told", done, recipe.updates)
                     break
     finally:
         if journal:
@@ -696,6 +757,9 @@ def doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
         )
     if device.type == "cpu" and recipe.dim >= SMALLEST_WAN:
         yield "torch finds no GPU here, and a network of Wan's size trains on CPUs for months"
+    here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device.type == "cuda" and here < there:
+        yield f"{here} of this machine's {there} GPUs are used; torchrun --nproc-per-node {there} uses all"
 
 
 def try_samples(folder: Path, clips: Tensor, captions: list[str], autoencoder: str) -> None:
@@ -706,8 +770,8 @@ def try_samples(folder: Path, clips: Tensor, captions: list[str], autoencoder: s
         log.warning("no sample clips in %s: %s", folder, error)
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | None]:
-    """The recipe with the flags' changes, the run's folder, and the number of CPU threads.
+def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe with the flags' changes; and `out`, the run's folder, `threads` of the CPU and `seconds`, or None.
 
     Raises:
         ValueError: a flag whose value does not fit its field.
@@ -716,6 +780,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | No
     parser.add_argument("--recipe", required=True, choices=tuple(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--seconds", type=float, help="end after the first update that ends later than this")
     chosen = parser.add_argument_group("fields of the recipe")
     for item in fields(Recipe):
         if item.name != "name":
@@ -726,11 +791,12 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, Path, int | No
         for item in fields(Recipe)
         if item.name != "name" and (value := getattr(options, item.name)) is not None
     }
-    return replace(RECIPES[options.recipe](), **changes), options.out, options.threads
+    return replace(RECIPES[options.recipe](), **changes), options
 
 
-def train(recipe: Recipe, folder: Path) -> None:
-    """Runs a recipe's stage, alone or as one of torchrun's ranks. Raises as `run`."""
+def train(recipe: Recipe, folder: Path, seconds: float | None = None) -> None:
+    """Runs a recipe's stage, alone or as one of torchrun's ranks, for about so many seconds. Raises as `run`."""
+    began = time.monotonic()
     if recipe.stage == "teacher":
         if recipe.name != "demo":
             raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
@@ -741,35 +807,57 @@ def train(recipe: Recipe, folder: Path) -> None:
     with joined_ranks() as ranks:
         if not ranks.main:
             logging.getLogger().setLevel(logging.WARNING)
-        run(recipe, folder, ranks)
+        run(recipe, folder, ranks, time_is_up=lambda: seconds is not None and time.monotonic() - began > seconds)
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The end of a message about a run that has stopped."""
+def last_checkpoint(folder: Path, *, again: bool) -> str:
+    """The end of a message about a run that has stopped.
+
+    Args:
+        again: the same command would go on; else it would stop as it did.
+    """
     found = run_folder.checkpoints(folder)
-    return f"the same command goes on from {found[-1][1]}" if found else "there is no checkpoint yet"
+    if not found:
+        return "there is no checkpoint yet"
+    return f"{'the same command goes on from' if again else 'the last checkpoint is'} {found[-1][1]}"
+
+
+def leave_ranks(status: int) -> NoReturn:
+    """Ends this process as it is: the usual end waits for ranks that may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe; returns the exit status. A failure that is no defect of this program is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        recipe, folder, threads = parse_arguments(arguments)
+        recipe, options = parse_arguments(arguments)
     except ValueError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    if threads:
-        torch.set_num_threads(threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     keep_freed_memory()
+    status = 0
     try:
-        train(recipe, folder)
+        train(recipe, options.out, options.seconds)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"stopped: {str(error).rstrip('.')}; {last_checkpoint(folder)}.", file=sys.stderr)
-        return 1
+        ending = last_checkpoint(options.out, again=isinstance(error, OSError))
+        print(f"stopped: {str(error).rstrip('.')}; {ending}.", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
-        print(f"stopped by Ctrl-C; {last_checkpoint(folder)}.", file=sys.stderr)
-        return 130
-    return 0
+        print(f"stopped by Ctrl-C; {last_checkpoint(options.out, again=True)}.", file=sys.stderr)
+        status = 130
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and dist.is_initialized():
+        leave_ranks(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,9 +32,10 @@ from distillation.flow_fields import FlowFields
 from distillation.prompts import PromptSet
 from distillation.recipes import Recipe
 from distillation.rollout import BatchNoise, sample_seed, stream
-from distillation.run_folder import barrier
+from distillation.run_folder import barrier, input_digests, other_files, require_same
 
 MADE_FOR = "made_for"
+FILES = "files"  # entry of MADE_FOR: digests of the files that its names stand for
 CLIP_FILES = "clips-*.safetensors"
 _CLOSE = 1e-6  # noise levels nearer than this are one
 
@@ -55,14 +57,19 @@ def trajectory_schedule(recipe: Recipe) -> DiagonalSchedule:
     return DiagonalSchedule(sigmas=(tuple(merged),), context_mode=mode, shift=recipe.shift, fresh_noise=False)
 
 
-def made_for(recipe: Recipe) -> str:
-    """What trajectories depend on, beside sizes and noise levels."""
+def made_for(recipe: Recipe) -> dict[str, Any]:
+    """What trajectories depend on, beside sizes and noise levels; under FILES what teacher and prompts held.
+
+    Raises:
+        ValueError: as `input_digests`.
+    """
     values = {name: getattr(recipe, name) for name in ("seed", "cfg", "ode_steps", "score_attention")}
     names = {name: Path(getattr(recipe, name)).name for name in ("teacher", "prompts")}
     if recipe.flow_adapter:
         names["flow_adapter"] = Path(recipe.flow_adapter).name
         values["flow_dropout"] = recipe.flow_dropout
-    return json.dumps({**values, **names}, sort_keys=True)
+    digests = input_digests(recipe)
+    return {**values, **names, FILES: {name: digests[name] for name in ("teacher", "prompts") if name in digests}}
 
 
 def teacher_settings(recipe: Recipe) -> CausalSettings:
@@ -139,8 +146,9 @@ def make_trajectories(
     """
     folder.mkdir(parents=True, exist_ok=True)
     barrier()
-    batches = _missing(folder, recipe)
-    barrier()  # every rank has seen the same files
+    batches = _missing(folder, recipe, len(prompts))
+    require_same(f"clips in {folder}", [(batch.start, batch.stop) for batch in batches])  # and wait until all have seen
+    stated = {MADE_FOR: json.dumps(made_for(recipe), sort_keys=True)}
     for first in range(0, len(batches), ranks):
         # A sharded teacher needs all ranks in each forward: those without a batch of their own make the last one too.
         own = first + rank
@@ -165,16 +173,16 @@ def make_trajectories(
             }
             if flow is not None:
                 tensors["optical_flow"] = flow.half()
-            write_weights(folder / f"clips-{indices[0]:06d}.safetensors", tensors, {MADE_FOR: made_for(recipe)})
+            write_weights(folder / f"clips-{indices[0]:06d}.safetensors", tensors, stated)
         report(min(first + ranks, len(batches)), len(batches))
     barrier()
 
 
-def _missing(folder: Path, recipe: Recipe) -> list[range]:
+def _missing(folder: Path, recipe: Recipe, prompts: int) -> list[range]:
     """Runs of at most `micro_batch` clips that no file of the folder holds; ValueError as ClipFolder."""
     there: set[int] = set()
     if any(folder.glob(CLIP_FILES)):
-        for path, row in ClipFolder(folder, recipe, with_trajectory=True).rows:
+        for path, row in ClipFolder(folder, recipe, with_trajectory=True, prompts=prompts).rows:
             first = path.stem.removeprefix("clips-")
             if first.isdecimal():
                 there.add(int(first) + row)
@@ -192,15 +200,24 @@ def _missing(folder: Path, recipe: Recipe) -> list[range]:
 class ClipFolder:
     """Clips on disk, read row by row.
 
+    Args:
+        prompts: how many the prompts file has.
+
     Raises:
-        ValueError: no clips, a file without the tensors that the stage needs, or of another size than the recipe's.
+        ValueError: no clips, a file without the tensors that the stage needs, of another size than the recipe's, or of
+            other prompts.
 
     A recipe with an optical-flow adapter needs `optical_flow`; another does not look at it.
+
+    Attributes:
+        undated: trajectory files of a time when they did not say what teacher and prompts held; taken for the same.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, with_trajectory: bool) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, with_trajectory: bool, prompts: int) -> None:
         self.with_trajectory, self.with_flow = with_trajectory, bool(recipe.flow_adapter)
         self.rows: list[tuple[Path, int]] = []
+        self.undated = 0
+        made = made_for(recipe) if with_trajectory else {}
         wanted = [recipe.model.in_channels, recipe.frames, recipe.height, recipe.width]
         for path in sorted(folder.glob(CLIP_FILES)):
             with safe_open(path, framework="pt") as file:
@@ -216,21 +233,49 @@ class ClipFolder:
                     sigmas = tuple(round(value, 5) for value in file.get_tensor("sigmas").tolist())
                     if sigmas != tuple(round(value, 5) for value in schedule_sigmas(recipe)):
                         raise ValueError(f"{path} was made for another schedule ({sigmas}); choose another folder.")
-                    stated = (file.metadata() or {}).get(MADE_FOR)
-                    if stated != made_for(recipe):
-                        raise ValueError(
-                            f"{path} was made for {stated}, not {made_for(recipe)}; choose another folder."
-                        )
+                    self._require_made_for((file.metadata() or {}).get(MADE_FOR), made, path)
+                rows = file.get_tensor("prompt_rows")
+                if rows.shape != (shape[0],) or rows.is_floating_point():
+                    raise ValueError(
+                        f"{path}: prompt_rows is {rows.dtype} {list(rows.shape)}; it must be int64 [{shape[0]}], a row "
+                        "of the prompts file a clip."
+                    )
+                if rows.numel() and not 0 <= rows.min() <= rows.max() < prompts:
+                    raise ValueError(
+                        f"{path} names prompts {int(rows.min())} to {int(rows.max())}, and the prompts file has 0 to "
+                        f"{prompts - 1}; it was made for another prompts file."
+                    )
                 self.rows += [(path, row) for row in range(shape[0])]
         if not self.rows:
             raise ValueError(f"clips is {str(folder)!r}, which has no clips-*.safetensors; see distillation/README.md.")
+
+    def _require_made_for(self, text: str | None, made: dict[str, Any], path: Path) -> None:
+        """ValueError if a file's MADE_FOR is another; counts the files that do not say what their inputs held."""
+        try:
+            stated = dict(json.loads(text or "{}"))
+        except (TypeError, ValueError):
+            stated = {}
+        files = stated.get(FILES)
+        self.undated += files is None
+        values = {name: value for name, value in made.items() if name != FILES}
+        if values != {name: value for name, value in stated.items() if name != FILES}:
+            raise ValueError(f"{path} was made for {text}, not {json.dumps(made)}; choose another folder.")
+        if others := other_files(files or {}, made[FILES]):
+            raise ValueError(
+                f"{path} was made for another {' and another '.join(others)}, with the name that is given; choose "
+                "another folder."
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, list[int], Tensor | None]:
         """Latents [B, C, T, H, W], trajectories [B, K, C, T, H, W] or None, prompt rows, and flow [B, 4, T, H, W] or
-        None."""
+        None.
+
+        Raises:
+            ValueError: a clip with NaN or Inf.
+        """
         latents, paths, rows, flows = [], [], [], []
         for index in indices:
             path, row = self.rows[index]
@@ -241,4 +286,7 @@ class ClipFolder:
                     paths.append(file.get_slice("trajectory")[row : row + 1].float())
                 if self.with_flow:
                     flows.append(file.get_slice("optical_flow")[row : row + 1].float())
+            for name, made in (("latents", latents), ("trajectory", paths), ("optical_flow", flows)):
+                if made and not made[-1].isfinite().all():
+                    raise ValueError(f"{path}: {name} of clip {row} holds NaN or Inf; make that file again.")
         return torch.cat(latents), torch.cat(paths) if paths else None, rows, torch.cat(flows) if flows else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -85,8 +86,8 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim of the paper, the rule that answers it here, the numbers, and, where it did not hold, why and what was
-    tried."""
+    """A claim of the paper, the rule that answers it here, the numbers, and, where it did not hold, what was tried and,
+    if a reader has written it down, why."""
 
     number: int
     text: str
@@ -314,24 +315,6 @@ _REMEDIES: Mapping[int, tuple[tuple[str, Mapping[str, str]], ...]] = {
 }
 """By claim: what was tried where it did not hold, and the rows that then stand in for others."""
 
-_WHY: Mapping[int, str] = {
-    1: "too few updates. Fewer steps need more training: with five times the updates the gap in shapes all but closes, "
-    "while five times the fake score's updates, at the same number of the student's, change nothing.",
-    2: "a clean context costs a forward more per chunk here as in the paper, and the demo's clips, 21 latent frames of "
-    "flat colours, leave its context little to go wrong: shapes hang on the number of forwards instead. Over the long "
-    "rollout, where a context's errors add up, the rows differ as the paper says.",
-    3: "matching whole clips keeps the speed here without it. A caption names its sprites' speed, which never "
-    "changes, and a wrong one is as wrong in the clip as in its differences: with no, half, one or twice the weight "
-    "the rows move alike, at 0.92 to 0.93 of the commanded speed, where the causal undistilled model moves at 0.97.",
-    5: "the sweep has the paper's shape, best in the middle and worst at its ends, with its top farther right: the "
-    "demo's flat shapes are still legible at sigma 0.6, where little is left of the errors that a student would "
-    "otherwise copy from its context. No second training budget was tried.",
-    6: "fewer operations are all that a schedule can give, and the lines above count them: at the paper's own size and "
-    "times its teacher ran at a quarter of its student's operations per second, so that most of the factor is how the "
-    "two were run. In the demo, sequences are too short for attention, which grows with their square, to count.",
-}
-"""By claim: the reason that the numbers suggest where it did not hold."""
-
 
 def _remedies(number: int, evidence: _Evidence, decide: Callable[[_Evidence], Answer]) -> tuple[Remedy, ...]:
     found = []
@@ -344,12 +327,15 @@ def _remedies(number: int, evidence: _Evidence, decide: Callable[[_Evidence], An
     return tuple(found)
 
 
-def answer_claims(results: Mapping[str, Measured], length: int) -> list[Claim]:
+def answer_claims(
+    results: Mapping[str, Measured], length: int, why: Mapping[tuple[int, str], str] = MappingProxyType({})
+) -> list[Claim]:
     """The six claims, answered from what was measured.
 
     Args:
         results: by row name; rows may be missing.
         length: pixel frames of a clip.
+        why: by claim and answer, a reader's reason for it.
     """
     evidence = _Evidence(results, length)
     claims = []
@@ -359,8 +345,8 @@ def answer_claims(results: Mapping[str, Measured], length: int) -> list[Claim]:
         except _Missing as missing:
             answer, findings = NOT_TESTED, [str(missing)]
         remedies = _remedies(number, evidence, decide) if answer in (NO, UNCLEAR) else ()
-        why = _WHY.get(number, "") if answer in (NO, UNCLEAR) else ""
-        claims.append(Claim(number, text, rule, paper, answer, tuple(findings), why, remedies))
+        reason = why.get((number, answer), "")
+        claims.append(Claim(number, text, rule, paper, answer, tuple(findings), reason, remedies))
     return claims
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -396,12 +397,23 @@ def load_scores(out: Path, options: Options | None) -> dict[str, Measured]:
     return found
 
 
+WHY_FILE = "why.md"
+_REASON = re.compile(r"^\* (\d+), (\w+): (.+)$", re.MULTILINE)
+
+
+def read_reasons(out: Path) -> dict[tuple[int, str], str]:
+    """What a reader wrote into OUT/why.md, by claim and answer, a line each: `* 3, no: too few updates.`"""
+    path = out / WHY_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return {(int(number), answer): reason for number, answer, reason in _REASON.findall(text)}
+
+
 def build(out: Path, results: Mapping[str, Measured], options: Options, *, runs: Path, demo: Path) -> list[Claim]:
     """Writes README.md, results.json and the plots from measurements; returns the claims."""
     absent = {name: "not scored" for name in NAMES if name not in results}
     absent |= {row.name: "not trained" for row in ROWS if row.name in absent and not find_checkpoint(row, runs, demo)}
     out.mkdir(parents=True, exist_ok=True)
-    claims = answer_claims(results, options.length)
+    claims = answer_claims(results, options.length, read_reasons(out))
     plots = draw_plots(results, out, options.length)
     write_json(out / "results.json", make_results(results, absent, options, claims))
     write_text(out / "README.md", make_readme(results, absent, options, claims, plots))

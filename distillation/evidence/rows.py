@@ -206,6 +206,28 @@ def _moved(
     )
 
 
+GIVEN_STEPS: tuple[Row, ...] = tuple(
+    _trained(
+        name,
+        text,
+        motion_weight=3,
+        others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "75", "--opening-share", opening, "--given-share", given),
+        budget="--updates 100 --warmup 10 --cooldown 50",
+        start=f"{start}.safetensors",
+    )
+    for name, text, opening, given, start in (
+        (
+            "given-100",
+            f"{LOW_GUIDANCE_340}, 100 updates more, half from finished chunks",
+            "0.6",
+            "0.5",
+            LOW_GUIDANCE_340,
+        ),
+        ("given-200", "given-100, 100 updates more", "0.7", "0.6", "given-100"),
+    )
+)
+"""What `GIVEN` goes on from; not scored."""
+
 ROWS: tuple[Row, ...] = (
     Row(
         name=TEACHER,
@@ -347,7 +369,7 @@ ROWS: tuple[Row, ...] = (
         others=(*LONG_STAGE, *LOW_NOISE, "--rollout-frames", "63", "--opening-share", "0.99", *FROM_FINISHED),
         reference=CAUSAL,
         budget="--updates 80 --warmup 5 --cooldown 40",
-        start="given-200.safetensors",
+        start=f"{GIVEN_STEPS[-1].name}.safetensors",
     ),
     _moved(
         LEVELS_416,

@@ -31,6 +31,7 @@ from distillation.evidence.rows import (
     CONTROLS,
     FULL,
     GIVEN,
+    GIVEN_STEPS,
     INITIAL,
     LONG_SELF_FORCING,
     LOW_GUIDANCE_340,
@@ -395,9 +396,7 @@ def test_a_claim_that_fails_says_what_was_tried() -> None:
     assert claim.answer == "no" and [remedy.answer for remedy in claim.remedies] == ["yes", "no"]
     assert "17 against 35" in claim.remedies[0].findings[-1]
     teacher = claims.answer_claims(results(teacher={"seconds": 40}), 81)[5]
-    assert teacher.why and any(
-        "paper's size: 28,298.00 against 402.719 TFLOP a clip (70.3x)" in x for x in teacher.findings
-    )
+    assert any("paper's size: 28,298.00 against 402.719 TFLOP a clip (70.3x)" in x for x in teacher.findings)
     del rows[LONG_SELF_FORCING]
     remedy = claims.answer_claims(rows, 81)[0].remedies[0]
     assert remedy.answer == "not tested" and LONG_SELF_FORCING in remedy.findings[0]
@@ -443,12 +442,19 @@ def test_tables_are_rebuilt_from_kept_rows_alone(tmp_path, capsys, monkeypatch) 
             assert len({line.count("|") for line in table.splitlines()}) == 1, table
     assert numbers["rows"][FULL]["measures"]["colour"]["estimate"] == pytest.approx(0.8)
     assert [claim["answer"] for claim in numbers["claims"]][3] == "not tested"
+    assert "Why, as we read it" not in readme
     for claim in numbers["claims"]:
         assert claim["rule"] in readme and claim["text"] in readme
     (tmp_path / "out/README.md").unlink()
     assert evaluate.main(command) == 0
     assert (tmp_path / "out/README.md").read_text() == readme
     assert not list((tmp_path / "out").rglob("*.partial"))
+    # A reader's reason is quoted while it explains the answer that was found.
+    answer = numbers["claims"][0]["answer"]
+    (tmp_path / "out/why.md").write_text(f"# Why\n\n* 1, {answer}: it is so.\n* 2, perhaps: it is not.\n")
+    assert evaluate.main(command) == 0
+    quoted = (tmp_path / "out/README.md").read_text()
+    assert quoted.replace("* Why, as we read it: it is so.\n", "") == readme != quoted
 
 
 def test_plots_are_drawn_or_said_to_be_skipped(tmp_path, monkeypatch) -> None:
@@ -638,8 +644,15 @@ def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     trained = sum(row.training is not None and not row.moved for row in ROWS)
     moved = sum(row.moved for row in ROWS)
     assert printed.count("distillation.train_levels ") == 2 * moved == 2 * printed.count(" --export ") > 0
+    trained += len(GIVEN_STEPS)
     assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
-    assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in ROWS)
+    assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in (*GIVEN_STEPS, *ROWS))
+    made = set()
+    for line in printed.replace(" && \\\n", "\n").splitlines():
+        words = shlex.split(line, comments=True)
+        if "--student" in words:
+            assert words[words.index("--student") + 1] in made, f"nothing before makes what this starts from: {line}"
+        made |= {words[words.index(flag) + 1] for flag in ("--to", "--export") if flag in words}
     assert printed.count("--updates 380 --cooldown 80") == 2
     initial = shlex.split(initial_command(tmp_path, teacher=Path("t")))
     flags = initial[3 : initial.index("&&")]

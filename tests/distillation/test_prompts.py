@@ -628,5 +628,7 @@ def test_the_command_says_in_one_line_what_is_wrong(options, monkeypatch, capsys
     assert "does not exist" in said_by(prompts=chosen.out / "none.txt")
     assert "holds neither config.json nor" in said_by(encoder=chosen.prompts.parent)
     assert "batch=0" in said_by(batch=0)
+    (chosen.prompts.parent / "file").write_text("where the folder should be")
+    assert (text := said_by(out=chosen.prompts.parent / "file")).count("\n") == 1 and "Error" not in text
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "transformers cannot be imported" in (text := said_by()) and "pip install '.[train]'" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_an_empty_folder_is_refused_by_name(tmp_path) -> None:
 
 def test_a_training_with_a_time_limit_ends_then_and_its_cosine_with_it(tmp_path, monkeypatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(demo_run.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(demo_run, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     factors = []
     factor = demo_run.Pace.factor
     monkeypatch.setattr(demo_run.Pace, "factor", lambda *args: factors.append(factor(*args)) or factors[-1])
