@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 
 import pytest
+from comfy_host import ComfyServer
 from frontend import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES, START_MS, Frontend
 
 
@@ -26,8 +28,25 @@ def frontend(comfy_server, tmp_path_factory) -> Iterator[Frontend]:
             args=CHROMIUM_ARGUMENTS,
             timeout=START_MS,
             viewport={"width": 1600, "height": 900},
+            locale="en-US",  # ComfyUI's page takes the browser's language, and that the machine's
         )
         try:
             yield Frontend(context.pages[0] if context.pages else context.new_page(), comfy_server.url)
         finally:
             context.close()
+
+
+@pytest.fixture
+def nothing_stays(frontend, comfy_server: ComfyServer) -> Iterator[None]:
+    """Behind a test, however it ends, no run goes on and no answer is made up."""
+    yield
+    frontend.page.unroute_all()
+    give_up = time.monotonic() + 60
+    while True:
+        comfy_server.post("/queue", {"clear": True})
+        # Again and again: ComfyUI forgets one that comes between taking a prompt off its queue and starting it.
+        comfy_server.post("/interrupt", {})
+        if not any(comfy_server.get("/queue").values()):
+            return
+        assert time.monotonic() < give_up, "a run does not end"
+        time.sleep(0.1)

@@ -39,12 +39,14 @@ def page(frontend):
     graph = json.loads(saved.replace('"localized_name"', '"english_name"'))
     frontend.load(graph)
     wait_words(page, ".diagonal-memory .text-line", "Needs ")
-    speak(page, "zh")
-    frontend.load(graph)
-    wait_words(page, ".diagonal-memory .text-line", WORDS["memory"])
-    yield page
-    speak(page, "en")
-    wait_words(page, ".diagonal-memory .words", "Needs ")
+    try:
+        speak(page, "zh")
+        frontend.load(graph)
+        wait_words(page, ".diagonal-memory .text-line", WORDS["memory"])
+        yield page
+    finally:
+        speak(page, "en")
+        wait_words(page, ".diagonal-memory .words", "Needs ")
 
 
 def speak(page, language: str) -> None:

@@ -13,7 +13,7 @@ RED, BLUE = "a red circle moves right", "a blue circle moves right"
 
 
 @pytest.fixture
-def page(frontend):
+def page(frontend, nothing_stays):
     """The demo with a prompt schedule in the place of its positive prompt."""
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
@@ -31,7 +31,7 @@ def page(frontend):
                 find(type).widgets.find((widget) => widget.name === name).value = value;
             };
             set("EmptyARVideoLatent", "length", 1021); // with so many steps it takes longer than the test
-            set("DiagonalSchedule", "steps", "8");
+            set("DiagonalSchedule", "steps", "4,40");
             app.canvas.ds.scale = 0.9;
             app.canvas.ds.offset = [540, 120];
         }""",
@@ -49,7 +49,7 @@ def page(frontend):
 
 
 def wait_line(page, words: str) -> None:
-    page.wait_for_function("words => lines.some((line) => line.includes(words))", arg=words, timeout=90_000)
+    page.wait_for_function("words => lines.some((line) => line.includes(words))", arg=words, timeout=180_000)
 
 
 def tell(page, **data) -> None:
@@ -153,7 +153,7 @@ def test_a_prompt_is_sent_while_the_run_goes_on(page, comfy_server, frontend):
     wait_line(page, "words the demo model does not know")
     # The reason stays while chunks are made, until the person goes on.
     page.evaluate("() => { window.told = 0; app.api.addEventListener('diagonal.prompt', () => told++); }")
-    page.wait_for_function("() => told >= 2")
+    page.wait_for_function("() => told >= 2", timeout=180_000)
     line = page.locator(".diagonal-prompt .line.error")
     assert "words the demo model does not know" in line.inner_text()
     assert line.evaluate("line => getComputedStyle(line).overflowY") == "auto", "all of it can be read"

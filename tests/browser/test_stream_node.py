@@ -28,7 +28,7 @@ def lose_connection(page) -> None:
     )
 
 
-def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server):
+def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server, nothing_stays):
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
     page = frontend.page
@@ -75,7 +75,7 @@ def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server):
     assert frontend.errors == []
 
 
-def test_a_resumed_run_is_timed_by_its_own_forwards(frontend):
+def test_a_resumed_run_is_timed_by_its_own_forwards(frontend, nothing_stays):
     """The server says how many of the forwards this run made: of those before it no time is known."""
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))

@@ -22,9 +22,11 @@ DRAWINGS = {
 
 @pytest.fixture(scope="module")
 def vue(frontend):
-    frontend.use_vue_nodes(True)
-    yield frontend
-    frontend.use_vue_nodes(False)
+    try:
+        frontend.use_vue_nodes(True)
+        yield frontend
+    finally:
+        frontend.use_vue_nodes(False)
 
 
 @pytest.mark.parametrize("path", CANVAS, ids=lambda path: path.stem)

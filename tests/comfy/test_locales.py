@@ -1,11 +1,13 @@
 """The Chinese texts of the nodes, against the nodes as ComfyUI knows them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+OPTION = re.compile(r"(?:^|[.;] )([^\s.:]+): ")  # a sentence of one word before its colon: "window: inside the window."
 TEXTS = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
@@ -40,6 +42,20 @@ def test_what_a_combo_offers_is_named_as_it_is_written(schemas):
             for option in getattr(item, "options", None) or []:
                 if item.tooltip and f"{option}:" in item.tooltip:
                     assert option in TEXTS[node_id]["inputs"][item.id]["tooltip"], (node_id, item.id, option)
+
+
+def test_a_combos_tooltip_speaks_only_of_what_it_offers(schemas):
+    """An option that has gone, or has another name now, is gone from the tooltip."""
+    told = 0
+    for node_id, schema in schemas.items():
+        for item in schema.inputs:
+            options = getattr(item, "options", None)
+            if not options or not item.tooltip:
+                continue
+            for words in OPTION.findall(item.tooltip):
+                assert words in options, (node_id, item.id, words)
+                told += 1
+    assert told > 10
 
 
 def test_the_server_hands_them_to_the_frontend(comfy_server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import json
 import logging
@@ -1393,6 +1394,44 @@ def test_kill_9_loses_no_announced_frame_and_the_run_resumes(stream, options, ou
     whole = stream(wanted)
     assert whole.path != path
     assert whole.path.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("video/a", "video/a"),
+        ("%date:yyyy-MM-dd%/clip_%date:hh-mm-ss%", "2026-03-09/clip_07-05-02"),
+        ("%date:d.M.yy h:m:s%", "9.3.26 7:5:2"),
+        ("%date%_%width%", "20260309070502_%width%"),
+        ("%date:../../%/x", "../..//x"),  # and refused, as any other that leads elsewhere
+        ("100%", "100%"),
+    ],
+)
+def test_a_date_in_the_prefix_is_todays(pack_module, prefix, expected):
+    dated = pack_module("model_patches.stream_files").dated
+    assert dated(prefix, datetime.datetime(2026, 3, 9, 7, 5, 2)) == expected
+
+
+def test_a_video_named_by_its_date_is_resumed_under_that_name(stream, options, output, pack_module, monkeypatch):
+    files_module = pack_module("model_patches.stream_files")
+
+    class Clock(datetime.datetime):
+        minute_now = 1
+
+        @classmethod
+        def now(cls):
+            return cls(2026, 3, 9, 7, cls.minute_now)
+
+    monkeypatch.setattr(files_module, "datetime", Clock)
+    wanted = options(format="png", filename_prefix="v_%date:hh-mm%")
+    with pytest.raises(Stop):
+        stream(wanted, on_progress=stop_at(2))
+    Clock.minute_now = 2
+    lines = []
+    assert stream(wanted, announce=lines.append).path == output / "v_07-01_00001_"
+    assert "Resumed v_07-01_00001_" in lines[0]
+    with pytest.raises(ValueError, match="leaves ComfyUI's output folder"):
+        stream(options(filename_prefix="%date:../../%/v"))
 
 
 # --- the node ---

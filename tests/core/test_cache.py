@@ -636,15 +636,32 @@ def test_a_snapshot_without_keys_has_its_window_written_again(sink):
     assert all(torch.equal(*pair) for pair in zip(*(one_chunk(c, ("only",)) for c in (whole, restored)), strict=True))
 
 
-def test_a_snapshot_begun_in_a_chunk_may_be_written_again_for_one_of_another_length():
-    cache = KVCache(settings_of(7, 2, 3), 20)
-    one_chunk(cache, ("only",))
-    cache.begin(3)
-    one_forward(cache, ("only",))
-    restored = KVCache(cache.settings, 20)
-    restored.restore(cache.committed, cache.snapshot(), moved=cache.moved, begun=cache.begun)
-    restored.rewind(2)
-    restored.begin(2)
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+def test_a_snapshot_begun_in_a_chunk_may_be_written_again_for_one_of_another_length(positions):
+    settings = settings_of(7, 2, 3, positions)
+    whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
+    for cache in (whole, stopped):
+        for _ in range(3):
+            one_chunk(cache, ("only",))
+    stopped.begin(3)
+    one_forward(stopped, ("only",))
+    restored = KVCache(settings, 20)
+    restored.restore(stopped.committed, stopped.snapshot(), moved=stopped.moved, begun=stopped.begun)
+    with pytest.raises(ValueError, match="in a chunk of 3 latent frames, which lie over history that one of 2"):
+        restored.begin(2)
+    seen = []
+    for cache in (whole, restored):
+        for run in cache.rewind(2):
+            cache.skip_to(run.start)
+            while cache.committed < run.stop:
+                cache.begin(1)
+                one_forward(cache, ("only",))
+                cache.commit()
+        cache.begin(2)
+        seen.append(one_forward(cache, ("only",)))
+        cache.commit()
+        seen[-1] += one_chunk(cache, ("only",))
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("positions", ["absolute", "window"])

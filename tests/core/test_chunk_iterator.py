@@ -1,6 +1,5 @@
 """The one loop: which forwards it runs, what they see, and whose gradients it keeps."""
 
-import time
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -83,11 +82,9 @@ def test_forwards_are_those_announced(mode, frames, size, given):
 def test_forwards_are_counted_without_going_through_the_chunks(mode):
     """Progress asks for them in every forward, of videos of many hours too."""
     schedule = replace(DIAGONAL, context_mode=mode)
-    chunks, rows = 10**7, [len(row) for row in DIAGONAL.sigmas]
+    chunks, rows = 10**12, [len(row) for row in DIAGONAL.sigmas]  # one by one it would not end
     passes = chunks if mode != "noisy" else 0
-    began = time.perf_counter()
     assert count_forwards(schedule, 3 * chunks, 3) == sum(rows) + rows[-1] * (chunks - len(rows)) + passes
-    assert time.perf_counter() - began < 0.5, "one by one it takes seconds"
 
 
 def test_the_published_clip_takes_17_forwards_and_self_forcing_35():

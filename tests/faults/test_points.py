@@ -20,7 +20,9 @@ import torch
 FORWARDS, CHUNKS = 15, 6
 STEPS = (4, 3, 2, 2, 2, 2)
 FORMATS = ("mp4", "webm", "png")
-ALLOWED_S = 0.25
+ALLOWED_S = 5.0
+"""From the end of the forward that was under way to the end of the run: generous, for the machine may be busy. That no
+forward begins is counted."""
 
 
 def where(point: int) -> tuple[str, int]:
@@ -49,6 +51,7 @@ class Faults:
 
     Attributes:
         longest: seconds of the longest forward so far, of all runs.
+        began, ended: when each forward of this run did.
     """
 
     def __init__(self, six_chunks, demo) -> None:
@@ -57,6 +60,8 @@ class Faults:
         self.model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "faults", self._forward)
         self.longest = 0.0
         self.seen: list[str] = []
+        self.began: list[float] = []
+        self.ended: list[float] = []
         self.point: int | None = None
         self.act: Callable = lambda value: value
 
@@ -64,7 +69,7 @@ class Faults:
     def at(self, point: int | None, act: Callable) -> Iterator[None]:
         """While it is open, `act` gets the value at this point (the forward's result, the latents to decode, the
         images to write) and gives what takes its place."""
-        self.point, self.act, self.seen = point, act, []
+        self.point, self.act, self.seen, self.began, self.ended = point, act, [], [], []
         decoder, writer = self.six_chunks.streaming.StreamDecoder, self.six_chunks.writer
         submit = decoder.submit
         writes = {kind: kind.write for kind in (writer.EncodedWriter, writer.PngWriter)}
@@ -94,9 +99,10 @@ class Faults:
         return self.act(value) if self.point is not None and where(self.point) == (kind, number) else value
 
     def _forward(self, executor, *args, **kwargs):
-        began = time.perf_counter()
+        self.began.append(time.perf_counter())
         result = executor(*args, **kwargs)
-        self.longest = max(self.longest, time.perf_counter() - began)
+        self.ended.append(time.perf_counter())
+        self.longest = max(self.longest, self.ended[-1] - self.began[-1])
         return self._reached("forward", result)
 
 
@@ -167,7 +173,9 @@ def test_row_cancel(six_chunks, faults, sound, content, playable):
                 if timer is not None:
                     timer.join()
                 comfy.model_management.interrupt_current_processing(False)
-        late = max(0.0, ended - began[0] - faults.longest) if ended > began[0] else 0.0
+        cancelled = began[0]
+        late = max(0.0, ended - cancelled - faults.longest)
+        more = sum(forward > cancelled for forward in faults.began)
         told = f"{format} point {where(point) if point is not None else 'at random'}"
         video = video_of(six_chunks.output, prefix, format)
         if stopped:
@@ -175,15 +183,18 @@ def test_row_cancel(six_chunks, faults, sound, content, playable):
             made = faults.seen.count("save")
             # What was handed over to be written is in the file; a first chunk has 9 frames, each other 12.
             assert frames == (12 * made - 3 if made else 0), f"{told}: {frames} frames after {made} saves"
-        else:
-            last = point is None or chunk_of(point)[0] == CHUNKS - 1
+        else:  # it came too late: behind the last forward, which is looked behind
+            last = point is None or (chunk_of(point)[0] == CHUNKS - 1 and where(point)[0] != "forward")
             assert last and playable(video) == 69, f"{told}: it was not stopped"
+            assert len(faults.ended) == FORWARDS and cancelled > faults.ended[-1], f"{told}: it was not heeded"
+        # A timer's may come between the look for it and the forward behind that look.
+        assert more <= (point is None), f"{told}: {more} forwards began after it"
         with faults.at(None, cancel):
             six_chunks.run(prefix, format, model=faults.model) if stopped else None
         assert content(video) == sound[format], f"{told}: the next run left another file"
         assert not list(six_chunks.output.glob(f"{prefix}_*.state*")), "a state was left"
         clean(six_chunks.output, prefix)
-        assert late <= ALLOWED_S, f"{told}: stopped {late:.3f} s after the end of a forward"
+        assert late <= ALLOWED_S, f"{told}: stopped {late:.1f} s after the end of a forward"
         return late
 
     fault_rows.run_cases("cancel", check)

@@ -12,7 +12,7 @@ import fault_rows
 import node_graphs
 
 SENTINEL_EVERY = 50
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 CANCEL_AFTER_S = 1.0
 """When what is sound by chance and long is cancelled."""
 ODD_VALUES = (

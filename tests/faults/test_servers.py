@@ -16,7 +16,7 @@ from PIL import Image
 
 FRAMES = 160
 PROMPTS = ("a red circle moves right", "a blue square moves up", "a green triangle moves left")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 def graph(prefix: str, *, seed: int, prompt: str = PROMPTS[0], seconds: float = 1.0, restart: bool = True, **widgets):
@@ -69,10 +69,8 @@ class Restarting:
         self.start()
 
     def start(self) -> None:
-        server = comfy_host.ComfyServer(self.comfyui, self.base, extra_args=("--port", str(self.port)))
-        server.url = f"http://127.0.0.1:{self.port}"
-        self.server = server
-        server.wait_ready()
+        self.server = comfy_host.ComfyServer(self.comfyui, self.base, port=self.port)
+        self.server.wait_ready()
 
     def kill(self) -> None:
         self.server.process.kill()

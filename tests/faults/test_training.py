@@ -196,7 +196,7 @@ def ranks_below(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks are found in /proc")
 def test_row_train_rank(inputs, tmp_path):
-    recipe = tiny_recipe(inputs, updates=40, micro_batch=2)
+    recipe = tiny_recipe(inputs, updates=400, micro_batch=2)
     assert environment()["OMP_NUM_THREADS"] == "1"
 
     def check(number: int) -> None:

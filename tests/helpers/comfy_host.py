@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ USE_GPU = os.environ.get("DIAGONAL_TEST_GPU", "") == "1"
 # The `static` folder of another comfyui-frontend-package than the one that is installed.
 OTHER_FRONTEND = os.environ.get("DIAGONAL_TEST_FRONTEND", "")
 START_TIMEOUT_S = 600.0
+PORT_IS_TAKEN = re.compile("already in use|only one usage of each socket address", re.IGNORECASE)
 EXAMPLE_PICTURE = "example.png"  # in the input folder of every install
 CORE_PACKAGE = "diagonal_sampler"
 
@@ -155,6 +157,9 @@ def demo_models(weights: str) -> Iterator[tuple[Any, ...]]:
 class ComfyServer:
     """A real ComfyUI server in its own process, with this pack in custom_nodes and private folders.
 
+    Args:
+        port: where it is to listen; a free port without it.
+
     Attributes:
         url: "http://127.0.0.1:PORT", without a slash at the end.
         base_dir: its base directory; models go to `base_dir / "models" / KIND`.
@@ -162,7 +167,9 @@ class ComfyServer:
         log_path: everything it printed.
     """
 
-    def __init__(self, comfyui: Path, base_dir: Path, *, extra_args: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, comfyui: Path, base_dir: Path, *, port: int | None = None, extra_args: tuple[str, ...] = ()
+    ) -> None:
         self.output_dir = base_dir / "output"
         self.input_dir = base_dir / "input"
         self.log_path = base_dir / "server.log"
@@ -172,20 +179,33 @@ class ComfyServer:
         if not picture.exists():
             Image.new("RGB", (96, 64), (40, 90, 160)).save(picture)
         link_pack(base_dir / "custom_nodes")
-        port = free_port()
+        self._comfyui, self._base_dir, self._asked_port, self._extra_args = comfyui, base_dir, port, extra_args
+        self._environment = dict(os.environ)
+        self._start()
+
+    def _start(self) -> None:
+        port = self._asked_port or free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = command_line(sys.executable, comfyui, base=base_dir, output=self.output_dir, port=port, gpu=USE_GPU)
-        command += ["--base-directory", str(base_dir), *extra_args]
+        folders = {"base": self._base_dir, "output": self.output_dir}
+        command = command_line(sys.executable, self._comfyui, **folders, port=port, gpu=USE_GPU)
+        command += ["--base-directory", str(self._base_dir), *self._extra_args]
         if OTHER_FRONTEND:
             command += ["--front-end-root", OTHER_FRONTEND]
         with self.log_path.open("wb") as log:
-            self.process = CHILDREN.start(command, cwd=base_dir, stdout=log, stderr=subprocess.STDOUT)
+            options = {"cwd": self._base_dir, "env": self._environment}
+            self.process = CHILDREN.start(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
         """Wait until the server answers. Raises RuntimeError with the log's end on failure."""
         give_up = time.monotonic() + timeout
+        again = True
         while time.monotonic() < give_up:
             if self.process.poll() is not None:
+                # Another program took the port between free_port and here.
+                if again and "--port" not in self._extra_args and PORT_IS_TAKEN.search(self.log_tail()):
+                    again = False
+                    self._start()
+                    continue
                 raise RuntimeError(f"ComfyUI ended with code {self.process.returncode}:\n{self.log_tail()}")
             try:
                 self.get("/system_stats", timeout=5.0)

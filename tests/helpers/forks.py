@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE_S = 300.0
@@ -80,7 +80,8 @@ class Job:
         """kill -9."""
         self.wait(lambda job: job.pid)
         if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended, and nobody has read it yet
+                os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
 

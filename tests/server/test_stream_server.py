@@ -124,12 +124,18 @@ def view(server, item) -> bytes:
         return answer.read()
 
 
-def test_cancel_resume_and_again(comfy_server):
-    graph = stream_graph("streams/a")
-    folder = comfy_server.output_dir / "streams"
+@pytest.fixture
+def streams() -> str:
+    """A folder that no other test has written to, so that nothing is in ComfyUI's cache either."""
+    return f"streams-{uuid.uuid4().hex}"
+
+
+def test_cancel_resume_and_again(comfy_server, streams):
+    graph = stream_graph(f"{streams}/a")
+    folder = comfy_server.output_dir / streams
     workflow = {"nodes": [{"id": n, "type": "Note", "text": "words; = # \\ \n"} for n in range(6000)]}
     assert len(json.dumps(workflow)) > 200_000
-    end, _, _, frames, _ = asyncio.run(run(comfy_server, graph, workflow=workflow, cancel_at=50))
+    end, _, _, frames, _ = asyncio.run(run(comfy_server, graph, workflow=workflow, cancel_at=20))
     assert end == "execution_interrupted" and frames[-1]["filename"] == "a_00001_.mp4"
     assert sorted(path.name for path in folder.iterdir()) == ["a_00001_.mp4", "a_00001_.state.safetensors"]
     with av.open(str(folder / "a_00001_.mp4")) as container:
@@ -138,7 +144,7 @@ def test_cancel_resume_and_again(comfy_server):
 
     end, data, shown, frames, texts = asyncio.run(run(comfy_server, graph, workflow=workflow))
     assert end == "execution_success", data
-    item = {"filename": "a_00001_.mp4", "subfolder": "streams", "type": "output"}
+    item = {"filename": "a_00001_.mp4", "subfolder": streams, "type": "output"}
     assert shown["images"] == [item] and shown["animated"] == [True]
     assert "Resumed a_00001_.mp4" in shown["text"][0] and "160 frames" in shown["text"][0]
     assert any("Resumed a_00001_.mp4" in text for text in texts)
@@ -156,7 +162,7 @@ def test_cancel_resume_and_again(comfy_server):
     assert asyncio.run(run(comfy_server, graph))[0] == "execution_success"
     assert [path.name for path in folder.iterdir()] == ["a_00001_.mp4"]
     for number in (2, 3):
-        again = asyncio.run(run(comfy_server, stream_graph("streams/a", restart=True)))[2]
+        again = asyncio.run(run(comfy_server, stream_graph(f"{streams}/a", restart=True)))[2]
         assert again["images"][0]["filename"] == f"a_{number:05}_.mp4"
     # A Cancel begins a key frame wherever it came, so that from there only the pictures are the uncut video's.
     resumed, uncut = view(comfy_server, item), view(comfy_server, again["images"][0])
@@ -164,23 +170,24 @@ def test_cancel_resume_and_again(comfy_server):
     assert np.abs(pictures(resumed) - pictures(uncut)).mean(axis=(1, 2, 3)).max() < 2, resumed_at
 
 
-def test_finish_ends_early_feeds_the_next_nodes_and_the_same_graph_goes_on(comfy_server):
-    graph = stream_graph("streams/early")
+def test_finish_ends_early_feeds_the_next_nodes_and_the_same_graph_goes_on(comfy_server, streams):
+    graph = stream_graph(f"{streams}/early")
     graph["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["stream", 0]}}
-    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["parts", 0], "filename_prefix": "streams/early"}}
+    saved = {"images": ["parts", 0], "filename_prefix": f"{streams}/early"}
+    graph["save"] = {"class_type": "SaveImage", "inputs": saved}
     end, data, shown, frames, _ = asyncio.run(run(comfy_server, graph, finish_at=9))
     assert end == "execution_success", data
     (item,) = shown["images"]
     with av.open(io.BytesIO(view(comfy_server, item))) as container:
         count = sum(1 for _ in container.decode(video=0))
     assert 9 <= count < FRAMES and f"Finished early, and queued again it goes on: {count} frames" in shown["text"][0]
-    assert len(list(comfy_server.output_dir.glob("streams/early*.png"))) == count
+    assert len(list(comfy_server.output_dir.glob(f"{streams}/early*.png"))) == count
 
     end, data, shown, frames, _ = asyncio.run(run(comfy_server, graph))
     assert end == "execution_success", data
     assert shown["images"] == [item] and "Resumed" in shown["text"][0] and f"Done: {FRAMES} frames" in shown["text"][0]
     assert asyncio.run(run(comfy_server, graph))[0] == "execution_success"
-    assert len(list(comfy_server.output_dir.glob("streams/early*.mp4"))) == 1, "the whole one is ComfyUI's to answer"
+    assert len(list(comfy_server.output_dir.glob(f"{streams}/early*.mp4"))) == 1, "the whole one is ComfyUI's to answer"
 
     async def late():
         async with aiohttp.ClientSession() as session:
@@ -191,43 +198,44 @@ def test_finish_ends_early_feeds_the_next_nodes_and_the_same_graph_goes_on(comfy
     assert status == 409 and "No run can be finished now" in words
 
 
-def test_a_run_without_a_client_is_shown_on_no_page(comfy_server):
-    heard = asyncio.run(overhear(comfy_server, stream_graph("streams/unseen", length=1.0)))
+def test_a_run_without_a_client_is_shown_on_no_page(comfy_server, streams):
+    heard = asyncio.run(overhear(comfy_server, stream_graph(f"{streams}/unseen", length=1.0)))
     assert "status" in heard, "the page is open"
     assert not [kind for kind in heard if kind.startswith("diagonal.") or kind == "text for a node"]
-    assert list(comfy_server.output_dir.glob("streams/unseen*.mp4"))
+    assert list(comfy_server.output_dir.glob(f"{streams}/unseen*.mp4"))
 
 
-def test_the_outputs_feed_other_nodes(comfy_server):
+def test_the_outputs_feed_other_nodes(comfy_server, streams):
     """The VIDEO into its parts, the context into another stream."""
-    graph = stream_graph("streams/first", length=1.0)
+    graph = stream_graph(f"{streams}/first", length=1.0)
     graph["second"] = {
         "class_type": "DiagonalStreamVideo",
         "inputs": {
             **graph["stream"]["inputs"],
             "context": ["stream", 1],
-            "filename_prefix": "streams/second",
+            "filename_prefix": f"{streams}/second",
             "format": "png",
             "length": 2.0,
         },
     }
     graph["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["second", 0]}}
-    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["parts", 0], "filename_prefix": "streams/image"}}
+    saved = {"images": ["parts", 0], "filename_prefix": f"{streams}/image"}
+    graph["save"] = {"class_type": "SaveImage", "inputs": saved}
     outputs = comfy_server.run(graph)
     assert len(outputs["save"]["images"]) == 32
     assert outputs["second"]["images"] == [
-        {"filename": "00000032.png", "subfolder": "streams/second_00001_", "type": "output", "in_sequence": True}
+        {"filename": "00000032.png", "subfolder": f"{streams}/second_00001_", "type": "output", "in_sequence": True}
     ]
     assert view(comfy_server, outputs["second"]["images"][0])[:4] == b"\x89PNG"
 
 
-def test_refusals_reach_the_page(comfy_server):
+def test_refusals_reach_the_page(comfy_server, streams):
     for change, words in (
         ({"filename_prefix": "../../escaped"}, "leaves ComfyUI's output folder"),
         ({"width": 72}, "width is 72 pixels; it must be a multiple of 16"),
     ):
-        graph = stream_graph("streams/refused", **change)
+        graph = stream_graph(f"{streams}/refused", **change)
         entry = comfy_server.wait(comfy_server.queue(graph))
         (error,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
         assert error["node_id"] == "stream" and words in error["exception_message"]
-    assert not list(comfy_server.output_dir.glob("streams/refused*"))
+    assert not list(comfy_server.output_dir.glob(f"{streams}/refused*"))
