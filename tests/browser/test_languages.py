@@ -84,7 +84,7 @@ def test_warnings_and_what_cannot_be_known_are_chinese(page, frontend):
     wait_words(page, ".diagonal-schedule .warning", WORDS["noise"])
     frontend.set_widget("DiagonalCausalAttention", "window", -1)
     for name in ("width", "height"):
-        frontend.set_widget("EmptyARVideoLatent", name, 8192)
+        frontend.set_widget("EmptyARVideoLatent", name, 16384)  # too large for any machine
     wait_words(page, ".diagonal-memory.red .text-line", WORDS["fits"])
     page.screenshot(path=ARTIFACTS / "chinese_red.png")
     page.evaluate(

@@ -451,6 +451,8 @@ def test_row_checkpoints(loading, tmp_path):
         folder.mkdir()
         maker = Maker(folder, rng)
         made = kind(maker)
+        if (most := Path("/proc/self/clear_refs")).exists():
+            most.write_text("5")  # the most so far is what is held now
         before = resident_bytes()
         began = time.perf_counter()
         message = ""

@@ -108,8 +108,8 @@ class ProbeServer:
         self.starts += 1
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "batch_probe.py").write_text(f"LEDGER = {str(self.ledger)!r}\n{PROBE_NODE}")
-        self.server = comfy_host.ComfyServer(self.comfyui, base, extra_args=("--port", str(self.port)))
-        self.server.port, self.server.url = self.port, self.url
+        self.server = comfy_host.ComfyServer(self.comfyui, base, port=self.port)
+        self.server.port = self.port
 
     def kill(self) -> None:
         self.server.process.kill()
