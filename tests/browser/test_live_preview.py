@@ -13,7 +13,7 @@ FRAMES_OF_A_CHUNK = 3
 
 
 @pytest.fixture
-def page(frontend):
+def page(frontend, nothing_stays):
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "demo.json").read_text(encoding="utf-8")))
     # What the node has shown, noted as it happens: a chunk may be over before a test looks.
@@ -136,7 +136,14 @@ def test_the_finish_button_ends_a_run_early_and_what_it_made_goes_on(page, comfy
         }"""
     )
     page.wait_for_function("() => seen.pictures.size >= 2", timeout=90_000)
-    page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [560, 100]; }")
+    page.evaluate(
+        """() => {
+            const [x, y] = app.graph.nodes.find((found) => found.type === "DiagonalChunkSampler").pos;
+            app.canvas.ds.scale = 0.9;
+            app.canvas.ds.offset = [600 - x, 180 - y]; // away from ComfyUI's panels
+            app.canvas.setDirty(true, true);
+        }"""
+    )
     page.wait_for_timeout(500)
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / "live_finish.png")
