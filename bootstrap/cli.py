@@ -18,7 +18,7 @@ WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 COMPARISON = ROOT / "workflows" / "api" / "compare.json"
 MAX_SEED = 2**64 - 1
 TEMPORAL_STRIDE = 4  # Wan turns 4*n + 1 pixel frames into n + 1 latent frames
-MAX_LENGTH = 16381  # the last 4*n + 1 below ComfyUI's limit of 16384 frames for an empty latent
+MAX_LENGTH = 1021  # the last 4*n + 1 below Empty AR Video Latent's limit of 1024 frames
 LOST_CONNECTION = 3  # bootstrap/job.py's exit code; this Python cannot import that file
 JOB_BYTES = 200 * 2**20  # room for a video, its contact sheet and ComfyUI's temporary files
 

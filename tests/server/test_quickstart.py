@@ -116,7 +116,7 @@ def one_line(stderr: str) -> str:
     ("arguments", "says"),
     [
         (["--length", "80"], "give 77 or 81"),
-        (["--length", "0"], "from 1 to 16381"),
+        (["--length", "0"], "from 1 to 1021"),
         (["--length", "many"], "'many'"),
         (["--seed", "-1"], "from 0 to 18446744073709551615"),
         (["--port", "65536"], "from 1 to 65535"),
