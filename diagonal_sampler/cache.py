@@ -87,6 +87,11 @@ class KVCache:
         return self.evicted if self._window_positions else 0
 
     @property
+    def moves(self) -> bool:
+        """Whether the history's keys are moved at any time of this clip."""
+        return self._window_positions and self.capacity < self.total_frames
+
+    @property
     def begun(self) -> int:
         """Latent frames of the open chunk, which goes over history; 0 where there is room for it."""
         return self.frames if self._written + self.frames > self.capacity else 0

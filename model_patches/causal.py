@@ -36,6 +36,7 @@ from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.dit import timestep_embedding
 from ..diagonal_sampler.flow import adapter_tokens
 from ..diagonal_sampler.noise import send
+from ..diagonal_sampler.rope import axis_dims, axis_frequencies
 from ..diagonal_sampler.settings import CausalSettings
 from ..diagonal_sampler.wan_layout import LATENT_CHANNELS, variant_of
 from ..diagonal_sampler.weight_files import short
@@ -56,19 +57,22 @@ class CausalRun:
 
     Attributes:
         cache: keys and values of this run.
+        batch: samples of the clip; None if it is not known.
         fixed_weights: no hook changes weights during the run, and no wrapper of another node a forward's text or noise
             level, so that what follows from these alone can be kept.
         sigma: the noise level of the current forward, the same for all rows of the batch; None if it is not known.
         seen: conditions that the current forward has predicted so far.
-        wrote: blocks whose keys and values it has written.
+        wrote: (condition, block) whose keys and values it has written.
     """
 
     cache: KVCache
+    batch: int | None = None
     fixed_weights: bool = True
     sigma: float | None = None
     seen: set[Hashable] = field(default_factory=set)
-    wrote: set[int] = field(default_factory=set)
+    wrote: set[tuple[Hashable, int]] = field(default_factory=set)
     _all_seen: set[Hashable] = field(default_factory=set)
+    _all_wrote: set[tuple[Hashable, int]] = field(default_factory=set)
     _text: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
     _rope: dict[Hashable, Tensor] = field(default_factory=dict)
     _levels: dict[float, dict[int, tuple[Tensor, ...]]] = field(default_factory=dict)
@@ -108,12 +112,20 @@ class CausalRun:
                 "and values that later chunks need. Remove that node, or have it and the sampler use a cfg such as "
                 "1.01 in place of 1, which asks for both prompts."
             )
-        missing = [at for at in range(blocks) if at not in self.wrote and ("double_block", at) not in replaced]
+        wrote = {layer for _, layer in self.wrote}
+        missing = [at for at in range(blocks) if at not in wrote and ("double_block", at) not in replaced]
         if missing or not self.seen:
             what = f"the self-attention of {len(missing)} of {blocks} blocks" if self.seen else "the whole forward"
             raise ValueError(
                 f"Another node has replaced {what}: chunks would not know of each other. Remove that node, or one that "
                 "reuses earlier forwards (EasyCache, LazyCache, TeaCache)."
+            )
+        self._all_wrote |= self.wrote
+        if self.wrote != self._all_wrote:
+            raise ValueError(
+                "Another node leaves blocks out in some forwards (Skip Layer Guidance between two percents): what they "
+                "wrote in others would stay in the cache as it was then. Let it act in all of them (start_percent 0, "
+                "end_percent 1), or remove it."
             )
 
     def rope(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -165,6 +177,15 @@ class ForwardInfo:
     conditions: tuple[Hashable, ...]
     freqs: Tensor
     again: frozenset[Hashable] = frozenset()
+
+    @property
+    def keeps_levels(self) -> bool:
+        """Whether `of_level` may be used: what is predicted once more may be asked at another noise level."""
+        return self.run.keeps_levels and not self.again
+
+    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`CausalRun.text`; what is predicted once more may have another text."""
+        return make() if self.again else self.run.text(key, make)
 
 
 def causal_settings(model: ModelPatcher) -> CausalSettings | None:
@@ -300,7 +321,8 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
         ),
     )
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
-    if x.shape[0] % len(conditions):
+    samples = x.shape[0] // len(conditions) if run.batch is None else run.batch
+    if x.shape[0] != samples * len(conditions):
         raise ValueError(
             f"Another node gave the model {x.shape[0]} samples for {len(conditions)} prompts: which prompt's keys and "
             "values they are is not known. Remove the node that splits the batch (a model function wrapper)."
@@ -361,7 +383,7 @@ class _LeanForward:
         forward: ForwardInfo | None = options.get(FORWARD_KEY)
         plain = (
             forward is not None
-            and forward.run.keeps_levels
+            and forward.keeps_levels
             and clip_fea is None
             and all(value is None for value in kwargs.values())
             and "double_block" not in options.get("patches", {})
@@ -378,11 +400,11 @@ class _LeanForward:
         e, e0 = run.of_level(NETWORK, lambda: self._level(t[:1], x.dtype))
         e, e0 = (level.expand(t.shape[0], *level.shape[1:]) for level in (e, e0))
         key = (NETWORK, forward.conditions, context.shape)
-        (text,) = run.text(key, lambda: (network.text_embedding(context),))
+        (text,) = forward.text(key, lambda: (network.text_embedding(context),))
         options["total_blocks"], options["block_type"] = len(network.blocks), "double"
         for index, block in enumerate(network.blocks):
             options["block_index"] = index
-            tokens = block(tokens, e=e0, freqs=freqs, context=text, transformer_options=options)
+            tokens = block(tokens, e=e0, freqs=freqs, context=text, context_img_len=None, transformer_options=options)
         return network.unpatchify(network.head(tokens, e), grid)
 
     def _level(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -415,7 +437,7 @@ class _LeanBlock:
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         forward: ForwardInfo | None = options.get(FORWARD_KEY)
-        keeps = forward is not None and forward.run.keeps_levels
+        keeps = forward is not None and forward.keeps_levels
         one_level = e.ndim == 4 and e.shape[1] == 1 and e.dtype == x_BLC.dtype
         if not keeps or not one_level or torch.compiler.is_compiling():
             return self.original(x_BLC, e, freqs, context, context_img_len, transformer_options=options, **kwargs)
@@ -484,6 +506,28 @@ class _KnownRotations:
         if forward is None or kwargs.get("source_id") or torch.compiler.is_compiling():
             return self.original(*args, transformer_options=options, **kwargs)
         return forward.freqs
+
+
+def require_known_rotations(network: torch.nn.Module) -> None:
+    """To be called where positions are the window's: the cache moves its keys in time, by Wan's own frequencies.
+
+    Raises:
+        ValueError: another node gave the network other ones.
+    """
+    encode = network.rope_encode
+    encode = encode.original if isinstance(encode, _KnownRotations) else encode
+    time_dim, position = axis_dims(network.dim // network.num_heads)[0], 16.0
+    turns = (
+        network.rope_embedder(torch.tensor([[[position, 0.0, 0.0]]])).reshape(-1, 2, 2)[: time_dim // 2, :, 0].double()
+    )
+    angles = axis_frequencies(time_dim) * position
+    known = torch.allclose(turns.cpu(), torch.stack([angles.cos(), angles.sin()], dim=-1), atol=1e-3)
+    if not known or getattr(encode, "__func__", None) is not WanModel.rope_encode:
+        raise ValueError(
+            "Another node changed the rotations of positions (RifleX or the like), and with positions in the window "
+            "the keys in the cache are moved by Wan's own. Remove the node: in a window no position comes up that the "
+            "model was not trained on."
+        )
 
 
 class FlowEmbedding:
@@ -624,13 +668,14 @@ class _CausalSelfAttention(_Patch):
         q, k = apply_rope(q, k, forward.freqs)
         v = module.v(x_BLC).view(split)
 
-        forward.run.wrote.add(self.layer)
         preference = _preference(module)
         samples = x_BLC.shape[0] // len(forward.conditions)
         outputs = []
         for index, condition in enumerate(forward.conditions):
             rows = slice(index * samples, (index + 1) * samples)
             write = condition not in forward.again
+            if write:
+                forward.run.wrote.add((condition, self.layer))
             keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows], write=write)
             outputs.append(
                 _attention(
@@ -661,7 +706,7 @@ class _CachedCrossAttention(_Patch):
     ) -> Tensor:
         module = self.module
         key = (self.layer, forward.conditions, context_BLC.shape)
-        k, v = forward.run.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
+        k, v = forward.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
         q = module.norm_q(module.q(x_BLC))
         options = {"transformer_options": transformer_options, **_preference(module)}
         return module.o(_attention(q, k, v, heads=module.num_heads, **options))

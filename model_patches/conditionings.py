@@ -39,8 +39,12 @@ UNSUPPORTED_CONDITIONS = {
 }
 
 
-def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> None:
-    """Refuse, by name, what cannot follow a clip chunk by chunk, and warn of what has no effect there."""
+def check_conditionings(model: ModelPatcher, positive: list, negative: list, height: int, width: int) -> None:
+    """Refuse, by name, what cannot follow a clip chunk by chunk, and warn of what has no effect there.
+
+    Args:
+        height, width: of the latent.
+    """
     if not positive:
         raise ValueError("The positive conditioning is empty; connect CLIP Text Encode.")
     if model.get_additional_models_with_key(MULTIGPU_KEY) or model.model_options.get("multigpu_clones"):
@@ -56,8 +60,8 @@ def check_conditionings(model: ModelPatcher, positive: list, negative: list) -> 
             "later chunks need. Remove the node."
         )
     for name, conditioning in (("positive", positive), ("negative", negative)):
-        for index, (_, extra) in enumerate(conditioning):
-            reason = _unsupported(extra)
+        for index, (text, extra) in enumerate(conditioning):
+            reason = _other_encoder(model, text) or _unsupported(extra) or _outside(extra, height, width)
             if reason is not None:
                 raise ValueError(f"The {name} conditioning (entry {index + 1}) has {reason}")
     check_prompts(positive, negative)
@@ -78,6 +82,26 @@ def _warn_of_attention(model: ModelPatcher) -> None:
             kind,
             layers,
         )
+
+
+def _other_encoder(model: ModelPatcher, text: torch.Tensor) -> str | None:
+    wanted = model.get_model_object("diffusion_model").text_dim
+    if text.shape[-1] == wanted:
+        return None
+    return (
+        f"a text of {text.shape[-1]} channels, and the model takes {wanted}: it is another text encoder's. Wan 2.1 "
+        "goes with UMT5 (Load CLIP, type wan), and the demo with the CLIP of Diagonal Demo Loader."
+    )
+
+
+def _outside(extra: dict[str, Any], height: int, width: int) -> str | None:
+    area = extra.get("area")
+    if area is None or (area[2] < height and area[3] < width):
+        return None
+    return (
+        f"an area that begins at x {8 * area[3]}, y {8 * area[2]}, outside of the video, which is {8 * width}x"
+        f"{8 * height}. Move it, or make the video larger."
+    )
 
 
 def _unsupported(extra: dict[str, Any]) -> str | None:

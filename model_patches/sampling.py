@@ -30,7 +30,7 @@ from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
 from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
-from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions
+from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions, require_known_rotations
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
 from .context_frames import ContextFrames
@@ -162,15 +162,16 @@ def sample_latent(
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
     empty = bool(torch.count_nonzero(samples) == 0)
+    started = schedule
     if denoise < 1:
         if empty:
             raise ValueError(
                 f"denoise is {denoise} but the latent is empty: there is nothing to start from. Use denoise 1, or "
                 "encode a video with VAE Encode."
             )
-        schedule = schedule.start_at(shift_sigma(denoise, schedule.shift))
-    plan = plan_clip(model, samples.shape, schedule, context)
-    _warn(model, schedule)
+        started = schedule.start_at(shift_sigma(denoise, schedule.shift))
+    plan = plan_clip(model, samples.shape, started, context)
+    _warn(model, schedule)  # as it was set: `denoise` leaves steps out on purpose
     rows = _batch_rows(latent, plan)
     draws = noise if noise is not None else _seeded_noise(plan, seed, rows)
     run_model = _run_clone(model, positive, negative)
@@ -375,7 +376,7 @@ def _run_guider(
         run_model: the run's own clone of the MODEL.
     """
     negative_used = negative if uses_negative(run_model, cfg) else []
-    check_conditionings(run_model, positive, negative_used)
+    check_conditionings(run_model, positive, negative_used, *plan.shape[-2:])
     text_tokens = [context.shape[1] for context, _ in (*positive, *negative_used)]
     run_model.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
@@ -415,7 +416,7 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
         shift=schedule.shift,
         context_mode=schedule.context_mode,
     )
-    # Other numbers of steps are said already, and `denoise` lowers every level on purpose.
+    # Other numbers of steps are said already, and where chunks begin below pure noise every level is lower on purpose.
     if trained is None or steps != tuple(map(len, trained)) or schedule.sigmas[0][0] != trained[0][0]:
         return found
     if same_levels(schedule.sigmas, trained):
@@ -497,8 +498,10 @@ class DiagonalSampler(comfy.samplers.Sampler):
         scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
         _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
+        if cache.moves:
+            require_known_rotations(model_wrap.inner_model.diffusion_model)
         fixed = "registered_hooks" not in options and not _wraps_forwards(options)
-        run = CausalRun(cache, fixed_weights=fixed)
+        run = CausalRun(cache, batch=plan.shape[0], fixed_weights=fixed)
         blocks = len(model_wrap.inner_model.diffusion_model.blocks)
         transformer_options[RUN_KEY] = run
         move_texts(model_wrap, noise.device)
@@ -688,7 +691,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
         def reload() -> None:
             resident = any(other is patcher for other in comfy.model_management.loaded_models())
-            if not resident or patcher.loaded_size() < loaded:
+            # In dynamic VRAM the size says nothing here: weights come with the first forward, and what was pushed out
+            # stays out until the model is asked for.
+            if not resident or patcher.is_dynamic() or patcher.loaded_size() < loaded:
                 comfy.model_management.load_models_gpu([patcher])
 
         sizes = (plan.shape[2], plan.settings.frames_per_chunk)
@@ -728,10 +733,14 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
 def _wraps_forwards(options: dict[str, Any]) -> bool:
     """Whether another node is around each forward, where it may change text and noise level from those of the run."""
-    wrappers = options["transformer_options"].get("wrappers", {})
-    around = {key for key, found in wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {}).items() if found}
-    inside = wrappers.get(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, {})
-    return "model_function_wrapper" in options or bool(around - {WRAPPER_KEY, COMPILE_KEY}) or any(inside.values())
+    kinds, wrappers = comfy.patcher_extension.WrappersMP, options["transformer_options"].get("wrappers", {})
+    around = {key for key, found in wrappers.get(kinds.APPLY_MODEL, {}).items() if found}
+    others = (wrappers.get(kind, {}) for kind in (kinds.PREDICT_NOISE, kinds.CALC_COND_BATCH, kinds.DIFFUSION_MODEL))
+    return (
+        bool(around - {WRAPPER_KEY, COMPILE_KEY})
+        or any(any(found.values()) for found in others)
+        or any(name in options for name in ("model_function_wrapper", "sampler_calc_cond_batch_function"))
+    )
 
 
 def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:

@@ -48,7 +48,9 @@ class DiagonalFlowPreview(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="Panels side by side, an image for each step from frame to frame."),
+                io.Image.Output(
+                    display_name="images", tooltip="Panels side by side, an image for each step from frame to frame."
+                ),
                 io.String.Output(display_name="info", tooltip="End-point error of the measured motion, in pixels."),
             ],
         )

@@ -674,11 +674,20 @@ def test_conditionings_that_cannot_be_followed_are_refused_by_name(
 def test_every_entry_of_both_conditionings_is_checked_and_what_can_be_followed_passes(pack_module, tiny_wan, prompt):
     check = pack_module("model_patches.conditionings").check_conditionings
     followed = prompt(0, hooks=SimpleNamespace(hooks=[ONE_KEYFRAME]), control=None, area=(4, 4, 0, 0))
-    check(tiny_wan, followed, followed)
+    check(tiny_wan, followed, followed, 4, 4)
     with pytest.raises(ValueError, match="negative conditioning .entry 2.*mask"):
-        check(tiny_wan, followed, followed + prompt(0, mask=torch.ones(1, 4, 4)))
+        check(tiny_wan, followed, followed + prompt(0, mask=torch.ones(1, 4, 4)), 4, 4)
     with pytest.raises(ValueError, match="positive conditioning is empty"):
-        check(tiny_wan, [], followed)
+        check(tiny_wan, [], followed, 4, 4)
+    with pytest.raises(
+        ValueError, match="positive conditioning .entry 1. has an area that begins at x 8, y 32, outside"
+    ):
+        check(tiny_wan, prompt(0, area=(2, 2, 4, 1)), [], 4, 4)
+    other = [[torch.zeros(1, 77, 768), {}]]
+    with pytest.raises(
+        ValueError, match="negative conditioning .entry 1. has a text of 768 channels, and the model takes"
+    ):
+        check(tiny_wan, followed, other, 4, 4)
 
 
 def test_texts_go_to_the_device_once_and_what_is_shared_stays_shared(pack_module):
@@ -1064,11 +1073,12 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
         "sigmas are 1, 0.933, 0.733, 0.357; 1, 0.933, 0.357; 1, 0.357, but the file was trained with "
         "1, 0.75, 0.5, 0.357; 1, 0.75, 0.357; 1, 0.357 (preset 'demo 4-3-2')"
     )
-    sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7)
-    assert [record.getMessage() for record in caplog.records if "sigmas" in record.getMessage()] == [sentence]
-    caplog.clear()
-    sample_latent(model, prompt(), [], latent, own, seed=7)
-    sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7, denoise=0.9)
+    for denoise in (1.0, 0.9):
+        sample_latent(model, prompt(), [], latent, DIAGONAL, seed=7, denoise=denoise)
+        assert [record.getMessage() for record in caplog.records if "sigmas" in record.getMessage()] == [sentence]
+        caplog.clear()
+    for denoise in (1.0, 0.9, 0.3):  # which leaves steps out, and lowers levels
+        sample_latent(model, prompt(), [], latent, own, seed=7, denoise=denoise)
     # More steps on later chunks, as a first or second one was trained with.
     more = DiagonalSchedule.preset(DEMO_PRESET, steps=(4, 3))
     sample_latent(model, prompt(), [], latent, more, seed=7)

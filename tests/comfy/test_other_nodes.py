@@ -326,6 +326,67 @@ def test_a_function_wrapper_may_change_text_and_noise_level_in_any_forward(tiny_
         assert difference(found, run(without_what_is_kept(changed))) < CLOSE
 
 
+@pytest.mark.parametrize("kind", ["predict_noise", "calc_cond_batch", "a function for calc_cond_batch"])
+def test_a_node_around_guidance_may_change_text_and_noise_level_too(tiny_wan, causal, prompt, run, kind):
+    import comfy.conds
+    import comfy.samplers
+
+    turns = []
+
+    def other_text(conds):
+        text = comfy.conds.CONDRegular(prompt(20 + len(turns))[0][0])
+        return [{**cond, "model_conds": {**cond["model_conds"], "c_crossattn": text}} for cond in conds]
+
+    def predict(executor, x, timestep, model_options, seed):
+        turns.append(1)
+        guider = executor.class_obj
+        guider.conds = {**guider.conds, "positive": other_text(guider.conds["positive"])}
+        return executor(x, timestep, model_options, seed)
+
+    def batch(executor, model, conds, x, timestep, options):
+        turns.append(1)
+        return executor(model, conds, x, timestep * (0.8 if len(turns) % 2 else 1.0), options)
+
+    def function(args):
+        turns.append(1)
+        level = args["sigma"] * (0.8 if len(turns) % 2 else 1.0)
+        return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], level, args["model_options"])
+
+    model = causal(tiny_wan)
+    plain, changed = run(model), model.clone()
+    if kind.startswith("a function"):
+        changed.model_options["sampler_calc_cond_batch_function"] = function
+    else:
+        changed.add_wrapper_with_key(kind, "theirs", {"predict_noise": predict, "calc_cond_batch": batch}[kind])
+    found = run(changed)
+    assert len(turns) == DIAGONAL.nfe(3) and difference(found, plain) > 0.01
+    turns.clear()
+    assert difference(found, run(without_what_is_kept(changed))) < CLOSE
+
+
+@pytest.mark.parametrize("what", ["text", "noise level"])
+def test_what_is_predicted_once_more_may_have_another_text_and_noise_level(tiny_wan, causal, prompt, run, what):
+    import comfy.conds
+    import comfy.samplers
+
+    def again(args):
+        conds, level = args["cond"], args["sigma"]
+        if what == "text":
+            text = comfy.conds.CONDRegular(prompt(9)[0][0])
+            conds = [{**cond, "model_conds": {**cond["model_conds"], "c_crossattn": text}} for cond in conds]
+        else:
+            level = level * 0.5
+        (other,) = comfy.samplers.calc_cond_batch(args["model"], [conds], args["input"], level, args["model_options"])
+        return args["denoised"] + 0.5 * (other - args["cond_denoised"])
+
+    model = causal(tiny_wan)
+    plain, guided = run(model, cfg=2.0), model.clone()
+    guided.set_model_sampler_post_cfg_function(again)
+    found = run(guided, cfg=2.0)
+    assert difference(found, plain) > 1e-3
+    assert difference(found, run(without_what_is_kept(guided), cfg=2.0)) < CLOSE
+
+
 @pytest.mark.parametrize("kind", ["apply_model", "diffusion_model"])
 @pytest.mark.parametrize("what", ["text", "noise level"])
 def test_a_wrapper_around_the_model_may_change_text_and_noise_level_too(tiny_wan, causal, prompt, run, kind, what):
@@ -437,6 +498,63 @@ def test_a_wrapper_that_splits_the_batch_is_refused(tiny_wan, causal, run):
     model.set_model_unet_function_wrapper(split)
     with pytest.raises(ValueError, match="1 samples for 2 prompts"):
         run(model, cfg=2.0)
+
+
+def test_a_wrapper_that_predicts_each_prompt_of_a_batch_apart_is_refused(tiny_wan, causal, run, empty_latent):
+    """Each call has as many samples as prompts, and they are of one."""
+    model = causal(tiny_wan)
+
+    def split(apply_model, args):
+        halves = (value.chunk(2) for value in (args["input"], args["timestep"], args["c"]["c_crossattn"]))
+        return torch.cat(
+            [apply_model(x, t, **{**args["c"], "c_crossattn": text}) for x, t, text in zip(*halves, strict=True)]
+        )
+
+    model.set_model_unet_function_wrapper(split)
+    with pytest.raises(ValueError, match="2 samples for 2 prompts"):
+        run(model, empty_latent(batch=2), cfg=2.0)
+
+
+def test_a_block_left_out_in_some_forwards_only_is_refused(tiny_wan, causal, run):
+    """Its keys and values would stay those of another noise level."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
+
+    model = causal(tiny_wan)
+    throughout = run(SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, double_layers="0").result[0], cfg=2.0)
+    assert difference(throughout, run(model, cfg=2.0)) > 1e-3
+    with pytest.raises(ValueError, match="leaves blocks out in some forwards"):
+        run(SkipLayerGuidanceDiTSimple.execute(model, 0.2, 1.0, double_layers="0").result[0], cfg=2.0)
+
+
+def test_other_rotations_are_refused_where_the_cache_moves_its_keys(tiny_wan, causal, run, empty_latent):
+    """As RifleX lowers one frequency; with positions that only grow the network's own are all there are."""
+
+    class Lowered(torch.nn.Module):
+        def __init__(self, embedder):
+            super().__init__()
+            self.embedder = embedder
+
+        def forward(self, ids):
+            out = self.embedder(ids).clone()
+            out[..., 3, :, :] = out[..., 4, :, :]
+            return out
+
+    def lowered(model):
+        out = model.clone()
+        embedder = Lowered(out.get_model_object("diffusion_model.rope_embedder"))
+        out.add_object_patch("diffusion_model.rope_embedder", embedder)
+        return out
+
+    moving = causal(tiny_wan, window=6, sink=3, positions="window")
+    assert torch.isfinite(run(moving)).all()
+    with pytest.raises(ValueError, match=r"changed the rotations of positions \(RifleX"):
+        run(lowered(moving))
+    assert torch.isfinite(run(lowered(causal(tiny_wan, positions="absolute")))).all()
+    network = moving.get_model_object("diffusion_model")
+    other = moving.clone()
+    other.add_object_patch("diffusion_model.rope_encode", lambda *args, **kwargs: network.rope_encode(*args, **kwargs))
+    with pytest.raises(ValueError, match="changed the rotations"):
+        run(other)
 
 
 def test_a_sample_taken_from_a_batch_gets_the_noise_it_has_there(tiny_wan, causal, run, empty_latent):
