@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from fractions import Fraction
@@ -32,10 +32,11 @@ from .stream_state import (
     load_tensors,
     read_prompts,
     read_state,
+    save_prompts,
     save_state,
 )
 from .video_containers import MAX_CRF, VideoSpec, VideoWriteError
-from .video_writer import FORMATS, Mark, VideoWriter, open_writer
+from .video_writer import FORMATS, Mark, VideoWriter, has_frames, open_writer
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Identity:
 
 @dataclass(slots=True)
 class Opened:
-    """A video open for writing: a new one, or (`again`) an unfinished one at its last state."""
+    """A video open for writing: a new one, or (`again`) an unfinished or (`done`) a finished one at its last state."""
 
     path: Path
     state_path: Path
@@ -215,6 +216,7 @@ class Opened:
     writer: VideoWriter
     subfolder: str
     again: bool = False
+    done: bool = False
 
     @property
     def resumed(self) -> bool:
@@ -227,10 +229,7 @@ class Opened:
 
     def live(self) -> tuple[LivePrompt, ...]:
         """Prompts that earlier runs of this video were given, perhaps after the state."""
-        for prompts in (read_prompts(self.prompts_path), self.state.live):
-            with contextlib.suppress(TypeError):  # nothing there, or not what we wrote
-                return tuple(LivePrompt(**prompt) for prompt in prompts)
-        return ()
+        return tuple(live_prompts(self.state_path, self.state))
 
     def resume(self) -> Resume | None:
         if not self.resumed:
@@ -249,7 +248,7 @@ class Opened:
     def announcement(self, options: StreamOptions) -> str:
         at, name = self.state.frames, self.path.name
         if not self.resumed:
-            again = " Begun again: it had stopped before its first state." if self.again else ""
+            again = " Begun again: it had stopped before its first frame." if self.again else ""
             return f"{name}: {options.frames} frames at {options.fps:g} a second.{again}"
         return (
             f"Resumed {name} at {float(at / options.rate):.1f} s (frame {at} of {options.frames}, after chunk "
@@ -265,11 +264,16 @@ def resume_video(
     spec: VideoSpec,
     stack: contextlib.ExitStack,
     notes: list[str],
+    prompts: list[LivePrompt],
 ) -> Opened | None:
     """Open what an earlier run of this graph left, None if there is nothing to go on with.
 
+    A video that stopped before its first state is left alone and loses its empty state: begun again in the same file, a
+    run that stops early would leave less than there was.
+
     Args:
         notes: gets a line for people about each unfinished video that this run could seem to go on with, and does not.
+        prompts: gets the live prompts of a video that is left alone, for the one that is begun in its stead.
     """
     changed: list[str] = []
     for path, state in find_states(place.folder):
@@ -296,8 +300,12 @@ def resume_video(
             if not path.exists() or read_state(path) != state:
                 lock.release()
                 continue
-            if options.restart:
+            without_state = state.chunk == 0 and has_frames(video)
+            if options.restart or without_state:
                 # The video stays; without its state nothing will go on with it by surprise.
+                if not options.restart:
+                    notes.append(f"{video.name} has no state to go on from: it is kept, and a new video is begun.")
+                    prompts[:] = prompts or live_prompts(path, state)
                 path.unlink(missing_ok=True)
                 _prompts_path(path).unlink(missing_ok=True)
                 lock.release()
@@ -306,20 +314,32 @@ def resume_video(
                 lock.release()
                 notes.append(f"{video.name} is not there any more; a new video is begun.")
                 continue
+            writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
             if done:
                 unfinished = place.folder / (stem + STATE_SUFFIX)
-                os.replace(path, unfinished)
+                try:
+                    os.replace(path, unfinished)
+                except OSError:
+                    writer.abandon()
+                    raise
                 path = unfinished
-            writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
         except (OSError, VideoWriteError) as error:
             lock.release()
             notes.append(f"{video.name} cannot be resumed ({error}); a new video is begun.")
             continue
         stack.callback(lock.release)
         stack.callback(writer.abandon)
-        return Opened(video, path, state, writer, place.subfolder, again=True)
+        return Opened(video, path, state, writer, place.subfolder, again=True, done=done)
     notes += changed[:1]  # the newest
     return None
+
+
+def live_prompts(state_path: Path, state: StreamState) -> list[LivePrompt]:
+    """Prompts that the runs of a video were given, perhaps after the state."""
+    for prompts in (read_prompts(_prompts_path(state_path)), state.live):
+        with contextlib.suppress(TypeError):  # nothing there, or not what we wrote
+            return [LivePrompt(**prompt) for prompt in prompts]
+    return []
 
 
 def _prompts_path(state_path: Path) -> Path:
@@ -360,8 +380,9 @@ def begin_video(
     identity: Identity,
     spec: VideoSpec,
     stack: contextlib.ExitStack,
+    prompts: Sequence[LivePrompt] = (),
 ) -> Opened:
-    """Open a new video under the next free number, with a state that says it is empty."""
+    """Open a new video under the next free number, with a state that says it is empty, and with live prompts."""
     state = StreamState(
         digest=identity.digest,
         parts=identity.parts,
@@ -395,6 +416,8 @@ def begin_video(
     stack.callback(writer.abandon)
     try:
         _prompts_path(state_path).unlink(missing_ok=True)  # of a video of this number that is gone
+        if prompts:
+            save_prompts(_prompts_path(state_path), [asdict(prompt) for prompt in prompts])
         save_state(state_path, state, {})
     except VideoWriteError:
         writer.abandon()

@@ -98,7 +98,8 @@ def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) ->
             part.unlink()
         raise VideoWriteError(
             f"The state {path.name} cannot be written: {error}. The video and the state before are kept; free some "
-            "space, then queue the same graph again to go on."
+            "space, then queue the same graph again: it goes on from that state, or begins a new video where there was "
+            "none yet."
         ) from error
 
 

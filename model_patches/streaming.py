@@ -158,8 +158,9 @@ def stream_video(
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
         place = Place.find(options)
         notes: list[str] = []
-        opened = resume_video(place, options, plan, identity, spec, stack, notes) or begin_video(
-            place, options, plan, identity, spec, stack
+        given: list[LivePrompt] = []
+        opened = resume_video(place, options, plan, identity, spec, stack, notes, given) or begin_video(
+            place, options, plan, identity, spec, stack, given
         )
         for note in notes:
             log.warning(note)
@@ -336,8 +337,9 @@ class _Run:
             return
         if not self._decoder.intact:
             log.warning(
-                "The Cancel came while the VAE decoded, and its memory of the video is too large to be kept twice: no "
-                "state is saved. Queued again, the video goes on from the state before, if there is one."
+                "The run was stopped while the VAE decoded, and its memory of the video is too large to be kept twice: "
+                "no state is saved. Queued again, the video goes on from the state before; where there is none, the "
+                "file is kept and a new video is begun."
             )
             return
         try:
@@ -351,7 +353,7 @@ class _Run:
                 chunk = replace(chunk, live=self._live)
             self._save(chunk)
         except Exception as error:  # a state that cannot be saved does not decide how a cancelled run ends
-            log.warning("No state could be saved at the Cancel: %s", error)
+            log.warning("No state could be saved when the run was stopped: %s", error)
 
     def _committed(self, chunk: StreamedChunk) -> int:
         return self.plan.context_frames + (chunk.index + 1) * self.plan.settings.frames_per_chunk
@@ -406,20 +408,28 @@ class _Run:
 
     def put_state_away(self) -> None:
         """What a finished video needs no more, or under another name."""
-        state_path = self.opened.state_path
         if self.options.keep_state:
-            name = state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX
-            os.replace(state_path, state_path.with_name(name))
+            self._name_done()
         else:
-            state_path.unlink(missing_ok=True)
+            self.opened.state_path.unlink(missing_ok=True)
             self.opened.prompts_path.unlink(missing_ok=True)
 
+    def _name_done(self) -> None:
+        state_path = self.opened.state_path
+        os.replace(state_path, state_path.with_name(state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX))
+
     def stop(self) -> None:
-        """End early: write what was decoded, so that the file plays to its end. The state stays as it was."""
+        """End early: write what was decoded, so that the file plays to its end. The state stays as it was.
+
+        Where nothing was written, so does the video; a finished one is a finished one again.
+        """
         self._thread.end()
         with contextlib.suppress(VideoWriteError):  # the reason for stopping is what is reported
             self.opened.writer.close()
         if self.opened.writer.frames:
+            if self.opened.done and self.opened.writer.untouched:
+                with contextlib.suppress(OSError):
+                    self._name_done()
             self._thread.report()
         else:
             self.opened.writer.abandon()

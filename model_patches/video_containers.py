@@ -186,9 +186,17 @@ class Mp4Container(Container):
         return bytes(out)
 
     def prepared(self, header: bytes, texts: Mapping[str, str]) -> bytes:
+        moov = _whole(header, b"moov")
+        before, index = header[: moov.start], header[moov]
+        if not texts:
+            return before + _ROOM + index
         # ComfyUI's web page looks for the texts in the first 2 MB, where a long video has no index; hence outside moov.
-        moov = _content(header, b"moov").start - 8
-        return header[:moov] + (_texts(texts) if texts else b"") + _ROOM + header[moov:]
+        # ffmpeg, and PyAV, would put both together: the outer ones have a handler that they pass over.
+        content = index[8:]
+        with contextlib.suppress(VideoWriteError):
+            own = _whole(content, b"udta")  # ffmpeg's own, which has nothing to say
+            content = content[: own.start] + content[own.stop :]
+        return before + _texts(texts, b"null") + _ROOM + _box(b"moov", content + _texts(texts, b"mdta"))
 
     def growing(self, header: bytes) -> Patch:
         return Patch(self._room(header), _ROOM)
@@ -266,7 +274,9 @@ class Mp4Container(Container):
         stbl = _box(b"stbl", stsd + b"".join(_box(kind, content) for kind, content in tables.items()))
         parts = [header[_whole(header, *media, b"minf", kind)] for kind in (b"vmhd", b"dinf")]
         mdia = _box(b"mdia", mdhd + header[_whole(header, *media, b"hdlr")] + _box(b"minf", b"".join(parts) + stbl))
-        udta = header[_content(header, b"ftyp").stop : self._room(header)]
+        udta = b""
+        with contextlib.suppress(VideoWriteError):  # no texts, or an older version of this pack began it
+            udta = header[_whole(header, b"moov", b"udta")]
         return _box(b"moov", bytes(mvhd) + _box(b"trak", bytes(tkhd) + mdia) + udta)
 
     def codec_parameters(self, header: bytes) -> bytes:
@@ -297,15 +307,15 @@ def _box(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", 8 + len(content)) + kind + content
 
 
-def _texts(texts: Mapping[str, str]) -> bytes:
-    """Metadata by name, as QuickTime has it and as ComfyUI writes it."""
+def _texts(texts: Mapping[str, str], handler: bytes) -> bytes:
+    """Metadata by name, as QuickTime has it and as ComfyUI writes it, where the handler is mdta."""
     keys = struct.pack(">II", 0, len(texts)) + b"".join(_box(b"mdta", _utf8(key)) for key in texts)
     items = b"".join(
         _box(struct.pack(">I", number), _box(b"data", struct.pack(">II", _TEXT, 0) + _utf8(text)))
         for number, text in enumerate(texts.values(), 1)
     )
-    handler = _box(b"hdlr", struct.pack(">II4s", 0, 0, b"mdta") + bytes(13))
-    meta = _box(b"meta", bytes(4) + handler + _box(b"keys", keys) + _box(b"ilst", items))
+    kind = _box(b"hdlr", struct.pack(">II4s", 0, 0, handler) + bytes(13))
+    meta = _box(b"meta", bytes(4) + kind + _box(b"keys", keys) + _box(b"ilst", items))
     return _box(b"udta", meta)
 
 

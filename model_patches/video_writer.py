@@ -10,8 +10,10 @@ the file comes out as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -35,6 +37,8 @@ PNG_COMPRESSION = 4
 """As ComfyUI's Save Image."""
 END_TIMEOUT_S = 120.0
 """An encoder that is still not done this long after its last frame is stuck."""
+LEAST_FFMPEG = 5, 1
+"""The first that knows -fps_mode."""
 READ_BYTES = 1 << 16
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -53,10 +57,12 @@ class VideoWriter(ABC):
     Attributes:
         frames: frames that are in the file and can be played.
         submitted: frames given to `write`.
+        untouched: the video still is as it was found: it is cut back to its mark with the first frame, not before.
     """
 
     frames: int
     submitted: int
+    untouched: bool
 
     @abstractmethod
     def write(self, images: Tensor) -> None:
@@ -79,20 +85,30 @@ def open_writer(path: Path, spec: VideoSpec, mark: Mark | None = None) -> VideoW
     """Begin a video, or go on with one.
 
     Args:
-        path: of the file, whose suffix says the format (.mp4, .webm), or of the folder of PNG images (no suffix).
-        mark: cut the video that is there back to this and go on behind it. Without it `path` must not exist.
+        path: of the file, whose suffix says the format (.mp4, .webm), or of the folder of PNG images (any other name).
+        mark: go on behind this in the video that is there; what lies behind it goes with the first frame that is
+            written. Without it `path` must not exist.
 
     Raises:
         VideoWriteError: no ffmpeg, a path that cannot be written, or a video that is shorter than the mark.
         FileExistsError: a new video over an old one.
     """
-    if not path.suffix:
+    # A folder's name may have a dot, too.
+    container = CONTAINERS.get(path.suffix)
+    if container is None:
         return PngWriter(path, spec, mark)
-    return EncodedWriter(path, spec, CONTAINERS[path.suffix](spec), mark)
+    return EncodedWriter(path, spec, container(spec), mark)
+
+
+def has_frames(path: Path) -> bool:
+    """Whether there is something in a video: bytes in a file, images of ours in a folder."""
+    if path.is_dir():
+        return any(_frame_number(name) is not None for name in os.listdir(path))
+    return path.exists() and path.stat().st_size > 0
 
 
 def find_ffmpeg() -> str:
-    """The ffmpeg that imageio-ffmpeg brings. Raises VideoWriteError where there is none."""
+    """The ffmpeg that imageio-ffmpeg brings. Raises VideoWriteError where there is none, or one that is too old."""
     remedy = "Install this pack's requirements (pip install -r requirements.txt), or choose the format png."
     try:
         import imageio_ffmpeg
@@ -100,7 +116,44 @@ def find_ffmpeg() -> str:
         found = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise VideoWriteError(f"ffmpeg is needed to write a video, and was not found ({error}). {remedy}") from None
+    version = _version_of(found)
+    if version is not None and version < LEAST_FFMPEG:
+        raise VideoWriteError(
+            f"ffmpeg {version[0]}.{version[1]} ({found}) is too old to write a video: "
+            f"{LEAST_FFMPEG[0]}.{LEAST_FFMPEG[1]} or newer is needed. Run pip install -U imageio-ffmpeg, set the "
+            "environment variable IMAGEIO_FFMPEG_EXE to a newer one, or choose the format png. Then start ComfyUI "
+            "again."
+        )
     return found
+
+
+@functools.cache
+def _version_of(ffmpeg: str) -> tuple[int, int] | None:
+    """What an ffmpeg says of itself, asked once; None for a build without a number, such as one of a day.
+
+    Raises VideoWriteError where it does not start.
+    """
+    try:
+        ran = subprocess.run(
+            [ffmpeg, "-version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=END_TIMEOUT_S,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except OSError as error:
+        raise _no_start(error) from error
+    except subprocess.TimeoutExpired:
+        return None
+    said = re.match(rb"ffmpeg version n?(\d+)\.(\d+)", ran.stdout)
+    return None if said is None else (int(said[1]), int(said[2]))
+
+
+def _no_start(error: OSError) -> VideoWriteError:
+    return VideoWriteError(
+        f"ffmpeg could not be started ({error}). Install this pack's requirements again "
+        "(pip install -r requirements.txt), or choose the format png."
+    )
 
 
 class FrameValueError(ValueError):
@@ -126,6 +179,7 @@ class EncodedWriter(VideoWriter):
         self.spec = spec
         self.frames = self.submitted = 0 if mark is None else mark.frames
         self._size = 0 if mark is None else mark.size
+        self.untouched = mark is not None
         self._container = container
         self._ffmpeg = find_ffmpeg()
         self._header = b""
@@ -140,12 +194,13 @@ class EncodedWriter(VideoWriter):
         except OSError as error:
             raise self._disk_error(error) from error
         try:
-            self._cut_back()
+            self._look()
         except (OSError, VideoWriteError) as error:
             os.close(self._file)
             raise self._disk_error(error) if isinstance(error, OSError) else error from None
 
-    def _cut_back(self) -> None:
+    def _look(self) -> None:
+        """Read the header of the video that is there, and refuse one that cannot be gone on with."""
         there = os.fstat(self._file).st_size
         if there < self._size:
             raise VideoWriteError(
@@ -157,6 +212,11 @@ class EncodedWriter(VideoWriter):
             is_header, self._header = next(self._container.cut(pieces, 0), (False, b""))
             if not is_header:
                 raise VideoWriteError(f"{self.path.name} is not the video that was written before.")
+            self._container.growing(self._header)
+
+    def _cut_back(self) -> None:
+        self.untouched = False
+        if self._size:
             self._write_at(self._container.growing(self._header))
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
@@ -189,7 +249,8 @@ class EncodedWriter(VideoWriter):
             if code or self._read_error is not None or self.frames != self.submitted:
                 raise self._failure()
             self._stop()
-        self._sync()
+        if not self.untouched:
+            self._sync()
         return Mark(frames=self.frames, size=self._size)
 
     def close(self) -> None:
@@ -197,7 +258,7 @@ class EncodedWriter(VideoWriter):
             return
         self.settle()
         try:
-            if self._size:
+            if self._size and not self.untouched:
                 self._finish()
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -224,21 +285,29 @@ class EncodedWriter(VideoWriter):
         if self._file < 0:
             return
         self._stop()
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._file, self._size)
+        if not self.untouched:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
         with contextlib.suppress(OSError):
             os.close(self._file)
         self._file = -1
 
     def _start(self) -> None:
         """Start an encoder whose first frame is the next one."""
+        if self.untouched:
+            try:
+                self._cut_back()
+            except OSError as error:
+                raise self._disk_error(error) from error
         spec = self.spec
         command = [self._ffmpeg, "-hide_banner", "-loglevel", "error", "-nostdin"]
         command += ["-probesize", "32", "-analyzeduration", "0", "-f", "rawvideo", "-pixel_format", "rgb24"]
         command += ["-video_size", f"{spec.width}x{spec.height}"]
         command += ["-framerate", f"{spec.rate.numerator}/{spec.rate.denominator}", "-i", "pipe:0"]
         # Passed through: a constant frame rate would hold each frame until the next.
-        command += ["-fps_mode", "passthrough", "-vf", "scale=out_color_matrix=bt709:out_range=tv"]
+        # The filters say the colours: newer ffmpeg takes primaries and transfer from the frames, not from the options.
+        filters = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
+        command += ["-fps_mode", "passthrough", "-vf", filters]
         command += ["-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
         # Bit-exact: the same frames make the same bytes.
         command += [*self._container.arguments(), "-fflags", "+bitexact", "-flush_packets", "1", "pipe:1"]
@@ -254,10 +323,7 @@ class EncodedWriter(VideoWriter):
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
-            raise VideoWriteError(
-                f"ffmpeg could not be started ({error}). Install this pack's requirements again "
-                "(pip install -r requirements.txt), or choose the format png."
-            ) from error
+            raise _no_start(error) from error
         self._reader = threading.Thread(
             target=self._read, args=(self._process, self.submitted), name="diagonal-video", daemon=True
         )
@@ -318,14 +384,15 @@ class EncodedWriter(VideoWriter):
         reason = said.splitlines()[-1] if said else "it said nothing"
         how = "is stuck" if code is None else f"stopped (code {code})"
         return VideoWriteError(
-            f"ffmpeg {how} at frame {self.submitted} of {self.path.name}: {reason}. The frames before are kept; queue "
-            "the same graph again to go on."
+            f"ffmpeg {how} at frame {self.submitted} of {self.path.name}: {reason}. The frames before are kept. To go "
+            "on, queue the same graph again: from the last state, or with a new video where there is none yet."
         )
 
     def _disk_error(self, error: OSError) -> VideoWriteError:
         return VideoWriteError(
             f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
-            "free some space or choose another filename_prefix, then queue the graph again."
+            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
+            "there is none yet. Or choose another filename_prefix."
         )
 
     def _stop(self) -> None:
@@ -358,6 +425,7 @@ class PngWriter(VideoWriter):
         self.spec = spec
         self.frames = 0 if mark is None else mark.frames
         self._unsynced: list[Path] = []
+        self.untouched = mark is not None
         if mark is None:
             try:
                 path.mkdir(parents=True)
@@ -366,13 +434,14 @@ class PngWriter(VideoWriter):
             except OSError as error:
                 raise self._disk_error(error) from error
         else:
-            self._cut_back()
+            self._look()
 
     @property
     def submitted(self) -> int:
         return self.frames
 
-    def _cut_back(self) -> None:
+    def _look(self) -> None:
+        """Refuse a folder that cannot be gone on with."""
         try:
             there = set(os.listdir(self.path))
             missing = [n for n in range(1, self.frames + 1) if png_name(n) not in there]
@@ -380,15 +449,24 @@ class PngWriter(VideoWriter):
                 raise VideoWriteError(
                     f"{self.path.name} has no {png_name(missing[0])} any more; it cannot be continued."
                 )
-            for name in there:
-                number, dot, suffix = name.partition(".")
-                if dot and suffix in ("png", "png.part") and number.isdecimal() and int(number) > self.frames:
+        except OSError as error:
+            raise self._disk_error(error) from error
+
+    def _cut_back(self) -> None:
+        self.untouched = False
+        try:
+            for name in os.listdir(self.path):
+                number = _frame_number(name.removesuffix(".part"))
+                if number is not None and number > self.frames:
                     (self.path / name).unlink()
         except OSError as error:
             raise self._disk_error(error) from error
 
     def write(self, images: Tensor) -> None:
-        for pixels in as_bytes(images):
+        frames = as_bytes(images)
+        if self.untouched and len(frames):
+            self._cut_back()
+        for pixels in frames:
             path = self.path / png_name(self.frames + 1)
             part = path.with_name(path.name + ".part")
             info = PngInfo()
@@ -424,13 +502,20 @@ class PngWriter(VideoWriter):
     def _disk_error(self, error: OSError) -> VideoWriteError:
         return VideoWriteError(
             f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
-            "free some space or choose another filename_prefix, then queue the graph again."
+            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
+            "there is none yet. Or choose another filename_prefix."
         )
 
 
 def png_name(number: int) -> str:
     """File name of a frame, counted from 1."""
     return f"{number:08}.png"
+
+
+def _frame_number(name: str) -> int | None:
+    """The frame of a file name, None for a name that is no frame's."""
+    number, _, suffix = name.partition(".")
+    return int(number) if suffix == "png" and number.isdecimal() else None
 
 
 def sync_path(path: Path) -> None:

@@ -64,6 +64,8 @@ class LiveReport:
         self.start = time.perf_counter()
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.given: int | None = None  # pixel frames before the first chunk
+        self.made = 0  # forwards of this run
+        self.first_forward: float | None = None  # when the first one was done, behind the loading of the models
         self.first: float | None = None  # seconds until the first pictures
         self.without_pictures = False  # making one has failed
         self.model = model
@@ -78,11 +80,12 @@ class LiveReport:
     def progress(self, progress: Progress) -> None:
         """After every forward."""
         if self.before is None:
-            self.before = progress.forwards - 1
+            self.before, self.first_forward = progress.forwards - 1, time.perf_counter()
+        self.made = progress.forwards - self.before
         self._send(
             PROGRESS_EVENT,
             forwards=progress.forwards,
-            made=progress.forwards - self.before,  # of them in this run, which `elapsed` counts from
+            made=self.made,  # of them in this run, which `elapsed` counts from
             total=progress.total,
             chunk=progress.chunk + 1,
             chunks=progress.chunks,
@@ -137,6 +140,20 @@ class LiveReport:
         server = PromptServer.instance
         if server.client_id is None:  # without one it would go to every page
             return
-        elapsed = time.perf_counter() - self.start
-        data = {"node": self.node_id, "prompt_id": server.last_prompt_id, "elapsed": elapsed, **data}
+        data = {
+            "node": self.node_id,
+            "prompt_id": server.last_prompt_id,
+            "elapsed": time.perf_counter() - self.start,
+            "sampling": self._sampling(),
+            **data,
+        }
         server.send_sync(event, data, server.client_id)
+
+    def _sampling(self) -> float | None:
+        """Seconds of all forwards so far, without the loading before them; None before there are two to tell it by.
+
+        The first one counts as the mean of the others: when it began is not known.
+        """
+        if self.made < 2:
+            return None
+        return (time.perf_counter() - self.first_forward) * self.made / (self.made - 1)

@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { list, phrase, shownName } from "./diagonal_texts.js";
-import { addDrawing } from "./diagonal_widget.js";
+import { addDrawing, Asking } from "./diagonal_widget.js";
 
 const SAMPLERS = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
 const DEMO = "DiagonalDemoLoader";
@@ -25,12 +25,10 @@ const USUAL_SIZE = { width: 832, height: 480, length: 81 };
 const DEMO_SIZE = { width: 64, height: 64, length: 81 };
 const HEIGHT = 78; // canvas units, the margin of 10 around it included
 const POLL_MS = 500; // links, undo and other extensions change the graph without saying so
-// A server that fails is asked again after this, then after twice as long each time, up to the most.
-const [RETRY_MS, MOST_RETRY_MS] = [2_000, 120_000];
 const MOST_STEPS = 64; // of a walk: a graph may have a circle while it is edited
 const PARTS = ["weights", "keys_values", "text", "forward", "decoder"]; // names of the server, texts and colours
-// What a run leaves loaded or frees changes what the next one could have.
-const RUN_ENDS = ["execution_success", "execution_interrupted", "execution_error"];
+// What a run leaves loaded or frees changes what the next one could have; and a server that is back may answer.
+const ASK_AGAIN = ["execution_success", "execution_interrupted", "execution_error", "reconnected"];
 const [ACTIVE, MUTED, BYPASSED] = [0, 2, 4]; // a node's mode
 const [GB, MB] = [1e9, 1e6];
 
@@ -198,9 +196,7 @@ const lines = new Set();
 class MemoryLine {
   constructor(node) {
     this.node = node;
-    this.asked = null; // what the server was asked last
-    this.failures = 0; // in a row, of that question
-    this.askAt = Infinity; // when it is asked once more
+    this.asking = new Asking();
     this.root = document.createElement("div");
     this.root.className = "diagonal-memory";
     this.root.setAttribute("role", "status");
@@ -209,20 +205,20 @@ class MemoryLine {
     this.words = document.createElement("div");
     this.words.className = "words";
     this.root.append(this.bar, this.words);
-    this.askAgain = () => (this.asked = null);
+    this.askAgain = () => this.asking.again();
     addDrawing(this, "memory", { style: STYLE, height: HEIGHT, before: "live" });
   }
 
   begin() {
     this.timer = setInterval(() => this.refresh(), POLL_MS);
     lines.add(this);
-    for (const name of RUN_ENDS) api.addEventListener(name, this.askAgain);
+    for (const name of ASK_AGAIN) api.addEventListener(name, this.askAgain);
   }
 
   end() {
     clearInterval(this.timer);
     lines.delete(this);
-    for (const name of RUN_ENDS) api.removeEventListener(name, this.askAgain);
+    for (const name of ASK_AGAIN) api.removeEventListener(name, this.askAgain);
   }
 
   async refresh() {
@@ -236,16 +232,13 @@ class MemoryLine {
       unknown = { error: error.message };
     }
     const asked = unknown?.error ?? queries.join(" ");
-    if (asked === this.asked && performance.now() < this.askAt) return;
-    if (asked !== this.asked) this.failures = 0;
-    this.asked = asked;
-    this.askAt = Infinity;
+    if (!this.asking.isDue(asked)) return;
     const replies = unknown ? [unknown] : await Promise.all(queries.map(ask));
-    if (this.asked !== asked) return;
+    if (this.asking.question !== asked) return;
     const most = replies.reduce((a, b) => ((b.total ?? 0) > (a.total ?? 0) ? b : a));
     this.draw(most, new URLSearchParams(queries[0]).get("assumed"));
-    if (!replies.some((reply) => reply.failed)) return void (this.failures = 0);
-    this.askAt = performance.now() + Math.min(RETRY_MS * 2 ** this.failures++, MOST_RETRY_MS);
+    if (replies.some((reply) => reply.failed)) this.asking.failed();
+    else this.asking.answered();
   }
 
   draw(reply, assumed) {

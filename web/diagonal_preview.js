@@ -5,7 +5,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
-import { addDrawing, isElsewhere, isHere, isNode } from "./diagonal_widget.js";
+import { addDrawing, Away, errorOf, isNode } from "./diagonal_widget.js";
 
 const FINISH_ROUTE = "/diagonal/finish";
 const NODES = ["DiagonalChunkSampler", "DiagonalStreamVideo"];
@@ -14,8 +14,7 @@ const MOST_HEIGHT = 2000; // a person may pull the node larger, to see more
 const PICTURE = 128;
 const MOST_FRAMES = 512; // of a long stream the newest are kept
 const MOST_BARS = 32;
-const MOST_LEFT = 4; // previews of nodes that are gone
-const LOOK_MS = 500; // ComfyUI says which workflow is open only after its nodes have come
+const MOST_AWAY = 4 * MOST_FRAMES; // of all nodes that are gone
 
 const STYLE = `
 .diagonal-preview { display: flex; flex-direction: column; gap: 4px; padding: 4px; user-select: none; }
@@ -40,7 +39,7 @@ const STYLE = `
 `;
 
 const previews = new Set();
-const left = new Set(); // whose nodes are gone, as those of a workflow in another tab are; the oldest first
+const away = new Away(MOST_AWAY, (preview) => 1 + preview.frames.length);
 
 function seconds(value) {
   if (value < 10) return phrase("seconds", { seconds: value.toFixed(1) });
@@ -71,40 +70,26 @@ class Preview {
     foot.append(this.line, this.button);
     this.root.append(this.image, this.bars, foot, this.warnings);
     this.clear();
-    addDrawing(this, "live", { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT });
+    addDrawing(this, "live", { style: STYLE, height: HEIGHT, maxHeight: MOST_HEIGHT, away });
   }
 
   begin() {
-    left.delete(this); // undo gives a drawing another node
     previews.add(this);
     if (this.frames.length) this.play();
-    this.looking = setInterval(() => this.look(), LOOK_MS);
   }
 
   end() {
     previews.delete(this);
     this.pause();
-    clearInterval(this.looking);
-    if (this.promptId === null) return;
-    for (const one of left) if (one.promptId === this.promptId && one.instance === this.instance) left.delete(one);
-    left.add(this);
-    if (left.size > MOST_LEFT) left.delete(left.values().next().value);
   }
 
-  /** The workflow that is open is known for sure only some time after the node has come. */
-  look() {
-    if (this.promptId !== null && isElsewhere(this.promptId)) this.clear();
-    this.adopt();
-  }
-
-  /** Shows what the node showed of a run before its workflow was left for another one, and what was made since. */
-  adopt() {
-    if (this.promptId !== null) return;
-    const former = [...left].reverse().find((one) => isHere(one.promptId) && isNode(one.instance, this.node));
-    if (!former) return;
-    const { promptId, instance, frames, shown, first, state, ending, finishing, steps, fps } = former;
-    Object.assign(this, { promptId, instance, frames: [...frames], shown, first, state, ending, finishing, fps });
-    this.steps = new Map(steps);
+  /** Shows what the node showed before its workflow was left for another one, and what was made since. */
+  adopt(former) {
+    if (former.promptId === null) return;
+    const { promptId, instance, shown, first, state, ending, finishing, refusal, fps } = former;
+    Object.assign(this, { promptId, instance, shown, first, state, ending, finishing, refusal, fps });
+    this.frames = [...former.frames];
+    this.steps = new Map(former.steps);
     this.root.classList.remove("idle");
     this.drawBars();
     this.say();
@@ -143,13 +128,7 @@ class Preview {
   }
 
   belongs(data) {
-    if (left.has(this)) return data.prompt_id === this.promptId && data.node === this.instance;
-    if (!isNode(data.node, this.node)) return false;
-    if (isElsewhere(data.prompt_id)) {
-      if (data.prompt_id === this.promptId) this.clear(); // it came while ComfyUI went over to this workflow
-      return false;
-    }
-    this.adopt();
+    if (!isNode(data.node, this.node) || !away.hears(this, data.prompt_id)) return false;
     // Another instance of the subgraph that the node is in, or a node that a loop runs again, begins anew.
     const again = data.node !== this.instance || data.forwards <= this.state?.forwards;
     if (data.prompt_id !== this.promptId || again) this.reset(data.prompt_id);
@@ -188,7 +167,9 @@ class Preview {
   onChunk(data) {
     if (!this.belongs(data)) return;
     this.first = data.first;
-    this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed: data.elapsed };
+    // Null before two forwards are done: what there is until then is mostly the loading of the models.
+    const pixelElapsed = data.sampling === undefined ? data.elapsed : data.sampling;
+    this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed };
     this.frames.push(...data.frames);
     if (this.frames.length > MOST_FRAMES) {
       const gone = this.frames.length - MOST_FRAMES;
@@ -197,7 +178,7 @@ class Preview {
     }
     this.fps = data.fps;
     this.say();
-    if (this.timer === null && this.frames.length && !left.has(this)) this.play();
+    if (this.timer === null && this.frames.length && !away.has(this)) this.play();
   }
 
   play() {
@@ -231,13 +212,16 @@ class Preview {
     const parts = [];
     if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
-    if (pixelFrames) parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
+    if (pixelFrames && pixelElapsed)
+      parts.push(phrase("frames_a_second", { rate: (pixelFrames / pixelElapsed).toFixed(1) }));
+    const goesOn = forwards < total; // else Finish came too late: the video is whole
     if (this.ending) parts.push(phrase(this.ending));
-    else if (this.refusal) parts.push(this.refusal);
-    else if (this.finishing) parts.push(phrase("finishing"));
-    else if (forwards && forwards < total)
-      parts.push(phrase("left", { time: seconds((elapsed / made) * (total - forwards)) }));
-    else if (forwards) {
+    else if (this.refusal && goesOn) parts.push(this.refusal);
+    else if (this.finishing && goesOn) parts.push(phrase("finishing"));
+    else if (forwards && goesOn) {
+      const spent = this.state.sampling === undefined ? elapsed : this.state.sampling;
+      if (spent !== null) parts.push(phrase("left", { time: seconds((spent / made) * (total - forwards)) }));
+    } else if (forwards) {
       const name = guided ? "forwards_twice_in" : "forwards_in";
       parts.push(phrase(name, { forwards: made, time: seconds(elapsed) }));
     }
@@ -262,7 +246,7 @@ class Preview {
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ client_id: api.clientId, prompt_id: promptId, node: this.instance }),
       });
-      if (!reply.ok) refusal = (await reply.json()).error;
+      if (!reply.ok) refusal = (await errorOf(reply)) ?? phrase("prompt_refused", { status: reply.status });
     } catch (error) {
       refusal = phrase("unreachable", { why: error.message });
     }
@@ -278,6 +262,7 @@ class Preview {
 
   stop(promptId, ending) {
     if (promptId !== this.promptId || !(this.state?.forwards < this.state?.total)) return;
+    if (this.ending === "finished_early") return; // what comes now is of a later node
     this.ending = ending;
     this.say();
   }
@@ -291,7 +276,7 @@ class Preview {
 app.registerExtension({
   name: "diagonaldistillation.preview",
   init() {
-    const all = (act) => (event) => [...previews, ...left].forEach((preview) => act(preview, event.detail));
+    const all = (act) => (event) => [...previews, ...away].forEach((preview) => act(preview, event.detail));
     // For programs that use the API; without a listener ComfyUI's page warns of it.
     api.addEventListener("diagonal.stream", () => {});
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));

@@ -4,13 +4,14 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { phrase } from "./diagonal_texts.js";
-import { addDrawing, isElsewhere, isNode } from "./diagonal_widget.js";
+import { addDrawing, Away, errorOf, isNode } from "./diagonal_widget.js";
 
 const NODE = "DiagonalPromptSchedule";
 const ROUTE = "/diagonal/prompt";
 const EVENT = "diagonal.prompt";
 const LATER = 202; // the HTTP status of a prompt that the run has not looked at yet
 const HEIGHT = 104; // canvas units
+const MOST_AWAY = 256; // fields of nodes that are gone
 
 const STYLE = `
 .diagonal-prompt { display: flex; flex-direction: column; gap: 4px; padding: 6px; }
@@ -26,16 +27,12 @@ const STYLE = `
 `;
 
 const fields = new Set();
+const away = new Away(MOST_AWAY);
 
 class PromptField {
   constructor(node) {
     this.node = node;
-    this.running = false;
     this.sending = false;
-    this.promptId = null;
-    this.words = phrase("prompt_idle");
-    this.lost = false;
-    this.refusal = null; // why the last prompt was not taken
     this.root = document.createElement("div");
     this.root.className = "diagonal-prompt";
     const row = document.createElement("div");
@@ -64,8 +61,8 @@ class PromptField {
       } else if (!modified && !event.altKey) event.stopPropagation(); // plain keys are text, whoever else listens
     });
     this.button.addEventListener("click", () => this.send());
-    this.refresh();
-    addDrawing(this, "live_prompt", { style: STYLE, height: HEIGHT });
+    this.clear();
+    addDrawing(this, "live_prompt", { style: STYLE, height: HEIGHT, away });
   }
 
   begin() {
@@ -74,6 +71,26 @@ class PromptField {
 
   end() {
     fields.delete(this);
+  }
+
+  /** As it was before any run. What a person typed stays. */
+  clear() {
+    this.running = false;
+    this.promptId = null;
+    this.words = phrase("prompt_idle");
+    this.lost = false;
+    this.refusal = null; // why the last prompt was not taken
+    if (this.text.value === this.adopted) this.text.value = "";
+    this.adopted = null; // the text that was taken over
+    this.refresh();
+  }
+
+  /** Goes on as the field did before its workflow was left for another one, with what came since. */
+  adopt(former) {
+    const { running, promptId, words, lost, refusal } = former;
+    Object.assign(this, { running, promptId, words, lost, refusal });
+    if (!this.text.value) this.text.value = this.adopted = former.text.value;
+    this.refresh();
   }
 
   /** A refusal stays until the person types or sends, or the run ends: the next chunk's event comes at once. */
@@ -92,15 +109,7 @@ class PromptField {
   }
 
   onEvent(data) {
-    if (!data.nodes.some((id) => isNode(id, this.node))) return;
-    if (isElsewhere(data.prompt_id)) {
-      if (data.prompt_id !== this.promptId) return;
-      // It came while ComfyUI went over to this workflow.
-      this.promptId = null;
-      this.running = false;
-      this.words = phrase("prompt_idle");
-      return this.refresh();
-    }
+    if (!data.nodes.some((id) => isNode(id, this.node)) || !away.hears(this, data.prompt_id)) return;
     if (data.refused) {
       // After "the run has not looked yet", and after the text has left the field.
       this.text.value ||= data.text;
@@ -145,9 +154,9 @@ class PromptField {
           blend_chunks: this.value("blend_chunks"),
         }),
       });
-      const answer = await reply.json();
-      if (!reply.ok) this.refusal = answer.error ?? phrase("prompt_refused", { status: reply.status });
+      if (!reply.ok) this.refusal = (await errorOf(reply)) ?? phrase("prompt_refused", { status: reply.status });
       else {
+        const answer = await reply.json();
         if (this.text.value.trim() === text) this.text.value = "";
         const taken = { chunk: answer.chunk, how: answer.switch, text: answer.text };
         this.words = reply.status === LATER ? phrase("prompt_later") : phrase("prompt_taken", taken);
@@ -164,8 +173,9 @@ class PromptField {
 app.registerExtension({
   name: "diagonaldistillation.prompt",
   init() {
-    api.addEventListener(EVENT, (event) => fields.forEach((field) => field.onEvent(event.detail)));
-    api.addEventListener("reconnecting", () => fields.forEach((field) => field.onLost()));
+    const all = (act) => (event) => [...fields, ...away].forEach((field) => act(field, event.detail));
+    api.addEventListener(EVENT, all((field, data) => field.onEvent(data)));
+    api.addEventListener("reconnecting", all((field) => field.onLost()));
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) new PromptField(node);

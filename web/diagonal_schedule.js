@@ -4,9 +4,10 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { list, phrase, shownName } from "./diagonal_texts.js";
-import { addDrawing } from "./diagonal_widget.js";
+import { addDrawing, Asking, errorOf } from "./diagonal_widget.js";
 
 const NODE = "DiagonalSchedule";
+const ROUTE = "/diagonal/schedule";
 const WIDGETS = ["preset", "steps", "context_mode", "context_sigma", "shift", "frames_per_chunk", "sigmas"];
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 190; // of the whole drawing, in canvas units
@@ -14,6 +15,7 @@ const PLOT = { top: 22, bottom: 18, left: 24, right: 8, height: 140 };
 const PIXELS_PER_STEP = 12; // of a drag
 const MOST_DRAGGED = 12; // steps of a chunk, by mouse or keys; the text may have more
 const NUMBER_WIDTH = 14; // of a chunk's number, in canvas units
+const SERVER_FAULT = 500; // and up: HTTP's statuses of a server that is at fault itself
 const POLL_MS = 300; // undo and other extensions change values without saying so
 
 const STYLE = `
@@ -47,10 +49,25 @@ export function stepsText(steps) {
   return kept.join(",");
 }
 
+/** What the server draws; `failed` where it may do better another time, and not where it refuses what it was sent. */
+async function ask(body) {
+  try {
+    const headers = { "Content-Type": "application/json" };
+    const response = await api.fetchApi(ROUTE, { method: "POST", headers, body });
+    if (response.ok) return await response.json();
+    const why = phrase("server_status", { status: response.status });
+    const error = (await errorOf(response)) ?? phrase("no_drawing", { why });
+    return { error, failed: response.status >= SERVER_FAULT };
+  } catch (error) {
+    return { error: phrase("no_drawing", { why: error.message }), failed: true };
+  }
+}
+
 class ScheduleDrawing {
   constructor(node) {
     this.node = node;
-    this.asked = null; // the values that the server was asked about last
+    this.asking = new Asking();
+    this.askAgain = () => this.asking.again();
     this.reply = null;
     this.counts = null; // steps of each chunk, ahead of the reply while a person changes them
     this.root = document.createElement("div");
@@ -67,11 +84,13 @@ class ScheduleDrawing {
     if (this.watched !== this.node) this.watch();
     this.timer = setInterval(() => this.refresh(), POLL_MS);
     this.resizes.observe(this.root);
+    api.addEventListener("reconnected", this.askAgain);
   }
 
   end() {
     clearInterval(this.timer);
     this.resizes.disconnect();
+    api.removeEventListener("reconnected", this.askAgain);
   }
 
   widget(name) {
@@ -100,26 +119,18 @@ class ScheduleDrawing {
   async refresh() {
     if (!this.node.graph) return;
     const linked = this.linked();
-    const query = linked.length
+    const body = linked.length
       ? `linked:${linked}`
-      : new URLSearchParams(WIDGETS.map((name) => [name, this.widget(name).value ?? ""])).toString();
-    if (query === this.asked) return;
-    this.asked = query;
+      : JSON.stringify(Object.fromEntries(WIDGETS.map((name) => [name, String(this.widget(name).value ?? "")])));
+    if (!this.asking.isDue(body)) return;
     let reply;
     if (linked.length) {
       const names = list(linked.map((name) => shownName(this.node, name)));
       reply = { error: phrase("linked", { names }) };
-    } else {
-      try {
-        const response = await api.fetchApi(`/diagonal/schedule?${query}`);
-        if (!response.ok) throw new Error(phrase("server_status", { status: response.status }));
-        reply = await response.json();
-      } catch (error) {
-        reply = { error: phrase("no_drawing", { why: error.message }) };
-        if (this.asked === query) this.asked = null; // the next look asks again
-      }
-    }
-    if (this.asked !== null && this.asked !== query) return; // the values have changed since: a newer reply comes
+    } else reply = await ask(body);
+    if (this.asking.question !== body) return; // the values have changed since: a newer reply comes
+    if (reply.failed) this.asking.failed();
+    else this.asking.answered();
     this.reply = reply;
     this.counts = reply.sigmas?.map((sigmas) => sigmas.length) ?? null;
     this.draw();

@@ -4,6 +4,9 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
+const LOOK_MS = 500; // ComfyUI says which workflow is open only after its nodes have come
+// A server that fails is asked again after this, then after twice as long each time, up to the most.
+const [RETRY_MS, MOST_RETRY_MS] = [2_000, 120_000];
 const MIDDLE = { button: 1, held: 4 }; // the mouse's middle button, in an event's `button` and `buttons`
 
 const STYLE = `
@@ -39,13 +42,117 @@ api.queuePrompt = async function (...args) {
  * Whether a run was queued from another workflow than the one that is open: its nodes may have the same ids. Of a run
  * that another page queued, or this one before it was loaded anew, nothing is known.
  */
-export function isElsewhere(promptId) {
+function isElsewhere(promptId) {
   return queuedFrom.has(promptId) && queuedFrom.get(promptId) !== openWorkflow();
 }
 
-/** Whether a run was queued from the workflow that is open, as far as this page knows. */
-export function isHere(promptId) {
-  return queuedFrom.has(promptId) && queuedFrom.get(promptId) === openWorkflow();
+/**
+ * Drawings whose nodes are gone, as those of a workflow in another tab are. They go on listening, and when a person
+ * comes back, the node in the same place takes over what its drawing has.
+ *
+ * A drawing has a `promptId`, the run that it shows or null; `clear` makes it as before any run, `adopt` takes over
+ * what another one has, and `sending` says that an answer for it is on its way. Its `workflow` is set here.
+ */
+export class Away {
+  /**
+   * @param most that is kept; the oldest go first.
+   * @param weigh how much of it a drawing is.
+   */
+  constructor(most, weigh = () => 1) {
+    this.most = most;
+    this.weigh = weigh;
+    this.gone = new Set(); // the oldest first
+  }
+
+  has(drawing) {
+    return this.gone.has(drawing);
+  }
+
+  [Symbol.iterator]() {
+    return this.gone.values();
+  }
+
+  /** Undo gives a drawing another node. */
+  delete(drawing) {
+    this.gone.delete(drawing);
+  }
+
+  add(drawing) {
+    this.settle(drawing);
+    if (!drawing.workflow) return;
+    const former = this.of(drawing);
+    if (former) this.gone.delete(former);
+    this.gone.add(drawing);
+    queueMicrotask(() => this.trim()); // undo takes back in the same turn what it gives
+  }
+
+  trim() {
+    let sum = [...this.gone].reduce((total, drawing) => total + this.weigh(drawing), 0);
+    for (const drawing of this.gone) {
+      if (sum <= this.most) return;
+      sum -= this.weigh(drawing);
+      this.gone.delete(drawing);
+    }
+  }
+
+  /** The drawing that was in this one's place before its workflow was left. */
+  of({ workflow, node }) {
+    return [...this.gone].find((one) => one.workflow === workflow && String(one.node.id) === String(node.id));
+  }
+
+  /** Which workflow a node belongs to is known for sure only some time after it has come: till then it may change. */
+  settle(drawing) {
+    const workflow = openWorkflow();
+    const mistaken = drawing.workflow && drawing.workflow !== workflow;
+    if (mistaken || isElsewhere(drawing.promptId)) drawing.clear();
+    if (!workflow || drawing.workflow === workflow) return;
+    const former = this.of({ workflow, node: drawing.node });
+    if (former?.sending) return; // its answer decides what there is to take over
+    drawing.workflow = workflow;
+    if (former) drawing.adopt(former);
+  }
+
+  /** Whether what a run says is for a drawing whose node it names. */
+  hears(drawing, promptId) {
+    if (this.has(drawing)) return promptId === drawing.promptId || queuedFrom.get(promptId) === drawing.workflow;
+    this.settle(drawing);
+    return !isElsewhere(promptId);
+  }
+}
+
+/** When the server is to be asked: once for each question, and less and less often while it fails. */
+export class Asking {
+  constructor() {
+    this.again();
+  }
+
+  /** The same question is a new one from now on. */
+  again() {
+    this.question = null;
+  }
+
+  /** Whether to ask this now, which then counts as asked. */
+  isDue(question) {
+    const isNew = question !== this.question;
+    if (!isNew && performance.now() < this.askAt) return false;
+    if (isNew) this.failures = 0; // in a row
+    this.question = question;
+    this.askAt = Infinity;
+    return true;
+  }
+
+  answered() {
+    this.failures = 0;
+  }
+
+  failed() {
+    this.askAt = performance.now() + Math.min(RETRY_MS * 2 ** this.failures++, MOST_RETRY_MS);
+  }
+}
+
+/** What an answer gives as its error; undefined where it is not of the pack's routes, as a proxy's page. */
+export async function errorOf(reply) {
+  return (await reply.json().catch(() => null))?.error;
 }
 
 function place({ node, name }) {
@@ -115,8 +222,9 @@ function grow(node) {
  * @param style rules, all under a class of our own.
  * @param height in canvas units; `maxHeight` where it may become higher than that.
  * @param before the drawing that this one is to stand above, whichever is made first.
+ * @param away where the drawing is kept while its node is gone.
  */
-export function addDrawing(drawing, name, { style, height, maxHeight = height, before }) {
+export function addDrawing(drawing, name, { style, height, maxHeight = height, before, away }) {
   const { node, root } = drawing;
   const sheet = document.createElement("style");
   sheet.textContent = STYLE + style; // here and not in the page's head, which other packs share
@@ -145,9 +253,15 @@ export function addDrawing(drawing, name, { style, height, maxHeight = height, b
       widget.element = former.root;
     }
     held.drawing.begin();
+    if (!away) return;
+    away.delete(held.drawing);
+    held.looking = setInterval(() => away.settle(held.drawing), LOOK_MS);
   }
   function end() {
-    if (living.delete(held)) held.drawing.end();
+    if (!living.delete(held)) return;
+    held.drawing.end();
+    clearInterval(held.looking);
+    away?.add(held.drawing);
   }
   after(node, "onConfigure", () => grow(node));
   after(node, "onAdded", begin);

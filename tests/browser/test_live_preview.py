@@ -204,3 +204,87 @@ def test_another_instance_of_a_subgraph_begins_its_own_preview(page, frontend):
         True
     ] * 4
     assert frontend.errors == []
+
+
+def tell(page, node: int, prompt_id: str, forwards: int, total: int = 6) -> None:
+    """What the server says of a forward and of the chunk that it ends."""
+    page.evaluate(
+        """([node, prompt_id, forwards, total]) => {
+            const own = { node: String(node), prompt_id, chunk: forwards / 2, chunks: total / 2, elapsed: forwards };
+            app.api.dispatchCustomEvent("diagonal.progress",
+                { ...own, step: 2, steps: 2, forwards, made: forwards, total });
+            const picture = `data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==#${prompt_id}`;
+            app.api.dispatchCustomEvent("diagonal.chunk",
+                { ...own, first: 1, frames: [picture], fps: 4, pixel_frames: 4 });
+        }""",
+        [node, prompt_id, forwards, total],
+    )
+
+
+def samplers(page) -> list[int]:
+    kind = "DiagonalChunkSampler"
+    return page.evaluate("kind => app.graph.nodes.filter((node) => node.type === kind).map((node) => node.id)", kind)
+
+
+def test_what_comes_after_an_early_or_a_whole_end_changes_neither(page, frontend):
+    (node,) = samplers(page)
+    line = page.locator(".diagonal-preview .line")
+    press = "() => document.querySelector('.diagonal-preview button').click()"
+    # What answers need not be ComfyUI.
+    page.route("**/diagonal/finish", lambda route: route.fulfill(status=502, content_type="text/html", body="<html>"))
+    tell(page, node, "whole", 2)
+    page.evaluate(press)
+    wait_line(page, "The server answered 502.")
+    page.unroute("**/diagonal/finish")
+    page.route("**/diagonal/finish", lambda route: route.fulfill(json={"nodes": [str(node)]}))
+    page.evaluate(press)
+    wait_line(page, "ends with this chunk")
+    page.unroute("**/diagonal/finish")
+    tell(page, node, "whole", 6)  # Finish came too late
+    assert "6 forwards in 6.0 s" in line.inner_text() and "ends" not in line.inner_text()
+    tell(page, node, "early", 2)
+    page.evaluate(
+        """(node) => {
+            app.api.dispatchCustomEvent("diagonal.finish", { prompt_id: "early", node: String(node) });
+            app.api.dispatchCustomEvent("execution_interrupted", { prompt_id: "early", node_id: "of a later node" });
+        }""",
+        node,
+    )
+    assert line.inner_text().endswith("finished early")
+    frontend.errors.clear()  # the browser's own, of the answer
+
+
+def test_all_that_a_workflow_showed_comes_back_with_what_was_made_meanwhile(page, frontend):
+    """Several samplers, some without a run yet, and two runs in the queue."""
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalChunkSampler");
+            for (let i = 0; i < 6; i++) app.graph.add(node.clone());
+        }"""
+    )
+    shown = samplers(page)
+    again, *stay, idle = shown
+    queued = iter(("one", "two"))
+    answer = {"number": 1, "node_errors": {}}
+    page.route("**/api/prompt", lambda route: route.fulfill(json={"prompt_id": next(queued), **answer}))
+    for _ in range(2):
+        page.evaluate("() => app.api.queuePrompt(0, { output: {}, workflow: {} })")
+    page.unroute("**/api/prompt")
+    for node in (again, *stay):
+        tell(page, node, "one", 2)
+    page.evaluate("async () => app.loadGraphData(app.graph.serialize(), true, true)")
+    for node in (again, *stay, idle):
+        tell(page, node, "one" if node in stay else "two", 4)
+        tell(page, node, "another page's", 2)  # and this one plays here
+    frontend.undo_a_move()
+    page.wait_for_timeout(1000)
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    live = """node => {
+        const { element } = app.graph.getNodeById(node)?.widgets.find((widget) => widget.name === "live") ?? {};
+        const words = element?.querySelector(".line").textContent;
+        return words?.startsWith("chunk") && [words, element.querySelector("img").src.split("#")[1]];
+    }"""
+    for node in shown:
+        words, run = page.wait_for_function(live, arg=node, timeout=20_000).json_value()
+        assert words.startswith("chunk 2 of 3") and run == ("one" if node in stay else "two"), node
+    assert frontend.errors == []

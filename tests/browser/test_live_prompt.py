@@ -74,6 +74,12 @@ def test_the_end_of_a_run_is_said_where_a_refusal_stood(page, frontend):
     assert line.inner_text() == "No such words."
     tell(page, prompt_id="P", running=False)
     assert line.inner_text() == "The run has ended." and "error" not in line.get_attribute("class")
+    # What answers need not be ComfyUI.
+    page.unroute("**/diagonal/prompt")
+    page.route("**/diagonal/prompt", lambda route: route.fulfill(status=502, content_type="text/html", body="<html>"))
+    tell(page, prompt_id="P", running=True)
+    page.locator(".diagonal-prompt button").click()
+    wait_line(page, "The server answered 502.")
     page.unroute("**/diagonal/prompt")
     assert [line for line in frontend.errors if "/diagonal/prompt" not in line] == []
 
@@ -125,23 +131,38 @@ def test_comfyuis_own_shortcuts_work_in_the_field_and_a_linked_switch_is_left_to
     assert frontend.errors == []
 
 
-def test_a_run_of_another_workflow_is_not_steered_from_here(page, frontend):
+def test_a_run_of_another_workflow_is_steered_from_there_alone(page, frontend):
+    """And from there still when a person comes back, with the text that they had begun."""
     page.route("**/api/prompt", lambda route: route.fulfill(json={"prompt_id": "P", "number": 1, "node_errors": {}}))
     page.evaluate("() => app.api.queuePrompt(0, { output: {}, workflow: {} })")
     page.unroute("**/api/prompt")
     tell(page, prompt_id="P", running=True)
     line, button = page.locator(".diagonal-prompt .line"), page.locator(".diagonal-prompt button")
     assert line.inner_text().startswith("Chunk 2 of 9")
+    field = page.locator(".diagonal-prompt textarea")
+    field.fill("half a prompt")
     page.evaluate("async () => app.loadGraphData(app.graph.serialize(), true, true)")
-    page.locator(".diagonal-prompt textarea").fill(BLUE)
-    tell(page, prompt_id="P", running=True)
+    page.wait_for_function("() => !document.querySelector('.diagonal-prompt textarea').value")
+    field.fill(BLUE)
+    tell(page, prompt_id="P", running=True, chunk=3)
     assert button.is_disabled() and line.inner_text().startswith("While a run goes on")
     tell(page, prompt_id="of another page", running=True)
     assert button.is_enabled() and line.inner_text().startswith("Chunk 2 of 9")
-    page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
-    page.wait_for_function("() => document.querySelector('.diagonal-prompt .line').textContent.startsWith('While')")
-    tell(page, prompt_id="P", running=True)
-    assert line.inner_text().startswith("Chunk 2 of 9")
+    begins = "words => document.querySelector('.diagonal-prompt .line')?.textContent.startsWith(words)"
+    for command, words, text in (
+        ("Previous", "Chunk 3 of 9", "half a prompt"),
+        ("Next", "Chunk 2 of 9", BLUE),
+        ("Previous", "No such words.", "half a prompt"),
+    ):
+        if words.startswith("No"):  # for a prompt of that run, said late
+            tell(page, prompt_id="P", running=True, refused=words)
+        page.evaluate("name => app.extensionManager.command.execute(`Workspace.${name}OpenedWorkflow`)", command)
+        page.wait_for_function(begins, arg=words)
+        assert field.input_value() == text and button.is_enabled()
+    # What is emptied stays so.
+    field.fill("")
+    page.wait_for_timeout(1200)
+    assert field.input_value() == ""
     assert frontend.errors == []
 
 

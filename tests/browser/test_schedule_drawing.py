@@ -227,3 +227,37 @@ def test_quick_keys_are_all_counted_before_the_server_has_answered(drawing):
     assert drawing.get("steps") == "6,4,2"
     drawing.wait([6, 4, 2, 2, 2, 2, 2])
     assert drawing.frontend.errors == []
+
+
+def test_a_server_that_fails_is_asked_less_and_less_often_until_it_is_back(drawing):
+    """Not three times a second, which is how often the values are looked at."""
+    page, asked = drawing.page, []
+
+    def fail(route):
+        asked.append(route.request.url)
+        route.fulfill(status=502, content_type="text/html", body="<html>")
+
+    page.route("**/diagonal/schedule", fail)
+    drawing.set("steps", "5")
+    page.wait_for_selector(".diagonal-schedule .error", state="attached")
+    assert drawing.words("error") == "No drawing: the server answered 502."
+    page.wait_for_timeout(7500)  # at once, after 2 s, and after 4 s more
+    page.unroute("**/diagonal/schedule")
+    assert 2 <= len(asked) <= 3
+    with page.expect_request("**/diagonal/schedule", timeout=4000):  # 8 s after the last time it would be anyway
+        page.evaluate("() => app.api.socket.close()")  # ComfyUI's page connects again at once
+    drawing.wait([5] * 7)
+    drawing.frontend.errors.clear()  # the browser's own, of the answers
+
+
+def test_a_schedule_longer_than_an_address_is_drawn_and_one_too_long_is_asked_once(drawing):
+    drawing.set("steps", "4,3," * 5_000 + "3")  # 20 KB
+    drawing.wait([4, 3] * 12)
+    asked = []
+    drawing.page.on("request", lambda request: asked.append(request.url))
+    drawing.set("steps", "4,3," * 20_000 + "3")
+    drawing.page.wait_for_selector(".diagonal-schedule .error", state="attached")
+    assert "larger than" in drawing.words("error")
+    drawing.page.wait_for_timeout(3000)
+    assert len([url for url in asked if url.endswith("/diagonal/schedule")]) == 1
+    drawing.frontend.errors.clear()  # the browser's own, of the answer

@@ -75,6 +75,33 @@ def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server, nothi
     assert frontend.errors == []
 
 
+def test_the_loading_before_the_first_forward_counts_in_no_rate(frontend, nothing_stays):
+    """A minute of loading, then forwards of two seconds: of 10, of which 2 are done, 16 seconds are left."""
+    frontend.errors.clear()
+    frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
+    page = frontend.page
+    line = page.locator(".diagonal-preview .line")
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalStreamVideo");
+            window.tell = (made, sampling) => {
+                const own = { node: String(node.id), prompt_id: "loaded", elapsed: 60 + 2 * made, sampling };
+                const at = { chunks: 5, chunk: 1, steps: 2, step: 1 };
+                app.api.dispatchCustomEvent("diagonal.progress", { ...own, ...at, total: 10, forwards: made, made });
+                const shown = { first: 61, pixel_frames: 12, fps: 4, frames: [] };
+                app.api.dispatchCustomEvent("diagonal.chunk", { ...own, ...shown });
+            };
+            tell(1, null);
+        }"""
+    )
+    assert line.inner_text() == "chunk 1 of 5 · first after 1:01 min"
+    page.evaluate("() => tell(2, 4)")
+    assert line.inner_text().endswith("3.0 frames/s · 16 s left")
+    page.evaluate("() => tell(10, 20)")
+    assert line.inner_text().endswith("10 forwards in 1:20 min"), "the closing line has the loading, too"
+    assert frontend.errors == []
+
+
 def test_a_resumed_run_is_timed_by_its_own_forwards(frontend, nothing_stays):
     """The server says how many of the forwards this run made: of those before it no time is known."""
     frontend.errors.clear()

@@ -1153,6 +1153,23 @@ def test_the_schedule_nodes_widgets_change_the_preset_where_they_say_something(p
     assert "error" in nodes.drawing({**widgets, "shift": "much", "frames_per_chunk": "0"})
 
 
+def test_the_time_of_a_forward_is_told_without_the_loading_before_the_first(pack_module, tiny_wan, monkeypatch):
+    live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
+    sent, now = [], [100.0]
+    server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda _, data, __: sent.append(data))
+    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(live, "preview_of", lambda model: lambda latents: [])
+    monkeypatch.setattr(live.time, "perf_counter", lambda: now[0])
+    report = live.LiveReport("5", tiny_wan)
+    now[0] += 60.0  # the models are loaded
+    for forwards in (11, 12, 13):  # of a resumed run
+        now[0] += 2.0
+        report.progress(progress(chunk=1, chunks=5, step=0, steps=2, forwards=forwards, total=21))
+    report.chunk(SimpleNamespace(start_frame=0, latents=torch.zeros(1, 16, 3, 2, 2)))
+    assert [data["elapsed"] for data in sent] == [62.0, 64.0, 66.0, 66.0]
+    assert [data["sampling"] for data in sent] == [None, 4.0, 6.0, 6.0], "a forward takes two seconds"
+
+
 def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queued_it(
     pack_module, tiny_wan, monkeypatch
 ):

@@ -352,7 +352,7 @@ def test_a_cancel_while_a_decoder_with_a_large_state_decodes_copies_nothing(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stream(options(format="png", seconds=3.0, state_every=99), on_progress=cancelled_at(3 * FORWARDS_A_CHUNK))
     assert not copied
-    assert "The Cancel came while the VAE decoded" in caplog.text
+    assert "The run was stopped while the VAE decoded" in caplog.text
 
 
 def test_a_state_that_cannot_be_saved_leaves_a_cancel_a_cancel(stream, options, monkeypatch, caplog):
@@ -362,7 +362,7 @@ def test_a_state_that_cannot_be_saved_leaves_a_cancel_a_cancel(stream, options, 
     monkeypatch.setattr(KVCache, "snapshot", no_memory)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stream(options(format="png", seconds=3.0, state_every=99), on_progress=cancelled_at(8))
-    assert "No state could be saved at the Cancel: no memory for the copy" in caplog.text
+    assert "No state could be saved when the run was stopped: no memory for the copy" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -493,13 +493,186 @@ def test_a_run_stopped_before_its_first_frame_leaves_nothing(stream, options, ou
     assert files(output) == []
 
 
-def test_a_run_stopped_before_its_first_state_begins_again_in_its_file(stream, options, output):
-    with pytest.raises(Stop):
-        stream(options(state_every=9), on_progress=stop_at(2))
-    assert len(decoded(output / "v_00001_.mp4")) == 21
+def content(video: Path) -> list[bytes]:
+    """The bytes of a file, or of every image in a folder."""
+    return [path.read_bytes() for path in (sorted(video.iterdir()) if video.is_dir() else [video])]
+
+
+class Killed(BaseException):
+    """Ends a run as nothing else does: no state is saved."""
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_video_that_stopped_before_its_first_state_keeps_all_that_it_has(stream, options, output, format):
+    wanted = options(state_every=9, format=format, seconds=3.0)
+    video = output / f"v_00001_{'' if format == 'png' else '.' + format}"
+    with pytest.raises(Killed):
+        stream(wanted, on_progress=stop_at(2, Killed))
+    before = content(video)
+    assert len(decoded(video)) == 21
     lines = []
-    result = stream(options(state_every=9), announce=lines.append)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(wanted, announce=lines.append, on_progress=cancelled_at(1))
+    assert content(video) == before and files(output) == [video.name]
+    assert f"{video.name} has no state to go on from: it is kept, and a new video is begun." in lines[0]
+    result = stream(wanted, announce=lines.append)
+    assert result.path.name == video.name.replace("1", "2") and len(decoded(result.path)) == 48
+    assert content(video) == before and "no state" not in lines[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])
+def test_a_run_that_stops_when_all_its_frames_are_there_keeps_them(
+    streaming, stream, options, output, monkeypatch, error
+):
+    def fails(*_):
+        raise error("while the last frames are encoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "encode_context", fails)
+        with pytest.raises(error):
+            stream(options(state_every=9))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(state_every=9), on_progress=cancelled_at(1))
+    assert files(output) == ["v_00001_.mp4"] and len(decoded(output / "v_00001_.mp4")) == 32
+
+
+def test_a_kept_video_of_one_chunk_survives_a_longer_one_that_is_cancelled(stream, options, output):
+    """It has no state of a whole chunk, which a longer one could go on from."""
+    kept = stream(options(seconds=0.5, keep_state=True)).path
+    before = kept.read_bytes()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(keep_state=True), on_progress=cancelled_at(1))
+    assert kept.read_bytes() == before and len(decoded(kept)) == 8
+    assert stream(options(keep_state=True)).path.name == "v_00002_.mp4" and kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_kept_video_is_shortened_only_when_a_longer_one_has_more(stream, options, output, format):
+    kept = stream(options(format=format, keep_state=True)).path
+    before, there = content(kept), files(output)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(format=format, seconds=4.0, keep_state=True), on_progress=cancelled_at(FORWARDS_A_CHUNK * 2 + 2))
+    assert content(kept) == before and files(output) == there and f"{kept.stem}.done.safetensors" in there
+    lines = []
+    longer = stream(options(format=format, seconds=4.0, keep_state=True), announce=lines.append).path
+    assert longer == kept and "after chunk 2" in lines[0] and len(decoded(longer)) == 64
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_what_lies_behind_the_last_state_stays_until_there_is_more(stream, options, output, format):
+    """Killed in the sixth chunk, behind the state of the fourth, and cancelled before the fifth is made again."""
+    wanted = options(format=format, state_every=4, seconds=4.0)
+    video = output / f"v_00001_{'' if format == 'png' else '.' + format}"
+    with pytest.raises(Killed):
+        stream(wanted, on_progress=stop_at(5, Killed))
+    assert len(decoded(video)) == 57
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(wanted, on_progress=cancelled_at(4 * FORWARDS_A_CHUNK + 1))
+    assert len(decoded(video)) == 57
+    assert len(decoded(stream(wanted).path)) == 64 and files(output) == [video.name]
+
+
+def test_a_run_killed_before_its_first_frame_begins_again_in_its_file(stream, options, output, stream_state):
+    with pytest.raises(Killed):
+        stream(options(), on_progress=stop_at(2, Killed))
+    os.truncate(output / "v_00001_.mp4", 0)
+    state = stream_state.read_state(output / "v_00001_.state.safetensors")
+    empty = dataclasses.replace(state, chunk=0, committed=0, frames=0, size=0)
+    stream_state.save_state(output / "v_00001_.state.safetensors", empty, {})
+    lines = []
+    result = stream(options(), announce=lines.append)
     assert result.path.name == "v_00001_.mp4" and len(decoded(result.path)) == 32 and "Begun again" in lines[0]
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_name_with_a_dot_is_a_name(stream, options, output, format):
+    result = stream(options(format=format, seconds=0.5, filename_prefix="wan2.1_clip"))
+    assert result.path.name == f"wan2.1_clip_00001_{'' if format == 'png' else '.' + format}"
+    assert len(decoded(result.path)) == 8
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_video_says_the_colours_that_it_has(video_writer, tmp_path, suffix):
+    """The matrix, the primaries and the transfer of BT.709, at limited range."""
+    path = tmp_path / f"v{suffix}"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.rand(3, 32, 48, 3))
+    writer.close()
+    said = subprocess.run([video_writer.find_ffmpeg(), "-i", str(path)], capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in said and "/unknown" not in said and "unknown/" not in said
+    assert suffix != ".mp4" or path.read_bytes().count(b"colrnclx" + bytes([0, 1, 0, 1, 0, 1])) >= 1
+    with av.open(str(path)) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
+
+
+def test_each_reader_finds_the_texts_of_an_mp4_once(video_writer, tmp_path):
+    """While it grows and when it is done: ffmpeg, PyAV, and what looks for a box at the start, as ComfyUI's page."""
+    path = tmp_path / "v.mp4"
+    metadata = {"prompt": {"a": 1}, "workflow": {"hdlr": ["keys", "moov"]}}
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata=metadata)
+    writer = video_writer.open_writer(path, spec)
+
+    def check():
+        said = subprocess.run(
+            [video_writer.find_ffmpeg(), "-loglevel", "error", "-i", str(path), "-f", "ffmetadata", "-"],
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        found = {line.split("=")[0]: line.split("=", 1)[1] for line in said if "=" in line}
+        with av.open(str(path)) as container:
+            for texts in (found, container.metadata):
+                assert {key: json.loads(texts[key]) for key in metadata} == metadata
+        start = path.read_bytes()[:2000]
+        assert start.index(b"udta") < start.index(b"keys") < start.index(b'{"a": 1}') < start.index(b"moof")
+        assert "udta" in boxes(path)
+
+    writer.write(torch.rand(3, 32, 48, 3))
+    mark = writer.settle()
+    check()
+    writer.close()
+    check()
+    writer = video_writer.open_writer(path, spec, mark)
+    check()
+    writer.write(torch.rand(3, 32, 48, 3))
+    writer.close()
+    check()
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("4.2.2-static https://johnvansickle.com/ffmpeg/", True),
+        ("5.0.1", True),
+        ("5.1", False),
+        ("n5.1.2", False),
+        ("7.0.2-static", False),
+        ("10.0", False),
+        ("N-109542-g1234567", False),
+        ("2023-01-01-git-62da0b4a74-full_build", False),
+    ],
+)
+@needs_posix
+def test_an_ffmpeg_that_is_too_old_is_refused_before_anything_is_made(
+    stream, options, output, video_writer, monkeypatch, tmp_path_factory, said, refused
+):
+    import imageio_ffmpeg
+
+    folder = tmp_path_factory.mktemp("bin")
+    fake = folder / "ffmpeg"
+    fake.write_text(f"#!/bin/sh\necho asked >>{folder / 'log'}\necho 'ffmpeg version {said} Copyright (c)'\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
+    if refused:
+        seen = []
+        with pytest.raises(video_writer.VideoWriteError, match="too old.*pip install -U imageio-ffmpeg.*FFMPEG_EXE"):
+            stream(options(), on_progress=seen.append)
+        assert not seen and files(output) == []
+    for _ in range(2):
+        if not refused:
+            assert video_writer.find_ffmpeg() == str(fake)
+    assert (folder / "log").read_text() == "asked\n", "once"
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm", "png"])
@@ -582,9 +755,13 @@ def test_a_folder_of_images_is_cut_back_to_its_mark_and_keeps_what_is_not_its_ow
     own = [f"0000000{number}.png" for number in range(1, 4)]
     for name in ("00000006.png.part", "note.txt", "x0000009.png", "00000009.jpg"):
         (path / name).touch()
+    there = files(path)
     writer = video_writer.open_writer(path, spec, mark)
-    assert files(path) == [*own, "00000009.jpg", "note.txt", "x0000009.png"]
+    writer.close()
+    assert files(path) == there and "00000005.png" in there, "nothing was written yet"
+    writer = video_writer.open_writer(path, spec, mark)
     writer.write(torch.ones(1, 2, 2, 3))
+    assert files(path) == [*own, "00000004.png", "00000009.jpg", "note.txt", "x0000009.png"]
     assert (writer.frames, writer.submitted) == (4, 4)
     texts = [Image.open(path / f"0000000{number}.png").text.get("note") for number in (1, 2, 4)]
     assert texts == ["x", None, None]
@@ -685,7 +862,11 @@ def test_a_finished_video_says_how_long_it_is_and_a_growing_one_nothing_wrong(vi
     writer.close()  # as after Cancel
     assert length() == pytest.approx(8 / 16)
     writer = video_writer.open_writer(path, spec, mark)
+    assert length() == pytest.approx(8 / 16), "nothing was written yet"
+    writer.write(images[5:6])
+    writer.abandon()
     assert length() == growing, "cut back, it is as it was"
+    writer = video_writer.open_writer(path, spec, mark)
     writer.write(images[5:])
     writer.close()
     assert length() == pytest.approx(12 / 16)
@@ -751,7 +932,9 @@ def test_a_finished_mp4_is_a_plain_one(video_writer, tmp_path, rate):
     assert movie == track == math.ceil(count / rate * movie_rate)
     assert index.count(b"moov avcC") == 1
     again = video_writer.open_writer(path, spec, mark)
-    assert path.read_bytes() == growing[: mark.size]
+    again.close()
+    assert path.read_bytes() == finished, "nothing was written"
+    again = video_writer.open_writer(path, spec, mark)
     again.write(images[count - 9 :])
     again.close()
     assert path.read_bytes() == finished
@@ -1317,25 +1500,31 @@ def test_a_missing_or_broken_ffmpeg_is_one_line(stream, options, output, video_w
 
 
 @needs_posix
-def test_a_dying_ffmpeg_ends_the_run_and_it_resumes(stream, options, output, video_writer):
-    whole = stream(options(seconds=4.0)).path.read_bytes()
+@pytest.mark.parametrize("state_every", [2, 99])
+def test_a_dying_ffmpeg_ends_the_run_and_it_resumes(stream, options, output, video_writer, state_every):
+    """From its state, in the same file; where there is none yet, in another one."""
+    wanted = options(seconds=4.0, state_every=state_every)
+    whole = stream(wanted).path.read_bytes()
     ready = threading.Event()
 
     def watch(progress):
-        if progress.frames >= 8:
+        if progress.frames >= 24:
             ready.set()
 
     def kill(progress):
-        if progress.chunk == 2 and progress.step == 0:
-            assert ready.wait(20.0), "the first chunk is not in the file"
+        if progress.chunk == 3 and progress.step == 0:
+            assert ready.wait(20.0), "the third chunk is not in the file"
             for pid in children():
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(video_writer.VideoWriteError, match="ffmpeg stopped.*queue the same graph again"):
-        stream(options(seconds=4.0, state_every=99), on_progress=kill, on_frames=watch)
-    assert not children() and len(decoded(output / "v_00002_.mp4")) >= 8
-    path = stream(options(seconds=4.0)).path
-    assert path.name == "v_00002_.mp4" and path.read_bytes() == whole
+        stream(wanted, on_progress=kill, on_frames=watch)
+    stopped = output / "v_00002_.mp4"
+    there = len(decoded(stopped))
+    assert not children() and there >= 24
+    path = stream(wanted).path
+    assert path.name == ("v_00002_.mp4" if state_every == 2 else "v_00003_.mp4") and path.read_bytes() == whole
+    assert state_every == 2 or len(decoded(stopped)) == there
 
 
 CHILD = """

@@ -1,4 +1,7 @@
-"""kill -9 at any moment of a stream: the file plays, at most one announced frame is lost, and the run goes on."""
+"""kill -9 at any moment of a stream: the file plays, at most one announced frame is lost, and the run goes on.
+
+In the same file, from its last state; killed before its first state, a video stays as it is and the next number begins.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +58,16 @@ def options(prefix: str, format: str, state_every: int) -> dict:
     )
 
 
-def test_row_kill_saving(comfyui_dir, tmp_path, content, playable):
+def test_row_kill_saving(comfyui_dir, tmp_path, content, playable, pack_module):
+    read_state = pack_module("model_patches.stream_state").read_state
     output = tmp_path / "output"
     output.mkdir()
     root = fault_rows.ROOT
     prelude = PRELUDE.format(helpers=str(root / "tests" / "helpers"), root=str(root), output=str(output))
     sound: dict[tuple[str, int], object] = {}
 
-    def video(prefix: str, format: str) -> Path:
-        return output / f"{prefix}_00001_{'' if format == 'png' else '.' + format}"
+    def video(prefix: str, format: str, number: int = 1) -> Path:
+        return output / f"{prefix}_{number:05}_{'' if format == 'png' else '.' + format}"
 
     with forks(prelude, tmp_path) as children:
 
@@ -76,23 +80,32 @@ def test_row_kill_saving(comfyui_dir, tmp_path, content, playable):
                 assert children.run(**{**wanted, "filename_prefix": name}).code == 0
                 sound[format, state_every] = content(video(name, format))
             lost = 0
+            kept: dict[Path, object] = {}  # killed before its first state: what it had
+            newest = video(prefix, format)
             for _ in range(rng.choice((1, 1, 2))):  # some are killed again while they go on
                 at = rng.randrange(1, FRAMES)
                 job = children.start(**wanted)
                 job.wait(lambda job, at=at: announced(job) >= at)
                 time.sleep(rng.random() * 0.05)
                 job.kill()
-                there = playable(video(prefix, format))
+                newest = video(prefix, format, 1 + len(kept))
+                there = playable(newest)
                 lost = max(lost, announced(job) - there)
                 assert lost <= 1, f"{announced(job)} frames were announced, {there} are there"
                 if not list(output.glob(f"{prefix}_*.state*")):  # it was done first
                     assert there == FRAMES, f"{there} frames and no state"
                     break
+                (state,) = (read_state(path) for path in output.glob(f"{prefix}_*.state.safetensors"))
+                if state.chunk == 0:
+                    kept[newest] = content(newest)
             else:
                 job = children.run(**wanted)
                 assert job.code == 0, job.lines[-2:]
-            assert content(video(prefix, format)) == sound[format, state_every], f"another {format} than never killed"
-            left = [path.name for path in output.glob(f"{prefix}_*") if path != video(prefix, format)]
+                newest = video(prefix, format, 1 + len(kept))
+            assert content(newest) == sound[format, state_every], f"another {format} than never killed"
+            for path, before in kept.items():
+                assert content(path) == before, f"{path.name} was touched"
+            left = [path.name for path in output.glob(f"{prefix}_*") if path not in (newest, *kept)]
             assert not [name for name in left if not name.endswith(".lock")], left
             return float(lost)
 

@@ -425,7 +425,7 @@ def test_the_requirements_are_written_once_and_pin_nothing():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.findall(r'"(.+?)"', re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL).group(1))
     assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    assert all(re.fullmatch(r"[\w-]+", name) for name in listed)
+    assert all(re.fullmatch(r"[\w-]+(>=[\d.]+)?", name) for name in listed)
 
 
 def test_the_lock_pins_everything_and_names_no_registry():

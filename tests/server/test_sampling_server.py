@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import time
-import urllib.parse
 import uuid
 
 import numpy as np
@@ -165,18 +164,25 @@ def test_what_the_run_is_warned_of_reaches_the_node_with_its_guidance(comfy_serv
 
 
 def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
-    widgets = {"preset": "diagonal 4-3-2", "steps": "5,3", "context_mode": "clean", "context_sigma": 0.3, "shift": 0}
-    query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, "sigmas": ""})
-    drawn = comfy_server.get(f"/diagonal/schedule?{query}")
+    widgets = {"preset": "diagonal 4-3-2", "steps": "5,3", "context_mode": "clean", "context_sigma": "0.3"}
+    widgets |= {"shift": "0", "frames_per_chunk": "0"}
+    status, drawn = comfy_server.post("/diagonal/schedule", {**widgets, "sigmas": ""})
+    assert status == 200
     schedule = DiagonalSchedule.preset("diagonal 4-3-2", steps=(5, 3))
     assert drawn["sigmas"] == [list(schedule.chunk_sigmas(chunk)) for chunk in range(7)]
     assert drawn["cache_pass"] == 0 and drawn["context_sigma"] == [0] * 7 and drawn["editable"]
     assert drawn["cost"]["forwards"] == 30 and drawn["context_mode"] == "clean" and drawn["uninformative"] is None
     for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}):
-        query = urllib.parse.urlencode({**widgets, "frames_per_chunk": 0, **bad})
-        answer = comfy_server.get(f"/diagonal/schedule?{query}")
-        assert list(answer) == ["error"] and answer["error"], bad
-    assert "steps is missing" in comfy_server.get("/diagonal/schedule?preset=krea")["error"]
+        status, answer = comfy_server.post("/diagonal/schedule", {**widgets, **bad})
+        assert status == 200 and list(answer) == ["error"] and answer["error"], bad
+    assert "steps is missing" in comfy_server.post("/diagonal/schedule", {"preset": "krea", "steps": None})[1]["error"]
+    # As long as a schedule for hours is, which no address may be.
+    status, drawn = comfy_server.post("/diagonal/schedule", {**widgets, "steps": "4,3," * 10_000 + "3"})
+    assert status == 200 and drawn["listed"] == 20_001 and len(drawn["sigmas"]) == 24
+    status, answer = comfy_server.post("/diagonal/schedule", {**widgets, "steps": "4," * 40_000})
+    assert status == 413 and "larger than" in answer["error"]
+    status, answer = comfy_server.post("/diagonal/schedule", {**widgets, "shift": 5})
+    assert status == 400 and "shift is 5; it must be text" in answer["error"]
 
 
 def test_cancel_stops_within_a_forward_and_the_next_run_is_clean(comfy_server):
