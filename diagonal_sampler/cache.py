@@ -446,6 +446,7 @@ class ConditionKV:
             )
         delta = cache.moved - layer.shift
         if delta:
+            layer.written_until = -1  # broken off in between, it is of no use to anybody
             first = cache.settings.sink * tokens
             for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)

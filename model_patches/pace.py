@@ -59,7 +59,7 @@ class FiniteLook:
         self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
 
     def settle(self) -> None:
-        """Wait for the last look's answer.
+        """Wait for the last look's answer; one that is bad stays, for whoever asks again.
 
         Raises:
             ValueError: the chunk is not finite; names the chunk and the step at which it began.
@@ -67,10 +67,10 @@ class FiniteLook:
         if self._waiting is None:
             return
         chunk, steps, answer, done = self._waiting
-        self._waiting = None
         if done is not None:
             done.synchronize()
         if answer:
+            self._waiting = None
             return
         bad = next((at for at, denoised in steps if not torch.isfinite(denoised).all()), None)
         where = "" if bad is None else f", first at step {bad.step + 1} of {bad.steps} (sigma {bad.sigma:.3f})"

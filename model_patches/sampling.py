@@ -61,7 +61,7 @@ class StreamedChunk:
     Attributes:
         index: the chunk, counted from 0; CONTEXT for the given frames that the clip begins with.
         latents: [B, C, frames, H, W] in LATENT scale, on the model's device.
-        cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call, and in on_cancel.
+        cache: the run's KV cache, through this chunk (empty still at CONTEXT); valid during the call, and in on_stop.
         forwards: forwards of the clip so far.
         patcher: the MODEL that is sampling, which must stay loaded.
         history: with a prompt schedule, finished latents in the model's space by start_frame (see sample_chunks).
@@ -273,7 +273,7 @@ def stream_latent(
     on_progress: Callable[[Progress], None] | None = None,
     optical_flow: FlowConditioning | None = None,
     prompts: PromptBox | None = None,
-    on_cancel: Callable[[], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
     finish: Callable[[], bool] | None = None,
 ) -> bool:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
@@ -287,8 +287,8 @@ def stream_latent(
         on_chunk: gets the given context frames, if there are any, and then each chunk.
         resume: go on at a later chunk; what lies before it is not given again.
         live: prompts that earlier runs of this clip were given while they went on.
-        on_cancel: called when ComfyUI's Cancel, or `finish`, ends the run, while the last chunk that was given away
-            still is valid.
+        on_stop: called when ComfyUI's Cancel, an error or `finish` ends the run, while the last chunk that was given
+            away still is valid.
         positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts, finish: as in sample_latent.
             Progress counts on when resumed.
 
@@ -312,7 +312,7 @@ def stream_latent(
         live=live,
         flow_run=flow_run,
         prompts=prompts,
-        on_cancel=on_cancel,
+        on_stop=on_stop,
         finish=finish,
     )
     _run_guider(
@@ -463,11 +463,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
         live: Sequence[LivePrompt] = (),
         flow_run: FlowRun | None = None,
         prompts: PromptBox | None = None,
-        on_cancel: Callable[[], None] | None = None,
+        on_stop: Callable[[], None] | None = None,
         finish: Callable[[], bool] | None = None,
     ) -> None:
         self.frames = plan.shape[2]
-        self.on_cancel = on_cancel
+        self.on_stop = on_stop
         self.finish = finish
         self.starts_from_latent = starts_from_latent
         self.flow_run = flow_run
@@ -651,13 +651,13 @@ class DiagonalSampler(comfy.samplers.Sampler):
                         self.on_chunk(chunk)
                 if self.finish is not None and end < plan.shape[2] and self.finish():
                     self.frames = end
-                    if self.on_cancel is not None:
-                        self.on_cancel()
+                    if self.on_stop is not None:
+                        self.on_stop()
                     break
             finite.settle()
-        except comfy.model_management.InterruptProcessingException:
-            if self.on_cancel is not None:
-                self.on_cancel()
+        except (Exception, comfy.model_management.InterruptProcessingException):
+            if self.on_stop is not None:
+                self.on_stop()
             raise
         finally:
             run.free()

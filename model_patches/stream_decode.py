@@ -44,7 +44,7 @@ WAN_ESTIMATE_FRAMES = 5
 TAEHV_LAYOUT = torch.channels_last
 """How TAEHV's activations lie on CUDA: as cuDNN's convolutions for tensor cores want them."""
 MOST_KEPT_BYTES = 256 << 20
-"""Of a decoder's memory that is kept while the next chunk is decoded, in case that is cancelled: Wan's is larger."""
+"""Of a decoder's memory that is kept while the next chunk is decoded, in case that is broken off: Wan's is larger."""
 WINDOW_CONTEXT_FRAMES = 4
 """Latent frames decoded again before the new ones where the decoder's own memory is not known."""
 
@@ -304,8 +304,8 @@ class StreamDecoder:
 
         On CUDA this returns while the GPU decodes, on a stream of its own. If ComfyUI holds the VAE fully and
         statically on the GPU, what is queued next runs beside it; else it runs behind it, because ComfyUI shares the
-        buffers that weights are copied to. If anything fails, or the person cancels, the state is freed at once; but
-        behind a Cancel a decoder with a small one (MOST_KEPT_BYTES) stays as it was before this chunk.
+        buffers that weights are copied to. If anything fails, or the person cancels, a decoder with a small
+        state (MOST_KEPT_BYTES) stays as it was before this chunk; a larger one is freed at once.
         """
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
@@ -319,8 +319,7 @@ class StreamDecoder:
                     self._clips = [self._architecture.new_clip() for _ in range(latents.shape[0])]
                 handle = self._start(latents)
         except BaseException as error:
-            cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
-            if cancelled and kept:
+            if kept and isinstance(error, (Exception, comfy.model_management.InterruptProcessingException)):
                 self._clips = [self._architecture.new_clip() for _ in kept]
                 for clip, before in zip(self._clips, kept, strict=True):
                     clip.restore(before)
@@ -335,7 +334,7 @@ class StreamDecoder:
 
     @property
     def intact(self) -> bool:
-        """Whether the next chunk can be decoded, or a snapshot taken: not where a Cancel cost a large state."""
+        """Whether the next chunk can be decoded, or a snapshot taken: not where breaking off cost a large state."""
         return self._refusal is None
 
     def reset(self) -> None:

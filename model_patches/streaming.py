@@ -188,7 +188,7 @@ def stream_video(
                 on_progress=run.watched(on_progress),
                 optical_flow=optical_flow,
                 prompts=prompts,
-                on_cancel=run.cancelled,
+                on_stop=run.stopped,
                 finish=finish,
             )
             # While there still is a state to go on from, should this fail.
@@ -327,10 +327,10 @@ class _Run:
         else:
             self._newest = chunk
 
-    def cancelled(self) -> None:
+    def stopped(self) -> None:
         """Save the state of the newest chunk that was decoded, so that it and those before it are not made again.
 
-        Also where `finish` ended the run.
+        After Cancel, an error (out of memory, say) or `finish`.
         """
         chunk = self._newest
         if chunk is None:
@@ -352,7 +352,7 @@ class _Run:
             if self._live is not None:  # the open chunk may be under a prompt that this one did not know
                 chunk = replace(chunk, live=self._live)
             self._save(chunk)
-        except Exception as error:  # a state that cannot be saved does not decide how a cancelled run ends
+        except Exception as error:  # a state that cannot be saved does not decide how a run ends
             log.warning("No state could be saved when the run was stopped: %s", error)
 
     def _committed(self, chunk: StreamedChunk) -> int:

@@ -336,9 +336,20 @@ def test_the_callers_latents_and_grad_mode_are_left_alone(streaming, vae, whole)
     assert difference(torch.cat(chunks, dim=1), whole(vae, latents)) < TOLERANCE
 
 
+def interrupt(*_):
+    comfy.model_management.interrupt_current_processing(True)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("name", ["wan", "taehv"])
-def test_an_interrupt_frees_a_large_state_and_keeps_a_small_one(streaming, vaes, whole, name, large, monkeypatch):
+@pytest.mark.parametrize("ending", [interrupt, out_of_memory])
+def test_an_end_in_between_frees_a_large_state_and_keeps_a_small_one(
+    streaming, vaes, whole, name, large, ending, monkeypatch
+):
     monkeypatch.setattr(streaming, "MOST_KEPT_BYTES", 0 if large else 1 << 30)
     vae, latents = vaes[name], latents_of(1)
     model = vae.first_stage_model
@@ -346,9 +357,9 @@ def test_an_interrupt_frees_a_large_state_and_keeps_a_small_one(streaming, vaes,
     decoder = streaming.stream_decoder(vae)
     decoder.decode(latents[:, :, :3])
     assert decoder.state_bytes > 0
-    hook = last.register_forward_pre_hook(lambda *_: comfy.model_management.interrupt_current_processing(True))
+    hook = last.register_forward_pre_hook(ending)
     try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
+        with pytest.raises((comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError)):
             decoder.decode(latents[:, :, 3:])
     finally:
         hook.remove()

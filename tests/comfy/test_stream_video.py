@@ -86,8 +86,8 @@ def stream(streaming, demo, output):
     return run
 
 
-class Stop(Exception):
-    """What a test stops a run with."""
+class Stop(BaseException):
+    """What a test stops a run with: nothing is saved behind it, as after a kill."""
 
 
 def stop_at(chunk: int, error: type[BaseException] = Stop):
@@ -223,12 +223,32 @@ def cancelled_at(forwards: int):
     return report
 
 
-@pytest.mark.parametrize("forwards", [1, 2, 3, 4, 9, *range(12, 19)])
-def test_after_cancel_only_the_chunk_in_work_is_made_again(stream, options, output, forwards, cancelled_reference):
-    """With a window that evicts and moves keys in the middle of a chunk; no state is due but at the Cancel."""
+def failing_at(forwards: int):
+    """An on_progress at which the GPU has no memory left."""
+
+    def report(progress):
+        if progress.forwards == forwards:
+            raise torch.OutOfMemoryError("no memory left")
+
+    return report
+
+
+CANCELLED = (cancelled_at, comfy.model_management.InterruptProcessingException)
+FAILED = (failing_at, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    ("ending", "forwards"),
+    [*((CANCELLED, forwards) for forwards in (1, 2, 3, 4, 9, *range(12, 19))), (FAILED, 1), (FAILED, 4), (FAILED, 17)],
+)
+def test_after_cancel_or_an_error_only_the_chunk_in_work_is_made_again(
+    stream, options, output, ending, forwards, cancelled_reference
+):
+    """With a window that evicts and moves keys in the middle of a chunk; no state is due but at the end."""
+    at, error = ending
     wanted = options(format="png", seconds=4.0, state_every=99, filename_prefix=f"c{forwards}")
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        stream(wanted, on_progress=cancelled_at(forwards))
+    with pytest.raises(error):
+        stream(wanted, on_progress=at(forwards))
     lines = []
     resumed = stream(wanted, announce=lines.append)
     chunk = (forwards - 1) // FORWARDS_A_CHUNK
