@@ -29,7 +29,8 @@ class DiagonalChunkSampler(io.ComfyNode):
                     "Loader.",
                 ),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."
+                    "positive",
+                    tooltip="What the video shows. With Diagonal Prompt Schedule it can change over time.",
                 ),
                 io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
                 io.Latent.Input(
@@ -46,7 +47,8 @@ class DiagonalChunkSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the noise levels, in (0, 1]. 1 makes a new video; lower keeps more of it.",
+                    tooltip="How much of the noise levels is used, in (0, 1]. 1 makes a new video; lower keeps more of "
+                    "the given one.",
                 ),
                 ContextType.Input(
                     "context",

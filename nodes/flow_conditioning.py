@@ -76,9 +76,9 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     default=81,
                     min=2,
                     max=_MAX_LENGTH,
-                    tooltip="Pixel frames over which the camera moves; the rest of the video is free. 2 is a single "
-                    "step, which is held for the whole video. No effect on the other sources: they last as long as "
-                    "they are.",
+                    tooltip="Pixel frames over which the camera moves; the rest of the video is free. 2 gives the "
+                    "movement from one frame to the next, repeated through the whole video. No effect on the other "
+                    "sources: they last as long as they are.",
                 ),
                 io.Float.Input(
                     "pan_x",
@@ -118,8 +118,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.0,
                     max=float(_MAX_SIDE),
                     step=1.0,
-                    tooltip="Pixels around each track that move as it does; 8 are one pixel of the latent, the least "
-                    "that the adapter is sure to see. 0: an eighth of the shorter side.",
+                    tooltip="Radius in pixels around each track that moves with it. Below 8 (one latent pixel) the "
+                    "adapter may not see it. 0: an eighth of the shorter side.",
                 ),
                 io.Float.Input(
                     "paint_speed",
@@ -127,7 +127,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     min=0.01,
                     max=1024.0,
                     step=0.1,
-                    tooltip="Pixels per pixel frame of the full colour of a painted flow.",
+                    tooltip="Speed that full colour stands for in a painted flow, in pixels per pixel frame.",
                 ),
                 io.Float.Input(
                     "start_sigma",
@@ -206,7 +206,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="Where the motion counts (white). One for the whole video, or one a pixel frame: a motion "
-                    "of a single step, such as one painted image, then lasts as long as the mask.",
+                    "given once, such as one painted image, then lasts as long as the mask.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for modes reference and adapter+blend."),
             ],

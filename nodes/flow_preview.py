@@ -17,7 +17,7 @@ class DiagonalFlowPreview(io.ComfyNode):
             display_name="Diagonal Flow Preview",
             category=f"{CATEGORY}/conditioning",
             description="Shows motion: arrows over the frames, the motion that was asked for in flow colours, and the "
-            "motion measured in the frames. One picture for each pixel frame that moves on.",
+            "motion measured in the frames. One picture for each pair of neighbouring frames.",
             search_aliases=["optical flow preview", "flow colours", "motion arrows"],
             inputs=[
                 FlowType.Input("optical_flow", tooltip="From Diagonal Flow Conditioning."),
@@ -33,7 +33,8 @@ class DiagonalFlowPreview(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.1,
-                    tooltip="Pixels per pixel frame of the full colour. 0: nearly the fastest of the motion asked for.",
+                    tooltip="Speed that full colour stands for, in pixels per pixel frame. 0: close to the fastest "
+                    "motion asked for.",
                 ),
                 io.Image.Input(
                     "images",
@@ -49,7 +50,8 @@ class DiagonalFlowPreview(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="images", tooltip="Panels side by side, an image for each step from frame to frame."
+                    display_name="images",
+                    tooltip="Panels side by side, an image for each pair of neighbouring frames.",
                 ),
                 io.String.Output(display_name="info", tooltip="End-point error of the measured motion, in pixels."),
             ],

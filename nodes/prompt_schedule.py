@@ -18,9 +18,9 @@ class DiagonalPromptSchedule(io.ComfyNode):
             node_id="DiagonalPromptSchedule",
             display_name="Diagonal Prompt Schedule",
             category=f"{CATEGORY}/conditioning",
-            description="Prompts at times, for positive of Diagonal Chunk Sampler and Diagonal Stream Video. While "
-            "they run, a new prompt can be sent from this node, or by one HTTP call. Other samplers take the first "
-            "prompt.",
+            description="Prompts that take effect at set times. Connect it to positive of Diagonal Chunk Sampler or "
+            "Diagonal Stream Video. While they run, a new prompt can be sent from this node, or by one HTTP call. "
+            "Other samplers take the first prompt.",
             search_aliases=["prompt travel", "prompt scheduling", "interactive prompt", "steer video"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder. It also encodes what is sent while a run goes on."),
@@ -30,8 +30,8 @@ class DiagonalPromptSchedule(io.ComfyNode):
                     dynamic_prompts=True,
                     default="0: a red circle moves right\n3s: a blue square moves up",
                     tooltip="A row for each prompt: a time, a colon, the prompt. Times: 0, 5s, 1.5m (seconds, minutes "
-                    "of the video; words will do, too), or chunk 12 (counted from 1). A prompt begins with the chunk "
-                    "that shows its time. Rows with # are skipped. A single prompt needs no time.",
+                    "of the video; words will do, too), or chunk 12 (counted from 1). A prompt takes effect in the "
+                    "chunk that contains its time. Rows with # are skipped. A single prompt needs no time.",
                 ),
                 io.Combo.Input(
                     "switch",
@@ -47,7 +47,8 @@ class DiagonalPromptSchedule(io.ComfyNode):
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="Chunks with a mixture of two prompts, in equal steps. Only with switch blend.",
+                    tooltip="Chunks over which the old prompt fades into the new one, in equal steps. Only with switch "
+                    "blend.",
                 ),
                 io.Float.Input(
                     "fps",

@@ -70,7 +70,7 @@ async def post_prompt(request: web.Request) -> web.Response:
     The body is JSON: client_id and text, and as one likes prompt_id, node (of the schedule), switch, blend_chunks. The
     answer has text, chunk (counted from 1) and switch, or an error: 400 a body that is not that, 403 another client's
     run, 404 a node or prompt_id that does not run, 409 nothing runs or it is too late, 413 too large, 422 a text that
-    cannot be used. 202: the run has not looked yet.
+    cannot be used. 202: the run has not read it yet.
     """
     try:
         body = await _body(request)
@@ -92,7 +92,7 @@ async def post_prompt(request: web.Request) -> web.Response:
             raise Refused(409, str(error)) from error
         except asyncio.TimeoutError:
             answer.add_done_callback(lambda done: _tell_refused(run, node, body["text"], done))
-            message = "The run has not looked yet; the prompt begins with the chunk after it does."
+            message = "The run has not read the prompt yet; it takes effect in the chunk after that."
             return web.json_response({"text": body["text"], "message": message}, status=202)
         except Exception as error:  # of the tokenizer or the text encoder
             raise Refused(422, f"The prompt cannot be used: {error}") from error

@@ -38,7 +38,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                     "Loader.",
                 ),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the video shows; over time, with Diagonal Prompt Schedule."
+                    "positive",
+                    tooltip="What the video shows. With Diagonal Prompt Schedule it can change over time.",
                 ),
                 io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
                 io.Vae.Input("vae", tooltip="The VAE of the model: Wan 2.1, lighttaew2_1, or the demo's."),
@@ -52,7 +53,7 @@ class DiagonalStreamVideo(io.ComfyNode):
                     max=MAX_SECONDS,
                     step=0.5,
                     round=0.001,
-                    tooltip="Length in seconds, context frames included. A longer length goes on with an unfinished "
+                    tooltip="Length in seconds, context frames included. A longer length continues an unfinished "
                     "video of the same graph.",
                 ),
                 io.Float.Input(
@@ -85,7 +86,7 @@ class DiagonalStreamVideo(io.ComfyNode):
                     min=1.0,
                     max=float(MAX_CRF),
                     step=1.0,
-                    tooltip="Quality from 1 (best, largest) to 51, in H.264's measure. No effect on png.",
+                    tooltip="Quality from 1 (best, largest) to 51, on H.264's scale. No effect on png.",
                 ),
                 io.Int.Input(
                     "state_every",
@@ -119,7 +120,7 @@ class DiagonalStreamVideo(io.ComfyNode):
                     "optical_flow",
                     optional=True,
                     tooltip="Motion that the video is to follow, from Diagonal Flow Conditioning, in pixels per pixel "
-                    "frame. Where it is shorter than the video, the rest is free.",
+                    "frame. Where it is shorter than the video, the rest is left to the model.",
                 ),
             ],
             outputs=[

@@ -111,7 +111,7 @@ class PromptField {
   onEvent(data) {
     if (!data.nodes.some((id) => isNode(id, this.node)) || !away.hears(this, data.prompt_id)) return;
     if (data.refused) {
-      // After "the run has not looked yet", and after the text has left the field.
+      // After "the run has not read the prompt yet", and after the text has left the field.
       this.text.value ||= data.text;
       this.refusal = data.refused;
       return this.refresh();

@@ -23,10 +23,10 @@ const TEXTS = {
   ],
   made_by: [
     "{node} makes the {type}: its memory is known when it runs.",
-    "{type} 由“{node}”生成：所需内存运行时才能得知。",
+    "{type} 由“{node}”生成：所需显存运行时才能得知。",
   ],
-  connect: ["Connect {name} to know the memory.", "连接“{name}”后才能得知所需内存。"],
-  memory_unknown: ["Memory unknown: {why}.", "内存未知：{why}。"],
+  connect: ["Connect {name} to see the memory needed.", "连接“{name}”后才能得知所需显存。"],
+  memory_unknown: ["Memory unknown: {why}.", "显存需求未知：{why}。"],
   needs_vram: ["Needs {total} of {available} VRAM.", "需要 {total} 显存，可用 {available}。"],
   needs_ram: ["Needs {total} of {available} RAM (no GPU).", "需要 {total} 内存（无 GPU），可用 {available}。"],
   memory_parts: ["{width}x{height}: {parts}.", "{width}x{height}：{parts}。"],
@@ -35,20 +35,26 @@ const TEXTS = {
   no_file: ["No file is chosen in {node}.", "“{node}”尚未选择文件。"],
   file_missing: [
     "{file} is not in {folders}: put the file there and press R.",
-    "{folders}中没有 {file}：请把文件放到那里，然后按 R 键。",
+    "{folders} 中没有 {file}：请把文件放到那里，然后按 R 键。",
   ],
-  no_sampler: ["No sampler in this graph gives its size; for {parts}", "此图中没有采样器给出尺寸；按 {parts}"],
+  no_sampler: [
+    "No sampler in this graph sets a size. Assumed {parts}",
+    "此工作流中没有采样器给出尺寸，暂按假定尺寸估算。{parts}",
+  ],
   sampler_beyond: [
-    "A sampler on the other side of a subgraph is not seen from here; for {parts}",
-    "子图另一侧的采样器从这里看不到；按 {parts}",
+    "A sampler on the other side of a subgraph is not seen from here. Assumed {parts}",
+    "从这里看不到子图另一侧的采样器，暂按假定尺寸估算。{parts}",
   ],
   weights: ["weights", "权重"],
   keys_values: ["KV cache", "KV 缓存"],
-  keys_values_of: ["KV cache ({window} latent frames)", "KV 缓存（{window} 个潜在帧）"],
+  keys_values_of: ["KV cache ({window} latent frames)", "KV 缓存（{window} 个 Latent 帧）"],
   text: ["text", "文本"],
   forward: ["a forward", "一次前向"],
   decoder: ["decoding", "解码"],
-  slow: ["Slow: {size} of the weights wait in RAM.", "较慢：有 {size} 的权重要放在内存中等待。"],
+  slow: [
+    "Slow: {size} of the weights do not fit into VRAM and stay in RAM.",
+    "会变慢：有 {size} 权重放不进显存，需暂存在内存中。",
+  ],
   fits_with: ["Fits with {changes}.", "改用{changes}即可放下。"],
   nothing_fits: [
     "Nothing smaller fits either; use a smaller model.",
@@ -74,11 +80,11 @@ const TEXTS = {
   uninformative: [
     "A chunk ends at sigma {sigma} with noisy context: the next chunk is conditioned on almost pure noise. Use " +
       "context_mode renoise or clean, or more steps.",
-    "有块在 sigma {sigma} 处结束，而上下文方式为 noisy：下一块的条件几乎是纯噪声。请改用 renoise 或 clean，或增加步数。",
+    "有块在 sigma {sigma} 处结束，而上下文模式为 noisy：下一块的条件几乎是纯噪声。请改用 renoise 或 clean，或增加步数。",
   ],
   uninformative_pass: [
     "A chunk's context is at sigma {sigma}: the next chunk is conditioned on almost pure noise. Lower context_sigma.",
-    "块的上下文处于 sigma {sigma}：下一块的条件几乎是纯噪声。请调低 context_sigma。",
+    "块的上下文处于 sigma {sigma}：下一块的条件几乎是纯噪声。请调低“上下文噪声”。",
   ],
   own_sigmas: [
     "Steps follow your sigmas; empty that field to drag them.",
@@ -97,7 +103,7 @@ const TEXTS = {
   idle: ["Chunks play here as they are made.", "生成的块会在这里播放。"],
   bar: ["chunk {chunk}: {done} of {steps} {steps|step|steps}", "第 {chunk} 块：第 {done} 步，共 {steps} 步"],
   chunk_of: ["chunk {chunk} of {chunks}", "第 {chunk} 块，共 {chunks} 块"],
-  first_after: ["first after {time}", "首块用时 {time}"],
+  first_after: ["first chunk after {time}", "首块用时 {time}"],
   frames_a_second: ["{rate} frames/s", "每秒 {rate} 帧"],
   left: ["{time} left", "剩余 {time}"],
   forwards_in: ["{forwards} {forwards|forward|forwards} in {time}", "{forwards} 次前向，用时 {time}"],
@@ -111,7 +117,7 @@ const TEXTS = {
   failed: ["stopped by an error", "因错误而停止"],
   finish: ["Finish", "结束"],
   finish_hint: [
-    "End with the chunk that is being made; the nodes after this one get what there is.",
+    "End the video after the current chunk; the nodes after this one get what has been made.",
     "在当前块完成后结束；已生成的部分会交给后面的节点。",
   ],
   finishing: ["ends with this chunk", "当前块完成后结束"],
@@ -126,8 +132,8 @@ const TEXTS = {
   prompt_now: ["Chunk {chunk} of {chunks}: {text}", "第 {chunk} 块，共 {chunks} 块：{text}"],
   prompt_taken: ["From chunk {chunk} on ({how}): {text}", "从第 {chunk} 块开始（{how}）：{text}"],
   prompt_later: [
-    "The run has not looked yet; the prompt begins with the chunk after it does.",
-    "运行尚未读取；读取后从下一块开始生效。",
+    "The run has not read the prompt yet; it takes effect in the chunk after that.",
+    "采样尚未读到新提示词；读到后从下一块开始生效。",
   ],
   run_ended: ["The run has ended.", "运行已结束。"],
   connection_lost: ["The connection was lost.", "连接已断开。"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_the_chinese_page_has_what_the_english_one_has(node):
     assert numbers[0] <= numbers[1]
     names = set(re.findall(r"\*\*([a-z]+_\w+)\*\*", english)) - {"client_id"}
     assert {name for name in names if f"`{name}`" not in chinese} == set(), "inputs that only the English page names"
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_chinese_page_calls_inputs_by_the_names_that_the_canvas_shows(node):
+    texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    shown = {(name, entry["name"]) for other in texts.values() for name, entry in other["inputs"].items()}
+    named = re.findall(r"\*\*([^*\n]+)\*\*\uff08`(\w+)`\uff09", (DOCS / node / "zh.md").read_text(encoding="utf-8"))
+    ids = {name for name, _ in shown}
+    assert named and not [(words, name) for words, name in named if name in ids and (name, words) not in shown]
 
 
 @pytest.fixture(scope="module")

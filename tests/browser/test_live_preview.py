@@ -45,7 +45,7 @@ def test_chunks_play_while_they_are_made_and_stay_afterwards(page, frontend):
     frontend.set_widget("DiagonalChunkSampler", "seed", 81_081)  # of no other test: ComfyUI runs nothing twice
     page.evaluate("() => app.queuePrompt(0, 1)")
     line = wait_line(page, "forwards in")
-    assert line.startswith("chunk 7 of 7 · first after ") and "frames/s" in line
+    assert line.startswith("chunk 7 of 7 · first chunk after ") and "frames/s" in line
     # One picture a latent frame, from the first chunk on; a moving shape makes them differ.
     page.wait_for_function(f"() => seen.pictures.size >= {4 * FRAMES_OF_A_CHUNK}", timeout=30_000)
     lines = page.evaluate("() => seen.lines")
@@ -189,7 +189,8 @@ def test_another_instance_of_a_subgraph_begins_its_own_preview(page, frontend):
             const shown = [];
             for (const instance of [5, 6])
                 for (const chunk of [1, 2]) {
-                    const own = { node: `${instance}:${node.id}`, prompt_id: "P", chunk, chunks: 2, elapsed: 2 };
+                    const time = { elapsed: 2, sampling: chunk > 1 ? 2 : null };
+                    const own = { node: `${instance}:${node.id}`, prompt_id: "P", chunk, chunks: 2, ...time };
                     app.api.dispatchCustomEvent("diagonal.progress",
                         { ...own, step: 1, steps: 1, forwards: chunk, made: chunk, total: 2 });
                     app.api.dispatchCustomEvent("diagonal.chunk",
@@ -200,7 +201,7 @@ def test_another_instance_of_a_subgraph_begins_its_own_preview(page, frontend):
         }"""
     )
     assert [bars for _, bars in found] == [1, 2, 1, 2]
-    assert [f"first after {first}.0 s" in line for (line, _), first in zip(found, (5, 5, 6, 6), strict=True)] == [
+    assert [f"first chunk after {first}.0 s" in line for (line, _), first in zip(found, (5, 5, 6, 6), strict=True)] == [
         True
     ] * 4
     assert frontend.errors == []
@@ -210,7 +211,8 @@ def tell(page, node: int, prompt_id: str, forwards: int, total: int = 6) -> None
     """What the server says of a forward and of the chunk that it ends."""
     page.evaluate(
         """([node, prompt_id, forwards, total]) => {
-            const own = { node: String(node), prompt_id, chunk: forwards / 2, chunks: total / 2, elapsed: forwards };
+            const time = { elapsed: forwards, sampling: forwards };
+            const own = { node: String(node), prompt_id, chunk: forwards / 2, chunks: total / 2, ...time };
             app.api.dispatchCustomEvent("diagonal.progress",
                 { ...own, step: 2, steps: 2, forwards, made: forwards, total });
             const picture = `data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==#${prompt_id}`;

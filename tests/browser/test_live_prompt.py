@@ -90,7 +90,7 @@ def test_a_refusal_that_comes_late_is_said_and_gives_the_text_back(page, fronten
     field, line = page.locator(".diagonal-prompt textarea"), page.locator(".diagonal-prompt .line")
     field.fill(BLUE)
     page.locator(".diagonal-prompt button").click()
-    wait_line(page, "has not looked yet")
+    wait_line(page, "has not read the prompt yet")
     assert field.input_value() == ""
     tell(page, prompt_id="P", running=True, refused="No such words.", text=BLUE)
     assert line.inner_text() == "No such words." and field.input_value() == BLUE

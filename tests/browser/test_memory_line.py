@@ -178,14 +178,14 @@ def test_what_cannot_be_known_is_said(page, frontend):
     )
     page.wait_for_function(
         """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
-            line.textContent === "Connect latent_image to know the memory.")""",
+            line.textContent === "Connect latent_image to see the memory needed.")""",
         timeout=20_000,
     )
     assert page.locator(f"{LINES} .bar:visible").count() == 1, "no bar of what is not known"
     # The loader feeds no sampler whose size is known, and says what it reckons with.
     page.wait_for_function(
         """() => [...document.querySelectorAll(".diagonal-memory .words")].some((line) =>
-            line.textContent.includes("No sampler in this graph gives its size; for 64x64"))""",
+            line.textContent.includes("No sampler in this graph sets a size. Assumed 64x64"))""",
         timeout=20_000,
     )
     assert frontend.errors == []
@@ -209,9 +209,9 @@ def test_a_loader_alone_and_one_that_does_nothing(page, frontend):
                 app.graph.remove(node);
         }"""
     )
-    wait_line(page, "DiagonalDemoLoader", "No sampler in this graph gives its size; for 64x64")
+    wait_line(page, "DiagonalDemoLoader", "No sampler in this graph sets a size. Assumed 64x64")
     title = page.evaluate("() => app.graph.nodes[0].title")
-    for mode, words in ((2, f"{title} is muted."), (4, f"{title} is bypassed."), (0, "for 64x64")):
+    for mode, words in ((2, f"{title} is muted."), (4, f"{title} is bypassed."), (0, "Assumed 64x64")):
         page.evaluate("mode => (app.graph.nodes[0].mode = mode)", mode)
         wait_line(page, "DiagonalDemoLoader", words)
     assert frontend.errors == []
@@ -225,7 +225,9 @@ def test_a_sampler_in_a_subgraph_is_not_denied(page, frontend):
             app.graph.convertToSubgraph(new Set([sampler]));
         }"""
     )
-    wait_line(page, "DiagonalDemoLoader", "A sampler on the other side of a subgraph is not seen from here; for 64x64")
+    wait_line(
+        page, "DiagonalDemoLoader", "A sampler on the other side of a subgraph is not seen from here. Assumed 64x64"
+    )
     assert frontend.errors == []
 
 
@@ -250,7 +252,7 @@ def test_a_loader_says_which_file_it_lacks_until_it_is_there(page, frontend, com
     try:
         made = made.rename(folder / "brought.safetensors")
         page.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
-        wait_line(page, "DiagonalModelLoader", "No sampler in this graph gives its size; for 832x480")
+        wait_line(page, "DiagonalModelLoader", "No sampler in this graph sets a size. Assumed 832x480")
     finally:
         made.unlink()
     assert frontend.errors == []

@@ -94,7 +94,7 @@ def test_the_loading_before_the_first_forward_counts_in_no_rate(frontend, nothin
             tell(1, null);
         }"""
     )
-    assert line.inner_text() == "chunk 1 of 5 · first after 1:01 min"
+    assert line.inner_text() == "chunk 1 of 5 · first chunk after 1:01 min"
     page.evaluate("() => tell(2, 4)")
     assert line.inner_text().endswith("3.0 frames/s · 16 s left")
     page.evaluate("() => tell(10, 20)")
@@ -114,6 +114,7 @@ def test_a_resumed_run_is_timed_by_its_own_forwards(frontend, nothing_stays):
             window.tell = (made, place = node.id) => app.api.dispatchCustomEvent("diagonal.progress", {
                 node: String(place), prompt_id: "resumed", chunks: 9000, total: 20000, steps: 2, step: 1,
                 chunk: 4000 + made, forwards: 10000 + made, made, elapsed: made / 100,
+                sampling: made > 1 ? made / 100 : null,
             });
             for (let made = 1; made <= 100; made++) tell(made);
         }"""

@@ -22,6 +22,14 @@ def test_there_are_workflows():
     assert names == {path.stem for path in (ROOT / "workflows").glob("*.jpg")}
 
 
+def test_no_node_keeps_a_title_that_is_only_its_english_name(comfy_server):
+    """Such a title would stay English when ComfyUI speaks another language."""
+    known = comfy_server.get("/object_info")
+    for path in CANVAS:
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            assert node.get("title", "") != known.get(node["type"], {}).get("display_name"), (path.stem, node["id"])
+
+
 def test_the_frontend_starts_without_errors(frontend):
     assert frontend.errors == []
 

@@ -58,5 +58,17 @@ def test_a_combos_tooltip_speaks_only_of_what_it_offers(schemas):
     assert told > 10
 
 
+def test_chinese_texts_call_an_input_by_its_chinese_name(schemas):
+    """An id in a text is a name that the canvas does not show."""
+    ids = {item.id for schema in schemas.values() for item in schema.inputs if "_" in item.id}
+    drawings = (ROOT / "web" / "diagonal_texts.js").read_text(encoding="utf-8")
+    texts = re.findall(r'"([^"\n]*[\u4e00-\u9fff][^"\n]*)"', drawings)
+    for node in TEXTS.values():
+        entries = [*node["inputs"].values(), *node["outputs"].values()]
+        texts += [node["description"], *(entry.get("tooltip", "") for entry in entries)]
+    assert len(texts) > 150
+    assert not [(name, text) for name in ids for text in texts if re.search(rf"\b{name}\b", text, re.ASCII)]
+
+
 def test_the_server_hands_them_to_the_frontend(comfy_server):
     assert comfy_server.get("/i18n")["zh"]["nodeDefs"]["DiagonalSchedule"] == TEXTS["DiagonalSchedule"]
