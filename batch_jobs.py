@@ -143,13 +143,13 @@ def _describe(graph: Graph, targets: list[Target]) -> str:
     return ", ".join(names) if names else "none"
 
 
-def _literals(graph: Graph, kind: type, names: tuple[str, ...] | None = None) -> list[Target]:
+def _literals(graph: Graph, kind: type) -> list[Target]:
     """Every widget of the graph that holds a ``kind`` (bool is no int here), in graph order."""
     return [
         Target(node_id, name)
         for node_id, node in graph.items()
         for name, value in node["inputs"].items()
-        if isinstance(value, kind) and not isinstance(value, bool) and (names is None or name in names)
+        if isinstance(value, kind) and not isinstance(value, bool)
     ]
 
 
@@ -381,10 +381,16 @@ def printable(text: str, limit: int = 300) -> str:
 # --------------------------------------------------------------------------------------------------- answers
 
 
+def status_text(status: int) -> str:
+    """An HTTP status in an error message."""
+    hint = ", a redirect, which is not followed; give --server the address that it leads to"
+    return f"HTTP {status}{hint if 300 <= status < 400 else ''}"
+
+
 def refusal(status: int, answer: Any) -> str:
     """The server's reason for not taking a graph, node by node."""
     if not isinstance(answer, dict):
-        return f"the server refused the graph: HTTP {status}"
+        return f"the server refused the graph: {status_text(status)}"
     parts = []
     node_errors = answer.get("node_errors")
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
@@ -394,7 +400,7 @@ def refusal(status: int, answer: Any) -> str:
     if not parts:
         error = answer.get("error")
         message = error.get("message") if isinstance(error, dict) else error
-        parts.append(str(message or f"HTTP {status}"))
+        parts.append(str(message or status_text(status)))
     return printable("; ".join(parts), 1000)
 
 
@@ -417,6 +423,11 @@ def failure(entry: dict[str, Any]) -> str | None:
 # ------------------------------------------------------------------------------------------------------- log
 
 T = TypeVar("T")
+
+
+def without_login(url: str) -> str:
+    """The address of a server without the name and the password in it: what is shown and kept in files."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", url, count=1)
 
 
 def insist(action: Callable[[], T]) -> T:
@@ -535,7 +546,7 @@ class BatchLog:
                 prompt, seed, prompt_id, server = item
                 is_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id)
                 if is_id and (prompt, seed) not in self.done:  # a kill between the two files leaves it in both
-                    self.inflight[prompt, seed] = prompt_id, server
+                    self.inflight[prompt, seed] = prompt_id, without_login(server)
         self._save_inflight()
 
     def _count(self, record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import errno
 import json
@@ -28,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 try:
     import aiohttp
@@ -70,6 +71,8 @@ from batch_jobs import (  # noqa: E402
     printable,
     read_prompts,
     refusal,
+    status_text,
+    without_login,
 )
 
 MAX_ATTEMPTS = 3  # a job that takes its server down with it is not tried for ever
@@ -119,20 +122,25 @@ class ConnectionLost(Exception):
 # --------------------------------------------------------------------------------------------------- servers
 
 
-def server_url(text: str) -> str:
-    """The address of a server without a slash at its end; http:// where no scheme is given.
+def server_address(text: str) -> tuple[str, dict[str, str]]:
+    """The address of a server, and the HTTP headers that carry the login in it ({} where it has none).
 
-    Raises BatchError where it is no address.
+    The address is returned without the login, as it is printed, logged and names the server everywhere; without a
+    slash at its end, and with http:// where no scheme is given. Raises BatchError where the text is no address.
     """
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)  # its port raises ValueError where it is no number, and so does a host like a..b
         is_url = re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) and parts.port != 0 and parts.hostname.encode("idna")
+        name, password = unquote(parts.username or ""), unquote(parts.password or "")
+        is_url = is_url and ":" not in name  # the header has no way to say it
+        login = base64.b64encode(f"{name}:{password}".encode()).decode()
     except (ValueError, AttributeError):
         is_url = False
     if not is_url:
-        raise BatchError(f"--server {text!r} is no address; write it like http://127.0.0.1:8188")
-    return url.rstrip("/")
+        shown = re.sub(".*@", "...@", text, flags=re.DOTALL)
+        raise BatchError(f"--server {shown!r} is no address; write it like http://127.0.0.1:8188")
+    return without_login(url).rstrip("/"), {"Authorization": f"Basic {login}"} if name or password else {}
 
 
 def _lost(error: BaseException) -> ConnectionLost:
@@ -145,11 +153,13 @@ def _lost(error: BaseException) -> ConnectionLost:
 class Server:
     """HTTP calls to one ComfyUI server; any failure to get an answer is a ConnectionLost.
 
-    An answer that is not as ComfyUI's raises one of ODD_ANSWER, here or where it is read.
+    An answer that is not as ComfyUI's raises one of ODD_ANSWER, here or where it is read. Redirects are not followed:
+    they could take a graph to another host.
     """
 
     url: str
     session: aiohttp.ClientSession
+    headers: dict[str, str] = field(default_factory=dict, repr=False)  # with its login
     client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     jobs: dict[str, Job] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -172,7 +182,9 @@ class Server:
     ) -> tuple[int, Any]:
         """The HTTP status and the JSON answer (None where it is not JSON)."""
         try:
-            async with self.session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with self.session.request(
+                method, self.url + path, json=body, timeout=timeout, headers=self.headers, allow_redirects=False
+            ) as response:
                 raw = await response.read()
                 status = response.status
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
@@ -187,7 +199,7 @@ class Server:
     async def get(self, path: str) -> dict[str, Any]:
         status, answer = await self.request("GET", path)
         if status != 200 or not isinstance(answer, dict):
-            raise ConnectionLost(f"GET {path} answered HTTP {status}, not as ComfyUI does")
+            raise ConnectionLost(f"GET {path} answered not as ComfyUI does: {status_text(status)}")
         return answer
 
     async def queued_ids(self) -> list[str]:
@@ -473,7 +485,7 @@ class Batch:
 
     async def _websocket(self, server: Server) -> aiohttp.ClientWebSocketResponse:
         url = f"{server.url}/ws?clientId={server.client_id}"
-        opening = server.session.ws_connect(url, heartbeat=HEARTBEAT_SECONDS, max_msg_size=0)
+        opening = server.session.ws_connect(url, headers=server.headers, heartbeat=HEARTBEAT_SECONDS, max_msg_size=0)
         try:
             return await asyncio.wait_for(opening, CONNECT_SECONDS)
         except aiohttp.WSServerHandshakeError as error:
@@ -665,11 +677,17 @@ class Batch:
         path = self.options.output / f"{job.name}{extra}{media_suffix(result['filename'])}"
         partial = path.with_name(path.name + ".partial")
         try:
-            async with server.session.get(f"{server.url}/view", params=result, timeout=DOWNLOAD_TIMEOUT) as response:
+            async with server.session.get(
+                f"{server.url}/view",
+                params=result,
+                timeout=DOWNLOAD_TIMEOUT,
+                headers=server.headers,
+                allow_redirects=False,
+            ) as response:
                 if response.status in PASSING_STATUS:
                     raise ConnectionLost(f"HTTP {response.status}")
                 if response.status != 200:
-                    raise DownloadError(f"HTTP {response.status} for {result['filename']}")
+                    raise DownloadError(f"{status_text(response.status)} ({result['filename']})")
                 with open(partial, "wb") as file:
                     async for block in response.content.iter_chunked(1 << 20):
                         file.write(block)
@@ -833,9 +851,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-async def run_batch(jobs: list[Job], urls: list[str], options: Options, log: BatchLog) -> int:
-    """Run the jobs and return the exit status."""
-    display = Display(len(jobs), urls)
+async def run_batch(jobs: list[Job], addresses: dict[str, dict[str, str]], options: Options, log: BatchLog) -> int:
+    """Run the jobs on the servers of ``addresses``, which have their HTTP headers; return the exit status."""
+    display = Display(len(jobs), list(addresses))
     loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
     assert main_task is not None
     stopped = False
@@ -856,7 +874,7 @@ async def run_batch(jobs: list[Job], urls: list[str], options: Options, log: Bat
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
     try:
         async with aiohttp.ClientSession() as session:
-            servers = [Server(url, session) for url in urls]
+            servers = [Server(url, session, headers) for url, headers in addresses.items()]
             batch = Batch(jobs, servers, options, log, display)
             try:
                 await batch.run()
@@ -897,7 +915,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     seed_targets = find_seed_targets(graph, arguments.seed_node)
     digest = graph_digest(graph, [*prompt_targets, *seed_targets])
     jobs = make_jobs(read_prompts(arguments.prompts), parse_seeds(arguments.seeds), digest)
-    urls = list(dict.fromkeys(server_url(url) for url in arguments.server or ["http://127.0.0.1:8188"]))
+    addresses: dict[str, dict[str, str]] = {}
+    for url, headers in map(server_address, arguments.server or ["http://127.0.0.1:8188"]):
+        addresses[url] = headers or addresses.get(url, {})
     output = arguments.output
     if output is not None:
         try:
@@ -926,7 +946,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             stall=arguments.stall * 60,
             output=output,
         )
-        return asyncio.run(run_batch(todo, urls, options, log))
+        return asyncio.run(run_batch(todo, addresses, options, log))
     finally:
         log.close()
 

@@ -228,8 +228,10 @@ def _install(arguments: list[object], what: str) -> None:
             return
         if DISK_ERRORS.search(output):
             raise explain(what, output)
-        STATUS.step("uv could not install them; trying pip ...")
         pip = find_pip()
+        if pip is None:
+            raise explain(what, output)
+        STATUS.step("uv could not install them; trying pip ...")
     if pip is None:
         raise Problem("neither uv nor pip can be had for .venv; install uv, or your system's python3-venv and pip.")
     code, output = run_logged([*pip, "install", "--retries", "2", *arguments], what)

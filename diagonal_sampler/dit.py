@@ -24,9 +24,7 @@ from .flow import ADAPTER_CHANNELS, adapter_tokens
 from .rope import rotate, rotation_table
 from .sampler import split_frames
 from .settings import GLOBAL_WINDOW, CausalSettings
-from .wan_layout import FLOW_ADAPTER_KEYS
-
-HEAD_DIM = 128
+from .wan_layout import FLOW_ADAPTER_KEYS, HEAD_DIM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +19,8 @@ class Provenance:
 
     frames_per_chunk, window, sink: latent frames (window -1: all). steps_per_chunk: forwards, the last
     repeats. sigmas: noise levels in [0, 1] per chunk, the last chunk's repeat. shift: of the flow schedule, >
-    0. context_mode: noisy, clean or renoise. recipe, data, git_commit: free text.
+    0. context_mode: noisy, clean or renoise. context_sigma: noise level in [0, 1] of renoise; None with another
+    mode. recipe, data, git_commit: free text.
     """
 
     frames_per_chunk: int | None = None
@@ -26,6 +28,7 @@ class Provenance:
     sigmas: tuple[tuple[float, ...], ...] | None = None
     shift: float | None = None
     context_mode: str | None = None
+    context_sigma: float | None = None
     window: int | None = None
     sink: int | None = None
     recipe: str | None = None
@@ -76,13 +79,15 @@ class Provenance:
         return entries
 
 
-def _number(low: float, *, special: int | None = None, what: str, kind: type) -> Callable[[str], Any]:
+def _number(
+    low: float, high: float = sys.float_info.max, *, special: int | None = None, what: str, kind: type
+) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except (ValueError, TypeError):
             raise ValueError(what) from None
-        if not (low <= value < float("inf") or value == special):
+        if not (low <= value <= high or value == special):
             raise ValueError(what)
         return value
 
@@ -127,6 +132,7 @@ _PROVENANCE_PARSERS: dict[str, Callable[[str], Any]] = {
     "sigmas": _sigma_table,
     "shift": _number(1e-6, what="a number above 0", kind=float),
     "context_mode": _context_mode,
+    "context_sigma": _number(0, 1, what="a number in [0, 1]", kind=float),
     "window": _number(1, special=-1, what="a whole number of latent frames, 1 or more, or -1 for all", kind=int),
     "sink": _number(0, what="a whole number of latent frames, 0 or more", kind=int),
     "recipe": str,

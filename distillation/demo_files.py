@@ -16,7 +16,7 @@ from diagonal_sampler.captions import CaptionEncoder, load_caption_encoder
 from diagonal_sampler.demo_autoencoder import DemoAutoencoder, load_demo_autoencoder
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.provenance import Provenance, causal_settings
-from diagonal_sampler.schedule import DEFAULT_SHIFT, DiagonalSchedule
+from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA, DEFAULT_SHIFT, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 from diagonal_sampler.weight_files import write_weights
 from distillation.common import git_commit
@@ -56,6 +56,7 @@ def trained_for(path: Path) -> TrainedFor:
     schedule = DiagonalSchedule(
         sigmas=found.sigmas,
         context_mode=found.context_mode or "clean",
+        context_sigma=DEFAULT_CONTEXT_SIGMA if found.context_sigma is None else found.context_sigma,
         shift=found.shift or DEFAULT_SHIFT,
         fresh_noise=metadata.get(NOISE_KEY) != KEPT_NOISE,
     )

@@ -41,7 +41,6 @@ from distillation.train import run as run_recipe
 
 log = logging.getLogger("demo_in_minutes")
 
-STUDENT_FILE = "demo_student.safetensors"
 EARLY_FILE = "demo_student_early.safetensors"
 
 # What each part may take of the whole time; the teacher gets the rest, about half. Its data set is made meanwhile.
@@ -182,7 +181,7 @@ def make(plan: Plan, out: Path, work: Path, device: torch.device, pool: Executor
     dit_recipe = replace(dit_recipe, seconds=clock.until_left(after_teacher))
     train_demo.train_dit(dit_recipe, data, work, device)
     note = f"Ended by the clock after {dit_recipe.seconds:.0f} s on one GPU; openings {dit_recipe.opening_batch} clips"
-    train_demo.export(work, out, note, dit_recipe)
+    train_demo.export(work, out, note)
     del data
     if device.type == "cuda":
         torch.cuda.empty_cache()  # 20 GB that a neighbour on the GPU may want
@@ -244,8 +243,8 @@ def make(plan: Plan, out: Path, work: Path, device: torch.device, pool: Executor
     long = recipes.demo(
         stage="long", cfg=4.0, cfg_high=0.8, rollout_frames=48, opening_share=0.6, motion_weight=3.0, **rates, **common
     )
-    attempt("long rollouts", lambda: train("long", out / STUDENT_FILE, SCORING_SHARE, long))
-    attempt("scoring the student", lambda: add_score(STUDENT_FILE))
+    attempt("long rollouts", lambda: train("long", out / demo_files.STUDENT_FILE, SCORING_SHARE, long))
+    attempt("scoring the student", lambda: add_score(demo_files.STUDENT_FILE))
     if clock.left > SCORING_SHARE * plan.seconds:
         attempt("scoring the early student", lambda: add_score(EARLY_FILE))
     for text in tables:

@@ -79,7 +79,7 @@ def run(chosen: argparse.Namespace) -> None:
         at = trained.index(row_named(GIVEN))
         for row in (*trained[:at], *GIVEN_STEPS, *trained[at:]):
             print(f"# {row.name}: {row.text}")
-            print(training_command(row, runs, teacher=teacher, updates=chosen.updates) + "\n")
+            print(training_command(row, runs, teacher=teacher, demo=demo, updates=chosen.updates) + "\n")
         return
     options = None
     if not chosen.tables_only:

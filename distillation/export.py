@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diagonal_sampler.provenance import Provenance
-from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.weight_files import write_weights
 from distillation import run_folder
 from distillation.common import git_commit
@@ -55,9 +54,7 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None =
         whole: not a LoRA.
         commit: of the code that the run began with; None is the present one.
     """
-    schedule, distilled = recipe.schedule, recipe.stage != "forcing"
-    if not distilled:  # it knows every noise level, and the clips' own distribution: it is sampled like a teacher
-        schedule = DiagonalSchedule.preset("undistilled", shift=recipe.shift)
+    schedule, distilled = recipe.inference_schedule, recipe.stage != "forcing"
     renoises = schedule.context_mode == "renoise"
     # Beside the prompts, only what the stage reads: without a student it begins with the teacher.
     used = ("prompts", "teacher", "student", *(() if recipe.distils else ("clips",)))
@@ -67,6 +64,7 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None =
         sigmas=schedule.sigmas,
         shift=schedule.shift,
         context_mode=schedule.context_mode,
+        context_sigma=schedule.context_sigma if renoises else None,
         window=recipe.window,
         sink=recipe.sink,
         recipe=(

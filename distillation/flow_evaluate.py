@@ -42,8 +42,6 @@ from diagonal_sampler.captions import CaptionEncoder, SpriteSpec, caption_of
 from diagonal_sampler.demo_autoencoder import (
     LATENT_CHANNELS,
     SPACE_FACTOR,
-    WAN_LATENT_MEAN,
-    WAN_LATENT_STD,
     DemoAutoencoder,
 )
 from diagonal_sampler.dit import WanDiT
@@ -59,7 +57,7 @@ from distillation.losses import guided
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
 from distillation.run_folder import write_json
-from distillation.samples import decode_frames
+from distillation.samples import decode_frames, encode_frames
 
 log = logging.getLogger("flow_evaluate")
 
@@ -183,11 +181,7 @@ class Player:
 
     def encode(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] in 0..1 -> standardised latents."""
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (WAN_LATENT_MEAN, WAN_LATENT_STD)
-        )
-        return (self.autoencoder.encode(2 * frames - 1) - mean) / std
+        return encode_frames(self.autoencoder, 2 * frames - 1)
 
     @torch.no_grad()
     def clip(

@@ -147,6 +147,8 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
         own = student()
         add_adapters(own, recipe.lora_rank, ("student",), recipe.seed)
         own = spread_out(own, compiled=False)
+        if not needs_teacher:
+            return Networks(Role(own, "student", shared=True), None, None)
         base = teacher(dtype=frozen)
         add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
         base = spread_out(base, compiled=compiles)

@@ -135,14 +135,14 @@ class Recipe:
         _choice("preset", self.preset, tuple(PRESETS))
         for name in (
             "frames", "height", "width", "batch", "micro_batch", "updates", "fake_score_updates", "keep",
-            "ode_clips", "ode_steps", "rollout_frames",
+            "ode_clips", "ode_steps", "rollout_frames", "frames_per_chunk",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in (
             "learning_rate", "fake_score_learning_rate", "motion_head_learning_rate", "weight_decay", "dmd_weight",
             "motion_weight", "motion_scale", "regression_weight", "warmup", "cooldown", "ema_start",
-            "lora_rank", "save_every", "sample_every", "sample_prompts", "flow_learning_rate",
+            "lora_rank", "save_every", "sample_every", "sample_prompts", "flow_learning_rate", "sink",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
@@ -212,6 +212,14 @@ class Recipe:
             context_mode=self.context_mode,
             context_sigma=self.context_sigma,
         )
+
+    @property
+    def inference_schedule(self) -> DiagonalSchedule:
+        """How the trained student is sampled: as it is trained, but after stage forcing like a teacher.
+
+        That stage's student knows every noise level, and the clips' own distribution.
+        """
+        return DiagonalSchedule.preset("undistilled", shift=self.shift) if self.stage == "forcing" else self.schedule
 
     @property
     def distils(self) -> bool:

@@ -30,7 +30,7 @@ from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, Dem
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, parse_steps
+from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, levels_text, parse_steps, same_levels
 from diagonal_sampler.settings import CausalSettings
 from distillation import demo_files, sprites, train_demo
 from distillation.rollout import stream
@@ -357,15 +357,42 @@ def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) ->
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+def preset_of(schedule: DiagonalSchedule) -> str:
+    """The preset from whose list a checkpoint's noise levels are taken, whatever its steps and its shift.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = tuple(map(len, schedule.sigmas))
+    # Self Forcing's four levels are even ones too: presets of the same kind of model first.
+    for name in sorted(PRESETS, key=lambda name: PRESETS[name].fresh_noise != schedule.fresh_noise):
+        if same_levels(DiagonalSchedule.preset(name, steps=steps, shift=schedule.shift).sigmas, schedule.sigmas):
+            return name
+    raise ValueError(
+        f"the checkpoint was trained with the noise levels {levels_text(schedule.sigmas)}, which are no preset's; give "
+        "--preset with --steps or --shift."
+    )
+
+
 def chosen_sampling(
     options: argparse.Namespace, trained: demo_files.TrainedFor
 ) -> tuple[DiagonalSchedule, CausalSettings, float]:
-    """What the flags say, else what the checkpoint was trained for."""
+    """What the flags say, else what the checkpoint was trained for.
+
+    Raises:
+        ValueError: other steps or another shift of noise levels that no preset has.
+    """
     schedule, settings = trained.schedule, trained.settings
     steps = parse_steps(options.steps) if options.steps else None
-    if options.preset or steps or options.shift:
-        preset = options.preset or ("diagonal 4-3-2" if schedule.fresh_noise else "undistilled")
-        schedule = DiagonalSchedule.preset(preset, steps=steps, shift=options.shift)
+    if options.preset:
+        schedule = DiagonalSchedule.preset(options.preset, steps=steps, shift=options.shift)
+    elif steps or options.shift:
+        own = DiagonalSchedule.preset(
+            preset_of(schedule),
+            steps=steps or tuple(map(len, schedule.sigmas)),
+            shift=options.shift or schedule.shift,
+        )
+        schedule = replace(schedule, sigmas=own.sigmas, shift=own.shift)
     if options.context_mode:
         schedule = replace(schedule, context_mode=options.context_mode)
     if options.noise:
@@ -396,10 +423,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
     parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: what the checkpoint was trained for")
-    parser.add_argument("--steps", help="denoising steps per chunk, such as 12 or 4,3,2; default: the preset's")
+    parser.add_argument(
+        "--steps", help="denoising steps per chunk, such as 12 or 4,3,2; default: as trained, or the preset's"
+    )
     parser.add_argument("--cfg", type=float, help="guidance; default: what the checkpoint says")
-    parser.add_argument("--shift", type=float, help="timestep shift; default: the preset's")
-    parser.add_argument("--context-mode", choices=CONTEXT_MODES, help="default: the preset's")
+    parser.add_argument("--shift", type=float, help="timestep shift; default: as trained, or the preset's")
+    parser.add_argument("--context-mode", choices=CONTEXT_MODES, help="default: as trained, or the preset's")
     parser.add_argument("--window", type=int, help="latent frames, -1 for all; default: as trained")
     parser.add_argument("--sink", type=int, help="latent frames; default: as trained")
     parser.add_argument(

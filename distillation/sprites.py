@@ -263,8 +263,8 @@ def held_out_captions(count: int, seed: int = 0) -> list[str]:
 # Sampling scenes
 
 
-def _place(specs: Sequence[SpriteSpec], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Starts [n, 2], radii [n] and background for sprites, of several tries the one with the least crossing."""
+def _place(specs: Sequence[SpriteSpec], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Starts [n, 2] and radii [n] for sprites, of several tries those with the least crossing."""
     best: tuple[int, np.ndarray, np.ndarray] | None = None
     frames = torch.arange(0, CLIP_FRAMES, 2).float()
     for _ in range(_PLACEMENT_TRIES if len(specs) > 1 else 1):
@@ -276,7 +276,7 @@ def _place(specs: Sequence[SpriteSpec], rng: np.random.Generator) -> tuple[np.nd
             from_edge = r + rng.uniform(0, START_SPREAD)
             starts[row, axis] = from_edge if step[axis] > 0 else FRAME_SIZE - from_edge
         if len(specs) == 1:
-            return starts, radii, 0.0
+            return starts, radii
         velocity = np.stack([np.array(VELOCITY[s.direction]) * PIXELS_PER_FRAME[s.speed] for s in specs])
         path = bounce(
             torch.from_numpy(starts).float(),
@@ -293,7 +293,7 @@ def _place(specs: Sequence[SpriteSpec], rng: np.random.Generator) -> tuple[np.nd
         if score == 0:
             break
     assert best is not None
-    return best[1], best[2], float(best[0])
+    return best[1], best[2]
 
 
 def make_scenes(specs: Sequence[Sequence[SpriteSpec]], seed: int, first_index: int = 0) -> Scenes:
@@ -309,7 +309,7 @@ def make_scenes(specs: Sequence[Sequence[SpriteSpec]], seed: int, first_index: i
     for row, sprites in enumerate(specs):
         rng = np.random.default_rng([seed, first_index + row, 0x5CE])
         background[row] = BACKGROUND_LEVELS[rng.integers(len(BACKGROUND_LEVELS))]
-        starts, radii, _ = _place(sprites, rng)
+        starts, radii = _place(sprites, rng)
         for column, sprite in enumerate(sprites):
             present[row, column] = True
             shape[row, column] = SHAPES.index(sprite.shape)

@@ -237,12 +237,12 @@ class Trainer:
                 "them with the encoder of the teacher."
             )
         self.networks = build_networks(recipe, ranks.device, ranks.mesh)
-        # Guidance is against the negative prompt; without guidance there need not be one.
         self.flows = None
         if recipe.flow_adapter:
             self.flows = FlowFields(
                 recipe.flow_adapter, prompts.prompts, recipe.height, recipe.width, recipe.flow_dropout
             )
+        # Guidance is against the negative prompt; without guidance there need not be one.
         guides = recipe.cfg != 1 and recipe.stage != "forcing"
         self.negative = prompts.negative.to(ranks.device) if guides else None
         self.student = Learner("student", self.networks.student.parameters(), recipe.learning_rate, recipe)
@@ -626,7 +626,7 @@ class Trainer:
                     student,
                     self.prompts.embeddings(part).to(self.ranks.device),
                     self.noise([sample_seed(recipe.seed, "sample", row) for row in part]),
-                    recipe.schedule,
+                    recipe.inference_schedule,
                     recipe.settings,
                     frames,
                     precision=self.precision,
@@ -798,16 +798,39 @@ def train(recipe: Recipe, folder: Path, seconds: float | None = None) -> None:
     """Runs a recipe's stage, alone or as one of torchrun's ranks, for about so many seconds. Raises as `run`."""
     began = time.monotonic()
     if recipe.stage == "teacher":
-        if recipe.name != "demo":
-            raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
-        from distillation import train_demo
-
-        train_demo.main(["--stage", "all", "--out", str(folder)])
+        train_teacher(recipe, folder, seconds)
         return
     with joined_ranks() as ranks:
         if not ranks.main:
             logging.getLogger().setLevel(logging.WARNING)
         run(recipe, folder, ranks, time_is_up=lambda: seconds is not None and time.monotonic() - began > seconds)
+
+
+def train_teacher(recipe: Recipe, folder: Path, seconds: float | None = None) -> None:
+    """Trains the demo's teacher by distillation.train_demo, in one process.
+
+    Args:
+        seconds: of the DiT's training; None is all its updates.
+
+    Raises:
+        ValueError: another recipe than the demo's, a changed field of it, or several ranks.
+    """
+    if recipe.name != "demo":
+        raise ValueError("stage teacher trains the demo's teacher; the other recipes take a published one.")
+    usual = RECIPES[recipe.name](stage=recipe.stage)
+    names = [item.name for item in fields(Recipe) if getattr(recipe, item.name) != getattr(usual, item.name)]
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(
+            f"stage teacher has a recipe of its own, which {flags} would not change; leave that out, or see "
+            "python -m distillation.train_demo --help."
+        )
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"stage teacher trains in one process, and torchrun started {ranks}; run it without torchrun.")
+    from distillation import train_demo
+
+    limit = [] if seconds is None else ["--seconds", str(seconds)]
+    train_demo.main(["--stage", "all", "--out", str(folder), "--threads", str(torch.get_num_threads()), *limit])
 
 
 def last_checkpoint(folder: Path, *, again: bool) -> str:

@@ -639,17 +639,23 @@ def provenance_of(recipe: DitRecipe, update: int) -> dict[str, str]:
     return {**provenance.to_metadata(), "config": config, "cfg": str(TEACHER_CFG), NOISE_KEY: KEPT_NOISE}
 
 
-def export(run: Path, folder: Path, note: str = "", recipe: DitRecipe | None = None) -> None:
+def recipe_of(saved: dict[str, Any]) -> DitRecipe:
+    """What a checkpoint says that it was trained with; older ones say nothing: the default. The sizes are all runs'."""
+    usual, before = DitRecipe(), saved.get("recipe", {})
+    names = [item.name for item in fields(usual) if item.name in before and item.name not in ("model", "encoder")]
+    return replace(usual, **{name: before[name] for name in names})
+
+
+def export(run: Path, folder: Path, note: str = "") -> None:
     """Writes the EMA weights of a run as the three files of the demo, each under a temporary name first.
 
     Args:
         note: goes behind the recipe in the header: what a run did that the recipe does not say.
-        recipe: what the run was trained with; None is the default.
     """
-    recipe = recipe or DitRecipe()
     dit, encoder, autoencoder = load_trained(run)
     folder.mkdir(parents=True, exist_ok=True)
-    header = provenance_of(recipe, read_run(run / DIT_CHECKPOINT)["update"])
+    saved = read_run(run / DIT_CHECKPOINT)
+    header = provenance_of(recipe_of(saved), saved["update"])
     if note:
         header["recipe"] += f". {note}"
     shared = {key: header[key] for key in ("recipe", "data", "git_commit")}
@@ -672,12 +678,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="train the DiT for this long; default: its updates")
     options = parser.parse_args(arguments)
     device = begin(options)
+    if options.export:
+        export(options.out, options.export, options.note)
+        return
     recipe = AutoencoderRecipe(scale=options.scale)
     dit = enlarged(DitRecipe(), options.batch_factor)
     dit = replace(dit, scale=options.scale, seconds=options.seconds)
-    if options.export:
-        export(options.out, options.export, options.note, dit)
-        return
     on_cpu = device.type == "cpu"
     started = time.perf_counter()
     if options.stage == "autoencoder":

@@ -400,10 +400,11 @@ def train_flow(
             (recipe.kept_weight * other).backward()
         training.step(update)
         losses.add(flow=loss, kept=other)
-        if (update + 1) % READ_EVERY == 0:
+        saves = (update + 1) % recipe.save_every == 0
+        if saves or (update + 1) % READ_EVERY == 0:
             found = losses.read(update)
             bar.set_postfix_str(found)
-            if (update + 1) % recipe.save_every == 0:
+            if saves:
                 training.save(update + 1)
                 log.info("update %d: %s", update + 1, found)
     losses.read(update)

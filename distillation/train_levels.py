@@ -318,7 +318,6 @@ def going_on_states(
 
 @torch.no_grad()
 def as_drawn(
-    recipe: LevelsRecipe,
     networks: Networks,
     trained: TrainedFor,
     truth: Tensor,
@@ -375,7 +374,7 @@ def switched_states(
     ids = tokenize_captions(clips.after.captions).to(device)
     if recipe.drawn_by == "student":
         earlier = tokenize_captions(clips.before.captions).to(device)
-        truth = as_drawn(recipe, networks, trained, truth, ((0, earlier), (chunk, ids)), generator)
+        truth = as_drawn(networks, trained, truth, ((0, earlier), (chunk, ids)), generator)
     rows = tuple(map(schedule.chunk_sigmas, range(chunk)))
     anew = replace(trained, schedule=replace(schedule, sigmas=(*rows, *schedule.sigmas)))
     text, noise = networks.encoder(ids), _noise(generator, len(ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -373,32 +374,37 @@ def shipped_goals(results: Mapping[str, Measured]) -> list[Goal]:
 
     Shares compare estimates; for measures where less is better (end-point error, Frechet distance) the share is the
     undistilled model's over the student's. The long rollout must not lose more than 5 points of its first tenth in
-    saturation or correctness, nor 5% of sharpness.
+    saturation or correctness, nor 5% of sharpness. What could not be measured, or has no share, is not reached.
     """
     if not {SHIPPED, CAUSAL} <= results.keys():
         return []
     evidence = _Evidence(results, 0)
     goals = []
-    for measure in ("colour", "shape", "direction", "everything", "tracked", "endpoint", "frechet"):
+
+    def add(text: str, decide: Callable[[], tuple[str, bool]]) -> None:
+        try:
+            goals.append(Goal(text, *decide()))
+        except _Missing as missing:
+            goals.append(Goal(text, str(missing), False))
+
+    def share_of(measure: str) -> tuple[str, bool]:
         mine, theirs = (evidence.of(name, measure) for name in (SHIPPED, CAUSAL))
-        better_low = measure in ("endpoint", "frechet")
-        share = theirs.estimate / mine.estimate if better_low else mine.estimate / theirs.estimate
+        part, whole = (theirs, mine) if measure in ("endpoint", "frechet") else (mine, theirs)
         form = MEASURES[measure].form
-        goals.append(
-            Goal(
-                f"{MEASURES[measure].title}: at least {SHIPPED_SHARE:.0%} of the causal undistilled model's",
-                f"{written(mine, form)} against {written(theirs, form)}: {share:.0%}",
-                share >= SHIPPED_SHARE,
-            )
-        )
-    amplitude = evidence.of(SHIPPED, "amplitude")
-    goals.append(
-        Goal(
-            f"motion within {SHIPPED_AMPLITUDE:.0%} of the commanded",
-            written(amplitude, NUMBER),
-            abs(amplitude.estimate - 1) <= SHIPPED_AMPLITUDE,
-        )
-    )
+        found = f"{written(mine, form)} against {written(theirs, form)}"
+        if whole.estimate == 0:
+            return f"{found}: there is no share of 0", False
+        share = part.estimate / whole.estimate
+        return f"{found}: {share:.0%}", share >= SHIPPED_SHARE
+
+    def motion() -> tuple[str, bool]:
+        amplitude = evidence.of(SHIPPED, "amplitude")
+        return written(amplitude, NUMBER), abs(amplitude.estimate - 1) <= SHIPPED_AMPLITUDE
+
+    for measure in ("colour", "shape", "direction", "everything", "tracked", "endpoint", "frechet"):
+        text = f"{MEASURES[measure].title}: at least {SHIPPED_SHARE:.0%} of the causal undistilled model's"
+        add(text, partial(share_of, measure))
+    add(f"motion within {SHIPPED_AMPLITUDE:.0%} of the commanded", motion)
     for measure in DRIFTS:
         change = spread(results[SHIPPED], measure)
         if change is not None:

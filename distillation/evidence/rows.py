@@ -129,7 +129,6 @@ ONE_OF_EACH_MEAN, SHIPPED = "one-of-each-mean", "shipped"
 UNDISTILLED_CFG = demo_files.TEACHER_CFG
 
 
-STUDENT_FILE = "demo_student.safetensors"
 LONG_BUDGET = "--updates 380 --cooldown 80"
 DEMO_SCHEDULE = DiagonalSchedule.preset(DEMO_PRESET)
 FIRST_MOVE = DiagonalSchedule.from_steps((4, 3, 2), times=(1.0, 4 / 9, 3 / 13, 0.1))
@@ -152,7 +151,6 @@ def _trained(
     context_sigma: float = DEFAULT_CONTEXT_SIGMA,
     motion_weight: float = 1.0,
     others: tuple[str, ...] = (),
-    checkpoint: str = "",
     reference: str = FULL,
     budget: str = "",
     start: str = INITIAL,
@@ -166,7 +164,7 @@ def _trained(
     return Row(
         name=name,
         text=text,
-        checkpoint=checkpoint or f"{name}.safetensors",
+        checkpoint=f"{name}.safetensors",
         schedule=DiagonalSchedule.from_steps(
             parse_steps(steps),
             times=PRESETS[preset].times,
@@ -416,7 +414,7 @@ ROWS: tuple[Row, ...] = (
         SHIPPED,
         f"the shipped student: {ONE_OF_EACH_MEAN}, 480 updates more, in which later chunks learn two forwards in one",
         f"--updates 480 --save-every 48 {TWO_IN_ONE}",
-        checkpoint=STUDENT_FILE,
+        checkpoint=demo_files.STUDENT_FILE,
         start=f"{ONE_OF_EACH_MEAN}.safetensors",
     ),
 )
@@ -447,13 +445,14 @@ def initial_command(runs: Path, *, teacher: Path) -> str:
     )
 
 
-def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None = None) -> str:
+def training_command(row: Row, runs: Path, *, teacher: Path, demo: Path, updates: int | None = None) -> str:
     """The shell commands that train a row and export its weights to where the evaluation looks for them.
 
     Args:
         row: a trained one.
         runs: folder of the runs.
         teacher: weights of the shared initialisation.
+        demo: folder of the demo's files.
         updates: the budget that all rows share which have none of their own; None is the recipe's.
 
     Raises:
@@ -463,7 +462,8 @@ def training_command(row: Row, runs: Path, *, teacher: Path, updates: int | None
         raise ValueError(f"row is {row.name!r}, the shared initialisation; it is made by distillation.train_demo.")
     run, start, target = (shlex.quote(os.fspath(runs / name)) for name in (row.name, row.start, row.checkpoint))
     if row.moved:
-        command = f"python -m distillation.train_levels --start demo --student {start} --out {run}"
+        files = shlex.quote(os.fspath(demo))
+        command = f"python -m distillation.train_levels --start {files} --student {start} --out {run}"
         if row.mean_with:
             command += f" --mean-with {shlex.quote(os.fspath(runs / row.mean_with))}"
         return f"{command} {row.training} && \\\n{command} --export {target}"
@@ -506,6 +506,7 @@ def check_header(row: Row, path: Path) -> str:
         steps_per_chunk=tuple(len(sigmas) for sigmas in row.schedule.sigmas),
         sigmas=row.schedule.sigmas,
         context_mode=row.schedule.context_mode,
+        context_sigma=row.schedule.context_sigma if row.schedule.context_mode == "renoise" else None,
         frames_per_chunk=row.settings.frames_per_chunk,
         window=row.settings.window,
         sink=row.settings.sink,

@@ -233,14 +233,14 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
     for row in ROWS:
         if row.training is None:
             with pytest.raises(ValueError, match=row.name):
-                training_command(row, Path("runs"), teacher=Path("t"))
+                training_command(row, Path("runs"), teacher=Path("t"), demo=Path("d"))
             continue
-        command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), updates=7))
+        command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), demo=Path("d"), updates=7))
         train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
         flags = dict(zip(train[3::2], train[4::2], strict=True))
         if row.moved:
             assert train[2] == export[2] == "distillation.train_levels"
-            assert flags.pop("--start") == "demo" and flags.pop("--student") == f"runs/e/{row.start}"
+            assert flags.pop("--start") == "d" and flags.pop("--student") == f"runs/e/{row.start}"
             assert row.start in [other.checkpoint for other in ROWS]
             assert flags.pop("--mean-with", "") == (f"runs/e/{row.mean_with}" if row.mean_with else "")
             assert row.mean_with in ["", *(other.checkpoint for other in ROWS)]
@@ -411,6 +411,14 @@ def test_the_shipped_student_is_held_to_its_goals() -> None:
     assert [text.split(",")[0] for text in missed] == ["shape", "end-point error", "motion within 10% of the commanded",
                                                        "saturation"]  # fmt: skip
     assert claims.shipped_goals({SHIPPED: made_up(SHIPPED)}) == []
+    found = results(causal={"everything": -1.0})
+    nothing = [[] for _ in range(CAPTIONS)]
+    lacking = replace(found[SHIPPED], values={**found[SHIPPED].values, "endpoint": nothing, "amplitude": nothing})
+    odd = [goal for goal in claims.shipped_goals({**found, SHIPPED: lacking}) if not goal.reached]
+    said = ["everything (clips)", "end-point error", "motion"]
+    assert len(odd) == 3 and all(text in goal.text for text, goal in zip(said, odd, strict=True))
+    assert odd[0].found.endswith("there is no share of 0")
+    assert "row shipped has no" in odd[1].found and "row shipped has no" in odd[2].found
 
 
 # --- tables
@@ -626,6 +634,10 @@ def test_weights_of_another_training_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="steps_per_chunk.*--commands"):
         check_header(row, path)
     assert "5 updates" in check_header(row_named(STEPS_4_2), path)
+    save_file({"x": torch.zeros(1)}, path, metadata=header_of(recipes.demo(context_mode="renoise"), 5, whole=True))
+    with pytest.raises(ValueError, match="context_sigma is set to 0.8, but the file was trained with 0.357"):
+        check_header(row_named("context-0.8"), path)
+    save_file({"x": torch.zeros(1)}, path, metadata=header_of(recipe, 5, whole=True))
     with pytest.raises(ValueError, match="a distilled model"):
         check_header(row_named(TEACHER), path)
     with pytest.raises(ValueError, match="name is 'A b'"):

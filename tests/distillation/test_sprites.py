@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diagonal_sampler.captions import COLOURS, DIRECTIONS, SHAPES, SpriteSpec, parse_caption
+from diagonal_sampler.schedule import DiagonalSchedule, levels_text
 from distillation import sprites
-from distillation.score import score_clip
+from distillation.demo_files import TrainedFor, trained_for
+from distillation.recipes import DEMO
+from distillation.score import chosen_sampling, score_clip
 
 
 def test_a_clip_depends_on_seed_and_index_only() -> None:
@@ -139,3 +144,24 @@ def test_a_larger_scale_shows_the_same_world() -> None:
         for sprite in score.sprites:
             assert sprite.colour_right and sprite.direction_right and sprite.shape_right
             assert sprite.speed == pytest.approx(sprites.PIXELS_PER_FRAME[sprite.spec.speed], rel=0.05)
+
+
+def sampled(trained: TrainedFor, **flags: object) -> DiagonalSchedule:
+    names = ("preset", "steps", "shift", "context_mode", "noise", "window", "sink", "cfg")
+    return chosen_sampling(SimpleNamespace(**dict.fromkeys(names) | flags), trained)[0]
+
+
+def test_other_steps_are_of_the_levels_that_a_checkpoint_was_trained_with() -> None:
+    student, teacher = (trained_for(DEMO / f"demo_{name}.safetensors") for name in ("student", "teacher"))
+    assert levels_text(sampled(student, steps="4,3").sigmas) == "1, 0.75, 0.5, 0.357; 1, 0.75, 0.357"
+    assert sampled(student, shift=5.0) == sampled(student) == student.schedule
+    assert sampled(teacher, steps="4") == DiagonalSchedule.uniform(4)
+    assert sampled(teacher, preset="diagonal 4-2", shift=3.0) == DiagonalSchedule.preset("diagonal 4-2", shift=3.0)
+    self_forcing = DiagonalSchedule.preset("self forcing", steps=(3,), shift=3.0)
+    renoised = replace(self_forcing, context_mode="renoise", context_sigma=0.8)
+    found = sampled(replace(student, schedule=renoised), steps="4")
+    assert found == replace(renoised, sigmas=DiagonalSchedule.preset("self forcing", shift=3.0).sigmas)
+    even = DiagonalSchedule.uniform(4)  # the levels of Self Forcing too
+    assert sampled(replace(teacher, schedule=even), steps="2") == DiagonalSchedule.uniform(2)
+    with pytest.raises(ValueError, match="levels 1, 0.2, which are no preset's; give --preset"):
+        sampled(replace(student, schedule=DiagonalSchedule(sigmas=((1.0, 0.2),))), steps="3")

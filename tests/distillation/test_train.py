@@ -38,10 +38,11 @@ from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP
 from diagonal_sampler.sampler import sample_chunks, split_frames
+from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA
 from diagonal_sampler.settings import CausalSettings
-from distillation import export, recipes, run_folder, train
+from distillation import demo_files, export, recipes, run_folder, train, train_demo
 from distillation.common import generator_at
-from distillation.networks import read_wan
+from distillation.networks import build_networks, read_wan
 from distillation.prompts import prompts_digest
 from distillation.recipes import RECIPES, Recipe
 from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
@@ -1018,6 +1019,8 @@ def test_every_recipe_is_valid():
         ({"score_shift": float("inf")}, "score_shift is inf; it must be a finite number"),
         ({"dim": 100}, "dim is 100"),
         ({"frames": 1}, "at least 2"),
+        ({"frames_per_chunk": 0, "stage": "long"}, "frames_per_chunk is 0; it must be at least 1"),
+        ({"sink": -1}, "sink is -1; it must be 0 or more"),
     ),
 )
 def test_bad_recipes_name_the_field(inputs, change, message):
@@ -1183,6 +1186,23 @@ def test_stages_load_only_the_networks_they_need(inputs, tmp_path):
     assert forcing.teacher is None and forcing.fake_score is None
     unguided = trainer_of(tiny_recipe(inputs, cfg=1.0), tmp_path / "unguided")
     assert unguided.negative is None, "there need not be a negative prompt"
+    adapters = {"stage": "forcing", "lora_rank": 2, "student": str(inputs / "teacher.safetensors")}
+    alone = build_networks(tiny_recipe(inputs, teacher="nowhere", **adapters), torch.device("cpu"), None)
+    assert (alone.student.adapter, alone.teacher, alone.fake_score) == ("student", None, None)
+
+
+@pytest.mark.parametrize("stage", ("ode", "forcing"))
+def test_samples_are_made_as_the_export_says(inputs, tmp_path, monkeypatch, stage):
+    clips = str(tmp_path / "clips")
+    ode = trainer_of(tiny_recipe(inputs, stage="ode", clips=clips), tmp_path / "ode")
+    trainer = ode if stage == "ode" else trainer_of(replace(ode.recipe, stage=stage), tmp_path / stage)
+    seen = []
+    monkeypatch.setattr(train, "stream", lambda *args, **more: seen.append(args[3]) or stream(*args, **more))
+    trainer.sample(1)
+    file = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata=export.header_of(trainer.recipe, 1, whole=True))
+    assert [replace(schedule, shift=5.0) for schedule in seen] == [demo_files.trained_for(file).schedule]
+    assert seen[0].fresh_noise is (stage == "ode")
 
 
 def test_the_readme_lists_every_flag_with_its_default():
@@ -1204,6 +1224,20 @@ def test_flags_are_the_recipes_fields(inputs, tmp_path):
 def test_only_the_demo_has_a_teacher_stage(tmp_path, capsys):
     assert train.main(["--recipe", "wan_1_3b", "--stage", "teacher", "--out", str(tmp_path)]) == 1
     assert "published one" in capsys.readouterr().err
+
+
+def test_the_teacher_stage_takes_threads_and_seconds_and_refuses_what_it_would_drop(tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr(train_demo, "main", told.append)
+    plain = ["--recipe", "demo", "--stage", "teacher", "--out", str(tmp_path)]
+    threads = str(torch.get_num_threads())
+    assert train.main([*plain, "--threads", threads, "--seconds", "7"]) == 0
+    assert told == [["--stage", "all", "--out", str(tmp_path), "--threads", threads, "--seconds", "7.0"]]
+    assert train.main([*plain, "--updates", "5", "--seed", "3"]) == 1
+    assert "which --seed, --updates would not change" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(plain) == 1
+    assert "torchrun started 2" in capsys.readouterr().err and len(told) == 1
 
 
 def test_save_every_0_writes_no_checkpoint_and_the_log_says_where_the_time_went(inputs, tmp_path):
@@ -1370,9 +1404,22 @@ def test_an_export_says_how_it_was_trained_and_at_which_commit(inputs, tmp_path,
     listed = found["recipe"].split("changed: ")[1]
     assert "--cfg 2.5" in listed and "--steps 3,2" in listed and "--learning-rate 0.001" in listed
     assert not {"--updates", "--keep", "--stage", "--teacher", "--name", "--seed"} & set(listed.split())
-    assert "changed" not in export.header_of(recipes.wan_1_3b(), 1, whole=True)["recipe"]
+    plain = export.header_of(recipes.wan_1_3b(), 1, whole=True)
+    assert "changed" not in plain["recipe"] and "context_sigma" not in plain
     run_folder.write_json(tmp_path / "run" / "recipe.json", asdict(recipe))  # as runs began before
     assert header()["git_commit"] == "unknown; exported at of the export"
+
+
+def test_an_export_is_sampled_with_the_context_it_was_trained_for(tmp_path):
+    recipe = recipes.demo(context_mode="renoise", context_sigma=0.8)
+    header = export.header_of(recipe, 1, whole=True)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=header)
+    assert demo_files.trained_for(tmp_path / "x.safetensors").schedule == recipe.schedule
+    del header["context_sigma"]  # as files were written before
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=header)
+    assert demo_files.trained_for(tmp_path / "x.safetensors").schedule == replace(
+        recipe.schedule, context_sigma=DEFAULT_CONTEXT_SIGMA
+    )
 
 
 def test_a_student_of_stage_forcing_is_no_few_step_model(tmp_path):

@@ -278,7 +278,7 @@ def test_the_command_trains_the_larger_world_for_a_while_and_its_files_say_so(tm
     monkeypatch.setattr(train_demo, "AutoencoderRecipe", lambda **changes: replace(AUTOENCODER, **changes))
     shared = ["--scale", "2", "--batch-factor", "2", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
     train_demo.main([*shared, "--seconds", "1"])
-    train_demo.main([*shared, "--export", str(tmp_path / "demo")])
+    train_demo.main([*shared[4:], "--export", str(tmp_path / "demo")])  # the run says what it was
     with safe_open(tmp_path / "demo" / demo_files.TEACHER_FILE, framework="pt") as file:
         header = file.metadata()
     assert "at 128x128" in header["data"] and f"{2 * DIT.batch} clips" in header["recipe"]

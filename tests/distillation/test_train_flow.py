@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_two_updates_resumed_for_two_more_equal_four(run, tmp_path):
     train_flow.train_flow(TINY, DEMO, tmp_path, CPU, stop=2)
     path = train_flow.train_flow(TINY, DEMO, tmp_path, CPU)
     assert same(demo_run.load_checkpoint(path), demo_run.load_checkpoint(run / train_flow.CHECKPOINT))
+
+
+def test_checkpoints_are_written_when_they_are_due(run, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(demo_run.Training, "save", lambda training, update: saved.append(update))
+    recipe = replace(TINY, save_every=3)
+    train_flow.train_flow(recipe, DEMO, tmp_path, CPU, clips=run / train_flow.CLIPS)
+    assert saved == [3, 4]
 
 
 def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):

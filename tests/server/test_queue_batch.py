@@ -1087,8 +1087,14 @@ def test_a_refusal_says_the_servers_reason():
 
 
 def test_addresses():
-    assert queue_batch.server_url("127.0.0.1:8188") == "http://127.0.0.1:8188"
-    assert queue_batch.server_url("https://host/comfy/") == "https://host/comfy"
+    assert queue_batch.server_address("127.0.0.1:8188") == ("http://127.0.0.1:8188", {})
+    assert queue_batch.server_address("https://host/comfy/") == ("https://host/comfy", {})
+    login = {"Authorization": "Basic bWU6cEBzcw=="}  # me:p@ss
+    assert queue_batch.server_address("http://me:p%40ss@host/a@b/") == ("http://host/a@b", login)
     for wrong in ("ftp://host", "http://", "host name", "http://a..b", "http://host:99999", "http://:80"):
         with pytest.raises(batch_jobs.BatchError, match="--server"):
-            queue_batch.server_url(wrong)
+            queue_batch.server_address(wrong)
+    for wrong in ("ftp://me:secret@host", "http://me:sec/ret@host", "me:secret@host name", "http://m%3Ae:secret@host"):
+        with pytest.raises(batch_jobs.BatchError, match="--server '...@host") as caught:
+            queue_batch.server_address(wrong)
+        assert "sec" not in str(caught.value)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
+from aiohttp import web  # noqa: E402
+
 import batch_jobs  # noqa: E402
 import queue_batch  # noqa: E402
 
@@ -56,6 +60,65 @@ class Bench:
     def records(self) -> list[tuple[str, int, str | None]]:
         lines = [json.loads(line) for line in self.log.path.read_text().splitlines()]
         return [(line["server"], line["seed"], line["error"]) for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------- addresses
+
+
+def test_a_login_goes_to_its_server_alone_and_a_redirect_is_not_followed(tmp_path):
+    seen = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append((request.path, request.headers.get("Authorization")))
+        if request.path in ("/prompt", "/view", "/history/x"):
+            return web.Response(status=307, headers={"Location": "/elsewhere"})
+        return web.json_response({})
+
+    async def ask() -> None:
+        bench = Bench(tmp_path, 1, servers=1)
+        bench.batch.options = replace(bench.batch.options, output=tmp_path)
+        app = web.Application()
+        app.router.add_route("*", "/{any:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        url, headers = queue_batch.server_address(f"http://me:secret@127.0.0.1:{port}/")
+        async with aiohttp.ClientSession() as session:
+            server = queue_batch.Server(url, session, headers)
+            assert (await server.request("POST", "/prompt", body={}))[0] == 307
+            assert await server.get("/queue") == {}
+            with pytest.raises(queue_batch.ConnectionLost, match="HTTP 307, a redirect"):
+                await server.finished("x")
+            with pytest.raises(queue_batch.DownloadError, match="HTTP 307, a redirect"):
+                result = {"filename": "a.mp4", "subfolder": "", "type": "output"}
+                await bench.batch._download(server, bench.jobs[0], result, 0)
+            with pytest.raises(queue_batch.ConnectionLost, match="websocket"):
+                await bench.batch._websocket(server)
+        await runner.cleanup()
+
+    asyncio.run(ask())
+    assert [path for path, _ in seen] == ["/prompt", "/queue", "/history/x", "/view", "/ws"]
+    assert {login for _, login in seen} == {"Basic bWU6c2VjcmV0"}, "me:secret"
+    assert "a redirect" in batch_jobs.refusal(307, None) and "a redirect" in batch_jobs.refusal(307, {})
+
+
+def test_a_password_is_neither_printed_nor_written(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("p")
+    graph = {"1": _encoder(), "3": _node(positive=["1", 0], seed=1)}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    digest = batch_jobs.graph_digest(graph, [batch_jobs.Target("1", "text"), batch_jobs.Target("3", "seed")])
+    url, log = "http://me:secret@127.0.0.1:9", tmp_path / "batch.jsonl"
+    jobs = [["p", 0, str(uuid.uuid4()), url]]  # as earlier versions wrote it
+    Path(f"{log}.inflight").write_text(json.dumps({"graph": digest, "jobs": jobs}))
+    flags = [str(tmp_path / "graph.json"), "--prompts", str(tmp_path / "prompts.txt"), "--log", str(log)]
+    assert queue_batch.main([*flags, "--server", url, "--patience", "0", "--resume"]) == 1
+    assert json.loads(log.read_text())["server"] == "http://127.0.0.1:9"
+    printed = capsys.readouterr()
+    assert "lost http://127.0.0.1:9" in printed.out and "is looked for on all" not in printed.out
+    texts = [printed.out, printed.err, *(path.read_text() for path in tmp_path.glob("batch.jsonl*"))]
+    assert len(texts) == 5 and not any("secret" in text for text in texts)
 
 
 # ----------------------------------------------------------------------------------------------- who gets a job
