@@ -23,7 +23,7 @@ import torch
 
 from .provenance import PROVENANCE_KEYS, Provenance
 from .quantization import LEGACY_FP8_KEY, PACKED_FORMATS, QUANTIZATION_KEY, Quantization, read_mark, read_quantization
-from .schedule import PRESETS, DiagonalSchedule, same_levels
+from .schedule import PRESETS, DiagonalSchedule, same_levels, same_steps
 from .settings import CausalSettings
 from .wan_layout import (
     COUNTER_PREFIX,
@@ -65,6 +65,8 @@ PLAIN_SECTIONS = ("generator", "model", "state_dict")
 _SECTIONS = EMA_SECTIONS + PLAIN_SECTIONS
 _FLAT = "flat"
 _MAX_NESTING = 4
+MAX_BLOCKS = 1000
+"""Wan 2.1 14B has 40. Names of what a small file leaves out of ten thousand would take minutes."""
 
 COMPANIONS = ("vae", "first_stage_model", "text_encoders", "cond_stage_model", "conditioner", "clip_vision")
 """Other models that an all-in-one file carries beside the diffusion model: named in the report, not loaded."""
@@ -249,10 +251,15 @@ def recognise(
     _refuse_variant(bare, name)
 
     config = _transformer_config(file)
+    depth = count_blocks(bare, name)
+    if depth > MAX_BLOCKS:
+        raise ValueError(
+            f"weight file {name!r} has {depth} blocks by its names, such as 'blocks.{depth - 1}', and no Wan has more "
+            f"than {MAX_BLOCKS}; choose a Wan 2.1 file"
+        )
     quantization = read_quantization(
         file, bare, prefix=prefix, known_formats=quant_formats, companions=COMPANIONS, check_values=check_values
     )
-    depth = count_blocks(bare, name)
     attention = _take_attention(bare, name, check_values)
     _check_names(bare, foreign, depth, quantization, name)
     dims = _derive_dims(bare, depth, quantization, name)
@@ -343,7 +350,8 @@ def _agrees(name: str, provenance: Provenance) -> bool:
     preset, default = PRESETS[name], CausalSettings().frames_per_chunk
     schedule = DiagonalSchedule.preset(name)
     return (
-        preset.steps == provenance.steps_per_chunk
+        provenance.steps_per_chunk is not None
+        and same_steps(preset.steps, provenance.steps_per_chunk)
         and preset.context_mode == provenance.context_mode
         and (preset.frames_per_chunk or default) == (provenance.frames_per_chunk or default)
         and provenance.shift in (None, preset.shift)
@@ -356,8 +364,10 @@ def _agrees(name: str, provenance: Provenance) -> bool:
 
 def _choose_section(file: WeightFile, weights: str) -> tuple[str, dict[str, torch.Tensor], list[str]]:
     """The dict to load: its path, its tensors, and what of the file stays unused."""
-    leaves, bookkeeping = _leaves(file.tree, (), file.name)
-    wan = [leaf for leaf in leaves if _find_prefix(_plain_names(leaf[1], file.name)[0]) is not None]
+    leaves, bookkeeping = _leaves(file.tree, (), file.name, {})
+    different = {id(tensors): tensors for _, tensors in leaves}
+    prefixes = {key: _find_prefix(_plain_names(tensors, file.name)[0]) for key, tensors in different.items()}
+    wan = [leaf for leaf in leaves if prefixes[id(leaf[1])] is not None]
     if wan:
         wanted = {"auto": wan, "ema": [leaf for leaf in wan if _is_ema(leaf[0])]}
         wanted["generator"] = [leaf for leaf in wan if not _is_ema(leaf[0])]
@@ -376,28 +386,44 @@ def _choose_section(file: WeightFile, weights: str) -> tuple[str, dict[str, torc
     return _path(path), tensors, unused + bookkeeping
 
 
+_Leaf = tuple[tuple[str, ...], dict[str, torch.Tensor]]
+
+
 def _leaves(
-    tree: Mapping[str, Any], path: tuple[str, ...], name: str
-) -> tuple[list[tuple[tuple[str, ...], dict[str, torch.Tensor]]], list[str]]:
-    """Every dict of tensors under a known name, with its path, and the names of all that is not looked into."""
-    tensors, others = flat_tensors(tree, name, f"dict {_path(path)!r}")
-    leaves = []
-    for section in ("generator_ema", "generator"):  # a safetensors file can only nest by its key names
-        grouped = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{section}.")}
-        if grouped:
-            grouped = {key.removeprefix(f"{section}."): value for key, value in grouped.items()}
-            leaves.append(((*path, section), grouped))
-    if tensors:
-        leaves.append((path, tensors))
+    tree: Mapping[str, Any], path: tuple[str, ...], name: str, known: dict[int, tuple[list[_Leaf], list[str]]]
+) -> tuple[list[_Leaf], list[str]]:
+    """Every dict of tensors under a known name, with its path, and the names of all that is not looked into.
+
+    known: by id of a dict that was met before, its own leaves, with paths below it, and the known names in it: a dict
+    of a pickle may lie in many places, each of which is a leaf, but of the same tensors.
+    """
+    met = id(tree) in known
+    own, others = known[id(tree)] if met else _own_leaves(tree, path, name)
+    if not met:
+        known[id(tree)] = own, [key for key in others if key in _SECTIONS]
+    leaves = [((*path, *below), tensors) for below, tensors in own]
     bookkeeping = []
     for key in others:
         if key in _SECTIONS and isinstance(tree[key], Mapping) and len(path) < _MAX_NESTING:
-            inner, more = _leaves(tree[key], (*path, key), name)
+            inner, more = _leaves(tree[key], (*path, key), name, known)
             leaves += inner
             bookkeeping += more
-        else:
+        elif not met:
             bookkeeping.append(_path((*path, key)))
     return leaves, bookkeeping
+
+
+def _own_leaves(tree: Mapping[str, Any], path: tuple[str, ...], name: str) -> tuple[list[_Leaf], list[str]]:
+    """The dicts of tensors that one dict is, with their paths below it, and its other keys."""
+    tensors, others = flat_tensors(tree, name, f"dict {_path(path)!r}")
+    leaves: list[_Leaf] = []
+    for section in ("generator_ema", "generator"):  # a safetensors file can only nest by its key names
+        grouped = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{section}.")}
+        if grouped:
+            leaves.append(((section,), {key.removeprefix(f"{section}."): value for key, value in grouped.items()}))
+    if tensors:
+        leaves.append(((), tensors))
+    return leaves, others
 
 
 def _is_ema(path: tuple[str, ...]) -> bool:

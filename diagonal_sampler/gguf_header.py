@@ -8,12 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+MAX_HEADER_BYTES = 1 << 24  # a Wan's has 100 kB; more is not looked at
 MAX_COUNT = 1_000_000  # tensors, entries, elements of an entry, or bytes of a text: a damaged file asks for more
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 40  # of a tensor; the largest of a Wan has 71 million
@@ -38,10 +40,12 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
     """Read the header of a GGUF file.
 
     Raises:
-        ValueError: no GGUF file, or one that is damaged or of an unknown version.
+        ValueError: no GGUF file, or one that is damaged, of an unknown version, or with a header beyond
+            MAX_HEADER_BYTES.
     """
     path = Path(path)
-    with path.open("rb") as file:
+    with path.open("rb") as whole:
+        file = BytesIO(whole.read(MAX_HEADER_BYTES))
         try:
             if file.read(4) != MAGIC:
                 raise ValueError(f"weight file {path.name!r} is no GGUF file; download it again.")
@@ -90,7 +94,11 @@ def _value(file: BinaryIO, kind: int) -> Any:
         inner = _number(file, "I")
         if inner == _ARRAY:
             raise struct.error("an array of arrays")
-        return tuple(_value(file, inner) for _ in range(_count(file)))
+        count = _count(file)
+        if inner in _NUMBERS:  # at once: bytes are a million elements a megabyte
+            packed = f"<{count}{_NUMBERS[inner]}"
+            return struct.unpack(packed, file.read(struct.calcsize(packed)))
+        return tuple(_value(file, inner) for _ in range(count))
     if kind not in _NUMBERS:
         raise struct.error(f"value type {kind}")
     return _number(file, _NUMBERS[kind])

@@ -5,12 +5,13 @@ The sampler asks its host for the same figures before it runs, so that what is p
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
 from .cache import KVCache
-from .settings import GLOBAL_WINDOW, CausalSettings
+from .settings import CausalSettings
 
 TEXT_TOKENS = 512
 """Tokens of a prompt for Wan: its text encoder pads to that."""
@@ -167,21 +168,22 @@ def changes_that_fit(
         if fits(lighter, clip):
             found.append(Change(weights=name))
             break
-    windows = list(_smaller_windows(clip))
-    for smaller in windows:
-        if fits(network, smaller):
-            found.append(Change(window=smaller.settings.window))
-            break
+    windows = _smaller_windows(clip)
+    # Bytes rise with the window, and a clip of a day has a window a chunk.
+    largest = bisect_left(windows, True, key=lambda window: fits(network, _with_window(clip, window)))
+    if largest < len(windows):
+        found.append(Change(window=windows[largest]))
     for smaller in _smaller_sizes(clip, step):
         if fits(network, smaller):
             found.append(Change(size=(smaller.rows, smaller.columns)))
             break
     if found:
         return found
-    (name, lightest), least = (formats or [(None, network)])[-1], (windows or [clip])[-1]
+    name, lightest = (formats or [(None, network)])[-1]
+    window = windows[-1] if windows else None
+    least = clip if window is None else _with_window(clip, window)
     for smaller in (least, *_smaller_sizes(least, step)):
         if fits(lightest, smaller):
-            window = least.settings.window if windows else None
             size = None if smaller is least else (smaller.rows, smaller.columns)
             return [Change(weights=name, window=window, size=size)]
     return []
@@ -194,15 +196,16 @@ def _lighter(network: NetworkFacts) -> Iterator[tuple[str, NetworkFacts]]:
             yield name, replace(network, weight_bytes=weight_bytes)
 
 
-def _smaller_windows(clip: ClipSize) -> Iterator[ClipSize]:
+def _smaller_windows(clip: ClipSize) -> range:
     """Windows below the one in use, largest first, a chunk less at a time; each lets a chunk see one before it."""
     settings = clip.settings
-    capacity = settings.capacity(clip.frames)
     smallest = settings.frames_per_chunk + max(settings.sink, settings.frames_per_chunk)
-    if settings.window == GLOBAL_WINDOW:
-        settings = replace(settings, window=max(capacity, smallest))
-    for window in range(capacity - settings.frames_per_chunk, smallest - 1, -settings.frames_per_chunk):
-        yield replace(clip, settings=replace(settings, window=window))
+    largest = settings.capacity(clip.frames) - settings.frames_per_chunk
+    return range(largest, smallest - 1, -settings.frames_per_chunk)
+
+
+def _with_window(clip: ClipSize, window: int) -> ClipSize:
+    return replace(clip, settings=replace(clip.settings, window=window))
 
 
 def _smaller_sizes(clip: ClipSize, step: int) -> Iterator[ClipSize]:

@@ -21,6 +21,8 @@ DEFAULT_CONTEXT_SIGMA = 0.357142857
 GIVEN_CONTEXT_SIGMA = 0.1
 """The most noise that frames from outside enter the cache with in a pass of their own."""
 MAX_STEPS = 1000
+MAX_LISTED_STEPS = 100_000
+"""Of all chunks that a schedule lists: hours of chunks, or a short text that would unfold a thousandfold."""
 TABLE_STEP = 1 / MAX_STEPS
 """Of Wan's table of timesteps: published sigmas are entries of it."""
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
@@ -171,6 +173,12 @@ def parse_sigmas(text: str) -> Levels:
         ) from None
 
 
+def same_steps(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether two lists of steps per chunk, of one chunk at least, say the same; the last chunk repeats."""
+    chunks = range(max(len(left), len(right)))
+    return all(left[min(chunk, len(left) - 1)] == right[min(chunk, len(right) - 1)] for chunk in chunks)
+
+
 def same_levels(left: Levels, right: Levels) -> bool:
     """Whether the noise levels of two schedules agree to the 1000-entry timestep table; the last chunk repeats."""
     for chunk in range(max(len(left), len(right))):
@@ -219,7 +227,7 @@ class DiagonalSchedule:
             keeps the noise that the step found in its input, which is Euler's method, for models that predict a mean.
 
     Raises:
-        ValueError: an empty table, sigmas out of range or not descending, an unknown context mode.
+        ValueError: an empty or a huge table, sigmas out of range or not descending, an unknown context mode.
     """
 
     sigmas: tuple[tuple[float, ...], ...]
@@ -232,7 +240,16 @@ class DiagonalSchedule:
     def __post_init__(self) -> None:
         if not self.sigmas:
             raise ValueError("sigmas is empty; give at least one chunk's list, such as 1, 0.93, 0.36.")
+        if (listed := sum(map(len, self.sigmas))) > MAX_LISTED_STEPS:
+            raise ValueError(
+                f"steps or sigmas list {len(self.sigmas)} chunks with {listed} steps together, and the most is "
+                f"{MAX_LISTED_STEPS}; list the first chunks only: the last of them repeats."
+            )
+        checked: set[int] = set()
         for chunk, row in enumerate(self.sigmas, start=1):  # as people count them
+            if id(row) in checked:  # chunks of as many steps share a row
+                continue
+            checked.add(id(row))
             if not row:
                 raise ValueError(f"sigmas of chunk {chunk} are empty; every chunk needs at least one step.")
             if len(row) > MAX_STEPS:
@@ -269,9 +286,9 @@ class DiagonalSchedule:
         if not steps:
             raise ValueError("steps is empty; give the steps of at least one chunk, such as (4, 3, 2).")
         _require_shift(shift)
-        sigmas = tuple(tuple(shift_sigma(u, shift) for u in select_times(times, count)) for count in steps)
+        rows = {count: tuple(shift_sigma(u, shift) for u in select_times(times, count)) for count in set(steps)}
         return cls(
-            sigmas=sigmas,
+            sigmas=tuple(rows[count] for count in steps),
             context_mode=context_mode,
             context_sigma=context_sigma,
             shift=shift,

@@ -12,7 +12,9 @@ import math
 import os
 import pickle
 import re
+import reprlib
 import struct
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_LISTED = 10
 """Names an error spells out before it only counts."""
+MAX_NAME = 200
+"""Characters of a name that a message shows."""
 
 MARK_ELEMENTS = 1 << 12
 """The most bytes of a tensor that says how a layer is stored."""
@@ -84,16 +88,38 @@ class WeightFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+def printable(text: str, limit: int = MAX_NAME) -> str:
+    """Text of a file for a message: what no terminal shows is escaped, and it is cut where it is long.
+
+    A lone surrogate in a message ends the thread of ComfyUI that runs prompts, when it is to be printed.
+    """
+    shown = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
+
+
 def listed(names: Iterable[str], limit: int = MAX_LISTED) -> str:
-    """Join names for an error: the first `limit` in natural order, then how many more."""
+    """Join names for an error: the first `limit` in natural order, each as `printable`, then how many more."""
     ordered = sorted(names, key=_natural)
-    shown = ", ".join(ordered[:limit])
+    shown = ", ".join(map(printable, ordered[:limit]))
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
+
+
+class _Bounded(reprlib.Repr):
+    """`repr` of a value's beginning: dicts of a pickle that share their insides have no end that can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
+        self.maxstring = self.maxlong = self.maxother = 60
+
+    def repr1(self, x: Any, level: int) -> str:
+        return self.repr_dict(x, level) if isinstance(x, dict) else super().repr1(x, level)
 
 
 def short(value: Any, limit: int = 60) -> str:
     """A value for an error message, cut where it is long."""
-    text = repr(value)
+    text = _Bounded().repr(value) if isinstance(value, (dict, list, tuple, set, frozenset)) else repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -126,7 +152,8 @@ def read_weight_file(
     if suffix in SAFETENSORS_SUFFIXES:
         return _read_safetensors(path, frozenset(wanted_metadata), read_safetensors)
     if suffix in PICKLE_SUFFIXES:
-        return WeightFile(name=path.name, tree=_read_pickle(path, zipped=head.startswith(_ZIP_MAGIC)))
+        zipped = head.startswith(_ZIP_MAGIC)
+        return WeightFile(name=path.name, tree=_read_pickle(path, zipped=zipped, mapped=zipped))
     raise ValueError(
         f"weight file {path.name!r} ends in {suffix or 'nothing'!r}; this loader reads "
         f"{', '.join(READABLE_SUFFIXES)}: convert it to .safetensors"
@@ -217,7 +244,7 @@ def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ())
         from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and seldom needed
 
         with FakeTensorMode():
-            tree = _read_pickle(path, zipped=False)
+            tree = _read_pickle(path, zipped=True, mapped=False)
         return WeightFile(name=path.name, tree=_without_values(tree))
     wanted = frozenset(wanted_metadata)
     try:
@@ -245,12 +272,27 @@ def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ())
     return WeightFile(name=path.name, tree=tensors, metadata=metadata)
 
 
-def _without_values(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _without_values(value) for key, value in tree.items()}
-    if isinstance(tree, torch.Tensor):
-        return torch.empty((), dtype=tree.dtype).expand(tuple(tree.shape))
-    return tree
+def _without_values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of the same form whose tensors are one element each, expanded.
+
+    Dicts of a pickle may share dicts, and lie in themselves: each is copied once, and shared as before.
+    """
+    copies: dict[int, dict[str, Any]] = {id(tree): {}}
+    waiting = [tree]
+    while waiting:
+        source = waiting.pop()
+        copy = copies[id(source)]
+        for key, value in source.items():
+            if isinstance(value, Mapping):
+                if id(value) not in copies:
+                    copies[id(value)] = {}
+                    waiting.append(value)
+                copy[key] = copies[id(value)]
+            elif isinstance(value, torch.Tensor):
+                copy[key] = torch.empty((), dtype=value.dtype).expand(tuple(value.shape))
+            else:
+                copy[key] = value
+    return copies[id(tree)]
 
 
 def _get_tensor(opened: Any, key: str, name: str) -> torch.Tensor:
@@ -324,8 +366,9 @@ def _diagnose_tensor(entry: dict[str, Any], nbytes: int) -> str | None:
     return None
 
 
-def _read_pickle(path: Path, *, zipped: bool) -> Mapping[str, Any]:
-    """Unpickle tensors and plain containers only; mapped into memory when torch wrote it as a zip."""
+def _read_pickle(path: Path, *, zipped: bool, mapped: bool) -> Mapping[str, Any]:
+    """Unpickle tensors and plain containers only. zipped: torch wrote it as a zip. mapped: into memory, which only a
+    zip can be."""
     version = _torch_version()
     if version < MIN_TORCH_FOR_PICKLES:
         raise ValueError(
@@ -333,8 +376,10 @@ def _read_pickle(path: Path, *, zipped: bool) -> Mapping[str, Any]:
             f"safely: torch {'.'.join(map(str, MIN_TORCH_FOR_PICKLES))} or newer is needed (CVE-2026-24747); "
             "upgrade torch, or use a .safetensors file"
         )
+    if zipped:
+        _refuse_compressed(path)
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the protection off: pass on only the name of what was refused.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -346,15 +391,35 @@ def _read_pickle(path: Path, *, zipped: bool) -> Mapping[str, Any]:
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(
-            f"weight file {path.name!r} cannot be read as a torch file ({type(error).__name__}: "
-            f"{_first_line(error)}); it is damaged, cut short or of another kind: download or copy it again"
-        ) from None
+        raise _no_torch_file(path, error) from None
     if not isinstance(tree, Mapping):
         raise ValueError(
             f"weight file {path.name!r} holds a {type(tree).__name__}, not a dict of tensors; choose a model file"
         )
     return tree
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise ValueError for a zip that unpacks to more bytes than it has: torch stores its records as they are, and
+    would unpack compressed ones, a thousandfold where they are zeros."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # a damaged directory, too
+        raise _no_torch_file(path, error) from None
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError(
+            f"weight file {path.name!r} is refused: it is compressed, which torch's own files are not, and may unpack "
+            "to any size; use a .safetensors version, or one saved with torch.save"
+        )
+
+
+def _no_torch_file(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"weight file {path.name!r} cannot be read as a torch file ({type(error).__name__}: {_first_line(error)}); it "
+        "is damaged, cut short or of another kind: download or copy it again"
+    )
 
 
 def _torch_version() -> tuple[int, int]:
@@ -367,7 +432,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no details"])[0]
+    return printable((str(error).strip().splitlines() or ["no details"])[0])
 
 
 def json_object(file: WeightFile, key: str) -> dict[str, Any]:
@@ -471,6 +536,8 @@ def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
         permissions = partial.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         partial.chmod(permissions)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # a power cut then leaves the file of before, or this one
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -89,10 +89,15 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: what is written there takes its place at the end, or goes with an error."""
+    """A temporary name beside `path`: what is written there takes its place at the end, or goes with an error.
+
+    It is on the disk before it has the name: a power cut then leaves the file of before, or this one.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from diagonal_sampler.weight_files import short
 from distillation.common import git_commit, write_text
@@ -57,6 +59,20 @@ BEGAN = "began"
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a weight file that are looked at, and at how many places
 _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
+_PATHS = frozenset(("PosixPath", "WindowsPath"))
+_IN_METADATA = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex")
+        + ("StorageMeta", "_MEM_FORMAT_ENCODING")
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo",)),
+    "torch": frozenset(("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)))),
+    "torch.serialization": frozenset(("_get_layout",)),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # of Python 3.13
+}
+"""Module -> names of it that the metadata of a checkpoint of tensors hold. BytesStorageMetadata would be of other
+objects, which torch unpickles whatever they are."""
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -284,7 +300,39 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{tuple(tensor.shape)}; it belongs to another recipe."
             )
     with _reading(path):
-        dcp.load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(dict(tensors), storage_reader=TensorReader(path), no_dist=not dist.is_initialized())
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the objects of `_IN_METADATA` and no others, so that a stranger's checkpoint runs nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _IN_METADATA.get(module, ()):
+            raise ValueError(
+                f"its .metadata hold {short(f'{module}.{name}')}, which those of tensors do not; nothing of it was run"
+            )
+        return super().find_class(module, name)
+
+
+class TensorReader(dcp.FileSystemReader):
+    """Reads a checkpoint that holds nothing but tensors, as every run's does.
+
+    torch's own unpickles whatever `.metadata` are, or those of a rank, which this never reads.
+    """
+
+    def read_metadata(self) -> Metadata:
+        """The checkpoint's metadata.
+
+        Raises:
+            ValueError: they hold anything that metadata of tensors do not.
+            OSError, pickle.UnpicklingError, EOFError and others: they are missing or damaged.
+        """
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 @contextmanager
@@ -305,7 +353,7 @@ def _reading(path: Path) -> Iterator[None]:
 def _stored(path: Path) -> dict[str, Any]:
     """A checkpoint's tensors as its metadata describe them, by name; ValueError if they cannot be read."""
     with _reading(path):
-        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        return TensorReader(path).read_metadata().state_dict_metadata
 
 
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -321,7 +369,7 @@ def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
         if name.startswith(prefix) and hasattr(entry, "size")
     }
     with _reading(path):
-        dcp.load(dict(tensors), checkpoint_id=path, no_dist=True)
+        dcp.load(dict(tensors), storage_reader=TensorReader(path), no_dist=True)
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -26,13 +26,16 @@ from ..diagonal_sampler.gguf_header import read_gguf_header
 from ..diagonal_sampler.memory import DecoderFacts, NetworkFacts
 from ..diagonal_sampler.provenance import Provenance
 from ..diagonal_sampler.quantization import QUANTIZATION_KEY
-from ..diagonal_sampler.weight_files import MARK_ELEMENTS, read_weight_shapes
+from ..diagonal_sampler.wan_layout import HEAD_DIM, WanDims, count_blocks, expected_shapes
+from ..diagonal_sampler.weight_files import MARK_ELEMENTS, listed, printable, read_weight_shapes
 from .demo import load_demo_vae
 from .loading import WEIGHT_DTYPES, host_model
 from .stream_decode import stream_decoder
 
 GGUF_SUFFIX = ".gguf"
-GGUF_NEEDS = {"head.modulation", "head.head.weight", "text_embedding.0.weight", "time_embedding.0.weight"}
+MAX_TENSORS = 4096
+"""Of a model that is looked at before a run: Wans have some 1,500, quantised ones 3,000. ComfyUI reads all names for
+each block that it counts."""
 LEGACY_INPUT_SCALE = ".scale_input"
 
 
@@ -113,6 +116,7 @@ def _file_facts(path: str, changed: int, size: int, weights: str, weight_dtype: 
     if path.lower().endswith(GGUF_SUFFIX):
         return _gguf_facts(Path(path), options)
     checkpoint = inspect_checkpoint(path, weights=weights, quant_formats=comfy.quant_ops.QUANT_ALGOS)
+    _require_countable(checkpoint.state_dict, path)
     checkpoint = _with_marks(replace(checkpoint, state_dict=_on_meta(checkpoint.state_dict)))
     with torch.device("meta"):
         model = host_model(checkpoint, options)
@@ -134,8 +138,10 @@ def _gguf_facts(path: Path, options: dict) -> FileFacts:
     """Its weights stay packed in memory; what is computed is in ComfyUI's choice of format, as of any file."""
     header = read_gguf_header(path)
     named = {name.removeprefix("model.diffusion_model."): shape for name, shape in header.shapes.items()}
+    _require_countable(named, path)
+    depth = count_blocks(named, path.name)
     try:
-        facts = network_facts(_gguf_model(named, options))
+        facts = network_facts(_gguf_model(named, depth, options))
     except Exception as error:  # ComfyUI recognises a Wan by some names and takes the rest for granted
         raise ValueError(
             f"weight file {path.name!r} is no whole Wan diffusion model ({_first_line(error)}); choose a Wan 2.1 file, "
@@ -146,10 +152,19 @@ def _gguf_facts(path: Path, options: dict) -> FileFacts:
     return FileFacts(network=network, provenance=Provenance())
 
 
-def _gguf_model(shapes: Mapping[str, tuple[int, ...]], options: dict) -> ModelPatcher:
-    """ComfyUI's model of these shapes by Wan's names, or any error."""
-    if lacks := sorted(GGUF_NEEDS - shapes.keys()):
-        raise ValueError(f"it lacks {', '.join(lacks)}")
+def _require_countable(names: Collection[str], path: str | Path) -> None:
+    if len(names) > MAX_TENSORS:
+        raise ValueError(
+            f"weight file {Path(path).name!r} is no Wan diffusion model: it has {len(names)} tensors, and none has "
+            f"more than {MAX_TENSORS}; choose a Wan 2.1 file."
+        )
+
+
+def _gguf_model(shapes: Mapping[str, tuple[int, ...]], depth: int, options: dict) -> ModelPatcher:
+    """ComfyUI's model of `depth` blocks of these shapes by Wan's names, or any error."""
+    of_any_size = WanDims(dim=HEAD_DIM, depth=depth, ffn_dim=1, text_dim=1, freq_dim=1, in_channels=1, out_channels=1)
+    if lacks := expected_shapes(of_any_size).keys() - shapes.keys():
+        raise ValueError(f"it lacks {listed(lacks)}")
     sizes = {"text_dim": shapes["text_embedding.0.weight"][-1], "freq_dim": shapes["time_embedding.0.weight"][-1]}
     with torch.device("meta"):
         model = comfy.sd.load_diffusion_model_state_dict(
@@ -186,7 +201,7 @@ def _empty_vae(path: str) -> comfy.sd.VAE:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 500)
 
 
 def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

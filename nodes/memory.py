@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -17,6 +18,7 @@ from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_th
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.weight_files import printable
 from ..model_patches.memory import available_memory, decoder_facts, file_facts, weights_kept
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
 from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
@@ -73,7 +75,7 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return {"error": f"{error}"}
     except Exception as error:  # of ComfyUI's, on a file that it takes for one of its own
-        reason = (f"{error}".splitlines() or [""])[0]
+        reason = printable((f"{error}".splitlines() or [""])[0])
         return {"error": _unforeseen(query.get("file", ""), f"{type(error).__name__}: {reason}")}
 
 
@@ -81,7 +83,8 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
 def _unforeseen(file: str, reason: str) -> str:
     """The answer, which goes to the log once: every canvas asks again and again."""
     words = f"What {repr(file) if file else 'this graph'} takes of the memory is not known ({reason})."
-    log.warning(words, exc_info=True)
+    # A lone surrogate of a file's must not reach the log: its handler would raise.
+    log.warning("%s\n%s", words, traceback.format_exc().encode(errors="backslashreplace").decode())
     return words
 
 

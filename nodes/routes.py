@@ -1,5 +1,7 @@
 """What the canvas asks the server for."""
 
+import asyncio
+
 from aiohttp import web
 from server import PromptServer
 
@@ -32,4 +34,6 @@ async def post_schedule(request: web.Request) -> web.Response:
         body = await read_body(request, {}, dict.fromkeys(WIDGETS, (str,)))
     except Refused as refusal:
         return refusal.answer()
-    return web.json_response(drawing({name: value for name, value in body.items() if value is not None}))
+    widgets = {name: value for name, value in body.items() if value is not None}
+    # Beside the event loop: a list of ten thousand chunks takes a while.
+    return web.json_response(await asyncio.to_thread(drawing, widgets))

@@ -127,6 +127,9 @@ def write_gguf(path, shapes, original=()):
         ({"text_embedding.0.weight": ()}, "no whole Wan diffusion model"),
         ({"head.modulation": ()}, "no whole Wan diffusion model"),
         ({"original": (-1, 6, 128)}, "damaged"),
+        ({f"blocks.{block}.a": (1,) for block in range(2, 9)}, "no whole Wan diffusion model .it lacks blocks.2.cross"),
+        ({"blocks.999.a": (1,)}, "it has a block 999 but only"),
+        ({f"double_blocks.{block}.a": (1,) for block in range(5000)}, "no Wan diffusion model: it has 5\\d+ tensors"),
     ],
 )
 def test_a_damaged_gguf_header_is_said_to_be_one(memory, tmp_path, change, words):
@@ -134,8 +137,19 @@ def test_a_damaged_gguf_header_is_said_to_be_one(memory, tmp_path, change, words
     original = change.pop("original", ())
     shapes = {name: shape for name, shape in (expected_shapes(DIMS) | change).items() if shape is not None}
     path = write_gguf(tmp_path / "bad.gguf", shapes, original)
-    with pytest.raises(ValueError, match=f"'bad.gguf' is .*{words}"):
+    with pytest.raises(ValueError, match=f"'bad.gguf'(?: is |: ).*{words}"):
         memory.file_facts(path)
+
+
+def test_a_small_file_of_many_blocks_is_not_built(memory, tmp_path):
+    """The blocks share their tensors; ComfyUI reads every name for each of them."""
+    weights = tiny_wan()
+    first = {name: value for name, value in weights.items() if name.startswith("blocks.0.")}
+    for block in range(2, 160):
+        weights |= {name.replace("blocks.0.", f"blocks.{block}."): value for name, value in first.items()}
+    torch.save({"generator": weights}, tmp_path / "many.pt")
+    with pytest.raises(ValueError, match=r"'many.pt' is no Wan diffusion model: it has 4\d+ tensors"):
+        memory.file_facts(tmp_path / "many.pt")
 
 
 def test_a_gguf_file_keeps_its_weights_packed(memory, load_wan, tmp_path):
@@ -294,7 +308,7 @@ def test_what_comfyui_fails_on_is_an_answer_and_logged_once(predict, pack_module
 
     def fail(*_arguments, **_options):
         calls.append(1)
-        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors \ud800")
 
     monkeypatch.setattr(nodes, "file_facts", fail)
     nodes._unforeseen.cache_clear()
@@ -302,7 +316,9 @@ def test_what_comfyui_fails_on_is_an_answer_and_logged_once(predict, pack_module
         replies = [predict(), predict(width="64")]
     assert len(calls) == 2 and replies[0] == replies[1]
     assert "'model.safetensors'" in replies[0]["error"] and "RuntimeError: Tensor.item()" in replies[0]["error"]
-    assert len([record for record in caplog.records if "model.safetensors" in record.getMessage()]) == 1
+    (logged,) = [record for record in caplog.records if "model.safetensors" in record.getMessage()]
+    assert "Traceback" in logged.getMessage() and not logged.exc_info
+    (replies[0]["error"] + logged.getMessage()).encode()
 
 
 def test_all_that_there_is_may_be_taken_and_only_weights_wait(predict, pack_module, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import wan_files
 from safetensors.torch import save_file
 from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
 
-from diagonal_sampler import weight_files
+from diagonal_sampler import checkpoints, weight_files
 from diagonal_sampler.checkpoints import (
     bidirectional_by_name,
     causality_warning,
@@ -25,7 +26,16 @@ from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
 from diagonal_sampler.wan_layout import WanDims, expected_shapes
-from diagonal_sampler.weight_files import WeightFile, is_finite, listed, read_weight_file, write_weights
+from diagonal_sampler.weight_files import (
+    MAX_NAME,
+    WeightFile,
+    is_finite,
+    listed,
+    read_weight_file,
+    read_weight_shapes,
+    short,
+    write_weights,
+)
 
 
 def save(folder: Path, tensors: dict, metadata: dict | None = None, name: str = "model.safetensors") -> Path:
@@ -172,6 +182,7 @@ def test_provenance_round_trip(tmp_path: Path) -> None:
         sigmas=((1.0, 0.933, 0.733, 0.357), (1.0, 0.933, 0.357), (1.0, 0.357)),
         shift=5.0,
         context_mode="noisy",
+        context_sigma=0.0,
         window=12,
         sink=3,
         recipe="demo",
@@ -189,6 +200,7 @@ def test_provenance_round_trip(tmp_path: Path) -> None:
     [
         ({"steps_per_chunk": "4,2", "context_mode": "noisy"}, "diagonal 4-2"),
         ({"steps_per_chunk": "[4]", "context_mode": "clean", "frames_per_chunk": "1"}, "causal forcing framewise"),
+        ({"steps_per_chunk": "4,4,4", "context_mode": "clean"}, "self forcing"),
         ({"steps_per_chunk": "5,3", "context_mode": "noisy"}, None),
         ({"steps_per_chunk": "4,3,2", "context_mode": "noisy", "sigmas": "[[1.0, 0.9, 0.7, 0.2], [1.0]]"}, None),
         ({}, None),
@@ -216,6 +228,9 @@ def test_preset_is_suggested_only_where_all_agrees(entries: dict, preset: str | 
         ("sigmas", "{}"),
         ("sigmas", "[" * 100_000),
         ("context_mode", "dirty"),
+        ("context_sigma", "-0.1"),
+        ("context_sigma", "1.5"),
+        ("context_sigma", "nan"),
         ("config", "not json"),
         ("config", "[]"),
         ("config", '{"transformer": 3}'),
@@ -547,6 +562,10 @@ def test_a_huge_block_number_is_no_long_loop(tmp_path: Path) -> None:
     tensors = tiny_wan() | {"blocks.999999999.modulation": torch.zeros(1, 6, 128)}
     with pytest.raises(ValueError, match="block 999999999 but only 70 tensors"):
         load_checkpoint(save(tmp_path, tensors))
+    one = torch.zeros(1)
+    torch.save(tiny_wan() | {f"blocks.{block}.a": one for block in range(1001)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="'model.pt' has 1001 blocks by its names"):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("key", [key for key in sorted(tiny_wan()) if "blocks.1" not in key])
@@ -607,7 +626,25 @@ def test_listed_sorts_numbers_as_numbers() -> None:
 def test_a_name_with_odd_numbers_is_named(key: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 are left over: ") as error:
         load_checkpoint(save(tmp_path, tiny_wan() | {key: torch.zeros(1)}))
-    assert key in str(error.value)
+    assert key[:MAX_NAME] in str(error.value)
+
+
+def test_names_in_a_message_can_be_printed_and_are_cut(tmp_path: Path) -> None:
+    assert listed(["\ud800x", "\x1b[31mred"]) == r"\x1b[31mred, \ud800x"
+    assert listed(["k" * 5000]) == "k" * MAX_NAME + "..."
+    strange, one = "blocks.0.\ud800", torch.zeros(1)
+    path = tmp_path / "model.pt"
+    for tensors in ({strange: one}, {"generator": tiny_wan() | {strange: one}}, {strange: 3}):
+        torch.save(tensors, path)
+        with pytest.raises(ValueError, match=r"blocks\.0\.\\ud800") as error:
+            load_checkpoint(path)
+        str(error.value).encode()
+    torch.save({"generator": tiny_wan(), strange: one}, path)
+    load_checkpoint(path).info.summary().encode()
+    torch.save(peft(lora_pairs()) | {strange: one}, path)
+    with pytest.raises(ValueError, match=r"blocks\.0\.\\ud800") as error:
+        load_lora(path)
+    str(error.value).encode()
 
 
 # --- damaged and foreign files ---
@@ -732,6 +769,70 @@ def test_pickle_that_is_no_dict_or_has_odd_tensors(tmp_path: Path) -> None:
     torch.save(tiny_wan() | {"head.modulation": torch.zeros(1, 2, 128).to_sparse()}, path)
     with pytest.raises(ValueError, match="'head.modulation': expected a dense CPU tensor"):
         load_checkpoint(path)
+
+
+def test_dicts_that_share_their_insides_are_looked_at_once(tmp_path: Path) -> None:
+    class Counted:
+        times = 0
+
+        def __repr__(self) -> str:
+            Counted.times += 1
+            return "counted"
+
+    def shared(inside: dict) -> dict:
+        for _ in range(16):
+            inside = {"a": inside, "b": inside}
+        return inside
+
+    tree = shared({"t": torch.zeros(2, 3)})
+    tree["loop"] = tree
+    torch.save(tree, tmp_path / "model.pt")
+    read = read_weight_shapes(tmp_path / "model.pt").tree
+    assert read["a"] is read["b"] and read["loop"] is read
+    for _ in range(16):
+        read = read["b"]
+    assert read["t"].shape == (2, 3)
+    assert short(shared({"t": Counted()})).startswith("{'a': {'a': ") and Counted.times < 10
+    assert short({"t": [Counted()]}) == "{'t': [counted]}"
+
+
+def test_one_dict_under_many_names_is_each_of_them_and_read_once(tmp_path: Path, monkeypatch) -> None:
+    read = []
+    real = checkpoints.flat_tensors
+    monkeypatch.setattr(checkpoints, "flat_tensors", lambda *given: read.append(given[2]) or real(*given))
+    tree = tiny_wan() | {"step": 3}
+    for _ in range(4):
+        tree = {name: tree for name in ("generator", "generator_ema", "model", "state_dict")}
+    torch.save(tree, tmp_path / "model.pt")
+    for weights, source in (("auto", "generator_ema"), ("generator", "generator")):
+        info = load_checkpoint(tmp_path / "model.pt", weights=weights).info
+        assert source in info.source.split("/") and len(info.unused) == 4**4
+    assert len(read) == 2 * 5
+    torch.save({"model": tree["model"]["model"]["model"]}, tmp_path / "model.pt")
+    info = load_checkpoint(tmp_path / "model.pt", weights="generator").info
+    assert info.source == "model/generator" and "model/generator/step" in info.unused
+
+
+@pytest.mark.parametrize("read", [read_weight_file, read_weight_shapes])
+def test_a_torch_file_that_unpacks_to_more_than_it_has_is_refused(read, tmp_path: Path) -> None:
+    torch.save({"generator": tiny_wan()}, tmp_path / "sound.pt")
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(tmp_path / "sound.pt") as sound:
+        records = {name: sound.read(name) for name in sound.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    for claims in (False, True):
+        kind = zipfile.ZIP_STORED if claims else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w", kind) as packed:
+            for name, content in records.items():
+                packed.writestr(name, content + bytes(0 if claims or name != pickled else 1 << 20))
+            if claims:
+                packed.infolist()[0].file_size = 1 << 30
+        with pytest.raises(ValueError, match=r"'model.pt' is refused: it is compressed.*torch.save"):
+            read(path)
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, content in records.items():
+            packed.writestr(name, content)
+    assert read(path).tree["generator"].keys() == tiny_wan().keys()
 
 
 def test_wrapped_and_unwrapped_copy_of_one_tensor(tmp_path: Path) -> None:

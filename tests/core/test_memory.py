@@ -1,6 +1,7 @@
 """The forecast of a run's memory, against the real cache, and the changes that it suggests."""
 
 import json
+import random
 import struct
 from dataclasses import replace
 from math import prod
@@ -8,6 +9,7 @@ from math import prod
 import pytest
 import torch
 
+from diagonal_sampler import gguf_header, memory
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.checkpoints import inspect_checkpoint
 from diagonal_sampler.gguf_header import read_gguf_header
@@ -115,6 +117,38 @@ def test_attention_to_the_whole_clip_is_told_to_take_a_window():
     assert Change(window=27) in changes_that_fit(WAN_1_3B, clip, available, step=2)
 
 
+def test_the_window_that_is_suggested_is_the_largest_that_fits():
+    rng, found = random.Random(3), set()
+    for _ in range(300):
+        chunk, sink = rng.randint(1, 4), rng.randint(0, 5)
+        window = rng.choice((-1, rng.randint(sink + chunk, 60)))
+        settings = CausalSettings(frames_per_chunk=chunk, window=window, sink=sink)
+        clip = replace(CLIP, settings=settings, frames=rng.randint(1, 60))
+        smallest, used = chunk + max(sink, chunk), settings.capacity(clip.frames)
+        smaller = [
+            replace(clip, settings=replace(settings, window=each)) for each in range(used - chunk, smallest - 1, -chunk)
+        ]
+        least, most = (forecast(WAN_1_3B, each).total for each in ((smaller or [clip])[-1], clip))
+        available = rng.randint(least - 10**8, most)
+        fitting = [each.settings.window for each in smaller if forecast(WAN_1_3B, each).total <= available]
+        changes = changes_that_fit(WAN_1_3B, clip, available, step=2)
+        alone = [each.window for each in changes if each == Change(window=each.window)]
+        assert alone == fitting[:1]
+        joined = [each.window for each in changes if each.weights and each.window]
+        assert joined in ([], [smaller[-1].settings.window] if smaller else [])
+        found |= {bool(alone), 2 + bool(joined)}
+    assert found >= {False, True, 2}
+
+
+def test_a_clip_of_a_day_is_answered_at_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(memory, "forecast", lambda *arguments: tried.append(1) or forecast(*arguments))
+    clip = replace(CLIP, frames=30_000, settings=CausalSettings(frames_per_chunk=1, window=-1, sink=0))
+    available = forecast(WAN_1_3B, replace(clip, settings=replace(clip.settings, window=7))).total
+    assert changes_that_fit(WAN_1_3B, clip, available) == [Change(window=7)]
+    assert len(tried) < 50
+
+
 def test_a_file_larger_than_the_memory_is_described(tmp_path):
     """14B in float32 is 57 GB; the file here is one hole behind its header."""
     dims = WanDims(dim=5120, depth=40, ffn_dim=13824, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16)
@@ -164,5 +198,16 @@ def test_a_damaged_gguf_file_is_refused(tmp_path, cut):
 def test_a_gguf_header_that_asks_for_the_moon_is_refused(tmp_path):
     path = tmp_path / "wan.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0))
+    with pytest.raises(ValueError, match="damaged"):
+        read_gguf_header(path)
+
+
+def test_a_gguf_header_is_not_read_without_end(tmp_path, monkeypatch):
+    path, (alignment, padding) = tmp_path / "wan.gguf", (64, 50_000)
+    entries = text("padding") + struct.pack("<IIQ", 9, 0, padding) + bytes(padding)
+    entries += text("general.alignment") + struct.pack("<II", 4, alignment)
+    path.write_bytes(gguf({"linear": (8, 4)}, entries, 2, data=640))
+    assert read_gguf_header(path).shapes == {"linear": (8, 4)}
+    monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", padding)
     with pytest.raises(ValueError, match="damaged"):
         read_gguf_header(path)

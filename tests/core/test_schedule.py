@@ -9,6 +9,7 @@ from diagonal_sampler.schedule import (
     CONTEXT_MODES,
     DEFAULT_PRESET,
     DEMO_PRESET,
+    MAX_LISTED_STEPS,
     MAX_STEPS,
     PRESETS,
     UNINFORMATIVE_SIGMA,
@@ -16,6 +17,7 @@ from diagonal_sampler.schedule import (
     parse_sigmas,
     parse_steps,
     same_levels,
+    same_steps,
     select_times,
     shift_sigma,
 )
@@ -197,6 +199,23 @@ def test_levels_are_the_same_to_an_entry_of_the_table_and_the_last_chunk_repeats
         ((1.0, 0.75, 0.5), (1.0, 0.5, 0.25)),
     ):
         assert not same_levels(levels, other) and not same_levels(other, levels)
+
+
+def test_steps_are_the_same_however_often_the_last_is_repeated():
+    assert same_steps((4,), (4, 4, 4)) and same_steps((4, 3, 2, 2), (4, 3, 2)) and same_steps((4, 2), (4, 2))
+    assert not any(same_steps(*pair) for pair in (((4,), (4, 3)), ((4, 4, 3), (4, 3)), ((3,), (4,))))
+
+
+def test_a_short_text_does_not_unfold_a_thousandfold():
+    hours = DiagonalSchedule.preset("self forcing", steps=parse_steps("4,3," * 10_000 + "3"))
+    assert len(hours.sigmas) == 20_001 and len({id(row) for row in hours.sigmas}) == 2
+    chunks = MAX_LISTED_STEPS // MAX_STEPS
+    most = DiagonalSchedule.preset("undistilled", steps=(MAX_STEPS,) * chunks)
+    assert most.nfe(chunks + 1) == MAX_STEPS * (chunks + 1) + chunks + 1
+    with pytest.raises(ValueError, match=f"list {chunks + 1} chunks with 101000 steps together.*first chunks only"):
+        DiagonalSchedule.preset("undistilled", steps=parse_steps(f"{MAX_STEPS}," * (chunks + 1)))
+    with pytest.raises(ValueError, match="sigmas list"):
+        DiagonalSchedule(sigmas=parse_sigmas("1;" * (MAX_LISTED_STEPS + 1)))
 
 
 NAN, INF = float("nan"), float("inf")

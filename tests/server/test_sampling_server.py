@@ -163,6 +163,9 @@ def test_what_the_run_is_warned_of_reaches_the_node_with_its_guidance(comfy_serv
     assert [event["warnings"] for event in events[before:]] == [[]] * len(events[before:]), "of its own run alone"
 
 
+LONG = {"steps": "1000," * 12_000}
+
+
 def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
     widgets = {"preset": "diagonal 4-3-2", "steps": "5,3", "context_mode": "clean", "context_sigma": "0.3"}
     widgets |= {"shift": "0", "frames_per_chunk": "0"}
@@ -172,7 +175,7 @@ def test_the_schedule_is_drawn_by_the_code_that_the_node_runs(comfy_server):
     assert drawn["sigmas"] == [list(schedule.chunk_sigmas(chunk)) for chunk in range(7)]
     assert drawn["cache_pass"] == 0 and drawn["context_sigma"] == [0] * 7 and drawn["editable"]
     assert drawn["cost"]["forwards"] == 30 and drawn["context_mode"] == "clean" and drawn["uninformative"] is None
-    for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}):
+    for bad in ({"steps": "x"}, {"shift": "x"}, {"frames_per_chunk": "1.5"}, {"preset": "none"}, {"sigmas": "2"}, LONG):
         status, answer = comfy_server.post("/diagonal/schedule", {**widgets, **bad})
         assert status == 200 and list(answer) == ["error"] and answer["error"], bad
     assert "steps is missing" in comfy_server.post("/diagonal/schedule", {"preset": "krea", "steps": None})[1]["error"]
