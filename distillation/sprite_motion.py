@@ -46,7 +46,7 @@ EARLY_END_SHARE = 0.2
 """Of clips, in which nothing is commanded after some frame."""
 DISC_RANGE = (6.0, 14.0)
 """Pixels around a track that move with it; a sprite's bounding box has half sides of 7 to 8."""
-KINDS = {"mask": 0.2, "disc": 0.55, "video": 0.15, "camera": 0.1}
+KINDS = {"mask": 0.15, "disc": 0.45, "video": 0.1, "camera": 0.3}
 """How a field is given, and how often: within a sprite's outline, in a disc around its track, with a background that is
 known to rest, or with a background that moves along (of a single sprite)."""
 DISC, CAMERA = list(KINDS).index("disc"), list(KINDS).index("camera")
