@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .frames import TIME_FACTOR
+from .noise import send
 
 ADAPTER_CHANNELS = 4
 """Channels of `adapter_features`: dx, dy, valid, speed."""
@@ -176,14 +177,7 @@ class OpticalFlow:
         Returns:
             motion [..., 2] in pixels, 0 where it is not known; and whether it is known, [...].
         """
-        device = points.device
-        valid = self.valid[step].to(device)
-        weight = valid.to(points.dtype)
-        picture = torch.cat([self.flow[step].to(device).movedim(-1, 0) * weight, weight[None]])
-        found = sample(picture, points)
-        known = (found[2] >= 0.5) & inside(points, self.height, self.width)
-        motion = found[:2] / found[2].clamp(min=0.5) * known
-        return motion.movedim(0, -1), known
+        return _motion_at(self.flow[step].to(points.device), self.valid[step].to(points.device), points)
 
     def composed(self, group: int = TIME_FACTOR) -> OpticalFlow:
         """Every `group` steps as one: points are followed through them. A last, shorter group is dropped.
@@ -228,7 +222,7 @@ def _all_finite(tensor: Tensor) -> bool:
 
 def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     steps = len(flow)
-    shares = _shares(flow, valid, height, width)
+    shares = torch.cat(list(_shares(flow, valid, height, width)))
     known = shares[:, 2:] >= 0.5
     flow = (shares[:, :2] / shares[:, 2:].clamp(min=0.5) * known).movedim(1, -1)
     if len(flow) < steps:
@@ -245,23 +239,21 @@ def _too_small(optical_flow: OpticalFlow, height: int, width: int) -> str:
     )
 
 
-def _shares(flow: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
+def _shares(flow: Tensor, valid: Tensor, height: int, width: int) -> Iterator[Tensor]:
     """The means of a field over the pixels of another size, what is not valid counted as 0.
 
     Returns:
-        [T, 3, height, width] dx and dy, stretched with the picture, and the share of a pixel that is valid; T is 1
-        where one step stands for all.
+        [n, 3, height, width] dx and dy, stretched with the picture, and the share of a pixel that is valid, of some
+        steps at a time, so that a long clip needs no second copy of itself; of one where it stands for all.
     """
     if flow.stride(0) == 0 and valid.stride(0) == 0:
         flow, valid = flow[:1], valid[:1]
     scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1], 1]).view(-1, 1, 1)
-    parts = []
     at_once = max(1, _RESIZED_AT_ONCE // flow[0].numel())
-    for first in range(0, len(flow), at_once):  # in parts, so that a long clip needs no second copy of itself
+    for first in range(0, len(flow), at_once):
         weight = valid[first : first + at_once, None].float()
         pictures = torch.cat([flow[first : first + at_once].movedim(-1, 1) * weight, weight], dim=1)
-        parts.append(F.interpolate(pictures, (height, width), mode="bilinear", antialias=True) * scale)
-    return torch.cat(parts)
+        yield F.interpolate(pictures, (height, width), mode="bilinear", antialias=True) * scale
 
 
 # --- points and pictures ---
@@ -283,16 +275,31 @@ def inside(points: Tensor, height: int, width: int) -> Tensor:
 
 
 def sample(picture: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
-    """A picture [C, H, W] read at points [..., 2]; beyond its edge the edge continues. [C, ...].
+    """A picture [*batch, C, H, W] read at points [*batch, ..., 2]; beyond its edge the edge continues.
 
     Args:
         mode: "bilinear", or "bicubic", which blurs less and may go a little beyond the picture's values.
+
+    Returns:
+        [*batch, C, ...].
     """
-    height, width = picture.shape[-2:]
-    size = points.new_tensor([max(width - 1, 1), max(height - 1, 1)])
-    places = (points * 2 / size - 1).reshape(1, 1, -1, 2)
-    found = F.grid_sample(picture[None], places, mode=mode, padding_mode="border", align_corners=True)
-    return found.reshape(picture.shape[0], *points.shape[:-1])
+    *batch, channels, height, width = picture.shape
+    # Numbers, not a tensor of them: to make that on a GPU would wait for it.
+    places = torch.stack(
+        [points[..., axis] * 2 / max(size - 1, 1) - 1 for axis, size in enumerate((width, height))], dim=-1
+    ).reshape(math.prod(batch), 1, -1, 2)
+    pictures = picture.reshape(-1, channels, height, width)
+    found = F.grid_sample(pictures, places, mode=mode, padding_mode="border", align_corners=True)
+    return found.reshape(*batch, channels, *points.shape[len(batch) : -1])
+
+
+def _motion_at(flow: Tensor, valid: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """`OpticalFlow.at` of single steps, [*batch, H, W, 2] and [*batch, H, W], at points [*batch, ..., 2]."""
+    height, width = valid.shape[-2:]
+    weight = valid.to(points.dtype).unsqueeze(-3)
+    found = sample(torch.cat([flow.movedim(-1, -3) * weight, weight], dim=-3), points).movedim(valid.ndim - 2, -1)
+    known = (found[..., 2] >= 0.5) & inside(points, height, width)
+    return found[..., :2] / found[..., 2:].clamp(min=0.5) * known[..., None], known
 
 
 _ONE = 2.0**28  # what 1 is as a whole number: finer than a float32, and 2**11 of the largest values fit in one place
@@ -306,21 +313,28 @@ def splat(
     On CUDA, where sums are in no order, they are of whole numbers (`exactly`): the same at every run.
 
     Args:
-        values: [C, N], below 2**24 in size.
-        points: [N, 2].
-        weight: [N] how much each counts against others that meet it.
+        values: [*batch, C, N], below 2**24 in size.
+        points: [*batch, N, 2].
+        weight: [*batch, N] how much each counts against others that meet it.
 
     Returns:
-        [C, H, W] weighted means, 0 where nothing arrives; and [H, W] the share of a pixel that arrives, by area alone.
+        [*batch, C, H, W] weighted means, 0 where nothing arrives; and [*batch, H, W] the share of a pixel that arrives,
+        by area alone.
     """
-    corner = points.floor()
-    part = points - corner
-    corner = corner.long()
+    *batch, channels, _ = values.shape
+    size, every = height * width, math.prod(batch) * height * width
     exactly = values.is_cuda if exactly is None else exactly
     dtype = torch.int64 if exactly else values.dtype
     # The last row takes what falls outside.
-    totals = torch.zeros(height * width + 1, values.shape[0] + 2, dtype=dtype, device=values.device)
-    data = torch.cat([values * weight, weight[None], torch.ones_like(weight)[None]]).T.contiguous()
+    totals = torch.zeros(every + 1, channels + 2, dtype=dtype, device=values.device)
+    weight = weight.unsqueeze(-2)
+    data = torch.cat([values * weight, weight, torch.ones_like(weight)], dim=-2).transpose(-2, -1)
+    data = data.reshape(-1, channels + 2).contiguous()
+    first = _first_pixels(points, size)
+    points = points.reshape(-1, 2)
+    corner = points.floor()
+    part = points - corner
+    corner = corner.long()
     for dy in (0, 1):
         for dx in (0, 1):
             x, y = corner[:, 0] + dx, corner[:, 1] + dy
@@ -329,10 +343,17 @@ def splat(
             shares = data * share[:, None]
             if exactly:
                 shares = shares.double().mul(_ONE).round().long()
-            totals.index_add_(0, torch.where(there, y * width + x, height * width), shares)
+            totals.index_add_(0, torch.where(there, first + y * width + x, every), shares)
     totals = totals[:-1].double().div(_ONE).to(values.dtype) if exactly else totals[:-1]
     means = totals[:, :-2] / totals[:, -2:-1].clamp(min=1e-8)
-    return means.T.reshape(-1, height, width), totals[:, -1].view(height, width)
+    means = means.view(*batch, size, channels).transpose(-2, -1)
+    return means.reshape(*batch, channels, height, width), totals[:, -1].view(*batch, height, width)
+
+
+def _first_pixels(points: Tensor, size: int) -> Tensor:
+    """Where the picture of each point [*batch, N, 2] begins, if pictures of `size` pixels lie behind each other."""
+    *batch, count, _ = points.shape
+    return torch.arange(math.prod(batch), device=points.device).mul(size).repeat_interleave(count)
 
 
 def fill_holes(picture: Tensor, known: Tensor) -> Tensor:
@@ -464,14 +485,23 @@ def _one_step_on(begun: Tensor, optical_flow: OpticalFlow, step: int, origin: Te
 
 
 def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:
-    """[N] whether another particle in the same pixel lies in front: one that moved further, commanded before not."""
-    moved = (points - origin).norm(dim=-1) + commanded
+    """[*batch, N] whether another particle in the same pixel lies in front: one that moved further, commanded before
+    not.
+
+    Args:
+        points: [*batch, N, 2] where they are.
+        origin: [N, 2] where they were.
+        commanded: bool [*batch, N].
+    """
+    moved = ((points - origin).norm(dim=-1) + commanded).flatten()
     cell = points.round().long()
-    there = inside(points, height, width)
-    x, y = cell[:, 0].clamp(0, width - 1), cell[:, 1].clamp(0, height - 1)
-    index = y * width + x
-    front = moved.new_zeros(height * width).scatter_reduce_(0, index[there], moved[there], "amax")
-    return there & (moved < front[index] - _HIDDEN_MARGIN)
+    every = math.prod(points.shape[:-2]) * height * width
+    x, y = cell[..., 0].clamp(0, width - 1), cell[..., 1].clamp(0, height - 1)
+    there = inside(points, height, width).flatten()
+    # The last place takes what is outside.
+    index = torch.where(there, _first_pixels(points, height * width) + (y * width + x).flatten(), every)
+    front = moved.new_zeros(every + 1).scatter_reduce_(0, index, moved, "amax")
+    return (there & (moved < front[index] - _HIDDEN_MARGIN)).view(commanded.shape)
 
 
 # --- sources ---
@@ -616,10 +646,7 @@ def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int,
 
 
 class AdapterField:
-    """What the adapter's convolution takes, for any part of a clip however long; memory is that of its own pixels.
-
-    How much of a latent's pixel is commanded is kept as it is, and not rounded to all or none: it says where within the
-    pixel the border lies, so that a sprite's place is told exactly.
+    """What the adapter's convolution takes, for any part of a clip however long.
 
     Args:
         optical_flow: any size; it is stretched to the latent's. Where it ends the rest of the clip is free, but for
@@ -632,35 +659,99 @@ class AdapterField:
 
     def __init__(self, optical_flow: OpticalFlow, height: int, width: int) -> None:
         self.height, self.width = height, width
-        shares = _shares(optical_flow.flow, optical_flow.valid, height, width).cpu()
-        if not (shares[:, 2] >= 0.5).any():
+        self._flow, self._valid = optical_flow.flow, optical_flow.valid
+        if not any(bool((part[:, 2] >= 0.5).any()) for part in _shares(self._flow, self._valid, height, width)):
             raise NothingValid(_too_small(optical_flow, height, width))
-        self._shares = shares.expand(optical_flow.steps, -1, -1, -1)
+        self._repeated: Tensor | None = None  # where all steps are the same, what every four of them tell
 
-    def features(self, start: int, frames: int) -> Tensor:
+    def features(self, start: int, frames: int, device: torch.device | str = "cpu") -> Tensor:
         """The features of some latent frames.
 
         Args:
             start: the first of them, counted in the clip.
             frames: how many.
+            device: to compute on; `carrying_device` says where that is possible.
 
         Returns:
-            [1, 4, frames, H, W] float32: the means of dx, dy and "valid" over a pixel of the latent and the four pixel
-            steps that lead to the latent frame (of the clip's first, the one that leaves it), what is not valid counted
-            as 0, dx and dy in latent pixels per latent frame; and the speed |(dx, dy)|.
+            [1, 4, frames, H, W] float32 there, see `told_motion`.
         """
-        out = torch.zeros(ADAPTER_CHANNELS, frames, self.height, self.width)
-        for frame in range(frames):
-            latent_frame = start + frame
-            first = max(0, TIME_FACTOR * (latent_frame - 1))
-            count = TIME_FACTOR if latent_frame else 1
-            if len(self._shares) == 1:  # a single step is held
-                out[:3, frame] = self._shares[0]
-            else:
-                out[:3, frame] = self._shares[first : first + count].sum(0) / count
-        out[:2] *= TIME_FACTOR
-        out[3] = out[:2].norm(dim=0)
-        return out[None]
+        device = torch.device(device)
+        return torch.stack([self._frame(start + frame, device) for frame in range(frames)], dim=2)
+
+    def _frame(self, frame: int, device: torch.device) -> Tensor:
+        """[1, 4, H, W] the features of a latent frame."""
+        if frame == 0:
+            return self._told(torch.arange(1), device)
+        first, steps = TIME_FACTOR * (frame - 1), len(self._flow)
+        same = len(_stored(self._flow)) == len(_stored(self._valid)) == 1
+        if steps > 1 and not (same and first + TIME_FACTOR <= steps):
+            return self._told(torch.arange(first, first + TIME_FACTOR), device)
+        if self._repeated is None or self._repeated.device != device:
+            self._repeated = self._told(torch.zeros(TIME_FACTOR, dtype=torch.long), device)
+        return self._repeated
+
+    def _told(self, steps: Tensor, device: torch.device) -> Tensor:
+        """What these steps tell, [1, 4, H, W]; those beyond the field nothing."""
+        rows = steps[steps < len(self._flow)]
+        flow, valid = self._flow[rows], self._valid[rows]
+        if not valid.any():
+            return torch.zeros(1, ADAPTER_CHANNELS, self.height, self.width, device=device)
+        flow, valid = send(flow, device), send(valid, device)
+        largest = min(flow.shape[1], WAN_CELL * self.height), min(flow.shape[2], WAN_CELL * self.width)
+        if largest != tuple(flow.shape[1:3]):
+            flow, valid = _resize(flow, valid, *largest)
+        missing = len(steps) - len(rows)
+        flow, valid = F.pad(flow, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(valid, (0, 0, 0, 0, 0, missing))
+        return told_motion(flow[None], valid[None], self.height, self.width)
+
+
+def told_motion(flow: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
+    """What the adapter is told of latent frames: the motion of what is there, and how much of a pixel that is.
+
+    What moves is told where it arrives, at the latent frame's last pixel frame: that decides where a sprite is, also
+    where it turned on its way. How much of a latent's pixel is commanded is kept as it is, and not rounded to all or
+    none: it says where within the pixel the border lies.
+
+    Args:
+        flow, valid: [B, S, H, W, 2] and bool [B, S, H, W], the S = TIME_FACTOR steps that lead to B latent frames. Or a
+            single step, of the clip's first latent frame: none leads to it, and told is the one that leaves it.
+        height, width: of the latent.
+
+    Returns:
+        [B, 4, height, width] float32: the means over a latent's pixel of dx, dy and "valid" of what is there, each its
+        mean over the TIME_FACTOR steps that brought it there, what is not valid counted as 0, dx and dy in latent
+        pixels per latent frame; and the speed |(dx, dy)|.
+    """
+    if flow.shape[1] == 1:
+        known = valid.to(flow.dtype)
+        picture = torch.cat([flow[:, 0].movedim(-1, 1) * known, known], dim=1)
+    else:
+        picture = _arriving(flow, valid)
+    small = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
+    dx = small[:, :1] * (TIME_FACTOR * width / flow.shape[3])
+    dy = small[:, 1:2] * (TIME_FACTOR * height / flow.shape[2])
+    return torch.cat([dx, dy, small[:, 2:], torch.hypot(dx, dy)], dim=1)
+
+
+def _arriving(flow: Tensor, valid: Tensor) -> Tensor:
+    """What came to each place in these steps: [B, 3, H, W], dx, dy and "valid" as means over TIME_FACTOR steps.
+
+    Every pixel is a particle; where the field says nothing it rests.
+    """
+    height, width = valid.shape[-2:]
+    origin = grid(height, width, flow.device).reshape(-1, 2)
+    points = origin.expand(len(flow), -1, -1)
+    times = points.new_zeros(points.shape[:-1])
+    for step in range(flow.shape[1]):
+        motion, known = _motion_at(flow[:, step], valid[:, step], points)
+        points, times = points + motion, times + known
+    told, way = times > 0, (points - origin).transpose(1, 2)
+    weight = torch.where(_hidden(points, origin, told, height, width), _HIDDEN_WEIGHT, 1.0) * told
+    # Where things came from is smooth where they are not: that is carried, and all else is read there.
+    back, _ = splat(torch.cat([way, told[:, None].to(way.dtype)], dim=1), points, weight, height, width)
+    picture = torch.cat([way, times[:, None]], dim=1).unflatten(2, (height, width)) / TIME_FACTOR
+    before = origin.view(height, width, 2) - back[:, :2].movedim(1, -1)
+    return sample(picture, before) * (back[:, 2:] > 0)
 
 
 def adapter_tokens(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

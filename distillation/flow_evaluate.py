@@ -5,9 +5,10 @@
     python -m distillation.flow_evaluate --dit $S --write docs/evidence/flow.md # and writes the page
 
 Each scene has one sprite and a held-out caption. Its first chunk is made as usual; the sprite is then found in the
-decoded frames and told to go from there, straight and bouncing at the edge: a track, as a person would draw it. Two
-commands a scene: one in any direction, whatever the caption says, and one in the caption's direction at another speed.
-The same scene is made without flow and with every mode that the checkpoint allows.
+decoded frames and told to go from there, straight and bouncing at the edge: by a track, as a person would draw it, or
+(--field camera) by a motion of the whole picture. Two commands a scene: one in any direction, whatever the caption
+says, and one in the caption's direction at another speed. The same scene is made without flow and with every mode that
+the checkpoint allows.
 
 A student's first chunk sometimes ends with two copies of the sprite, or none. No track can begin on it then (a track
 from the middle of two copies begins between them), so the tables are of the other scenes; the page says how many those
@@ -77,6 +78,11 @@ COMMANDS = {
     "any": "any direction, against the caption",
     "caption": "the caption's direction, at another speed",
 }
+FIELDS = {
+    "track": "by a track",
+    "camera": "by the whole picture, which moves as a camera makes it move",
+}
+"""How a command is given: in a disc around the sprite, or at every pixel."""
 MARGIN = 8.0
 """Pixels between the frame's edge and a commanded centre: half the side of the largest sprite."""
 TRACK_RADIUS = 11.0
@@ -98,6 +104,7 @@ class Options:
     seed: int = 0
     start_sigmas: tuple[float, ...] = (DEFAULT_START_SIGMA, 0.5)
     blend: float = 1.0
+    field: str = "track"  # of FIELDS
 
     def __post_init__(self) -> None:
         if self.scenes < 1:
@@ -105,6 +112,8 @@ class Options:
         whole = pixel_frames(latent_frames(self.length))
         if self.length < score.SECOND * 2 or whole != self.length:
             raise ValueError(f"length is {self.length}; give 4n + 1 pixel frames, at least {2 * score.SECOND + 1}.")
+        if self.field not in FIELDS:
+            raise ValueError(f"field is {self.field!r}; it must be one of {', '.join(FIELDS)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +158,15 @@ def commanded_path(start: Tensor, angle: float, speed: float, frames: int) -> Te
     return sprites.bounce(inside, speed * direction, torch.tensor(MARGIN), torch.arange(frames).float())
 
 
-def commanded_flow(path: Tensor, first_frame: int) -> OpticalFlow:
-    """The track as a field of the whole clip; before `first_frame` nothing is commanded."""
+def commanded_flow(path: Tensor, first_frame: int, field: str = "track") -> OpticalFlow:
+    """The path as a field of the whole clip, one of FIELDS; before `first_frame` nothing is commanded."""
     frames = first_frame + len(path)
+    if field == "camera":
+        flow = torch.zeros(frames - 1, sprites.FRAME_SIZE, sprites.FRAME_SIZE, 2)
+        flow[first_frame:] = path.diff(dim=0)[:, None, None]
+        return OpticalFlow(
+            flow, (torch.arange(frames - 1) >= first_frame)[:, None, None].expand(flow.shape[:3]).clone()
+        )
     # Pixel i covers [i, i + 1): its centre is 0 in the field and 0.5 in the sprite world.
     whole = torch.zeros(frames, 1, 2)
     whole[first_frame:, 0] = path - 0.5
@@ -316,7 +331,7 @@ def evaluate(player: Player, options: Options, out: Path, modes: Sequence[str]) 
             frames, seconds = plain
             if row != "none":
                 started = time.perf_counter()
-                frames = player.clip(caption, seed, options, commanded_flow(path, first), row)
+                frames = player.clip(caption, seed, options, commanded_flow(path, first, options.field), row)
                 seconds = time.perf_counter() - started
             result = measure(frames, spec, path, first, seconds)
             write_json(file, asdict(result))
@@ -331,6 +346,8 @@ def _digest(player: Player, options: Options, row: str) -> str:
     mode, start_sigma = _mode_of(row)
     if mode in BLENDED:
         parts += [start_sigma, options.blend]
+    if options.field != "track":
+        parts.append(options.field)
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
 
@@ -402,6 +419,7 @@ def page(
     command = (
         f"python -m distillation.flow_evaluate {chosen}--scenes {options.scenes} --length {options.length} --seed "
         f"{options.seed} --start-sigma {sigmas} --blend {options.blend:g}{'' if modes is None else f' --modes {modes}'}"
+        f"{'' if options.field == 'track' else f' --field {options.field}'}"
     )
     steps = ",".join(str(len(row)) for row in player.trained.schedule.sigmas)
     adapter = "with" if player.dit.config.flow_adapter else "without"
@@ -412,8 +430,8 @@ def page(
             f"Made by `{command} --write {to.as_posix()}`; weights {player.digest}, {adapter} an adapter; "
             f"{steps} steps a chunk, cfg {player.trained.cfg:g}.",
             "",
-            "One sprite with a held-out caption; the first chunk is as usual, then the sprite is told where to go by a "
-            "track. What is measured and how: the head of `distillation/flow_evaluate.py`.",
+            f"One sprite with a held-out caption; the first chunk is as usual, then the sprite is told where to go "
+            f"{FIELDS[options.field]}. What is measured and how: the head of `distillation/flow_evaluate.py`.",
             "",
             table(found, options),
             "",
@@ -435,6 +453,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--blend", type=float, default=Options().blend, help="reference, adapter+blend: see the node")
     parser.add_argument("--modes", help=f"with commas, of {', '.join(MODES)}; default: all that the checkpoint allows")
+    parser.add_argument(
+        "--field", choices=FIELDS, default=Options().field, help="commanded around the sprite, or at every pixel"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--device", default="cpu", help="that makes the clips: cpu, which the times are of, or cuda")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table as a page, docs/evidence/flow.md")
@@ -448,6 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=chosen.seed,
             start_sigmas=tuple(chosen.start_sigma),
             blend=chosen.blend,
+            field=chosen.field,
         )
         player = Player(chosen.checkpoint, chosen.dit, chosen.device)
         modes = player.modes if chosen.modes is None else tuple(mode.strip() for mode in chosen.modes.split(","))

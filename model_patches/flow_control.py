@@ -18,7 +18,7 @@ from ..diagonal_sampler.flow import AdapterField, NothingValid, OpticalFlow, car
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference, weaker_start
 from ..diagonal_sampler.frames import TIME_FACTOR
-from ..diagonal_sampler.noise import NoiseSource, SeededNoise, send
+from ..diagonal_sampler.noise import NoiseSource, SeededNoise
 from ..diagonal_sampler.sampler import Forward
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .causal import FlowEmbedding
@@ -266,7 +266,8 @@ class FlowRun:
             return  # the motion of a chunk is the same at all of its steps
         assert self._adapter_field is not None
         if self._first <= at.chunk <= self._last:
-            self._embedding.set(send(self._adapter_field.features(at.start_frame, at.frames), device))
+            features = self._adapter_field.features(at.start_frame, at.frames, carrying_device(device))
+            self._embedding.set(features.to(device))
         else:
             self._embedding.set(None)
 

@@ -275,13 +275,76 @@ def test_adapter_features():
     assert adapter_features(field, 1, 8, 8).shape == (1, 4, 1, 8, 8)
 
 
+def _centre(valid: torch.Tensor) -> torch.Tensor:
+    """(x, y) in pixels of what a latent of 8x8 is told to move."""
+    centres = grid(8, 8) * 8 + 3.5  # of the latent's pixels
+    return (valid[..., None] * centres).sum((0, 1)) / valid.sum()
+
+
 @pytest.mark.parametrize("place", [(30.0, 30.0), (32.6, 29.3), (34.0, 33.5)])
 def test_the_adapter_is_told_where_in_a_latents_pixel_a_sprite_is(place):
     rests = torch.tensor(place).expand(5, 1, 2)
-    features = adapter_features(tracks_flow(rests, None, 64, 64, radius=9.0), 2, 8, 8)[0, :, 1]
-    centres = grid(8, 8) * 8 + 3.5  # of the latent's pixels, in pixels
-    found = (features[2, ..., None] * centres).sum((0, 1)) / features[2].sum()
-    assert torch.allclose(found, torch.tensor(place), atol=0.35), "a pixel of the latent is eight"
+    valid = adapter_features(tracks_flow(rests, None, 64, 64, radius=9.0), 2, 8, 8)[0, 2, 1]
+    assert torch.allclose(_centre(valid), torch.tensor(place), atol=0.35), "a pixel of the latent is eight"
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_the_adapter_is_told_where_a_sprite_arrives(turns):
+    """Also where it turned on its way: the mean of its steps says little of where it is."""
+    step = torch.tensor([2.25, 0.75])
+    ways = torch.stack([step * (-1 if turns and at >= 2 else 1) for at in range(8)])
+    path = torch.cat([torch.tensor([[20.0, 30.0]]), 20 + ways.cumsum(0) + torch.tensor([0.0, 10.0])])
+    features = adapter_features(tracks_flow(path[:, None], None, 64, 64, radius=11.0), 3, 8, 8)[0]
+    for latent_frame in (1, 2):
+        _, _, valid, speed = told = features[:, latent_frame]
+        end, start = path[4 * latent_frame], path[4 * latent_frame - 4]
+        assert torch.allclose(_centre(valid), end, atol=0.35)
+        inner = told[:2, valid > 0.99] * 8  # pixels a latent frame
+        assert torch.allclose(inner, (end - start)[:, None].expand_as(inner), atol=0.1)
+        assert torch.allclose(speed, told[:2].norm(dim=0), atol=1e-6)
+    rest = features[2, 0], _centre(features[2, 0])
+    assert torch.allclose(rest[1], path[0], atol=0.35), "the first latent frame is told what leaves it"
+
+
+def test_what_moves_in_front_hides_what_rests_from_the_adapter():
+    """A field that is known everywhere, as a video's: of a disc that moves over a ground at rest, the disc is told."""
+    path = torch.stack([torch.tensor([20.0, 32.0]) + at * torch.tensor([3.0, 0.0]) for at in range(5)])
+    disc = tracks_flow(path[:, None], None, 64, 64, radius=10.0)
+    features = adapter_features(OpticalFlow.everywhere(disc.flow), 2, 8, 8)[0, :, 1]
+    moves = features[0] * 8  # pixels a latent frame
+    assert torch.allclose(_centre(moves), path[4], atol=0.5)
+    assert abs(float(moves.sum()) * 64 / (12 * torch.pi * 100) - 1) < 0.03, "all of the disc, and nothing but it"
+    # What it left is known of no more: nothing came there.
+    assert features[2, 4, 1] < 0.5 and features[2, 0].eq(1).all()
+
+
+def test_motion_that_begins_or_ends_within_a_latent_frame_is_told_by_its_share():
+    path = torch.stack([torch.tensor([20.0, 32.0]) + at * torch.tensor([2.0, 0.0]) for at in range(9)])[:, None]
+    shown = torch.ones(9, 1, dtype=torch.bool)
+    shown[:2] = shown[7:] = False
+    features = adapter_features(tracks_flow(path, shown, 64, 64, radius=16.0), 3, 8, 8)[0]
+    for latent_frame, end in ((1, path[4, 0]), (2, path[6, 0])):
+        told = features[:, latent_frame]
+        assert torch.allclose(_centre(told[2]), end, atol=0.6), "where it was when nothing was said of it any more"
+        assert abs(float(told[2].max()) - 0.5) < 0.01 and abs(float(told[0].max()) * 8 - 4) < 0.1
+    assert not features[:, 0].any()
+
+
+def test_motion_that_is_the_same_at_all_steps_is_told_as_any_other():
+    held = camera_flow(10, 64, 64, pan=(1.5, -0.5), zoom=1.0)
+    written_out = OpticalFlow(held.flow.contiguous(), held.valid.contiguous())
+    for frames in (1, 3, 4, 6):  # the fourth latent frame has two steps, later ones none
+        assert torch.equal(adapter_features(held, frames, 8, 8), adapter_features(written_out, frames, 8, 8))
+    single = OpticalFlow(held.flow[:1], held.valid[:1])
+    found = adapter_features(single, 6, 8, 8)[0]
+    assert torch.equal(found[:, 5], found[:, 1]) and found[2, 5].any(), "a single step is held"
+
+
+def test_motion_larger_than_the_video_is_told_at_the_videos_size():
+    path = torch.stack([torch.tensor([20.0, 32.0]) + at * torch.tensor([2.0, 1.0]) for at in range(5)])[:, None]
+    small = adapter_features(tracks_flow(path, None, 64, 64, radius=10.0), 2, 8, 8)
+    large = adapter_features(tracks_flow(4 * path + 1.5, None, 256, 256, radius=40.0), 2, 8, 8)
+    assert torch.allclose(small, large, atol=0.05)
 
 
 def test_what_the_adapter_cannot_see_is_refused():

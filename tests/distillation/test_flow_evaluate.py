@@ -14,7 +14,17 @@ from diagonal_sampler.captions import SHAPES, caption_of, parse_caption
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.flow import OpticalFlow
 from distillation import flow_evaluate, sprites
-from distillation.flow_evaluate import Options, commanded_flow, commanded_path, evaluate, measure, page, scene, table
+from distillation.flow_evaluate import (
+    FIELDS,
+    Options,
+    commanded_flow,
+    commanded_path,
+    evaluate,
+    measure,
+    page,
+    scene,
+    table,
+)
 
 FIRST = 8
 
@@ -59,10 +69,12 @@ class Obedient:
         return draw(spec, path)
 
 
-def test_the_field_carries_its_own_track() -> None:
+@pytest.mark.parametrize("kind", FIELDS)
+def test_the_field_carries_its_own_track(kind) -> None:
     path = commanded_path(torch.tensor([12.0, 40.0]), 0.5, 2.25, 60)
     assert (path >= 8).all() and (path <= 56).all()
-    field = commanded_flow(path, FIRST)
+    field = commanded_flow(path, FIRST, kind)
+    assert bool(field.valid[FIRST:].all()) == (kind == "camera") and not field.valid[:FIRST].any()
     assert field.steps == FIRST + 59 and field.valid[FIRST:].flatten(1).any(1).all()
     for step in (0, 20, 58):
         motion, known = field.at(FIRST + step, path[step] - 0.5)
@@ -129,6 +141,9 @@ def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
     assert "--scenes 2 --length 33 --seed 0 --start-sigma 0.6 0.5" in page(found, options, first)
     elsewhere = page(found, options, first, to=Path("docs/other.md"), modes="none,adapter")
     assert "--blend 1 --modes none,adapter --write docs/other.md`" in elsewhere
+    by_camera = evaluate(second, replace(options, field="camera"), tmp_path, ("none", "reference"))
+    assert second.calls == 2 + 2 * (1 + 2 * 2), "of another field nothing is known"
+    assert "--blend 1 --field camera --write" in page(by_camera, replace(options, field="camera"), second)
 
 
 def test_options_are_checked(capsys) -> None:

@@ -1,9 +1,10 @@
-"""Carried frames with a model on CUDA: the CPU's to rounding, and the same at every run."""
+"""Motion with a model on CUDA: carried frames and what an adapter is told are the CPU's to rounding, and the same at
+every run."""
 
 import pytest
 import torch
 
-from diagonal_sampler.flow import camera_flow, carry
+from diagonal_sampler.flow import AdapterField, OpticalFlow, camera_flow, carry
 from diagonal_sampler.schedule import DiagonalSchedule
 
 DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
@@ -19,6 +20,23 @@ def test_a_picture_on_the_gpu_is_carried_as_one_on_the_cpu():
             assert torch.equal(getattr(found, part), getattr(again, part)), part
             differs = (getattr(found, part).cpu().float() - getattr(wanted, part).float()).abs() > 1e-3
             assert differs.float().mean() < 1e-3, part  # a threshold may fall the other way
+
+
+def test_an_adapter_is_told_the_same_on_the_gpu_without_waiting_for_it():
+    noise = torch.randn(12, 16, 26, 2, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(noise.movedim(-1, 1), (128, 208), mode="bicubic").movedim(1, -1)
+    valid = smooth[..., 0] > -0.5
+    field = AdapterField(OpticalFlow(smooth.contiguous(), valid), 15, 26)
+    wanted = field.features(0, 4)
+    field.features(0, 4, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = field.features(0, 4, "cuda")
+        again = field.features(0, 4, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, again)
+    assert ((found.cpu() - wanted).abs() > 0.02).float().mean() < 0.01  # a threshold may fall the other way
 
 
 @pytest.mark.parametrize("mode", ["reference"])
