@@ -106,7 +106,6 @@ class Progress:
     before: dict[str, int] = field(default_factory=dict)  # of each sampler: forwards of an earlier run, gone on with
     chunk: int = 0
     chunks: int = 0
-    fps: float | None = None
     started: float | None = None  # when the sampler began
     running: tuple[str, float] | None = None  # the node at work, and since when
     node_seconds: dict[str, float] = field(default_factory=dict)  # how long each node has taken
@@ -133,8 +132,6 @@ class Progress:
             forwards = data.get("forwards", 0)
             self.count(str(data.get("node")), forwards, data.get("total", 0))
             self.before[str(data.get("node"))] = int(forwards - data.get("made", forwards))
-            if data.get("fps"):
-                self.fps = float(data["fps"])
 
     def clock(self, node: str | None) -> None:
         """Note that a node begins, None at the end of the run, and so how long the one before it has taken."""
@@ -156,7 +153,7 @@ class Progress:
             done, _ = self.counts.get(node, (0, 0))
             self.counts[node] = (max(done, int(forwards)), int(total))
             self.started = self.started or time.monotonic()
-            if forwards < total or not self.seconds:
+            if forwards > done:
                 self.seconds = time.monotonic() - self.started
 
     @property
@@ -181,11 +178,8 @@ class Progress:
             if self.forwards < self.total:
                 left = self.seconds * (self.total - self.forwards) / made
                 parts.append(f"ETA {left:.0f} s")
-            fps = self.fps
-            if fps is None and self.frames:
-                fps = self.frames * made / self.total / self.seconds
-            if fps is not None:
-                parts.append(f"{fps:.1f} frames/s")
+            if self.frames:
+                parts.append(f"{self.frames * made / self.total / self.seconds:.1f} frames/s")
         return " · ".join(parts)
 
     def show(self, *, last: bool = False) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .schedule import CONTEXT_MODES
+from .schedule import CONTEXT_MODES, same_steps
 from .settings import CausalSettings
 from .weight_files import short
 
@@ -63,7 +63,9 @@ class Provenance:
         found = []
         for key, value in chosen.items():
             stated = getattr(self, key)
-            if value is not None and stated is not None and value != stated:
+            if value is None or stated is None:
+                continue
+            if not same_steps(value, stated) if key == "steps_per_chunk" else value != stated:
                 found.append(f"{key} is set to {value}, but the file was trained with {stated}")
         return tuple(found)
 

@@ -178,8 +178,8 @@ def sample_chunks(
     for index in range(len(counts)):
         if source is None and (first := schedule.chunk_sigmas(index)[0]) < 1:
             raise ValueError(
-                f"Chunk {index} starts at sigma {first:.3f}, below pure noise, and there is no latent to start from; "
-                "start the schedule at sigma 1 or give a source latent."
+                f"Chunk {index + 1} starts at sigma {first:.3f}, below pure noise, and there is no latent to start "
+                "from; start the schedule at sigma 1 or give a source latent."
             )
 
     def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> Tensor:

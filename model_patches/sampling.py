@@ -29,7 +29,16 @@ from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
-from ..diagonal_sampler.schedule import PRESETS, DiagonalSchedule, Levels, levels_text, same_levels, shift_sigma
+from ..diagonal_sampler.schedule import (
+    PRESETS,
+    TABLE_STEP,
+    DiagonalSchedule,
+    Levels,
+    levels_text,
+    same_levels,
+    same_steps,
+    shift_sigma,
+)
 from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions, require_known_rotations
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
@@ -409,15 +418,18 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     if provenance is None:
         return ()
     steps = tuple(len(row) for row in schedule.sigmas)
-    trained = provenance.sigmas
+    trained, context = provenance.sigmas, provenance.context_sigma
+    # The node's widget rounds it.
+    same_context = context is None or abs(schedule.context_sigma - context) <= TABLE_STEP
     found = provenance.contradictions(
         frames_per_chunk=schedule.frames_per_chunk,
         steps_per_chunk=None if trained is not None and _only_more_steps(schedule.sigmas, trained) else steps,
         shift=schedule.shift,
         context_mode=schedule.context_mode,
+        context_sigma=None if same_context or schedule.context_mode != "renoise" else schedule.context_sigma,
     )
     # Other numbers of steps are said already, and where chunks begin below pure noise every level is lower on purpose.
-    if trained is None or steps != tuple(map(len, trained)) or schedule.sigmas[0][0] != trained[0][0]:
+    if trained is None or not same_steps(steps, tuple(map(len, trained))) or schedule.sigmas[0][0] != trained[0][0]:
         return found
     if same_levels(schedule.sigmas, trained):
         return found
@@ -492,159 +504,33 @@ class DiagonalSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """ComfyUI's contract: noise and latent_image [B, C, T, H, W] in the model's space; returns the same shape."""
-        plan, resume, streaming = self.plan, self.resume, self.stream is not None
-        options = extra_args["model_options"]
-        transformer_options = options["transformer_options"]
-        scale = (transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
-        cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
-        _require_exact_positions(cache, model_wrap.inner_model.get_dtype_inference())
-        if cache.moves:
-            require_known_rotations(model_wrap.inner_model.diffusion_model)
-        fixed = "registered_hooks" not in options and not _wraps_forwards(options)
-        run = CausalRun(cache, batch=plan.shape[0], fixed_weights=fixed)
-        blocks = len(model_wrap.inner_model.diffusion_model.blocks)
-        transformer_options[RUN_KEY] = run
-        move_texts(model_wrap, noise.device)
-        context = self._context(model_wrap, noise)
-        level = self._level(model_wrap, noise) if denoise_mask is None else None
+        plan, streaming = self.plan, self.stream is not None
+        run = _SamplingRun(self, model_wrap, extra_args, callback, noise, latent_image, denoise_mask)
         output = torch.zeros_like(noise)
-        flow_run = self.flow_run
-        starts = flow_run is not None and flow_run.starts_chunks
-        if flow_run is not None and resume is not None:
-            flow_run.restore(resume.load_flow(), noise.device)
-        elif flow_run is not None and context is not None:
-            flow_run.finished(context)
-        if context is not None and not streaming:
-            output[:, :, : context.shape[2]] = context
-        done, current, history = 0, 0, {}
-        forwards = plan.forwards
-        pace, finite = Pace(noise.device), FiniteLook(plan.chunks)
-        steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
-        # Made before the loop: a copy to the device would wait for it in every forward.
-        rows = set(plan.schedule.sigmas[: plan.chunks])
-        levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
-        if resume is not None:
-            cache.restore(
-                resume.committed,
-                resume.load(),
-                noise.device,
-                dropped=resume.dropped,
-                moved=resume.moved,
-                begun=resume.begun,
-            )
-            done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
-            # Copies: what was read still is the state's file, which Windows then does not let be replaced.
-            history = {start: x.to(noise.device, copy=True) for start, x in resume.load_history().items()}
-        prompt_run = self._prompt_run(model_wrap, run)
-        if prompt_run is not None and resume is not None:
-            done += prompt_run.forwards_before(resume.chunk)
-
-        def schedule_row(chunk: int) -> int:
-            return chunk if prompt_run is None else prompt_run.schedule_row(chunk)
-
-        def frames_of(tensor: Tensor, at: Forward) -> Tensor:
-            return tensor[:, :, at.start_frame : at.start_frame + at.frames]
-
-        def denoise(x: Tensor, at: Forward) -> Tensor:
-            nonlocal done
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if prompt_run is not None:
-                prompt_run.listen()
-            pace.wait()
-            chunk_sigmas = levels[plan.schedule.chunk_sigmas(schedule_row(at.chunk))]
-            transformer_options["sample_sigmas"] = chunk_sigmas
-            model = comfy.samplers.KSamplerX0Inpaint(model_wrap, chunk_sigmas)
-            mask = None
-            # A forward that only fills the cache sees the finished frames as they are.
-            if denoise_mask is not None and at.step >= 0:
-                mask = frames_of(denoise_mask, at)
-                model.latent_image = frames_of(latent_image, at)
-                model.noise = frames_of(noise, at)
-            sigma = x.new_full((x.shape[0],), at.sigma)
-            run.begin_forward(at.sigma)
-            if flow_run is not None:
-                flow_run.before(at, x.device)
-            denoised = model(x, sigma, mask, model_options=options, seed=extra_args.get("seed"))
-            run.end_forward(blocks, transformer_options.get("patches_replace", {}).get("dit", {}))
-            pace.mark()
-            finite.settle()
-            if flow_run is not None:
-                denoised = flow_run.after(denoised, at, mask)
-            if level is not None and at.chunk == 0 and at.step >= 0:
-                denoised = meet(denoised, level, still=plan.context_frames == 1)
-            if at.step >= 0:
-                steps.append((at, denoised))
-            done += 1
-            total = forwards if prompt_run is None else forwards + prompt_run.extra_forwards
-            if callback is not None:
-                callback(done - 1, denoised, x, total)
-            if self.on_progress is not None:
-                self.on_progress(
-                    Progress(
-                        forwards=done,
-                        total=total,
-                        chunk=max(at.chunk, current),  # a recache visits earlier chunks again
-                        chunks=plan.chunks,
-                        step=at.step,
-                        steps=at.steps,
-                    )
-                )
-            return denoised
-
-        def draw(chunk: int, step: int, frames: int) -> Tensor:
-            if step == INITIAL_STEP and not streaming:
-                start = plan.context_frames + chunk * plan.settings.frames_per_chunk
-                return noise[:, :, start : start + frames]
-            return send(self.noise(chunk, step, frames), noise.device).to(noise.dtype)
-
-        def source(start: int, frames: int) -> Tensor:
-            return latent_image[:, :, start : start + frames]
-
-        def recache(chunk: int) -> bool:
-            nonlocal current
-            current = chunk
-            return prompt_run.begin(chunk)
-
-        def give(index: int, latents: Tensor) -> None:
-            latents = model_wrap.inner_model.process_latent_out(latents.to(torch.float32))
-            self.stream(
-                StreamedChunk(
-                    index=index,
-                    latents=latents.to(comfy.model_management.intermediate_dtype()),
-                    cache=cache,
-                    forwards=done,
-                    patcher=model_wrap.model_patcher,
-                    history=history,
-                    live=() if prompt_run is None else tuple(prompt_run.live),
-                    flow={} if flow_run is None else flow_run.snapshot(),
-                    require_finite=finite.settle,
-                )
-            )
-
         try:
-            if streaming and context is not None and resume is None:
-                give(CONTEXT, context)
+            run.begin()
+            if run.context is not None and not streaming:
+                output[:, :, : run.context.shape[2]] = run.context
+            if run.context is not None and streaming and self.resume is None:
+                run.give(CONTEXT, run.context)
             for chunk in sample_chunks(
-                denoise,
-                draw,
+                run.denoise,
+                run.draw,
                 plan.schedule,
-                cache,
+                run.cache,
                 frames=plan.shape[2],
                 frames_per_chunk=plan.settings.frames_per_chunk,
-                context=context,
-                source=flow_run.source if starts else source if self.starts_from_latent else None,
-                first_chunk=0 if resume is None else resume.chunk,
-                recache=None if prompt_run is None else recache,
-                history=history,
-                schedule_row=schedule_row,
+                context=run.context,
+                source=run.source,
+                first_chunk=run.first_chunk,
+                recache=None if run.prompt_run is None else run.recache,
+                history=run.history,
+                schedule_row=run.schedule_row,
             ):
-                finite.look(chunk, steps)
-                steps = []
-                if flow_run is not None:
-                    flow_run.finished(chunk.latents)
+                run.finished(chunk)
                 end = chunk.start_frame + chunk.latents.shape[2]
                 if streaming:
-                    give(chunk.index, chunk.latents)
+                    run.give(chunk.index, chunk.latents)
                 else:
                     output[:, :, chunk.start_frame : end] = chunk.latents
                     if self.on_chunk is not None:
@@ -654,21 +540,227 @@ class DiagonalSampler(comfy.samplers.Sampler):
                     if self.on_stop is not None:
                         self.on_stop()
                     break
-            finite.settle()
+            run.finite.settle()
         except (Exception, comfy.model_management.InterruptProcessingException):
             if self.on_stop is not None:
                 self.on_stop()
             raise
         finally:
             run.free()
-            if flow_run is not None:
-                flow_run.free()
-            transformer_options.pop(RUN_KEY, None)
         return output
 
-    def _prompt_run(self, model_wrap, run: CausalRun) -> PromptRun | None:
-        """What changes the positive prompt over time; None where it is one prompt, and nothing is done then."""
-        plan, cache, conds = self.plan, run.cache, model_wrap.conds
+
+class _SamplingRun:
+    """One run of a DiagonalSampler: what its forwards share, from `begin` to `free`.
+
+    Args:
+        sampler: whose run it is.
+        model_wrap, extra_args, callback, noise, latent_image, denoise_mask: what ComfyUI gives to the sampler.
+
+    Attributes:
+        cache: keys and values of the clip.
+        context: the given frames in the model's space, None without any; from `begin` on.
+        history: with prompts that change, finished latents by start_frame (see sample_chunks).
+        prompt_run: what changes the positive prompt over time; None where it is one prompt, and nothing is done then.
+        done: forwards of the clip so far.
+        finite: looks at finished chunks.
+
+    Raises:
+        ValueError: a clip that is too long for exact positions, or a model whose rotations are not known.
+    """
+
+    def __init__(
+        self,
+        sampler: DiagonalSampler,
+        model_wrap,
+        extra_args: dict[str, Any],
+        callback,
+        noise: Tensor,
+        latent_image: Tensor | None,
+        denoise_mask: Tensor | None,
+    ) -> None:
+        plan, model = sampler.plan, model_wrap.inner_model
+        self.sampler, self.plan, self.flow_run = sampler, plan, sampler.flow_run
+        self.model_wrap, self.callback, self.seed = model_wrap, callback, extra_args.get("seed")
+        self.noise, self.latent_image, self.denoise_mask = noise, latent_image, denoise_mask
+        self.options = extra_args["model_options"]
+        self.transformer_options = self.options["transformer_options"]
+        scale = (self.transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
+        self.cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
+        _require_exact_positions(self.cache, model.get_dtype_inference())
+        if self.cache.moves:
+            require_known_rotations(model.diffusion_model)
+        fixed = "registered_hooks" not in self.options and not _wraps_forwards(self.options)
+        self.causal = CausalRun(self.cache, batch=plan.shape[0], fixed_weights=fixed)
+        self.blocks = len(model.diffusion_model.blocks)
+        self.context: Tensor | None = None
+        self.history: dict[int, Tensor] = {}
+        self.prompt_run: PromptRun | None = None
+        self.done, self._forwards = 0, plan.forwards
+        self.pace, self.finite = Pace(noise.device), FiniteLook(plan.chunks)
+        # Made before the loop: a copy to the device would wait for it in every forward.
+        rows = set(plan.schedule.sigmas[: plan.chunks])
+        self._levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
+        self._level: Tensor | None = None  # that the first chunk is to begin at
+        self._chunk = 0  # that is being made
+        self._steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
+
+    def begin(self) -> None:
+        """Take what the run goes on from: the given frames, an earlier run's cache and latents, its prompts."""
+        resume, device = self.sampler.resume, self.noise.device
+        self.transformer_options[RUN_KEY] = self.causal
+        move_texts(self.model_wrap, device)
+        given = self.plan.given
+        if given is not None:
+            self.context = self._into_run(given.latent)
+        if given is not None and self.denoise_mask is None:
+            frame = given.latent[:, :, -1:] if given.latent.shape[2] > 1 else given.still
+            self._level = None if frame is None else self._into_run(frame)
+        if self.flow_run is not None and resume is not None:
+            self.flow_run.restore(resume.load_flow(), device)
+        elif self.flow_run is not None and self.context is not None:
+            self.flow_run.finished(self.context)
+        if resume is not None:
+            self._restore(resume)
+        self.prompt_run = self._prompt_run()
+        if self.prompt_run is not None and resume is not None:
+            self.done += self.prompt_run.forwards_before(resume.chunk)
+
+    def _into_run(self, latent: Tensor) -> Tensor:
+        """A latent in LATENT scale, in the model's space, for each sample of the batch."""
+        latent = comfy.utils.repeat_to_batch_size(latent.to(self.noise), self.noise.shape[0])
+        return self.model_wrap.inner_model.process_latent_in(latent)
+
+    def _restore(self, resume: Resume) -> None:
+        plan, device = self.plan, self.noise.device
+        self.cache.restore(
+            resume.committed,
+            resume.load(),
+            device,
+            dropped=resume.dropped,
+            moved=resume.moved,
+            begun=resume.begun,
+        )
+        self.done = count_forwards(plan.schedule, resume.committed, plan.settings.frames_per_chunk, plan.context_frames)
+        # Copies: what was read still is the state's file, which Windows then does not let be replaced.
+        self.history = {start: x.to(device, copy=True) for start, x in resume.load_history().items()}
+
+    def free(self) -> None:
+        """Drop what the run held, also when it failed."""
+        self.causal.free()
+        if self.flow_run is not None:
+            self.flow_run.free()
+        self.transformer_options.pop(RUN_KEY, None)
+
+    @property
+    def first_chunk(self) -> int:
+        """Where the run begins, counted from 0."""
+        return 0 if self.sampler.resume is None else self.sampler.resume.chunk
+
+    @property
+    def source(self) -> Callable[[int, int], Tensor] | None:
+        """What chunks below sigma 1 start from, None where there is nothing (see sample_chunks)."""
+        if self.flow_run is not None and self.flow_run.starts_chunks:
+            return self.flow_run.source
+        return self._latent_image_of if self.sampler.starts_from_latent else None
+
+    def _latent_image_of(self, start: int, frames: int) -> Tensor:
+        return self.latent_image[:, :, start : start + frames]
+
+    def schedule_row(self, chunk: int) -> int:
+        """The chunk whose steps chunk `chunk` takes."""
+        return chunk if self.prompt_run is None else self.prompt_run.schedule_row(chunk)
+
+    def recache(self, chunk: int) -> bool:
+        """Whether the window of a chunk that begins is to be written again, under a new prompt."""
+        self._chunk = chunk
+        return self.prompt_run.begin(chunk)
+
+    def draw(self, chunk: int, step: int, frames: int) -> Tensor:
+        """The noise of one step of a chunk, [B, C, frames, H, W]."""
+        if step == INITIAL_STEP and self.sampler.stream is None:
+            start = self.plan.context_frames + chunk * self.plan.settings.frames_per_chunk
+            return self.noise[:, :, start : start + frames]
+        return send(self.sampler.noise(chunk, step, frames), self.noise.device).to(self.noise.dtype)
+
+    def denoise(self, x: Tensor, at: Forward) -> Tensor:
+        """One forward, through ComfyUI: x [B, C, frames, H, W] in the model's space -> its denoised."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.prompt_run is not None:
+            self.prompt_run.listen()
+        self.pace.wait()
+        chunk_sigmas = self._levels[self.plan.schedule.chunk_sigmas(self.schedule_row(at.chunk))]
+        self.transformer_options["sample_sigmas"] = chunk_sigmas
+        model = comfy.samplers.KSamplerX0Inpaint(self.model_wrap, chunk_sigmas)
+        mask = None
+        # A forward that only fills the cache sees the finished frames as they are.
+        if self.denoise_mask is not None and at.step >= 0:
+            frames = slice(at.start_frame, at.start_frame + at.frames)
+            mask = self.denoise_mask[:, :, frames]
+            model.latent_image = self.latent_image[:, :, frames]
+            model.noise = self.noise[:, :, frames]
+        sigma = x.new_full((x.shape[0],), at.sigma)
+        self.causal.begin_forward(at.sigma)
+        if self.flow_run is not None:
+            self.flow_run.before(at, x.device)
+        denoised = model(x, sigma, mask, model_options=self.options, seed=self.seed)
+        self.causal.end_forward(self.blocks, self.transformer_options.get("patches_replace", {}).get("dit", {}))
+        self.pace.mark()
+        self.finite.settle()
+        if self.flow_run is not None:
+            denoised = self.flow_run.after(denoised, at, mask)
+        if self._level is not None and at.chunk == 0 and at.step >= 0:
+            denoised = meet(denoised, self._level, still=self.plan.context_frames == 1)
+        if at.step >= 0:
+            self._steps.append((at, denoised))
+        self._report(x, denoised, at)
+        return denoised
+
+    def _report(self, x: Tensor, denoised: Tensor, at: Forward) -> None:
+        """Count a forward, and say so."""
+        self.done += 1
+        total = self._forwards + (0 if self.prompt_run is None else self.prompt_run.extra_forwards)
+        if self.callback is not None:
+            self.callback(self.done - 1, denoised, x, total)
+        if self.sampler.on_progress is not None:
+            self.sampler.on_progress(
+                Progress(
+                    forwards=self.done,
+                    total=total,
+                    chunk=max(at.chunk, self._chunk),  # a recache visits earlier chunks again
+                    chunks=self.plan.chunks,
+                    step=at.step,
+                    steps=at.steps,
+                )
+            )
+
+    def finished(self, chunk: Chunk) -> None:
+        """Look at a finished chunk, and let the motion of the next one start from it."""
+        self.finite.look(chunk, self._steps)
+        self._steps = []
+        if self.flow_run is not None:
+            self.flow_run.finished(chunk.latents)
+
+    def give(self, index: int, latents: Tensor) -> None:
+        """Give finished latents in the model's space to the stream, in LATENT scale."""
+        latents = self.model_wrap.inner_model.process_latent_out(latents.to(torch.float32))
+        self.sampler.stream(
+            StreamedChunk(
+                index=index,
+                latents=latents.to(comfy.model_management.intermediate_dtype()),
+                cache=self.cache,
+                forwards=self.done,
+                patcher=self.model_wrap.model_patcher,
+                history=self.history,
+                live=() if self.prompt_run is None else tuple(self.prompt_run.live),
+                flow={} if self.flow_run is None else self.flow_run.snapshot(),
+                require_finite=self.finite.settle,
+            )
+        )
+
+    def _prompt_run(self) -> PromptRun | None:
+        # The functions made here must not hold this run, which holds what they are given to.
+        plan, cache, causal, conds = self.plan, self.cache, self.causal, self.model_wrap.conds
         positive = conds["positive"]
         schedule = schedule_of([(cond.get("cross_attn"), cond) for cond in positive])
         if schedule is None:
@@ -684,9 +776,9 @@ class DiagonalSampler(comfy.samplers.Sampler):
         def set_context(context: Tensor) -> None:
             for cond in sharing:
                 cond["model_conds"] = {**cond["model_conds"], "c_crossattn": type(text)(context.to(text.cond))}
-            run.forget_text()
+            causal.forget_text()
 
-        patcher = model_wrap.model_patcher
+        patcher = self.model_wrap.model_patcher
         loaded = patcher.loaded_size()
 
         def reload() -> None:
@@ -706,29 +798,11 @@ class DiagonalSampler(comfy.samplers.Sampler):
             recache_forwards=lambda chunk: count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames),
             # In mode reference each chunk has noise levels of its own, and in mode noise a step's noise is carried on.
             levels=plan.schedule if self.flow_run is None or self.flow_run.keeps_levels else None,
-            box=self.prompts,
+            box=self.sampler.prompts,
             after_encoding=reload,
-            first_chunk=0 if self.resume is None else self.resume.chunk,
-            live=self.live,
+            first_chunk=self.first_chunk,
+            live=self.sampler.live,
         )
-
-    def _context(self, model_wrap, noise: Tensor) -> Tensor | None:
-        """The given frames, in the model's space."""
-        given = self.plan.given
-        return None if given is None else self._into_run(given.latent, model_wrap, noise)
-
-    def _level(self, model_wrap, noise: Tensor) -> Tensor | None:
-        """A latent frame whose level the first chunk is to begin at; None where none is known."""
-        given = self.plan.given
-        if given is None:
-            return None
-        frame = given.latent[:, :, -1:] if given.latent.shape[2] > 1 else given.still
-        return None if frame is None else self._into_run(frame, model_wrap, noise)
-
-    @staticmethod
-    def _into_run(latent: Tensor, model_wrap, noise: Tensor) -> Tensor:
-        latent = comfy.utils.repeat_to_batch_size(latent.to(noise), noise.shape[0])
-        return model_wrap.inner_model.process_latent_in(latent)
 
 
 def _wraps_forwards(options: dict[str, Any]) -> bool:

@@ -372,13 +372,21 @@ class StreamDecoder:
         """Go on where a snapshot was taken, with a VAE of the same weights, in a decoder that has not begun a clip.
 
         Raises:
+            ValueError: a snapshot whose size is not that of what it holds.
             RuntimeError: a clip has begun, or the decoder is closed.
         """
         if self._refusal is not None or self._clips:
             raise RuntimeError(self._refusal or "StreamDecoder.restore inside a clip; call reset() first.")
         if not snapshot:
             return
-        batch, height, width = snapshot["size"].tolist()
+        size = snapshot["size"].tolist() if "size" in snapshot else []
+        held = {name.partition("/")[0] for name in snapshot if name != "size"}
+        if len(size) != 3 or size[0] != len(held) or held != set(map(str, range(len(held)))):
+            raise ValueError(
+                f"The decoder's snapshot says batch, height, width {size} and holds the memory of {len(held)} clips: "
+                "it is not as snapshot() made it. Set restart to begin a new video."
+            )
+        batch, height, width = size
         clips = [self._architecture.new_clip() for _ in range(batch)]
         device = self.vae.device
         if device.type == "cuda" and self._stream is None:

@@ -17,6 +17,7 @@ from typing import Any
 import folder_paths
 
 from ..diagonal_sampler.frames import TIME_FACTOR
+from ..diagonal_sampler.prompt_schedule import require_switch
 from .clip_plan import ClipPlan
 from .prompts import LivePrompt
 from .sampling import Resume
@@ -27,6 +28,7 @@ from .stream_state import (
     STATE_SUFFIX,
     StreamLock,
     StreamState,
+    can_be_said,
     digest_of,
     find_states,
     load_tensors,
@@ -126,6 +128,10 @@ class Place:
     def find(cls, options: StreamOptions) -> Place:
         prefix = dated(options.filename_prefix, datetime.now())
         output = folder_paths.get_output_directory()
+        if not can_be_said(prefix):
+            raise ValueError(
+                f"filename_prefix is {prefix!r}, which is no Unicode text; use a name such as video/ComfyUI."
+            )
         # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
         if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
             raise ValueError(
@@ -337,9 +343,20 @@ def resume_video(
 def live_prompts(state_path: Path, state: StreamState) -> list[LivePrompt]:
     """Prompts that the runs of a video were given, perhaps after the state."""
     for prompts in (read_prompts(_prompts_path(state_path)), state.live):
-        with contextlib.suppress(TypeError):  # nothing there, or not what we wrote
-            return [LivePrompt(**prompt) for prompt in prompts]
+        with contextlib.suppress(TypeError, ValueError):  # nothing there, or not what we wrote
+            return [_live_prompt(**prompt) for prompt in prompts]
     return []
+
+
+def _live_prompt(**fields: Any) -> LivePrompt:
+    """A prompt as it was noted. Raises TypeError or ValueError: a field that no run noted."""
+    prompt = LivePrompt(**fields)
+    if not all(type(number) is int and number >= 0 for number in (prompt.chunk, prompt.blend_chunks)):
+        raise TypeError(f"chunk or blend_chunks of {prompt!r} is no number of chunks")
+    if not all(isinstance(text, str) for text in (prompt.text, prompt.node)):
+        raise TypeError(f"text or node of {prompt!r} is no text")
+    require_switch(prompt.switch, prompt.blend_chunks)
+    return prompt
 
 
 def _prompts_path(state_path: Path) -> Path:

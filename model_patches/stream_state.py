@@ -43,6 +43,10 @@ _HEADER_KEY = "stream"
 WHOLE_TENSOR_ELEMENTS = 1 << 22
 """Larger tensors, and weights of any size, are told apart by a sample of their values."""
 SAMPLE_ELEMENTS = 64
+_COUNTS = dict(length=1, latent_frames=1) | dict.fromkeys(
+    ("chunk", "committed", "frames", "size", "forwards", "dropped", "moved", "begun"), 0
+)
+"""The whole numbers in a state, and the least of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,22 +127,41 @@ def read_prompts(path: Path) -> list[dict[str, Any]] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        log.warning("The prompts %s cannot be read (%s); those in the state are used.", path.name, error)
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("The prompts %s cannot be read (%r); those in the state are used.", path.name, error)
         return None
 
 
 def read_state(path: Path) -> StreamState | None:
-    """The state without its tensors; None for a file that holds none."""
+    """The state without its tensors; None for a file that holds none, or one whose values are not of their kinds."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             return None
-        return StreamState(**json.loads(metadata[_HEADER_KEY]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.warning("The stream state %s cannot be read (%s); it is left alone.", path.name, error)
+        state = StreamState(**json.loads(metadata[_HEADER_KEY]))
+        _check(state)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        # %r: the text of an error may quote what no console can show.
+        log.warning("The stream state %s cannot be read (%r); it is left alone.", path.name, error)
         return None
+    return state
+
+
+def _check(state: StreamState) -> None:
+    """Raise ValueError for values that `save_state` does not write: people edit files, or bring other people's."""
+    for name, least in _COUNTS.items():
+        count = getattr(state, name)
+        if not (type(count) is int and count >= least) and (name, count) != ("moved", None):
+            raise ValueError(f"{name} is no whole number from {least} on")
+    if not (isinstance(state.digest, str) and isinstance(state.run, dict)):
+        raise ValueError("digest is no text, or run no mapping")
+    if not (isinstance(state.parts, dict) and all(isinstance(digest, str) for digest in state.parts.values())):
+        raise ValueError("parts is no mapping of digests")
+    if not (isinstance(state.live, list) and all(isinstance(prompt, dict) for prompt in state.live)):
+        raise ValueError("live is no list of prompts")
+    if not state.chunk and (state.committed or state.frames or state.size):
+        raise ValueError("it has frames and no chunk")
 
 
 def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -147,11 +170,20 @@ def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
+def can_be_said(name: str) -> bool:
+    """Whether a name can be logged and sent: half a surrogate pair, or what is no UTF-8 on the disk, cannot."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def find_states(folder: Path) -> list[tuple[Path, StreamState]]:
     """The states in a folder, newest first."""
     found = []
     for path in folder.iterdir():
-        if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)):
+        if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)) and can_be_said(path.name):
             state = read_state(path)
             with contextlib.suppress(FileNotFoundError):  # another ComfyUI may finish a video meanwhile
                 if state is not None:

@@ -49,8 +49,9 @@ class VideoSpec:
     metadata: Mapping[str, Any]
 
     def texts(self) -> dict[str, str]:
-        """The metadata as texts, in ComfyUI's way: what is no text becomes JSON."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.metadata.items()}
+        """The metadata as texts, in ComfyUI's way: what is no text becomes JSON. All of it can be encoded as UTF-8."""
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.metadata.items()}
+        return {_utf8(key).decode(): _utf8(text).decode() for key, text in texts.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,11 +55,13 @@ class VideoWriter(ABC):
     """A video that grows frame by frame; one thread writes at a time.
 
     Attributes:
+        path: of the file, or of the folder of images.
         frames: frames that are in the file and can be played.
         submitted: frames given to `write`.
         untouched: the video still is as it was found: it is cut back to its mark with the first frame, not before.
     """
 
+    path: Path
     frames: int
     submitted: int
     untouched: bool
@@ -79,6 +81,13 @@ class VideoWriter(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """End at once, after an error; what is in the file stays. Never raises, and may follow `close`."""
+
+    def _disk_error(self, error: OSError) -> VideoWriteError:
+        return VideoWriteError(
+            f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
+            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
+            "there is none yet. Or choose another filename_prefix."
+        )
 
 
 def open_writer(path: Path, spec: VideoSpec, mark: Mark | None = None) -> VideoWriter:
@@ -213,6 +222,11 @@ class EncodedWriter(VideoWriter):
             if not is_header:
                 raise VideoWriteError(f"{self.path.name} is not the video that was written before.")
             self._container.growing(self._header)
+        if self._size < len(self._header) or (self.frames and not self._size):
+            raise VideoWriteError(
+                f"{self.path.name} is said to have {self.frames} frames in {self._size} bytes, less than its header "
+                "alone; it cannot be continued."
+            )
 
     def _cut_back(self) -> None:
         self.untouched = False
@@ -311,7 +325,13 @@ class EncodedWriter(VideoWriter):
         command += ["-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
         # Bit-exact: the same frames make the same bytes.
         command += [*self._container.arguments(), "-fflags", "+bitexact", "-flush_packets", "1", "pipe:1"]
-        self._errors = tempfile.TemporaryFile()
+        try:
+            self._errors = tempfile.TemporaryFile()
+        except OSError as error:
+            raise VideoWriteError(
+                f"ffmpeg's messages need a temporary file, and none can be made ({error}). Free some space there, or "
+                "set the environment variable TMPDIR to another folder and start ComfyUI again."
+            ) from error
         try:
             self._process = subprocess.Popen(
                 command,
@@ -339,7 +359,13 @@ class EncodedWriter(VideoWriter):
                 else:
                     self._append(data)
                     self.frames += 1
-        except (OSError, VideoWriteError) as error:
+        except Exception as error:
+            # Whatever it is: without a reader ffmpeg, and the run with it, would wait for ever.
+            if not isinstance(error, (OSError, VideoWriteError)):
+                error = VideoWriteError(
+                    f"{self.path.name} is not a video that was written here ({error!r}), so that it cannot be "
+                    "continued. Set restart."
+                )
             self._read_error = error
             process.kill()
 
@@ -386,13 +412,6 @@ class EncodedWriter(VideoWriter):
         return VideoWriteError(
             f"ffmpeg {how} at frame {self.submitted} of {self.path.name}: {reason}. The frames before are kept. To go "
             "on, queue the same graph again: from the last state, or with a new video where there is none yet."
-        )
-
-    def _disk_error(self, error: OSError) -> VideoWriteError:
-        return VideoWriteError(
-            f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
-            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
-            "there is none yet. Or choose another filename_prefix."
         )
 
     def _stop(self) -> None:
@@ -472,7 +491,7 @@ class PngWriter(VideoWriter):
             info = PngInfo()
             if self.frames == 0:
                 for key, text in self.spec.texts().items():
-                    info.add_text(key, text)
+                    info.add_text(key.encode("latin-1", "replace").decode("latin-1"), text)  # as PNG has names
             try:
                 Image.fromarray(pixels).save(part, "PNG", pnginfo=info, compress_level=PNG_COMPRESSION)
                 os.replace(part, path)
@@ -498,13 +517,6 @@ class PngWriter(VideoWriter):
 
     def abandon(self) -> None:
         pass
-
-    def _disk_error(self, error: OSError) -> VideoWriteError:
-        return VideoWriteError(
-            f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
-            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
-            "there is none yet. Or choose another filename_prefix."
-        )
 
 
 def png_name(number: int) -> str:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from ..diagonal_sampler.frames import pixel_frames
 from ..diagonal_sampler.sampler import Chunk
-from ..model_patches.previews import as_address, frame_pictures, preview_of, tell_of_failure
+from ..model_patches.previews import PIXEL_FRAMES_A_PICTURE, as_address, frame_pictures, preview_of, tell_of_failure
 from ..model_patches.sampling import Progress, uses_negative
 
 PROGRESS_EVENT, CHUNK_EVENT = "diagonal.progress", "diagonal.chunk"
-PICTURES_A_SECOND = 4.0  # Wan makes 16 frames a second
+FRAMES_A_SECOND = 16  # that Wan makes; a latent has no rate of its own
 PACK_LOG = logging.getLogger(__name__.removesuffix(".nodes.live"))
 MOST_WARNINGS = 8  # that the canvas is told of; the log has them all
 
@@ -105,35 +106,44 @@ class LiveReport:
         """After every finished chunk: the first clip's frames, quickly made."""
         if PromptServer.instance.client_id is None:  # nobody looks
             return
-        frames: list[Image.Image] = []
-        if not self.without_pictures:
-            try:
-                frames = [] if self.frames_of is None else list(self.frames_of(chunk.latents))
-            except Exception as error:
-                tell_of_failure(error)
-                self.without_pictures = True
         if self.given is None:
             self.given = pixel_frames(chunk.start_frame)
         end = pixel_frames(chunk.start_frame + chunk.latents.shape[2])
-        self._send_pictures(frames, end - self.given)
+        self._send_pictures(
+            lambda: () if self.frames_of is None else self.frames_of(chunk.latents), end - self.given, FRAMES_A_SECOND
+        )
 
-    def frames(self, images: Tensor, made: int) -> None:
-        """After decoded frames [n, H, W, 3] in [0, 1]: one in four of them. `made` in this run, these included.
+    def frames(self, images: Tensor, made: int, rate: Fraction | int) -> None:
+        """After decoded frames [n, H, W, 3] in [0, 1]: one in four of them, which play at the speed of the video.
 
         May be called in another thread, as ComfyUI's own send functions may.
+
+        Args:
+            made: pixel frames of this run, these included.
+            rate: pixel frames a second.
         """
         if PromptServer.instance.client_id is not None:
-            self._send_pictures(frame_pictures(images), made)
+            self._send_pictures(lambda: frame_pictures(images), made, rate)
 
-    def _send_pictures(self, pictures: Iterable[Image.Image], pixel_frames: int) -> None:
+    def _send_pictures(
+        self, make: Callable[[], Iterable[Image.Image]], pixel_frames: int, rate: Fraction | int
+    ) -> None:
+        """What `make` gives, without pictures from the first time on that it fails: a preview is not worth a run."""
+        frames: list[str] = []
+        if not self.without_pictures:
+            try:
+                frames = [as_address(picture) for picture in make()]
+            except Exception as error:
+                tell_of_failure(error)
+                self.without_pictures = True
         if self.first is None:
             self.first = time.perf_counter() - self.start
         self._send(
             CHUNK_EVENT,
             first=self.first,
             pixel_frames=pixel_frames,
-            fps=PICTURES_A_SECOND,
-            frames=[as_address(picture) for picture in pictures],
+            fps=float(rate / PIXEL_FRAMES_A_PICTURE),
+            frames=frames,
         )
 
     def _send(self, event: str, **data: Any) -> None:

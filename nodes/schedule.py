@@ -83,7 +83,7 @@ class DiagonalScheduleNode(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Your own noise levels in (0, 1], descending: a list for each chunk, one chunk a line, the "
-                    "last repeats. Not empty, it replaces steps and shift.",
+                    "last repeats. If filled in, it replaces steps and shift.",
                 ),
             ],
             outputs=[

@@ -232,7 +232,7 @@ class _StreamReporter:
         """Called in the writing thread; ComfyUI's send functions may be."""
         seconds, length = (float(count / progress.rate) for count in (progress.frames, progress.length))
         self._show(f"{self.headline}\n{seconds:.1f} of {length:.1f} s can be watched.")
-        self.live.frames(progress.newest, progress.made)
+        self.live.frames(progress.newest, progress.made, progress.rate)
         server = PromptServer.instance
         if server.client_id is None:  # without one it would go to every page
             return

@@ -168,8 +168,7 @@ class Preview {
     if (!this.belongs(data)) return;
     this.first = data.first;
     // Null before two forwards are done: what there is until then is mostly the loading of the models.
-    const pixelElapsed = data.sampling === undefined ? data.elapsed : data.sampling;
-    this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed };
+    this.state = { ...this.state, pixelFrames: data.pixel_frames, pixelElapsed: data.sampling };
     this.frames.push(...data.frames);
     if (this.frames.length > MOST_FRAMES) {
       const gone = this.frames.length - MOST_FRAMES;
@@ -208,7 +207,8 @@ class Preview {
   }
 
   say() {
-    const { chunk, chunks, forwards, made, total, guided, elapsed, pixelFrames, pixelElapsed } = this.state ?? {};
+    const { chunk, chunks, forwards, made, total, guided, elapsed, sampling } = this.state ?? {};
+    const { pixelFrames, pixelElapsed } = this.state ?? {};
     const parts = [];
     if (chunk) parts.push(phrase("chunk_of", { chunk, chunks }));
     if (this.first !== null) parts.push(phrase("first_after", { time: seconds(this.first) }));
@@ -219,8 +219,7 @@ class Preview {
     else if (this.refusal && goesOn) parts.push(this.refusal);
     else if (this.finishing && goesOn) parts.push(phrase("finishing"));
     else if (forwards && goesOn) {
-      const spent = this.state.sampling === undefined ? elapsed : this.state.sampling;
-      if (spent !== null) parts.push(phrase("left", { time: seconds((spent / made) * (total - forwards)) }));
+      if (sampling !== null) parts.push(phrase("left", { time: seconds((sampling / made) * (total - forwards)) }));
     } else if (forwards) {
       const name = guided ? "forwards_twice_in" : "forwards_in";
       parts.push(phrase(name, { forwards: made, time: seconds(elapsed) }));

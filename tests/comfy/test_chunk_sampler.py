@@ -605,7 +605,7 @@ def test_a_schedule_below_pure_noise_needs_a_video_to_start_from(
 ):
     sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
     low = DiagonalSchedule(sigmas=((1.0, 0.5), (0.8, 0.4)))
-    words = "Chunk 1 starts at sigma 0.800, below pure noise, and there is no latent to start from"
+    words = "Chunk 2 starts at sigma 0.800, below pure noise, and there is no latent to start from"
     with pytest.raises(ValueError, match=words):
         sample_latent(model, prompt(), [], empty_latent(), low, seed=1)
     plan = sampling.plan_clip(model, (1, 16, 9, 4, 4), low)
@@ -1089,6 +1089,41 @@ def test_other_noise_levels_than_the_files_are_told_with_its_preset(tiny_wan, ca
     told = [record.getMessage() for record in caplog.records]
     assert not any("sigmas" in line for line in told)
     assert len([line for line in told if "steps_per_chunk is set to" in line]) == 3
+
+
+def test_another_context_sigma_than_the_files_is_told(tiny_wan, causal, prompt, sample_latent, empty_latent, caplog):
+    model = causal(tiny_wan)
+    model.set_attachments("diagonal_provenance", Provenance(context_mode="renoise", context_sigma=1 / 7))
+    for mode, sigma in (("renoise", 0.143), ("noisy", 0.3), ("renoise", 0.357)):
+        schedule = dataclasses.replace(UNIFORM, context_mode=mode, context_sigma=sigma)
+        sample_latent(model, prompt(), [], empty_latent(3), schedule, seed=7)
+    told = [record.getMessage() for record in caplog.records if "context_sigma" in record.getMessage()]
+    assert told == [f"context_sigma is set to 0.357, but the file was trained with {1 / 7}"]
+
+
+def test_a_run_that_fails_behind_its_restored_cache_frees_it(tiny_wan, causal, prompt, pack_module, monkeypatch):
+    sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
+    plan = sampling.plan_clip(model, (1, 16, 6, 4, 4), UNIFORM)
+    kept, restored, restore = {}, [], KVCache.restore
+
+    def first(chunk):
+        if chunk.index == 0:
+            kept.update(chunk.cache.snapshot())
+
+    def remembered(cache, *given, **named):
+        restore(cache, *given, **named)
+        restored.append((cache, cache.nbytes))
+
+    def no_memory():
+        raise torch.OutOfMemoryError("no memory left")
+
+    sampling.stream_latent(model, prompt(), [], plan, first, seed=1)
+    monkeypatch.setattr(KVCache, "restore", remembered)
+    resume = sampling.Resume(chunk=1, committed=3, load=lambda: kept, load_history=no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampling.stream_latent(model, prompt(), [], plan, first, seed=1, resume=resume)
+    ((cache, before),) = restored
+    assert before > 0 and cache.nbytes == 0
 
 
 # --- the nodes ---

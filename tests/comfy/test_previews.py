@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,37 @@ def test_a_preview_that_fails_is_warned_of_once_and_left_out(pack_module, tiny_w
     assert [(data["frames"], data["pixel_frames"]) for _, data, _ in sent] == [([], 9), ([], 21), ([], 33)]
     told = [record.getMessage() for record in caplog.records if "without previews" in record.getMessage()]
     assert len(told) == 2, "once by the progress bar's callback, once by the canvas's report"
+
+
+@pytest.fixture
+def sent(pack_module, monkeypatch):
+    """What the canvas is sent of a run's pictures."""
+    found = []
+    server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: found.append(message[1]))
+    monkeypatch.setattr(pack_module("nodes.live"), "PromptServer", SimpleNamespace(instance=server))
+    return found
+
+
+def test_pictures_of_decoded_frames_play_at_the_speed_of_the_video(pack_module, tiny_wan, sent):
+    report = pack_module("nodes.live").LiveReport("5", tiny_wan)
+    report.frames(torch.rand(9, 16, 16, 3), 9, Fraction(24))
+    report.frames(torch.rand(4, 16, 16, 3), 13, Fraction(8))
+    report.chunk(SimpleNamespace(start_frame=0, latents=LATENTS))
+    assert [(len(data["frames"]), data["fps"]) for data in sent] == [(3, 6.0), (1, 2.0), (3, 4.0)]
+
+
+def test_a_picture_that_cannot_be_made_of_decoded_frames_ends_no_run(pack_module, tiny_wan, sent, monkeypatch, caplog):
+    live = pack_module("nodes.live")
+
+    def no_room(_picture):
+        raise OSError("encoder error -2")
+
+    monkeypatch.setattr(live, "as_address", no_room)
+    report = live.LiveReport("5", tiny_wan)
+    for made in (9, 21):
+        report.frames(torch.rand(9, 16, 16, 3), made, Fraction(16))
+    assert [(data["frames"], data["pixel_frames"]) for data in sent] == [([], 9), ([], 21)]
+    assert caplog.text.count("without previews, which failed: OSError: encoder error -2") == 1
 
 
 def test_a_cancel_within_a_preview_still_cancels(pack_module, tiny_wan, monkeypatch):

@@ -314,6 +314,16 @@ def test_a_restored_decoder_keeps_its_clips_size_and_a_snapshot_is_no_view(strea
         assert held.isdisjoint(x.data_ptr() for x in snapshot.values())
 
 
+@pytest.mark.parametrize("size", [None, [1 << 40, 2, 3], [0, 2, 3], [2, 3]])
+def test_a_snapshot_of_more_clips_than_it_holds_is_refused(streaming, demo_vae, size):
+    with streaming.stream_decoder(demo_vae) as first, streaming.stream_decoder(demo_vae) as second:
+        first.decode(latents_of(1, frames=1))
+        snapshot = {name: x for name, x in first.snapshot().items() if name != "size"}
+        with pytest.raises(ValueError, match="holds the memory of 1 clips"):
+            second.restore(snapshot if size is None else {**snapshot, "size": torch.tensor(size)})
+        second.restore(first.snapshot())
+
+
 def test_a_restored_window_goes_on(streaming, foreign_vae):
     latents = latents_of(8, frames=9)
     with streaming.stream_decoder(foreign_vae) as first, streaming.stream_decoder(foreign_vae) as second:

@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import still_running
+from safetensors.torch import save_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.flow import OpticalFlow, camera_flow
@@ -1169,6 +1170,17 @@ def test_a_long_workflow_is_in_the_file(stream, options, format):
     assert found["note"] == metadata["note"]
 
 
+@pytest.mark.parametrize("name", ["v.mp4", "v.webm", "v"])
+def test_half_a_surrogate_pair_in_the_metadata_ends_no_run(video_writer, tmp_path, name):
+    metadata = {"note": "a\ud800", "\u6f22\udcff": "b"}
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata=metadata)
+    writer = video_writer.open_writer(tmp_path / name, spec)
+    writer.write(torch.rand(2, 32, 48, 3))
+    writer.close()
+    first = tmp_path / name / "00000001.png" if name == "v" else tmp_path / name
+    assert b"note" in first.read_bytes().lower() and b"a?" in first.read_bytes()
+
+
 def test_a_longer_length_goes_on(stream, options, output, stream_state):
     whole = stream(options(seconds=4.0)).path
     with pytest.raises(Stop):
@@ -1362,6 +1374,84 @@ def test_a_video_or_state_that_is_damaged_is_not_resumed(stream, options, output
     assert ("is not there any more" if damage == "gone" else "cannot be") in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parts", ["a"]), ("parts", {"seed": 3}), ("frames", "9"), ("frames", -1), ("chunk", True), ("chunk", 0),
+        ("size", 1.0), ("moved", "0"), ("length", 0), ("live", [3]), ("run", None), ("digest", 5), ("\udcff", 1),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_state_whose_values_are_of_other_kinds_is_left_alone(stream_state, tmp_path, caplog, field, value):
+    sound = stream_state.StreamState(digest="d", length=33, latent_frames=9, chunk=1, committed=3, frames=9, size=99)
+    path = tmp_path / f"v{stream_state.STATE_SUFFIX}"
+    stream_state.save_state(path, sound, {})
+    assert stream_state.read_state(path) is not None
+    fields = dataclasses.asdict(sound) | {field: value}
+    save_file({}, path, metadata={"format": "diagonal-stream-1", "stream": json.dumps(fields)})
+    assert stream_state.find_states(tmp_path) == []
+    assert "cannot be read" in caplog.text and caplog.text.isascii()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_a_state_that_is_nested_too_deeply_or_has_a_name_of_other_bytes_is_left_alone(stream_state, tmp_path):
+    path = tmp_path / f"v{stream_state.STATE_SUFFIX}"
+    save_file({}, path, metadata={"format": "diagonal-stream-1", "stream": "[" * 100_000})
+    stream_state.save_state(path.with_name("w.done.safetensors"), stream_state.StreamState(
+        digest="d", length=33, latent_frames=9
+    ), {})  # fmt: skip
+    os.rename(tmp_path / "w.done.safetensors", os.fsencode(tmp_path) + b"/\xff.done.safetensors")
+    assert stream_state.find_states(tmp_path) == []
+
+
+NOTED = {"chunk": 1, "text": "a", "node": "2", "switch": "blend", "blend_chunks": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, *(json.dumps([NOTED | changed]) for changed in (
+        {"chunk": "1"}, {"chunk": -1}, {"text": 5}, {"node": None}, {"switch": "cut"}, {"blend_chunks": 0}
+    ))],
+    ids=range(7),
+)  # fmt: skip
+def test_noted_prompts_of_another_kind_leave_those_of_the_state(pack_module, stream_state, tmp_path, content):
+    path = tmp_path / f"v{stream_state.STATE_SUFFIX}"
+    (tmp_path / f"v{stream_state.PROMPTS_SUFFIX}").write_text(content)
+    live_prompts = pack_module("model_patches.stream_files").live_prompts
+    state = stream_state.StreamState(digest="d", length=1, latent_frames=1, live=[NOTED])
+    assert [dataclasses.asdict(prompt) for prompt in live_prompts(path, state)] == [NOTED]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("size", [0, 1, 50])
+def test_a_mark_before_the_end_of_the_header_does_not_cut_the_video(video_writer, tmp_path, suffix, size):
+    path = tmp_path / f"v{suffix}"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.rand(3, 32, 48, 3))
+    writer.close()
+    before = path.read_bytes()
+    with pytest.raises(video_writer.VideoWriteError, match=f"3 frames in {size} bytes, less than its header"):
+        video_writer.open_writer(path, spec, video_writer.Mark(frames=3, size=size))
+    assert path.read_bytes() == before
+
+
+def test_a_header_that_another_program_changed_does_not_leave_ffmpeg_without_a_reader(video_writer, tmp_path):
+    path = tmp_path / "v.mp4"
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.rand(3, 32, 48, 3))
+    mark = writer.settle()
+    writer.close()
+    path.write_bytes(path.read_bytes().replace(b"avcC", b"avcX"))
+    writer = video_writer.open_writer(path, spec, mark)
+    with pytest.raises(video_writer.VideoWriteError, match="v.mp4 is not a video that was written here .*Set restart"):
+        writer.write(torch.rand(1, 32, 48, 3))
+        writer.settle()
+    writer.abandon()
+    assert not children()
+
+
 def test_of_two_unfinished_videos_the_newest_goes_on(stream, options, output, stream_state):
     lock = stream_state.StreamLock(output / "v_00001_.lock")
     with pytest.raises(Stop):
@@ -1430,6 +1520,7 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent, pa
         ({"filename_prefix": "a/../../v"}, "leaves ComfyUI's output folder"),
         ({"filename_prefix": ""}, "filename_prefix is '', which is no file's name; use one such as video/ComfyUI"),
         ({"filename_prefix": "."}, "which is no file's name"),
+        ({"filename_prefix": "\udcff" + "a" * 300}, r"filename_prefix is '\\udcffa+', which is no Unicode text"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, options, output, change, words):
@@ -1517,6 +1608,18 @@ def test_a_missing_or_broken_ffmpeg_is_one_line(stream, options, output, video_w
         with pytest.raises(video_writer.VideoWriteError, match=r"stopped \(code 3\).*Unknown encoder 'libx264'"):
             stream(options())
         assert files(output) == [] and not children()
+
+
+def test_a_temporary_folder_that_is_full_is_one_line(video_writer, tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_writer.tempfile, "TemporaryFile", full)
+    spec = video_writer.VideoSpec(width=48, height=32, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(tmp_path / "v.mp4", spec)
+    with pytest.raises(video_writer.VideoWriteError, match="temporary file, and none can be made .*No space left"):
+        writer.write(torch.rand(1, 32, 48, 3))
+    writer.abandon()
 
 
 @needs_posix

@@ -270,6 +270,14 @@ def test_settings_follow_widget_then_file_then_default() -> None:
     assert contradictions == ("window is set to 12, but the file was trained with 9",)
 
 
+def test_steps_that_are_written_out_contradict_no_shorter_list_of_the_same() -> None:
+    stated = Provenance(steps_per_chunk=(4, 4, 4))
+    assert stated.contradictions(steps_per_chunk=(4,)) == ()
+    assert stated.contradictions(steps_per_chunk=(4, 3)) == (
+        "steps_per_chunk is set to (4, 3), but the file was trained with (4, 4, 4)",
+    )
+
+
 # --- quantised files ---
 
 

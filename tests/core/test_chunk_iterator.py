@@ -448,7 +448,7 @@ def test_nothing_to_make(given):
 def test_a_schedule_below_pure_noise_needs_a_source_and_says_so_first():
     """Also where only a late chunk does: nothing is denoised in vain."""
     model = Recorder()
-    with pytest.raises(ValueError, match="Chunk 2 starts at sigma 0.800"):
+    with pytest.raises(ValueError, match="Chunk 3 starts at sigma 0.800"):
         run(model, DiagonalSchedule(sigmas=((1.0,), (1.0,), (0.8,))), 12)
     assert model.calls == []
     run(model, DiagonalSchedule(sigmas=((1.0,), (1.0,), (0.8,))), 6)  # a clip that ends before needs none

@@ -378,6 +378,17 @@ def test_an_install_that_fails_leaves_a_whole_environment_in_use(error, setup_fo
     assert packages.UNFINISHED.exists(), "killed before: not whole"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="makes a script for uv")
+def test_without_pip_the_reason_of_uv_is_told(setup_folder, tmp_path, monkeypatch):
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "error: no version of av==99"; exit 2; }\n')
+    uv.chmod(0o755)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: str(uv))
+    monkeypatch.setattr(packages, "find_pip", lambda: None)
+    with pytest.raises(Problem, match="what failed: error: no version of av==99"):
+        packages._install(["av==99"], "what")
+
+
 def test_a_half_changed_environment_is_not_taken_for_that_of_another_host(setup_folder, tmp_path, monkeypatch):
     first, second = fake_comfyui(tmp_path / "A", ""), fake_comfyui(tmp_path / "B", "")
     (second / "requirements.txt").write_text("av>=99\n")
@@ -572,15 +583,16 @@ def test_the_progress_line_counts_forwards_chunks_eta_and_speed(monkeypatch):
     now[0] += 4.0
     progress.event("progress_state", {"nodes": {"5": {"value": 4, "max": 20}, "6": {"value": 1, "max": 9}}})
     assert progress.line() == "sampling · forwards 4/20 · ETA 16 s · 4.0 frames/s"
-    progress.event(job.EVENT, {"node": "5", "chunk": 2, "chunks": 7, "forwards": 7, "total": 20, "fps": 9.25})
-    assert "forwards 7/20 · chunk 2/7" in progress.line() and progress.line().endswith("9.2 frames/s")
+    progress.event(job.EVENT, {"node": "5", "chunk": 2, "chunks": 7, "forwards": 7, "made": 7, "total": 20})
+    assert progress.line() == "sampling · forwards 7/20 · chunk 2/7 · ETA 7 s · 7.1 frames/s"
     progress.event("progress", {"node": "5", "value": 6, "max": 20})
     assert "forwards 7/20" in progress.line(), "a late message does not turn the count back"
     now[0] += 3.0
+    progress.event(job.EVENT, {"node": "5", "chunk": 7, "chunks": 7, "forwards": 19, "made": 19, "total": 20})
     progress.event("progress", {"node": "5", "value": 20, "max": 20})
     progress.event("executing", {"node": "6"})
     now[0] += 50.0
-    assert progress.line() == "decoding and saving · forwards 20/20 · chunk 2/7 · 9.2 frames/s"
+    assert progress.line() == "decoding and saving · forwards 20/20 · chunk 7/7 · 11.6 frames/s"
 
 
 def test_forwards_of_an_earlier_run_do_not_shorten_the_time_left(monkeypatch):
