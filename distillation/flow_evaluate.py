@@ -378,14 +378,14 @@ def table(found: Results, options: Options) -> str:
         for row, results in rows.items():
             part, plain = ([result for result in some if result.one] for some in (results, usual))
             lines.append(
-                f"| {_words(row)} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain):.0%} "
+                f"| {_words(row)} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain):.1%} "
                 f"| {_mean([r.place for r in part]):.1f} | {_mean([r.lost for r in part]):.0%} "
                 f"| {_mean([r.colour for r in part]):.0%} | {_mean([r.shape for r in part]):.0%} "
                 f"| {min((r.seconds for r in results), default=float('nan')):.1f} s |"
             )
             if row != "none":
                 every.setdefault(row, []).append(
-                    f"{_of_no_flow(results, usual):.0%} (colour {_mean([r.colour for r in results]):.0%}, shape "
+                    f"{_of_no_flow(results, usual):.1%} (colour {_mean([r.colour for r in results]):.0%}, shape "
                     f"{_mean([r.shape for r in results]):.0%})"
                 )
         if "adapter" not in rows:

@@ -28,10 +28,15 @@ def lose_connection(page) -> None:
     )
 
 
-def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server, nothing_stays):
+def open_stream_graph(frontend):
+    """The page, with the workflow stream_to_disk open and no errors so far."""
     frontend.errors.clear()
     frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
-    page = frontend.page
+    return frontend.page
+
+
+def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server, nothing_stays):
+    page = open_stream_graph(frontend)
     warnings: list[str] = []
     page.on("console", lambda message: warnings.append(message.text) if message.type == "warning" else None)
     page.evaluate(
@@ -77,9 +82,7 @@ def test_a_stream_is_watched_cancelled_and_resumed(frontend, comfy_server, nothi
 
 def test_the_loading_before_the_first_forward_counts_in_no_rate(frontend, nothing_stays):
     """A minute of loading, then forwards of two seconds: of 10, of which 2 are done, 16 seconds are left."""
-    frontend.errors.clear()
-    frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
-    page = frontend.page
+    page = open_stream_graph(frontend)
     line = page.locator(".diagonal-preview .line")
     page.evaluate(
         """() => {
@@ -104,9 +107,7 @@ def test_the_loading_before_the_first_forward_counts_in_no_rate(frontend, nothin
 
 def test_a_resumed_run_is_timed_by_its_own_forwards(frontend, nothing_stays):
     """The server says how many of the forwards this run made: of those before it no time is known."""
-    frontend.errors.clear()
-    frontend.load(json.loads((ROOT / "workflows" / "stream_to_disk.json").read_text(encoding="utf-8")))
-    page = frontend.page
+    page = open_stream_graph(frontend)
     line = page.locator(".diagonal-preview .line")
     page.evaluate(
         """() => {

@@ -108,7 +108,7 @@ def test_clips_that_begin_with_two_copies_are_told_apart_and_left_out() -> None:
     found["any", "reference 0.5"] = [replace(good, error=good.error / 4), bad]
     text = table(found, Options(scenes=2, length=57))
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
-    assert row.split("|")[3].strip() == "25%"
+    assert row.split("|")[3].strip() == "25.0%"
     assert "of which 1 are in the tables" in text and "over all 2" in text
 
 
