@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 import re
-import time
 import unicodedata
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
+
+from diagonal_sampler.disk import remove_file, replace_file
 
 Graph = dict[str, dict[str, Any]]
 
@@ -30,7 +30,6 @@ SEED_INPUTS = ("seed", "noise_seed")
 PROMPT_TITLES = frozenset({"prompt", "positive", "positive prompt"})
 SEED_TITLES = frozenset({"seed", "noise seed"})
 INTERRUPTED = "interrupted on the server"  # by a person: no failure of the job or the server
-BUSY_SECONDS = 2.0  # a virus scanner or an indexer may hold a file on Windows for so long
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # line ends to some readers of the log
 
 
@@ -422,27 +421,10 @@ def failure(entry: dict[str, Any]) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------- log
 
-T = TypeVar("T")
-
 
 def without_login(url: str) -> str:
     """The address of a server without the name and the password in it: what is shown and kept in files."""
     return re.sub(r"(?<=://)[^/\s]*@", "", url, count=1)
-
-
-def insist(action: Callable[[], T]) -> T:
-    """Do something with a file, again for two seconds where another program has it open (on Windows).
-
-    Raises the OSError of the last try.
-    """
-    give_up = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            return action()
-        except PermissionError:
-            if time.monotonic() > give_up:
-                raise
-        time.sleep(0.1)
 
 
 def try_lock(file: IO) -> bool:
@@ -586,9 +568,9 @@ class BatchLog:
         try:
             if jobs:
                 partial.write_text(json.dumps({"graph": self.digest, "jobs": jobs}), encoding="utf-8")
-                insist(lambda: os.replace(partial, self.inflight_path))
+                replace_file(partial, self.inflight_path)
             else:
-                insist(lambda: self.inflight_path.unlink(missing_ok=True))
+                remove_file(self.inflight_path)
         except OSError as error:
             raise BatchError(f"cannot write {self.inflight_path}: {error.strerror}") from error
 

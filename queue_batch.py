@@ -63,7 +63,6 @@ from batch_jobs import (  # noqa: E402
     find_seed_targets,
     graph_digest,
     graph_for,
-    insist,
     json_object,
     load_graph,
     make_jobs,
@@ -74,6 +73,7 @@ from batch_jobs import (  # noqa: E402
     status_text,
     without_login,
 )
+from diagonal_sampler.disk import remove_file, replace_file  # noqa: E402
 
 MAX_ATTEMPTS = 3  # a job that takes its server down with it is not tried for ever
 MAX_FAULTS = 3  # jobs in a row that a server cannot do and others can: it is the server
@@ -693,14 +693,14 @@ class Batch:
                         file.write(block)
                     file.flush()
                     os.fsync(file.fileno())  # the log says that it is there
-            insist(lambda: os.replace(partial, path))
+            replace_file(partial, path)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise _lost(error) from error
         except OSError as error:
             raise BatchError(f"cannot write {path}: {error.strerror}") from error
         finally:
             with contextlib.suppress(OSError):
-                insist(lambda: partial.unlink(missing_ok=True))
+                remove_file(partial)
         return str(path)
 
     def _turn_down(self, server: Server, job: Job, error: str, seconds: float = 0.0) -> None:

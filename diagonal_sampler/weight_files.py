@@ -26,6 +26,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from .disk import whole_file
+
 log = logging.getLogger(__name__)
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
@@ -529,15 +531,8 @@ def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     Raises:
         OSError, safetensors.SafetensorError: it cannot be written; a file of that name stays as it was.
     """
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    try:
+    with whole_file(Path(path)) as partial:
         partial.touch()
         permissions = partial.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         partial.chmod(permissions)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a power cut then leaves the file of before, or this one
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+
+from diagonal_sampler.disk import whole_file
 
 
 def generator_at(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -85,22 +86,6 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)  # the largest glibc takes
     mallopt(trim_threshold, (1 << 31) - 1)
     mallopt(top_pad, 256 << 20)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: what is written there takes its place at the end, or goes with an error.
-
-    It is on the disk before it has the name: a power cut then leaves the file of before, or this one.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

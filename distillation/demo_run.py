@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.common import fast_bf16, keep_freed_memory, whole_file
+from diagonal_sampler.disk import whole_file
+from distillation.common import fast_bf16, keep_freed_memory
 
 log = logging.getLogger("demo_run")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -28,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from diagonal_sampler.disk import replace_file
 from diagonal_sampler.weight_files import short
 from distillation.common import git_commit, write_text
 from distillation.prompts import prompts_digest
@@ -262,7 +262,7 @@ def save(folder: Path, update: int, tensors: Mapping[str, Tensor], keep: int) ->
     if is_main():
         if final.exists():
             shutil.rmtree(final)
-        os.replace(partial, final)
+        replace_file(partial, final)
         for _, old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier()

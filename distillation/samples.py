@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diagonal_sampler.demo_autoencoder import WAN_LATENT_MEAN, WAN_LATENT_STD, DemoAutoencoder, load_demo_autoencoder
+from diagonal_sampler.disk import replace_file
 from diagonal_sampler.frames import TIME_FACTOR
 from distillation.common import autocast
 
@@ -105,4 +105,4 @@ def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoenc
         frames = decode_frames(load_demo_autoencoder(autoencoder), latents.float().cpu())
         write_video(folder / "clips.mp4", torch.cat(list(frames), dim=-1))
     shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed before this update
-    os.replace(folder, final)
+    replace_file(folder, final)

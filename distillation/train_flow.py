@@ -97,6 +97,10 @@ class FlowRecipe:
     few_steps: bool = False  # noise levels of the network's own schedule only, and the error of x0
     save_every: int = 100
 
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise ValueError(f"save_every is {self.save_every}; a checkpoint comes every so many updates, 1 or more.")
+
 
 def student_recipe(**changes: object) -> FlowRecipe:
     """The student's fine-tune, which begins with what the teacher has learned."""

@@ -26,11 +26,11 @@ CONTEXT_WEIGHT = 0.3
 
 
 def require_whole_pools(save_every: int, pool_updates: int) -> None:
-    """Raises ValueError where a checkpoint could lie within a pool: a run resumes with a new one."""
-    if save_every % pool_updates:
+    """Raises ValueError where a checkpoint could lie within a pool: a run resumes with a new one; or would never be."""
+    if save_every < 1 or save_every % pool_updates:
         raise ValueError(
             f"save_every is {save_every} and pool_updates {pool_updates}; a run resumes with a new pool, so save_every "
-            "must be a multiple of pool_updates."
+            "must be pool_updates or a multiple of it."
         )
 
 

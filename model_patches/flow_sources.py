@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..diagonal_sampler.flow import NothingValid, OpticalFlow, camera_flow, tracks_flow
 from ..diagonal_sampler.flow_pictures import painted_flow, preview
 from .flow_estimation import estimate_flow
+
+FIELD_BYTES = 9
+"""Of a pixel in a step of a field: two float32 and a bool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +59,7 @@ def _tracks(inputs: FlowInputs) -> OpticalFlow:
     if "track_path" not in tracks:
         raise ValueError(f"tracks has {', '.join(tracks) or 'nothing'} and lacks track_path; connect ComfyUI's TRACKS.")
     path, visible = tracks["track_path"], tracks.get("track_visibility")
+    _require_memory(len(path) - 1, inputs.width, inputs.height)
     progress = comfy.utils.ProgressBar(len(path) - 1)
 
     def on_step() -> None:
@@ -62,6 +67,19 @@ def _tracks(inputs: FlowInputs) -> OpticalFlow:
         progress.update(1)
 
     return tracks_flow(path, visible, inputs.height, inputs.width, radius=inputs.track_radius, on_step=on_step)
+
+
+def _require_memory(steps: int, width: int, height: int) -> None:
+    """Refuse at once a field that could never be held: width and height go up to 16384 for no more than a track."""
+    has = comfy.model_management.get_total_memory(torch.device("cpu"))
+    needs = steps * width * height * FIELD_BYTES
+    if needs > has:
+        smaller = (max(1, int(size * (has / needs) ** 0.5)) for size in (width, height))
+        raise ValueError(
+            f"The motion of tracks over {steps + 1:,} frames at {width}x{height} needs {needs / 1e9:,.1f} GB and this "
+            f"machine has {has / 1e9:,.1f} GB in all. What would fit: tracks for {'x'.join(map(str, smaller))} "
+            "pixels, which are fitted to the video's size."
+        )
 
 
 def _painted(inputs: FlowInputs) -> OpticalFlow:

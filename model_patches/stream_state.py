@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..diagonal_sampler.disk import remove_file, replace_file, sync_path
 from .video_containers import VideoWriteError
-from .video_writer import sync_path
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +95,11 @@ def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) ->
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
         sync_path(part)
-        os.replace(part, path)
+        replace_file(part, path)
         sync_path(path.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            remove_file(part)
         raise VideoWriteError(
             f"The state {path.name} cannot be written: {error}. The video and the state before are kept; free some "
             "space, then queue the same graph again: it goes on from that state, or begins a new video where there was "
@@ -113,11 +113,11 @@ def save_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
     try:
         part.write_text(json.dumps(prompts), encoding="utf-8")
         sync_path(part)
-        os.replace(part, path)
+        replace_file(part, path)
         sync_path(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            remove_file(part)
         log.warning("%s cannot be written (%s): a resumed run may not know the newest prompt.", path.name, error)
 
 

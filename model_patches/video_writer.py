@@ -28,6 +28,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..diagonal_sampler.disk import remove_file, replace_file, sync_path
 from .video_containers import CONTAINERS, Container, Patch, VideoSpec, VideoWriteError
 
 log = logging.getLogger(__name__)
@@ -494,10 +495,10 @@ class PngWriter(VideoWriter):
                     info.add_text(key.encode("latin-1", "replace").decode("latin-1"), text)  # as PNG has names
             try:
                 Image.fromarray(pixels).save(part, "PNG", pnginfo=info, compress_level=PNG_COMPRESSION)
-                os.replace(part, path)
+                replace_file(part, path)
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    part.unlink()
+                    remove_file(part)
                 raise self._disk_error(error) from error
             self._unsynced.append(path)
             self.frames += 1
@@ -528,14 +529,3 @@ def _frame_number(name: str) -> int | None:
     """The frame of a file name, None for a name that is no frame's."""
     number, _, suffix = name.partition(".")
     return int(number) if suffix == "png" and number.isdecimal() else None
-
-
-def sync_path(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and keeps their names safe by itself
-        return
-    handle = os.open(path, os.O_RDONLY | _BINARY if os.name != "nt" else os.O_RDWR | _BINARY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

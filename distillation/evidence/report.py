@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from distillation.common import whole_file, write_text
+from diagonal_sampler.disk import whole_file
+from distillation.common import write_text
 from distillation.evidence.claims import Claim, Goal, answer_claims, shipped_goals, spread, written
 from distillation.evidence.measures import (
     DRIFTING,

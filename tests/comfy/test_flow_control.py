@@ -699,8 +699,22 @@ PATH = torch.stack([torch.arange(9.0), torch.full((9,), 20.0)], -1)[:, None]
         ({"mask": torch.full((1, 8, 8), NAN)}, "mask holds NaN"),
         ({"mask": torch.ones(3, 8, 8)}, "mask has 3 frames and the optical flow 80 steps"),
         ({"source": "tracks", "tracks": {"track_path": PATH[:1]}}, "motion needs at least 2"),
+        (
+            {"source": "tracks", "tracks": {"track_path": PATH.repeat(99, 1, 1)}, "width": 16384, "height": 16384},
+            "891 frames at 16384x16384 needs .* would fit: tracks for",
+        ),
     ],
-    ids=["NaN video", "NaN painting", "NaN track", "NaN pan", "empty mask", "NaN mask", "short mask", "one frame"],
+    ids=[
+        "NaN video",
+        "NaN painting",
+        "NaN track",
+        "NaN pan",
+        "empty mask",
+        "NaN mask",
+        "short mask",
+        "one frame",
+        "giant",
+    ],
 )
 def test_the_node_refuses_what_holds_no_motion(conditioning_node, change, message):
     if "tracks" in change:

@@ -475,7 +475,7 @@ def test_a_killed_run_goes_on_where_it_stopped(options, embedded, monkeypatch) -
 
     def killed(shard: Any, *rest: Any) -> None:
         if len(shards) == 2:
-            (chosen.out / shard.name).with_suffix(".partial").write_bytes(b"half")
+            (chosen.out / f"{shard.name}.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         shards.append(shard.name)
         real(shard, *rest)

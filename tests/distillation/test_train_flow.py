@@ -52,6 +52,11 @@ def test_checkpoints_are_written_when_they_are_due(run, tmp_path, monkeypatch):
     assert saved == [3, 4]
 
 
+def test_a_run_that_would_never_save_is_refused():
+    with pytest.raises(ValueError, match="save_every is 0"):
+        replace(TINY, save_every=0)
+
+
 def test_the_export_is_the_teacher_with_an_adapter_and_says_so(run, tmp_path):
     file = export_flow(run, DEMO, tmp_path, "note")
     weights, before = load_file(file), load_file(DEMO / demo_files.TEACHER_FILE)

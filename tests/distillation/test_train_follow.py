@@ -146,5 +146,6 @@ def test_processes_think_out_the_same_clips(parts, tmp_path):
 def test_a_network_with_clean_context_is_refused():
     with pytest.raises(ValueError, match="sampled with clean context"):
         Sampling(demo_files.trained_for(DEMO / demo_files.TEACHER_FILE), CHUNKS, CPU)
-    with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
-        FollowRecipe(save_every=50, pool_updates=8)
+    for save_every in (50, 0):
+        with pytest.raises(ValueError, match="must be pool_updates or a multiple of it"):
+            FollowRecipe(save_every=save_every, pool_updates=8)

@@ -413,7 +413,7 @@ def test_bad_options_say_what_is_wrong(tmp_path):
         LevelsRecipe(ends="none", copies="removed")
     with pytest.raises(ValueError, match="between is '1, 0.75'; noise levels lie between 0 and 1"):
         LevelsRecipe(between="1, 0.75")
-    with pytest.raises(ValueError, match="must be a multiple of pool_updates"):
+    with pytest.raises(ValueError, match="must be pool_updates or a multiple of it"):
         LevelsRecipe(save_every=50, pool_updates=8)
     with pytest.raises(ValueError, match="give both, or neither"):
         LevelsRecipe(first_batch=8)

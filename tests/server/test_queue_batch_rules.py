@@ -16,6 +16,7 @@ from aiohttp import web  # noqa: E402
 
 import batch_jobs  # noqa: E402
 import queue_batch  # noqa: E402
+from diagonal_sampler import disk  # noqa: E402
 
 NAMES = ("http://a", "http://b", "http://c")
 FAILED = {"status": {"status_str": "error", "messages": [["execution_error", {"node_type": "N", "node_id": "1"}]]}}
@@ -411,7 +412,7 @@ def test_a_file_that_another_program_has_open_for_a_moment_does_not_end_the_batc
     assert log.inflight_path.exists()
     log.forget(job)
     assert not log.inflight_path.exists() and len(refusals) == 6
-    monkeypatch.setattr(batch_jobs, "BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "BUSY_SECONDS", 0.0)
     with pytest.raises(batch_jobs.BatchError, match="inflight: used by another process"):
         log.start(job, "http://a")
     log.close()
