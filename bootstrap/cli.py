@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import signal
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from diagonal_sampler.disk import remove_file
+
 from . import OUTPUT, ROOT, host, packages, server
-from .processes import CHILDREN, STATUS, Interrupted, Problem, runtime_environment, shorten
+from .processes import CHILDREN, STATUS, Interrupted, Problem, explain_disk, runtime_environment, shorten
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 COMPARISON = ROOT / "workflows" / "api" / "compare.json"
@@ -139,7 +140,7 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
 
 def _delete(paths: set[Path]) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        remove_file(path)
 
 
 def run_tests(comfyui: Path, arguments: list[str]) -> int:
@@ -206,8 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         code, message = 128 + stop.signum, "stopped."
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        message = "the disk is full: free some space and run again." if full else str(error)
+        message = explain_disk(error)
     finally:
         for signum in endings:
             signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C may not leave half of them running

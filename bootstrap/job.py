@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,6 +19,9 @@ import av
 from PIL import Image, ImageDraw, ImageFont
 
 from batch_jobs import BatchError, failure, find_prompt_targets, refusal
+from diagonal_sampler.disk import remove_file, whole_file
+
+from .processes import explain_disk
 
 SAMPLERS = ("DiagonalChunkSampler", "DiagonalStreamVideo")
 EVENT = "diagonal.progress"  # what the sampler sends after every forward
@@ -311,12 +312,8 @@ def make_contact_sheet(video: Path, sheet: Path, title: str) -> None:
         y = CAPTION + GAP + (k // SHEET_COLUMNS) * (tile[1] + CAPTION + GAP)
         canvas.paste(picture.resize(tile, resample), (x, y))
         draw.text((x, y + tile[1] + 2), f"{seconds:.2f} s", fill=INK, font=font)
-    partial = sheet.with_name(sheet.name + ".partial")
-    try:
+    with whole_file(sheet) as partial:
         canvas.save(partial, format="PNG")
-        os.replace(partial, sheet)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ comparison
@@ -340,24 +337,17 @@ def add_labels(video: Path, labels: list[str]) -> None:
     scale = max(1, round(LABEL_WIDTH * len(labels) / width))
     size = (width * scale // 2 * 2, (height * scale + CAPTION + GAP) // 2 * 2)  # H.264 wants even sizes
     font = ImageFont.load_default()
-    partial = video.with_name(f"{video.stem}.partial.mp4")
-    try:
-        with av.open(str(partial), "w") as target:
-            out = target.add_stream("libx264", rate=rate, options={"crf": "16"})
-            out.width, out.height, out.pix_fmt = *size, "yuv420p"
-            for frame in frames:
-                canvas = Image.new("RGB", size, PAPER)
-                canvas.paste(
-                    frame.resize((width * scale, height * scale), Image.Resampling.NEAREST), (0, CAPTION + GAP)
-                )
-                draw = ImageDraw.Draw(canvas)
-                for k, label in enumerate(labels):
-                    draw.text((GAP + k * size[0] // len(labels), GAP // 2), label, fill=INK, font=font)
-                target.mux(out.encode(av.VideoFrame.from_image(canvas)))
-            target.mux(out.encode(None))
-        os.replace(partial, video)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(video) as partial, av.open(str(partial), "w", format="mp4") as target:
+        out = target.add_stream("libx264", rate=rate, options={"crf": "16"})
+        out.width, out.height, out.pix_fmt = *size, "yuv420p"
+        for frame in frames:
+            canvas = Image.new("RGB", size, PAPER)
+            canvas.paste(frame.resize((width * scale, height * scale), Image.Resampling.NEAREST), (0, CAPTION + GAP))
+            draw = ImageDraw.Draw(canvas)
+            for k, label in enumerate(labels):
+                draw.text((GAP + k * size[0] // len(labels), GAP // 2), label, fill=INK, font=font)
+            target.mux(out.encode(av.VideoFrame.from_image(canvas)))
+        target.mux(out.encode(None))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -395,7 +385,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.compare:  # models load and kernels are prepared at their first use: no lane should pay for that
         for video in find_videos(follow(edited(WARM_UP_LENGTH))[0], options.output):
-            video.unlink()
+            remove_file(video)
     graph = edited(options.length)
     outputs, progress = follow(graph)
     for video in find_videos(outputs, options.output):
@@ -416,8 +406,7 @@ def main() -> int:
     except aiohttp.ClientError:
         return CONNECTION_LOST
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        message = "the disk is full: free some space and run again." if full else str(error)
+        message = explain_disk(error)
     else:
         return 0
     if "No space left on device" in message:

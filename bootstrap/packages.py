@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from batch_jobs import try_lock  # the pack as published has that file and not this folder
+from diagonal_sampler.disk import remove_file, replace_file, whole_file
 
 from . import GIB, HOST, ROOT, VENV
 from .processes import (
@@ -49,7 +50,16 @@ def check_machine() -> None:
     """Raise Problem where the pinned packages have no build for this machine."""
     if sys.maxsize < 2**32:
         raise Problem("this is a 32-bit Python; torch needs a 64-bit one.")
+    # What this Python was built for: platform.machine() may name the processor, which runs x64 programs too.
+    if sysconfig.get_platform() == "win-arm64":
+        raise Problem(
+            "the pinned torch has no build for an ARM64 Python on Windows; use an x64 Python, which runs there."
+        )
     if sys.platform == "darwin" and platform.machine() != "arm64":
+        if "ARM64" in platform.version():  # the kernel's, also under Rosetta
+            raise Problem(
+                "this is an Intel Python on Apple silicon, for which torch has no build; use an arm64 Python."
+            )
         raise Problem("the pinned torch has no build for Intel Macs; it needs a Mac with Apple silicon.")
     if sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) < MACOS_MIN:
         raise Problem(f"this is macOS {platform.mac_ver()[0]}; the pinned packages need macOS {MACOS_MIN} or newer.")
@@ -94,7 +104,7 @@ def make_venv() -> None:
     trash = HOST / "old-venv"
     shutil.rmtree(trash, ignore_errors=True)
     if VENV.exists():
-        VENV.rename(trash)  # first, so that no half-deleted one is taken for whole
+        replace_file(VENV, trash)  # first, so that no half-deleted one is taken for whole
         shutil.rmtree(trash, ignore_errors=True)
     VENV.mkdir()
     UNFINISHED.touch()
@@ -164,12 +174,8 @@ def read_stamp() -> dict[str, str]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def installed(comfyui: Path, *, test: bool) -> bool:
@@ -192,13 +198,13 @@ def install(comfyui: Path, *, test: bool) -> None:
         _install_all(comfyui, test=test)
     except (Problem, OSError):
         if whole:
-            UNFINISHED.unlink(missing_ok=True)
+            remove_file(UNFINISHED)
         raise
     stamp = {"run": stamp_key(comfyui, test=False)}
     if test:
         stamp["test"] = stamp_key(comfyui, test=True)
     write_whole(STAMP, json.dumps(stamp))
-    UNFINISHED.unlink(missing_ok=True)
+    remove_file(UNFINISHED)
 
 
 def _install_all(comfyui: Path, *, test: bool) -> None:

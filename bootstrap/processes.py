@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from . import HOST, ROOT
 SETUP_LOG = HOST / "logs" / "setup.log"
 STOP_TIMEOUT_S = 5.0  # what a process gets to end politely
 PR_SET_PDEATHSIG = 1
+OPEN_ELSEWHERE = (5, 32)  # Windows: access denied, as for a folder below which a file is open; sharing violation
 
 NETWORK_ERRORS = re.compile(
     r"dns error|error sending request|failed to lookup address|Failed to establish a new connection"
@@ -138,6 +140,8 @@ def child_environment(**extra: str) -> dict[str, str]:
     foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in foreign}
     fixed = {"PYTHONNOUSERSITE": "1", "PIP_USER": "0", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    if os.name == "nt":  # uv's hard links fail in OneDrive, where Documents and the desktop often are (os error 396)
+        fixed["UV_LINK_MODE"] = "copy"
     return {**environment, **fixed, **extra}
 
 
@@ -198,6 +202,15 @@ def explain(what: str, output: str) -> Problem:
     errors = [line for line in lines if re.match(r"error|×|ERROR", line)] or lines[-1:]
     reason = errors[-1] if errors else "it printed nothing"
     return Problem(f"{what} failed: {reason} (all of its output: {shorten(SETUP_LOG)})")
+
+
+def explain_disk(error: OSError) -> str:
+    """Say what a file that could not be written or moved needs."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full: free some space and run again."
+    if getattr(error, "winerror", None) in OPEN_ELSEWHERE:
+        return f"{error}: another program has it, or a file in it, open (a virus scanner, an older server); run again."
+    return str(error)
 
 
 def shorten(path: Path) -> str:

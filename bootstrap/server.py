@@ -40,6 +40,10 @@ def require_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except PermissionError:
+            if os.name == "nt":  # also of a range that Windows keeps for itself, or of another's exclusive port
+                raise Problem(
+                    f"port {port} is reserved or taken. Give another with --port, or none for a free one."
+                ) from None
             raise Problem(f"port {port} is not allowed for this user. Give one above 1023 with --port.") from None
         except OSError:
             raise Problem(f"port {port} is taken. Give another with --port, or none for a free one.") from None

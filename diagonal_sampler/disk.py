@@ -72,7 +72,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
-        sync_path(partial)
+        insist(lambda: sync_path(partial))
         replace_file(partial, path)
     finally:
         remove_file(partial)

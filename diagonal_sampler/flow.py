@@ -179,6 +179,21 @@ class OpticalFlow:
         """
         return _motion_at(self.flow[step].to(points.device), self.valid[step].to(points.device), points)
 
+    def on(self, device: torch.device, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Some steps on a device, sent there together and once where they are all the same.
+
+        Args:
+            start: the first of them.
+            count: how many; fewer beyond the field's end.
+
+        Returns:
+            flow [n, H, W, 2] and valid [n, H, W].
+        """
+        parts = (part[start : start + count] for part in (self.flow, self.valid))
+        # Contiguous, for a part that repeats within a step has no room of its own to be copied to.
+        flow, valid = (send(_stored(part).contiguous(), device).expand_as(part) for part in parts)
+        return flow, valid
+
     def composed(self, group: int = TIME_FACTOR) -> OpticalFlow:
         """Every `group` steps as one: points are followed through them. A last, shorter group is dropped.
 
@@ -248,12 +263,15 @@ def _shares(flow: Tensor, valid: Tensor, height: int, width: int) -> Iterator[Te
     """
     if flow.stride(0) == 0 and valid.stride(0) == 0:
         flow, valid = flow[:1], valid[:1]
-    scale = flow.new_tensor([width / flow.shape[2], height / flow.shape[1], 1]).view(-1, 1, 1)
     at_once = max(1, _RESIZED_AT_ONCE // flow[0].numel())
     for first in range(0, len(flow), at_once):
         weight = valid[first : first + at_once, None].float()
         pictures = torch.cat([flow[first : first + at_once].movedim(-1, 1) * weight, weight], dim=1)
-        yield F.interpolate(pictures, (height, width), mode="bilinear", antialias=True) * scale
+        shares = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
+        # Numbers, not a tensor of them, as in `sample`.
+        shares[:, 0] *= width / flow.shape[2]
+        shares[:, 1] *= height / flow.shape[1]
+        yield shares
 
 
 # --- points and pictures ---
@@ -356,7 +374,7 @@ def _first_pixels(points: Tensor, size: int) -> Tensor:
     return torch.arange(math.prod(batch), device=points.device).mul(size).repeat_interleave(count)
 
 
-def fill_holes(picture: Tensor, known: Tensor) -> Tensor:
+def fill_holes(picture: Tensor, known: Tensor, *, stops_early: bool | None = None) -> Tensor:
     """Fills unknown pixels from their surroundings: halve the picture until nothing is unknown, then come back.
 
     Gortler et al. 1996, "The Lumigraph", section 3.5 (push-pull).
@@ -364,18 +382,21 @@ def fill_holes(picture: Tensor, known: Tensor) -> Tensor:
     Args:
         picture: [N, C, H, W].
         known: [N, H, W] bool.
+        stops_early: at the first size that has no hole, which changes nothing but the time; not on CUDA by default.
 
     Returns:
         the picture with known pixels as they are; 0 where a whole picture is unknown.
     """
     weight = known[:, None].to(picture.dtype)
     picture = picture * weight
-    if picture.shape[-2:] == (1, 1) or bool(known.all()):
+    # Whether nothing is unknown is no question for a GPU: the host would wait for its answer.
+    stops_early = not known.is_cuda if stops_early is None else stops_early
+    if picture.shape[-2:] == (1, 1) or (stops_early and bool(known.all())):
         return picture
     pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
     share = F.avg_pool2d(weight, **pool)
     coarse = F.avg_pool2d(picture, **pool) / share.clamp(min=1e-6)
-    coarse = fill_holes(coarse, share[:, 0] > 0)
+    coarse = fill_holes(coarse, share[:, 0] > 0, stops_early=stops_early)
     wide = F.interpolate(coarse, picture.shape[-2:], mode="bilinear", align_corners=False)
     return torch.where(weight > 0, picture, wide)
 
@@ -436,10 +457,11 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     seen = picture
     values = picture.reshape(picture.shape[0], -1)
     low, high = picture.amin((1, 2), keepdim=True), picture.amax((1, 2), keepdim=True)
-    for step in range(start, start + count):
-        if step < optical_flow.steps:
-            motion, known = optical_flow.at(step, points)
-            begun = _one_step_on(begun, optical_flow, step, origin)
+    flow, valid = optical_flow.on(picture.device, start, count)
+    for step in range(count):
+        if step < len(flow):
+            motion, known = _motion_at(flow[step], valid[step], points)
+            begun = _one_step_on(begun, flow[step], valid[step], origin)
         else:
             motion, known = torch.zeros_like(points), torch.zeros_like(commanded)
         # The field says nothing of what is hidden or has left the frame: it goes on as it did.
@@ -460,27 +482,29 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
         origins = origin.view(height, width, 2) - way.movedim(0, -1)
         read = sample(picture, origins, "bicubic").clamp(low, high)
         moved = torch.cat([torch.where(spread < _ONE_WAY, read, moved[:-1]), moved[-1:]])
-        if arrived.any():
-            moved = fill_holes(moved[None], arrived[None])[0]
-        else:
-            moved = torch.cat([seen, torch.zeros_like(moved[-1:])])
+        # Chosen where the pictures are: to ask whether anything arrived, the host would wait for a GPU.
+        stays = torch.cat([seen, torch.zeros_like(moved[-1:])])
+        moved = torch.where(arrived.any(), fill_holes(moved[None], arrived[None])[0], stays)
         seen = moved[:-1]
         mask = torch.maximum(moved[-1], (started.view(height, width) & ~arrived).to(moved.dtype))
         entered = ~arrived & ~inside(begun.movedim(0, -1), height, width)
         yield WarpedFrame(seen, mask.masked_fill(entered, 0.0), entered)
 
 
-def _one_step_on(begun: Tensor, optical_flow: OpticalFlow, step: int, origin: Tensor) -> Tensor:
+def _one_step_on(begun: Tensor, flow: Tensor, valid: Tensor, origin: Tensor) -> Tensor:
     """[2, H, W] a map of each place to where its content was in the beginning, one step later.
 
     What is at a place now was one motion before: not the place's own, but that of where it came from.
+
+    Args:
+        flow, valid: [H, W, 2] and bool [H, W], of the step.
+        origin: [H * W, 2] the centres of all pixels.
     """
-    height, width = begun.shape[1:]
-    corner = origin.new_zeros(2), origin.new_tensor([width - 1, height - 1])
-    before = origin - optical_flow.at(step, origin)[0]
-    before = origin - optical_flow.at(step, before.clamp(*corner))[0]
+    corners = origin[0], origin[-1]
+    before = origin - _motion_at(flow, valid, origin)[0]
+    before = origin - _motion_at(flow, valid, before.clamp(*corners))[0]
     # Beyond the edge the map goes on as it does at rest: as far outside as one is.
-    outside = before - before.clamp(*corner)
+    outside = before - before.clamp(*corners)
     return sample(begun, before).view_as(begun) + outside.T.reshape(begun.shape)
 
 

@@ -6,7 +6,7 @@ The sampler asks its host for the same figures before it runs, so that what is p
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -148,7 +148,13 @@ class Change:
 
 
 def changes_that_fit(
-    network: NetworkFacts, clip: ClipSize, available: int, decoder: DecoderFacts | None = None, *, step: int = 1
+    network: NetworkFacts,
+    clip: ClipSize,
+    available: int,
+    decoder: DecoderFacts | None = None,
+    *,
+    step: int = 1,
+    without: Collection[str] = (),
 ) -> list[Change]:
     """Changes of one thing, each of which would make the run fit into `available` bytes; the mildest first.
 
@@ -157,13 +163,14 @@ def changes_that_fit(
 
     Args:
         step: rows and columns must be multiples of it, in pixels that is `step * 8`.
+        without: of LIGHTER_FORMATS, those that the device does not have.
     """
 
     def fits(network: NetworkFacts, clip: ClipSize) -> bool:
         return forecast(network, clip, decoder).total <= available
 
     found = []
-    formats = list(_lighter(network))
+    formats = [(name, lighter) for name, lighter in _lighter(network) if name not in without]
     for name, lighter in formats:
         if fits(lighter, clip):
             found.append(Change(weights=name))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import pickle
 import re
@@ -18,7 +17,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from .disk import whole_file
+from .safetensors_header import MAX_HEADER_BYTES, Header, read_header
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +35,6 @@ READABLE_SUFFIXES = SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
 
 MIN_TORCH_FOR_PICKLES = (2, 10)
 """Before 2.10 a crafted file could corrupt memory through torch's weights_only unpickler (CVE-2026-24747)."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit that the safetensors format itself sets on its JSON header."""
 
 MAX_LISTED = 10
 """Names an error spells out before it only counts."""
@@ -182,28 +178,45 @@ def _refuse_foreign(name: str, head: bytes) -> None:
 def _read_safetensors(
     path: Path, wanted: frozenset[str], reader: Callable[[Path], Mapping[str, torch.Tensor]] | None
 ) -> WeightFile:
+    header = _checked_header(path)
     try:
-        # Opening checks the whole header (offsets, sizes, file length) before any tensor is touched.
-        with safetensors.safe_open(str(path), framework="pt", device="cpu") as opened:
-            header = opened.metadata() or {}
-            keys = list(opened.keys())
-            tensors = {key: _get_tensor(opened, key, path.name) for key in keys} if reader is None else None
+        tensors = dict((reader or _read_tensors)(path))
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"weight file {path.name!r} is not a sound safetensors file: "
-            f"{_diagnose_safetensors(path) or error}; download or copy it again"
-        ) from error
+        raise _unsound(path, error) from error
     except (OSError, RuntimeError) as error:  # torch reports a mapping that the system refuses as RuntimeError
         raise ValueError(
             f"weight file {path.name!r} cannot be read: {_first_line(error)}; check its permissions, and that the "
             "system has memory for a file of this size"
         ) from error
-    if not keys:
+    return WeightFile(name=path.name, tree=tensors, metadata=_wanted(header, wanted))
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safetensors.safe_open(str(path), framework="pt", device="cpu") as opened:
+        return {key: _get_tensor(opened, key, path.name) for key in opened.keys()}
+
+
+def _checked_header(path: Path) -> Header:
+    """The header of a safetensors file with tensors. Raises ValueError that names the file."""
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        raise _unsound(path, error) from None
+    except OSError as error:
+        raise ValueError(
+            f"weight file {path.name!r} cannot be read: {_first_line(error)}; check its permissions"
+        ) from error
+    if not header.tensors:
         raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
-    if tensors is None and reader is not None:
-        tensors = dict(reader(path))
-    metadata = {key: value for key, value in header.items() if key in wanted}
-    return WeightFile(name=path.name, tree=tensors or {}, metadata=metadata)
+    return header
+
+
+def _unsound(path: Path, reason: Exception) -> ValueError:
+    return ValueError(f"weight file {path.name!r} is not a sound safetensors file: {reason}; download or copy it again")
+
+
+def _wanted(header: Header, names: frozenset[str]) -> dict[str, str]:
+    return {key: text for key, text in header.metadata.items() if key in names}
 
 
 def _sniff(path: Path) -> bytes:
@@ -248,30 +261,20 @@ def read_weight_shapes(path: str | Path, *, wanted_metadata: Iterable[str] = ())
         with FakeTensorMode():
             tree = _read_pickle(path, zipped=True, mapped=False)
         return WeightFile(name=path.name, tree=_without_values(tree))
-    wanted = frozenset(wanted_metadata)
-    try:
-        # Not the torch framework: its mapping asks the system for as much memory as the file is long.
-        with safetensors.safe_open(str(path), framework="np") as opened:
-            header = opened.metadata() or {}
-            tensors = {}
-            for key in opened.keys():
-                part = opened.get_slice(key)
-                shape, kind = part.get_shape(), part.get_dtype()
-                if kind not in _SAFETENSORS_DTYPES:
-                    raise ValueError(f"weight file {path.name!r}, key {key!r}: number format {kind} is not known")
-                if kind == "U8" and prod(shape) <= MARK_ELEMENTS:
-                    tensors[key] = torch.from_numpy(opened.get_tensor(key))
-                else:
-                    tensors[key] = torch.empty((), dtype=_SAFETENSORS_DTYPES[kind]).expand(shape)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"weight file {path.name!r} is not a sound safetensors file: "
-            f"{_diagnose_safetensors(path) or error}; download or copy it again"
-        ) from error
-    if not tensors:
-        raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
-    metadata = {key: value for key, value in header.items() if key in wanted}
-    return WeightFile(name=path.name, tree=tensors, metadata=metadata)
+    header = _checked_header(path)
+    tensors = {}
+    with path.open("rb") as file:
+        for key, entry in header.tensors.items():
+            dtype = _SAFETENSORS_DTYPES.get(entry.dtype)
+            if dtype is None:
+                raise ValueError(f"weight file {path.name!r}, key {key!r}: number format {entry.dtype} is not known")
+            if dtype == torch.uint8 and 0 < entry.nbytes <= MARK_ELEMENTS:
+                file.seek(entry.offsets[0])
+                data = bytearray(file.read(entry.nbytes))
+                tensors[key] = torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+            else:
+                tensors[key] = torch.empty((), dtype=dtype).expand(entry.shape)
+    return WeightFile(name=path.name, tree=tensors, metadata=_wanted(header, frozenset(wanted_metadata)))
 
 
 def _without_values(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,67 +308,6 @@ def _get_tensor(opened: Any, key: str, name: str) -> torch.Tensor:
             f"weight file {name!r}, key {key!r}: cannot read this tensor ({error}); its dtype is "
             f"{opened.get_slice(key).get_dtype()}: convert the file to bfloat16 or download it again"
         ) from error
-
-
-def _diagnose_safetensors(path: Path) -> str | None:
-    """Say in words what is wrong with a header that safetensors refused; None where nothing better is known."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        prefix = handle.read(8)
-        if len(prefix) < 8:
-            return f"it is {size} bytes long, shorter than any header"
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > MAX_HEADER_BYTES:
-            return f"its first 8 bytes give a header of {header_bytes} bytes, more than the format allows"
-        if 8 + header_bytes > size:
-            return f"it ends inside its header ({size} of at least {8 + header_bytes} bytes)"
-        raw = handle.read(header_bytes)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return f"its header is not JSON ({error})"
-    if not isinstance(header, dict):
-        return f"its header is a JSON {type(header).__name__}, not an object"
-    places: list[tuple[int, int, str]] = []
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
-            return f"key {key!r} has no valid data_offsets in the header"
-        start, end = offsets
-        if not 0 <= start <= end:
-            return f"key {key!r} has data_offsets [{start}, {end}]"
-        if 8 + header_bytes + end > size:
-            return (
-                f"it is cut short: key {key!r} ends at byte {8 + header_bytes + end}, the file has {size} "
-                f"({len(header)} header entries)"
-            )
-        if (reason := _diagnose_tensor(entry, end - start)) is not None:
-            return f"key {key!r} {reason}"
-        places.append((start, end, key))
-    covered = 0
-    for start, end, key in sorted(places):
-        if start != covered:
-            what = "overlaps the tensor before it" if start < covered else "leaves a gap behind the tensor before it"
-            return f"key {key!r} {what} (it begins at {start} of the data, where {covered} is due)"
-        covered = end
-    if 8 + header_bytes + covered != size:
-        return f"it has {size - 8 - header_bytes - covered} bytes behind its last tensor"
-    return None
-
-
-def _diagnose_tensor(entry: dict[str, Any], nbytes: int) -> str | None:
-    """What is wrong with one tensor's dtype and shape in a safetensors header, for `nbytes` bytes of data."""
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or (bits := re.fullmatch(r"(?:BOOL|[A-Z]+?(\d+)(?:_\w+)?)", dtype)) is None:
-        return f"has dtype {short(dtype)}"
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-        return f"has shape {short(shape)}"
-    needed = -(-math.prod(shape) * int(bits.group(1) or 8) // 8)
-    if needed != nbytes:
-        return f"has shape {short(shape)} in {dtype}, which takes {needed} bytes, and {nbytes} bytes of data"
-    return None
 
 
 def _read_pickle(path: Path, *, zipped: bool, mapped: bool) -> Mapping[str, Any]:

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"), help="scores, tables and plots go here")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="exported weights, NAME.safetensors")
     parser.add_argument("--demo", type=Path, default=DEMO, help="folder of the demo's three files")
-    parser.add_argument("--captions", type=int, default=256, help="held-out captions")
+    parser.add_argument("--captions", type=int, default=Options().captions, help="held-out captions")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the noise")
     parser.add_argument("--rows", metavar="NAME,NAME", help="score only these")
     parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames of a clip")

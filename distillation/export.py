@@ -34,6 +34,7 @@ log = logging.getLogger("export")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ADAPTER = "student"
+IN_USE = (5, 32, 1224)  # Windows: access denied, sharing violation, and a file that a program has mapped
 # Fields that the header says in another place, or of which nothing follows for the weights.
 UNLISTED = frozenset(("name", "stage", "updates", "batch", "seed")) | run_folder.FILE_FIELDS
 UNLISTED |= run_folder.FREE_FIELDS - {"cooldown"}
@@ -73,7 +74,9 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None =
             + (f", renoise {recipe.context_sigma:g}" if renoises else "")
             + (f"; changed: {changes}" if (changes := changed_fields(recipe)) else "")
         ),
-        data="; ".join(f"{name} {Path(getattr(recipe, name)).name}" for name in used if getattr(recipe, name)),
+        data="; ".join(
+            f"{name} {run_folder.file_name(getattr(recipe, name))}" for name in used if getattr(recipe, name)
+        ),
         git_commit=git_commit() if commit is None else commit,
     )
     header = provenance.to_metadata() | ({} if distilled else {NOISE_KEY: KEPT_NOISE})
@@ -92,7 +95,7 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
         merge: add the adapters to the base weights instead of writing them as a LoRA.
 
     Raises:
-        ValueError: no run or no checkpoint there, or a target that is no .safetensors file.
+        ValueError: no run or no checkpoint there, or a target that is no .safetensors file or, on Windows, in use.
     """
     if target.suffix != ".safetensors":
         raise ValueError(f"to is {os.fspath(target)!r}; name a .safetensors file.")
@@ -111,7 +114,16 @@ def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merg
     kept = {name: value if name.endswith(".alpha") else value.to(dtype) for name, value in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     commit = run_folder.read_beginning(run).get("git_commit", f"unknown; exported at {git_commit()}")
-    write_weights(target, kept, header_of(recipe, updates, whole=merge or not recipe.lora_rank, commit=commit))
+    header = header_of(recipe, updates, whole=merge or not recipe.lora_rank, commit=commit)
+    try:
+        write_weights(target, kept, header)
+    except OSError as error:
+        if target.exists() and getattr(error, "winerror", None) in IN_USE:
+            raise ValueError(
+                f"{target} cannot be replaced ({error}). If ComfyUI has loaded it, unload it there or stop ComfyUI; or "
+                "choose another name."
+            ) from None
+        raise
     log.info("%s: %.1f MB, %d updates", target, target.stat().st_size / 1e6, updates)
 
 

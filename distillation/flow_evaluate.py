@@ -11,8 +11,9 @@ says, and one in the caption's direction at another speed. The same scene is mad
 the checkpoint allows.
 
 A student's first chunk sometimes ends with two copies of the sprite, or none. No track can begin on it then (a track
-from the middle of two copies begins between them), so the tables are of the other scenes; the page says how many those
-are, and what the errors are with all.
+from the middle of two copies begins between them), so most columns are of the other scenes. Those scenes can hide what
+a mode does where it is lost, so the error and what is drawn are given over all scenes too, and the page says how many
+were left out. Square brackets are 95% intervals over scenes.
 
 End-point error: the distance between the sprite's displacement and the commanded one, over one latent frame (4 pixel
 frames), in pixels per pixel frame, averaged over the latent frames after the first chunk. A sprite that is not seen
@@ -27,11 +28,13 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,7 @@ from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
 from distillation import demo_files, score, sprites
 from distillation.common import write_text
+from distillation.evidence.statistics import CONFIDENCE, Spread, caption_counts
 from distillation.losses import guided
 from distillation.recipes import DEMO
 from distillation.rollout import predict_x0
@@ -356,51 +360,80 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else float("nan")
 
 
-def _of_no_flow(results: Sequence[Result], usual: Sequence[Result]) -> float:
-    return _mean([result.error for result in results]) / _mean([result.error for result in usual])
+def _spread(values: Sequence[float], divisors: Sequence[float] | None = None) -> Spread:
+    """Mean of values, a number a scene, or its ratio to the mean of others of the same scenes; replicates draw scenes.
+
+    Args:
+        values: of at least one scene.
+    """
+    counts = np.concatenate([np.ones((1, len(values)), np.int64), caption_counts(len(values))])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = counts @ np.array(values) / (counts @ np.array(divisors or np.ones(len(values))))
+    return Spread(float(found[0]), found[1:])
+
+
+def _share(value: Spread, digits: int, most: float = math.inf) -> str:
+    """A share with its interval, cut to between 0 and `most`."""
+    low, high = (100 * min(max(end, 0.0), most) for end in value.interval())
+    return f"{value.estimate:.{digits}%} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _of_no_flow(results: Sequence[Result], usual: Sequence[Result]) -> str:
+    """The error as a share of that of mode none on the same scenes; "-" without any."""
+    if not results or len(results) != len(usual):
+        return "-"
+    return _share(_spread([r.error for r in results], [r.error for r in usual]), 1)
+
+
+def _right(results: Sequence[Result]) -> str:
+    """Colour and shape right over scenes."""
+    return ", ".join(
+        _share(_spread([float(getattr(r, name)) for r in results]), 0, most=1.0) for name in ("colour", "shape")
+    )
 
 
 def table(found: Results, options: Options) -> str:
     """The results as Markdown, a table for each command."""
     blocks = []
-    every: dict[str, list[str]] = {}
+    whole = f"all {options.scenes} scenes"
     for command, words in COMMANDS.items():
         rows = {row: results for (which, row), results in found.items() if which == command}
         usual = rows.get("none", [])
         speed = _mean([result.commanded for results in rows.values() for result in results if result.one])
+        head = [
+            "mode", "end-point error, px/frame", "of no flow", f"of no flow, {whole}",
+            "distance from the commanded place, px", "not seen", "colour right", "shape right",
+            f"colour, shape right, {whole}", "time of the quickest clip",
+        ]  # fmt: skip
         lines = [
             f"Commanded: {words}; {speed:.2f} px/frame on average, which is also the error of a sprite that rests.",
             "",
-            "| mode | end-point error, px/frame | of no flow | distance from the commanded place, px | not seen "
-            "| colour right | shape right | time of the quickest clip |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(head)} |",
+            "|" + "---|" * len(head),
         ]
         for row, results in rows.items():
-            part, plain = ([result for result in some if result.one] for some in (results, usual))
+            begun = [result.one for result in usual or results]
+            part, plain = (list(compress(some, begun)) for some in (results, usual))
             lines.append(
-                f"| {_words(row)} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain):.1%} "
-                f"| {_mean([r.place for r in part]):.1f} | {_mean([r.lost for r in part]):.0%} "
-                f"| {_mean([r.colour for r in part]):.0%} | {_mean([r.shape for r in part]):.0%} "
+                f"| {_words(row)} | {_mean([r.error for r in part]):.2f} | {_of_no_flow(part, plain)} "
+                f"| {_of_no_flow(results, usual)} | {_mean([r.place for r in part]):.1f} "
+                f"| {_mean([r.lost for r in part]):.0%} | {_mean([r.colour for r in part]):.0%} "
+                f"| {_mean([r.shape for r in part]):.0%} | {_right(results)} "
                 f"| {min((r.seconds for r in results), default=float('nan')):.1f} s |"
             )
-            if row != "none":
-                every.setdefault(row, []).append(
-                    f"{_of_no_flow(results, usual):.1%} (colour {_mean([r.colour for r in results]):.0%}, shape "
-                    f"{_mean([r.shape for r in results]):.0%})"
-                )
         if "adapter" not in rows:
-            lines.append("| adapter | not measured | | | | | | |")
+            lines.append("| adapter | not measured |" + " |" * (len(head) - 2))
         blocks.append("\n".join(lines))
     one = [result.one for result in next(iter(found.values()))]
-    note = f"{options.scenes} scenes of {options.length} pixel frames, seed {options.seed}"
-    if all(one):
-        return "\n\n".join([*blocks, f"{note}."])
-    with_all = "; ".join(f"{_words(row)} {' and '.join(values)}" for row, values in every.items())
-    note += (
-        f", of which {sum(one)} are in the tables: in the others the first chunk, which nothing is commanded of, ends "
-        "with two copies of the sprite or none, and no track begins on it. Error, of no flow, over all "
-        f"{len(one)}, by command: {with_all}."
+    note = (
+        f"{options.scenes} scenes of {options.length} pixel frames, seed {options.seed}. Square brackets: "
+        f"{CONFIDENCE:.0%} intervals over scenes."
     )
+    if not all(one):
+        note += (
+            f" The columns that do not say otherwise are of {sum(one)} scenes: in the others the first chunk, which "
+            "nothing is commanded of, ends with two copies of the sprite or none, and no track begins on it."
+        )
     return "\n\n".join([*blocks, note])
 
 

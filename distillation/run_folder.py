@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ BEGAN = "began"
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a weight file that are looked at, and at how many places
 _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
-_PATHS = frozenset(("PosixPath", "WindowsPath"))
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 _IN_METADATA = {
     "torch.distributed.checkpoint.metadata": frozenset(
         ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex")
@@ -68,8 +68,8 @@ _IN_METADATA = {
     "torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo",)),
     "torch": frozenset(("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)))),
     "torch.serialization": frozenset(("_get_layout",)),
-    "pathlib": _PATHS,
-    "pathlib._local": _PATHS,  # of Python 3.13
+    "pathlib": frozenset(_PATHS),
+    "pathlib._local": frozenset(_PATHS),  # of Python 3.13
 }
 """Module -> names of it that the metadata of a checkpoint of tensors hold. BytesStorageMetadata would be of other
 objects, which torch unpickles whatever they are."""
@@ -158,7 +158,12 @@ def settle_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def _same(name: str, value: Any, before: Any) -> bool:
-    return value == before or (name in FILE_FIELDS and Path(value).name == Path(before).name)
+    return value == before or (name in FILE_FIELDS and file_name(value) == file_name(before))
+
+
+def file_name(path: str) -> str:
+    """The name of a recipe's file, of which the recipe may have been written on another system."""
+    return PureWindowsPath(path).name  # takes either slash
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -311,7 +316,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             raise ValueError(
                 f"its .metadata hold {short(f'{module}.{name}')}, which those of tensors do not; nothing of it was run"
             )
-        return super().find_class(module, name)
+        # The folder's name, written as a path of the system and the Python that it was saved with.
+        return _PATHS[name] if name in _PATHS else super().find_class(module, name)
 
 
 class TensorReader(dcp.FileSystemReader):
@@ -329,9 +335,8 @@ class TensorReader(dcp.FileSystemReader):
         """
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        # Not what they say of where they were written: a run may have moved, or come from another system.
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 

@@ -2,13 +2,15 @@
 
     python -m distillation.score --checkpoint demo --captions 64      # the shipped weights, held-out captions
     python -m distillation.score --dit student.safetensors            # another DiT with the demo's other parts
+    python -m distillation.score --captions 128 --caption-seed 11 --fresh      # none of them a caption of docs/evidence
     python -m distillation.score --scale 2 --checkpoint demo/large --dit demo/large/demo_student.safetensors
     python -m distillation.score --source truth                       # the scorer itself, on rendered clips
     python -m distillation.score --source autoencoder                 # the same clips through the autoencoder
 
-Per sprite: is its colour there, does it start in the right direction, has it the right shape, how fast is it; per
-clip: is the number of sprites right, and how far background, colour and size drift from the first second to the
-last. Nothing in here looks at latents or at the sampler's state.
+Per sprite: is its colour there, does it start in the right direction, has it the right shape, how fast is it, and does
+it still move as told at the end; per clip: are there the caption's colours and no others (a second copy of a sprite
+counts as that sprite), and how far background, colour and size drift from the first second to the last. Nothing in
+here looks at latents or at the sampler's state.
 """
 
 from __future__ import annotations
@@ -40,7 +42,16 @@ from distillation.samples import decode_frames
 log = logging.getLogger("score")
 
 EARLY_FRAMES = 10
-"""Pixel frames in which the direction is judged: no sprite of the world reaches an edge before."""
+"""Pixel frames in which the direction is judged: no sprite of the world reaches an edge before. With chunks of three
+latent frames that is the first chunk and one frame more: later chunks hardly count."""
+LATE_FRAMES = 40
+"""Pixel frames at a clip's end, 2.5 s, in which a sprite is asked whether it still moves as told."""
+LATE_SHARE = 0.5
+"""Share of the commanded speed, along the commanded axis, from which it does; either way, as it may have bounced."""
+STEP = 4  # pixel frames over which a speed is measured
+FEWEST_STEPS = 10  # seen ones, from which a median is taken
+EVIDENCE_CAPTIONS = 256
+"""Held-out captions of seed 0 that docs/evidence is made with; students were chosen on them too."""
 SECOND = sprites.FRAMES_PER_SECOND
 SMALLEST_AREA = 40.0
 """Pixels of one colour that count as a sprite; the smallest, a triangle, covers about 100."""
@@ -63,6 +74,7 @@ class SpriteScore:
     speed: float | None  # pixels per frame over the whole clip
     colour_drift: float | None  # RGB distance, last second against first
     size_drift: float | None  # area in the last second / area in the first - 1
+    late_right: bool | None = None  # still moves as told at the end; None: not its colour, or too seldom seen there
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +170,24 @@ def _direction_of(centroid: Tensor) -> str | None:
 
 def _speed_of(centroid: Tensor) -> float | None:
     """Median speed in pixels per frame, over steps of four frames: bounces and dropouts do not move a median."""
-    step = (centroid[4:] - centroid[:-4]).abs().amax(1) / 4
+    step = (centroid[STEP:] - centroid[:-STEP]).abs().amax(1) / STEP
     step = step[~step.isnan()]
     return float(step.median()) if len(step) else None
+
+
+def _late_of(centroid: Tensor, spec: SpriteSpec) -> bool | None:
+    """Whether it moves as told in the last LATE_FRAMES: LATE_SHARE of the commanded speed or more, by the median step
+    along the commanded axis.
+
+    Steps are of four frames and count whichever way they go, so that bounces do not matter. None where fewer than
+    FEWEST_STEPS of them are seen.
+    """
+    late = centroid[-LATE_FRAMES:]
+    step = ((late[STEP:] - late[:-STEP]) * torch.tensor(sprites.VELOCITY[spec.direction])).sum(1).abs() / STEP
+    step = step[~step.isnan()]
+    if len(step) < FEWEST_STEPS:
+        return None
+    return float(step.median()) >= LATE_SHARE * sprites.PIXELS_PER_FRAME[spec.speed]
 
 
 def score_clip(frames: Tensor, caption: str) -> ClipScore:
@@ -222,6 +249,7 @@ def score_clip(frames: Tensor, caption: str) -> ClipScore:
                 _speed_of(centroid),
                 colour_drift,
                 size_drift,
+                _late_of(centroid, spec) if colour_right else None,
             )
         )
     drift = (blobs.background[-SECOND:].mean(0) - blobs.background[:SECOND].mean(0)).abs().max()
@@ -252,6 +280,7 @@ def summarise(clips: Sequence[ClipScore]) -> dict[str, object]:
         for sprite in every
         if sprite.speed is not None
     ]
+    late = [sprite.late_right for sprite in every if sprite.late_right is not None]
     return {
         "captions": len(clips),
         "sprites": len(every),
@@ -269,6 +298,8 @@ def summarise(clips: Sequence[ClipScore]) -> dict[str, object]:
         "speed_error": median(errors),
         "background_drift": median([clip.background_drift for clip in clips]),
         "colour_drift": median([sprite.colour_drift for sprite in every]),
+        "late": share(late) if late else None,
+        "late_sprites": len(late),
         "size_drift": median([abs(s.size_drift) if s.size_drift is not None else None for s in every]),
     }
 
@@ -285,19 +316,35 @@ def table(summary: dict[str, object], title: str) -> str:
         ("colours right", number(summary["colour"], ".1%")),
         ("directions right", number(summary["direction"], ".1%")),
         ("shapes right", number(summary["shape"], ".1%")),
-        ("number of sprites right (clips)", number(summary["sprite_count"], ".1%")),
+        ("the caption's colours there and no others (clips)", number(summary["sprite_count"], ".1%")),
         ("everything right (clips)", number(summary["everything"], ".1%")),
         *(
             (f"speed {word!r}: {entry['commanded']} px/frame commanded", number(entry["measured"], ".2f") + " measured")
             for word, entry in speeds.items()
         ),
         ("speed error, median", number(summary["speed_error"], ".1%")),
+        (
+            f"moves as told in the last {LATE_FRAMES / SECOND:g} s, of {summary['late_sprites']} sprites followed",
+            number(summary["late"], ".1%"),
+        ),
         ("background drift, median (levels of 255)", number(summary["background_drift"], ".1f")),
         ("sprite colour drift, median (RGB distance)", number(summary["colour_drift"], ".1f")),
         ("sprite size drift, median", number(summary["size_drift"], ".1%")),
     ]
     head = f"{title}: {summary['captions']} captions, {summary['sprites']} sprites"
     return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def fresh_captions(count: int, seed: int) -> list[str]:
+    """Held-out captions of a seed, without those of docs/evidence.
+
+    Args:
+        count: of the captions that are left.
+    """
+    known = set(sprites.held_out_captions(EVIDENCE_CAPTIONS))
+    # So many more that none of the known ones makes it too few.
+    found = sprites.held_out_captions(count + EVIDENCE_CAPTIONS, seed)
+    return [caption for caption in found if caption not in known][:count]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -420,6 +467,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=1, help="size of a frame: 64 pixels times this")
     parser.add_argument("--captions", type=int, default=64, help="number of held-out captions")
     parser.add_argument("--caption-seed", type=int, default=0, help="which held-out captions")
+    parser.add_argument("--fresh", action="store_true", help="without the captions of docs/evidence")
     parser.add_argument("--caption", action="append", help="score this caption instead (repeatable)")
     parser.add_argument("--length", type=int, default=sprites.CLIP_FRAMES, help="pixel frames")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: what the checkpoint was trained for")
@@ -441,7 +489,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 12 clips here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    captions = options.caption or sprites.held_out_captions(options.captions, options.caption_seed)
+    choose = fresh_captions if options.fresh else sprites.held_out_captions
+    captions = options.caption or choose(options.captions, options.caption_seed)
     started = time.perf_counter()
     if options.source == "model":
         dit, encoder, autoencoder = load_parts(options)

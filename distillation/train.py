@@ -76,6 +76,9 @@ def joined_ranks() -> Iterator[Ranks]:
     """Joins torchrun's process group, if there is one, and leaves it at the end.
 
     Not after an error: NCCL would wait there for ranks that may never answer. `main` then ends the process at once.
+
+    Raises:
+        ValueError: more processes than GPUs, or several for GPUs without NCCL.
     """
     cuda = torch.cuda.is_available()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -87,6 +90,11 @@ def joined_ranks() -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
         return
+    if cuda and not dist.is_nccl_available():
+        raise ValueError(
+            "several ranks on GPUs need NCCL, which this torch does not have (on Linux it has); start one process, "
+            "without torchrun"
+        )
     from torch.distributed.device_mesh import init_device_mesh
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -73,7 +73,7 @@ class CausalRun:
     wrote: set[tuple[Hashable, int]] = field(default_factory=set)
     _all_seen: set[Hashable] = field(default_factory=set)
     _all_wrote: set[tuple[Hashable, int]] = field(default_factory=set)
-    _text: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
+    _text: dict[tuple[int, tuple[Hashable, ...], tuple[int, ...]], tuple[Tensor, ...]] = field(default_factory=dict)
     _rope: dict[Hashable, Tensor] = field(default_factory=dict)
     _levels: dict[float, dict[int, tuple[Tensor, ...]]] = field(default_factory=dict)
 
@@ -136,11 +136,28 @@ class CausalRun:
             self._rope[key] = make()
         return self._rope[key]
 
-    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What follows from the text alone, keys and values of a layer or its embedding: once per prompt and clip."""
+    def text(
+        self,
+        part: int,
+        conditions: tuple[Hashable, ...],
+        shape: tuple[int, ...],
+        make: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """What follows from the text alone: a block's keys and values by its number, NETWORK's embedding.
+
+        Once per prompt and clip. Where memory is short ComfyUI predicts the same prompts now together, now one by one;
+        what was made for another such order goes then, so that no prompt is held twice.
+
+        Args:
+            conditions: of the forward, in batch order.
+            shape: of their text.
+        """
         if not self.fixed_weights:
             return make()
+        key = (part, conditions, shape)
         if key not in self._text:
+            for other in [other for other in self._text if other[0] == part and set(conditions) & set(other[1])]:
+                del self._text[other]
             self._text[key] = make()
         return self._text[key]
 
@@ -183,9 +200,9 @@ class ForwardInfo:
         """Whether `of_level` may be used: what is predicted once more may be asked at another noise level."""
         return self.run.keeps_levels and not self.again
 
-    def text(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def text(self, part: int, shape: tuple[int, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`CausalRun.text`; what is predicted once more may have another text."""
-        return make() if self.again else self.run.text(key, make)
+        return make() if self.again else self.run.text(part, self.conditions, shape, make)
 
 
 def causal_settings(model: ModelPatcher) -> CausalSettings | None:
@@ -399,8 +416,7 @@ class _LeanForward:
         tokens = tokens.flatten(2).transpose(1, 2)
         e, e0 = run.of_level(NETWORK, lambda: self._level(t[:1], x.dtype))
         e, e0 = (level.expand(t.shape[0], *level.shape[1:]) for level in (e, e0))
-        key = (NETWORK, forward.conditions, context.shape)
-        (text,) = forward.text(key, lambda: (network.text_embedding(context),))
+        (text,) = forward.text(NETWORK, context.shape, lambda: (network.text_embedding(context),))
         options["total_blocks"], options["block_type"] = len(network.blocks), "double"
         for index, block in enumerate(network.blocks):
             options["block_index"] = index
@@ -689,8 +705,23 @@ class _CausalSelfAttention(_Patch):
             )
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
-            out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
+            try:
+                out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
+            except TypeError:
+                _require_wan_patch(patch)
+                raise
         return module.o(out)
+
+
+def _require_wan_patch(patch: Callable) -> None:
+    """Raise ValueError for an attn1_patch of image networks, which takes (q, k, v, extra_options)."""
+    try:
+        inspect.signature(patch).bind({})
+    except TypeError:
+        raise ValueError(
+            f"Another node patches self-attention as image networks (SD 1.5, SDXL) have it, and not as Wan does: "
+            f"{getattr(patch, '__qualname__', type(patch).__qualname__)}. Remove that node (HyperTile, Token Merging)."
+        ) from None
 
 
 class _CachedCrossAttention(_Patch):
@@ -705,8 +736,9 @@ class _CachedCrossAttention(_Patch):
         transformer_options: dict,
     ) -> Tensor:
         module = self.module
-        key = (self.layer, forward.conditions, context_BLC.shape)
-        k, v = forward.text(key, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC)))
+        k, v = forward.text(
+            self.layer, context_BLC.shape, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC))
+        )
         q = module.norm_q(module.q(x_BLC))
         options = {"transformer_options": transformer_options, **_preference(module)}
         return module.o(_attention(q, k, v, heads=module.num_heads, **options))

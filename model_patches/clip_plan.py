@@ -164,6 +164,8 @@ def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
 
 def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:
     """Refuse at once what could never be held: the KV cache stays on the device for the whole run."""
+    if comfy.model_management.directml_enabled:  # ComfyUI says 1 GiB of any such device
+        return
     has = comfy.model_management.get_total_memory(model.load_device)
     needs = plan.cache_bytes(model, text_tokens=(0,))
     if needs <= has:

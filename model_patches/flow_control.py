@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -321,8 +322,19 @@ class FlowRun:
         latents = torch.cat([encode(vae, clip.movedim(0, -1)) for clip in frames])
         resident = any(loaded is self._model for loaded in comfy.model_management.loaded_models())
         if not resident or self._model.loaded_size() < self._loaded:
-            comfy.model_management.load_models_gpu([self._model])
+            load_for_chunk(self._model, (*self._shape[:2], max(self._counts), *self._shape[3:]))
         return self._model.model.process_latent_in(latents.to(frames.device))
+
+
+def load_for_chunk(model: ModelPatcher, shape: Sequence[int]) -> None:
+    """Have ComfyUI load the MODEL in the middle of a run with the memory that a forward takes, as its guider did before
+    the run; the keys and values are there already.
+
+    Args:
+        shape: [B, C, T, H, W] of a chunk's latents.
+    """
+    most, least = comfy.sampler_helpers.estimate_memory(model, list(shape), {})
+    comfy.model_management.load_models_gpu([model], memory_required=most, minimum_memory_required=least)
 
 
 def _choose_mode(conditioning: FlowConditioning, has_adapter: bool) -> str:

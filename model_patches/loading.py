@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import comfy.lora
+import comfy.model_management
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
@@ -25,16 +26,35 @@ log = logging.getLogger(__name__)
 
 WEIGHT_DTYPES: dict[str, dict] = {
     "default": {},
+    "bf16": {"dtype": torch.bfloat16},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-"""The choices of ComfyUI's own diffusion model loader -> the options it passes on."""
+"""The choices of ComfyUI's own diffusion model loader, and bf16 -> the options it passes on. By default ComfyUI takes
+float16 for a Wan where the GPU has it, also for a file in bf16."""
 
 PROVENANCE_ATTACHMENT = "diagonal_provenance"
 """Under this name a MODEL carries the Provenance of its file, for the nodes that come after the loader."""
 FLOW_ADAPTER_ATTACHMENT = "diagonal_flow_adapter"
 """Under this name a MODEL carries the (weight, bias) of its file's optical-flow adapter, if there is one."""
+
+
+def loader_options(weight_dtype: str) -> dict:
+    """The options for ComfyUI's loader of a key of WEIGHT_DTYPES.
+
+    Raises ValueError for another, and for a number format that the device does not have.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype={weight_dtype!r} is not known; choose one of {', '.join(WEIGHT_DTYPES)}")
+    options = WEIGHT_DTYPES[weight_dtype]
+    device = comfy.model_management.get_torch_device()
+    if "dtype" in options and not comfy.model_management.supports_cast(device, options["dtype"]):
+        raise ValueError(
+            f"weight_dtype={weight_dtype!r} is a number format that this device ({device.type}) does not have; choose "
+            "default, or a GGUF file to save memory"
+        )
+    return dict(options)
 
 
 def load_wan(
@@ -46,18 +66,17 @@ def load_wan(
     path: a file below a ComfyUI model folder. weights: see `recognise`. weight_dtype: a key of WEIGHT_DTYPES.
     disable_dynamic: without ComfyUI's dynamic VRAM, as ComfyUI itself asks where a conditioning has hooks.
 
-    Raises ValueError for a file that is refused (see `load_checkpoint`) and for one that this ComfyUI does
-    not load whole.
+    Raises ValueError for a file that is refused (see `load_checkpoint`), for one that this ComfyUI does not load whole,
+    and for a weight_dtype that the device does not have.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight_dtype={weight_dtype!r} is not known; choose one of {', '.join(WEIGHT_DTYPES)}")
+    options = loader_options(weight_dtype)
     checkpoint = load_checkpoint(
         path,
         weights=weights,
         quant_formats=comfy.quant_ops.QUANT_ALGOS,
         read_safetensors=_read_safetensors,
     )
-    model = host_model(checkpoint, WEIGHT_DTYPES[weight_dtype], disable_dynamic=disable_dynamic)
+    model = host_model(checkpoint, options, disable_dynamic=disable_dynamic)
     # How ComfyUI loads the file anew, for hooks in dynamic VRAM or another GPU: a function, its arguments, and which of
     # its results is the MODEL.
     model.cached_patcher_init = (partial(load_wan, weights=weights, weight_dtype=weight_dtype), (path,), 0)

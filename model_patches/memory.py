@@ -29,7 +29,7 @@ from ..diagonal_sampler.quantization import QUANTIZATION_KEY
 from ..diagonal_sampler.wan_layout import HEAD_DIM, WanDims, count_blocks, expected_shapes
 from ..diagonal_sampler.weight_files import MARK_ELEMENTS, listed, printable, read_weight_shapes
 from .demo import load_demo_vae
-from .loading import WEIGHT_DTYPES, host_model
+from .loading import host_model, loader_options
 from .stream_decode import stream_decoder
 
 GGUF_SUFFIX = ".gguf"
@@ -54,7 +54,7 @@ def network_facts(model: ModelPatcher) -> NetworkFacts:
     # A compute dtype is a patch of this MODEL's (ModelComputeDtype): what the network says is that of the last one run.
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     return NetworkFacts(
-        weight_bytes=model.model_size(),
+        weight_bytes=_weight_bytes(model),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         layers=len(network.blocks),
         width=network.dim,
@@ -64,14 +64,27 @@ def network_facts(model: ModelPatcher) -> NetworkFacts:
     )
 
 
+def _weight_bytes(model: ModelPatcher) -> int:
+    """Of the weights on their device. In dynamic VRAM they lie in RAM in the file's number format, and get the module's
+    on their way; what is quantised stays as it is."""
+    nbytes = model.model_size()
+    for module in model.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
+            if plain and dtype is not None:
+                nbytes += parameter.numel() * (dtype.itemsize - parameter.dtype.itemsize)
+    return nbytes
+
+
 def file_facts(path: str | Path, *, weights: str = "auto", weight_dtype: str = "default") -> FileFacts:
     """What a weight file says; see `load_wan` for the arguments.
 
     Raises:
-        ValueError: a file that is refused, or that would have to be read whole.
+        ValueError: a file that is refused, or that would have to be read whole, or a weight_dtype that the device does
+            not have.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight_dtype={weight_dtype!r} is not known; choose one of {', '.join(WEIGHT_DTYPES)}.")
+    loader_options(weight_dtype)
     return _file_facts(str(path), *_version(path), weights, weight_dtype)
 
 
@@ -88,7 +101,12 @@ def available_memory() -> tuple[int, int, bool]:
     """Bytes that a run could have, bytes that the device has, and whether it is a GPU.
 
     What ComfyUI holds loaded counts as available, since it makes room; what it keeps in reserve does not.
+
+    Raises:
+        ValueError: ComfyUI does not know (DirectML): of any such device it says 1 GiB.
     """
+    if comfy.model_management.directml_enabled:
+        raise ValueError("How much memory this GPU has is not known: ComfyUI cannot ask DirectML.")
     device = comfy.model_management.get_torch_device()
     # An entry of ComfyUI's list does not keep its MODEL: it may be gone, or go while this thread looks.
     entries = list(comfy.model_management.current_loaded_models)
@@ -97,6 +115,11 @@ def available_memory() -> tuple[int, int, bool]:
     free = comfy.model_management.get_free_memory(device) + loaded - comfy.model_management.extra_reserved_memory()
     total = comfy.model_management.get_total_memory(device)
     return max(0, min(int(free), int(total))), int(total), device.type not in ("cpu", "mps")
+
+
+def float8_works() -> bool:
+    """Whether the device has float8 weights: Apple's GPU has not."""
+    return comfy.model_management.supports_cast(comfy.model_management.get_torch_device(), torch.float8_e4m3fn)
 
 
 def weights_kept(weight_bytes: int, available: int) -> int:
@@ -112,7 +135,7 @@ def _version(path: str | Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)
 def _file_facts(path: str, changed: int, size: int, weights: str, weight_dtype: str) -> FileFacts:
-    options = {**WEIGHT_DTYPES[weight_dtype], "offload_device": torch.device("cpu")}
+    options = {**loader_options(weight_dtype), "offload_device": torch.device("cpu")}
     if path.lower().endswith(GGUF_SUFFIX):
         return _gguf_facts(Path(path), options)
     checkpoint = inspect_checkpoint(path, weights=weights, quant_formats=comfy.quant_ops.QUANT_ALGOS)
@@ -192,11 +215,14 @@ def _empty_vae(path: str) -> comfy.sd.VAE:
     file = read_weight_shapes(path)
     try:
         with torch.device("meta"):
-            vae = comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))
+            vae = comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))  # nothing is done on a GPU
     except Exception as error:  # ComfyUI recognises a VAE by some keys and takes the others for granted
         raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI can read: {_first_line(error)}") from error
     if vae.first_stage_model is None:
         raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI knows.")
+    # The number format is that of the device it will run on; a CPU's is float32.
+    vae.vae_dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), vae.working_dtypes)
+    vae.first_stage_model.to(vae.vae_dtype)
     return vae
 
 

@@ -77,5 +77,6 @@ class FiniteLook:
         raise ValueError(
             f"Chunk {chunk.index + 1} of {self.chunks} (latent frames {chunk.start_frame} to "
             f"{chunk.start_frame + chunk.latents.shape[2] - 1}) came out with NaN or infinite values{where}. Try "
-            "another weight_dtype (bf16 instead of fp16 or fp8), a lower LoRA strength, or check the checkpoint."
+            "weight_dtype bf16 in Diagonal Model Loader (default may be float16), a lower LoRA strength, or check the "
+            "checkpoint."
         )

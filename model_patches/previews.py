@@ -86,13 +86,24 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
         for frame in range(latents.shape[2]):
             latent = latents[:1, :, frame : frame + 1]
             # A pack that plays previews by itself (VideoHelperSuite's do) puts a previewer here that gives none.
-            made = chosen.decode_latent_to_preview_image("JPEG", latent)
+            made = _made_by(chosen, latent)
             if made is None and linear is not None:
-                made = linear.decode_latent_to_preview_image("JPEG", latent)
+                made = _made_by(linear, latent)
             if made is not None:
                 yield made[1]
 
     return pictures
+
+
+def _made_by(previewer: latent_preview.LatentPreviewer, latent: Tensor) -> tuple | None:
+    """What a previewer makes of a latent frame [1, 16, 1, h, w]; the picture is the second of it.
+
+    The linear map is computed on the CPU: of latents on a GPU ComfyUI copies the colours without waiting for them, and
+    the picture would be read before they are there.
+    """
+    if isinstance(previewer, latent_preview.Latent2RGBPreviewer):
+        latent = latent.cpu()
+    return previewer.decode_latent_to_preview_image("JPEG", latent)
 
 
 def frame_pictures(images: Tensor) -> Iterable[Image.Image]:

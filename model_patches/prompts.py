@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SCHEDULE_KEY = "diagonal_prompt_schedule"
 MAX_WAITING = 16  # prompts that have not been read yet; more are a loop gone wrong
+MAX_ROWS = 20  # of the prompts in a result's message, which a node shows
 
 
 class PromptSource:
@@ -230,6 +231,25 @@ class LivePrompt:
     node: str
     switch: str
     blend_chunks: int
+
+
+def schedule_rows(live: Sequence[LivePrompt]) -> str:
+    """Prompts as rows of Diagonal Prompt Schedule, below a comment that says how they switch; empty for none.
+
+    Of those of one chunk the last counts; behind MAX_ROWS chunks a comment says how many more there are.
+    """
+    prompts = sorted({prompt.chunk: prompt for prompt in live}.values(), key=lambda prompt: prompt.chunk)
+    if not prompts:
+        return ""
+    switches = dict.fromkeys(
+        f"blend over {prompt.blend_chunks} chunks" if prompt.switch == "blend" else prompt.switch for prompt in prompts
+    )
+    rows = [f"# Prompts given meanwhile, as rows of Diagonal Prompt Schedule (switch: {', '.join(switches)}):"]
+    # A row is one line, whatever was sent.
+    rows += [f"chunk {prompt.chunk + 1}: {' '.join(prompt.text.split())}" for prompt in prompts[:MAX_ROWS]]
+    if len(prompts) > MAX_ROWS:
+        rows.append(f"# and {len(prompts) - MAX_ROWS} more")
+    return "\n".join(rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,10 +43,11 @@ from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions, require_kn
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
 from .context_frames import ContextFrames
-from .flow_control import FlowConditioning, FlowRun
+from .flow_control import FlowConditioning, FlowRun, load_for_chunk
 from .loading import PROVENANCE_ATTACHMENT
 from .pace import FiniteLook, Pace
 from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, schedule_of
+from .stream_decode import on_device
 
 log = logging.getLogger(__name__)
 
@@ -601,6 +602,7 @@ class _SamplingRun:
         # Made before the loop: a copy to the device would wait for it in every forward.
         rows = set(plan.schedule.sigmas[: plan.chunks])
         self._levels = {row: torch.tensor([*row, 0.0], device=noise.device) for row in rows}
+        self._latent_format = on_device(model.latent_format, noise.device)
         self._level: Tensor | None = None  # that the first chunk is to begin at
         self._chunk = 0  # that is being made
         self._steps: list[tuple[Forward, Tensor]] = []  # of this chunk, looked at only if its result is not finite
@@ -743,7 +745,7 @@ class _SamplingRun:
 
     def give(self, index: int, latents: Tensor) -> None:
         """Give finished latents in the model's space to the stream, in LATENT scale."""
-        latents = self.model_wrap.inner_model.process_latent_out(latents.to(torch.float32))
+        latents = self._latent_format.process_out(latents.to(torch.float32))
         self.sampler.stream(
             StreamedChunk(
                 index=index,
@@ -786,7 +788,7 @@ class _SamplingRun:
             # In dynamic VRAM the size says nothing here: weights come with the first forward, and what was pushed out
             # stays out until the model is asked for.
             if not resident or patcher.is_dynamic() or patcher.loaded_size() < loaded:
-                comfy.model_management.load_models_gpu([patcher])
+                load_for_chunk(patcher, (*plan.shape[:2], plan.settings.frames_per_chunk, *plan.shape[3:]))
 
         sizes = (plan.shape[2], plan.settings.frames_per_chunk)
         return PromptRun(

@@ -14,6 +14,7 @@ All state lives in the `StreamDecoder`, never in the VAE: other decoders and VAE
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 import torch.nn.functional as F
+from comfy.latent_formats import LatentFormat
 from comfy.ldm.wan.vae import CACHE_T, WanVAE, count_cache_layers
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
@@ -279,6 +281,7 @@ class StreamDecoder:
         self._size: tuple[int, int, int] | None = None  # batch, height and width of the clip's latents
         self._refusal: str | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._asked = False  # ComfyUI for the VAE and memory
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next chunk of the clip.
@@ -313,7 +316,7 @@ class StreamDecoder:
         kept = [clip.snapshot() for clip in self._clips] if self.state_bytes <= MOST_KEPT_BYTES else []
         try:
             with torch.no_grad(), comfy.model_management.cuda_device_context(self.vae.device):
-                self._load(tuple(latents.shape))
+                self._load(tuple(latents.shape), keeps_state=bool(kept))
                 if not self._clips:
                     self._size = (latents.shape[0], *latents.shape[3:])
                     self._clips = [self._architecture.new_clip() for _ in range(latents.shape[0])]
@@ -449,20 +452,29 @@ class StreamDecoder:
             return False
         return patcher.is_dynamic() or (not patcher.model.model_lowvram and patcher.loaded_size() > 0)
 
-    def _load(self, shape: Sequence[int]) -> None:
+    def _load(self, shape: Sequence[int], *, keeps_state: bool) -> None:
         """Have ComfyUI load the VAE with memory for one chunk.
 
         Nothing is asked where the VAE is loaded and the memory is there: each request makes ComfyUI reload every
-        model it names and may synchronise the GPU, between the chunks of a model that is sampling.
+        model it names and may synchronise the GPU, between the chunks of a model that is sampling. In dynamic VRAM
+        weights make room by themselves: there one request is enough, which pushes out what does not.
+
+        Args:
+            keeps_state: what is remembered stays while the chunk is decoded. Else what the chunk leaves takes its
+                place, and the estimate, in which one clip's is counted, is less by that.
         """
         vae = self.vae
         needed = self.memory_required(shape)
-        if self._resident() and vae.patcher.get_free_memory(vae.device) >= needed:
+        if self._clips and not keeps_state:
+            needed = max(0, needed - self.state_bytes // len(self._clips))
+        makes_room = self._asked and vae.patcher.is_dynamic()
+        if self._resident() and (makes_room or vae.patcher.get_free_memory(vae.device) >= needed):
             return
         self._wait()
         comfy.model_management.load_models_gpu(
             [vae.patcher, *self._keep_loaded], memory_required=needed, force_full_load=vae.disable_offload
         )
+        self._asked = True
 
     def _start(self, latents: Tensor) -> DecodeHandle:
         device = self.vae.device
@@ -517,13 +529,29 @@ def stream_decoder(vae: comfy.sd.VAE) -> StreamDecoder:
     return StreamDecoder(vae, _recognise(vae))
 
 
+def on_device(latent_format: LatentFormat, device: torch.device) -> LatentFormat:
+    """A latent format whose means and deviations lie on the device: its own are on the CPU, and copying them there in
+    every call has the host wait for a GPU. The one that is given stays as it is."""
+    moved = copy.copy(latent_format)
+    for name, value in vars(latent_format).items():
+        if isinstance(value, Tensor):
+            setattr(moved, name, value.to(device))
+    return moved
+
+
+def _scale_on(scale: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`scale` with its numbers on the device, where it is a latent format's."""
+    owner = getattr(scale, "__self__", None)
+    return getattr(on_device(owner, device), scale.__name__) if isinstance(owner, LatentFormat) else scale
+
+
 def _recognise(vae: comfy.sd.VAE) -> _Architecture:
     model = vae.first_stage_model
     if isinstance(model, WanVAE):
         return _Architecture(lambda: _WanClip(model), lambda frames: max(frames, WAN_ESTIMATE_FRAMES))
     if isinstance(model, TAEHV):
         warn_if_mistaken(vae)
-        scale = into_decoder(model)
+        scale = _scale_on(into_decoder(model), vae.device)
         return _Architecture(lambda: _TaehvClip(model, scale), lambda frames: frames)
     if isinstance(model, DemoAutoencoder):
         return _Architecture(lambda: _DemoClip(model), lambda frames: frames)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import folder_paths
 
+from ..diagonal_sampler.disk import remove_file, replace_file
 from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.prompt_schedule import require_switch
 from .clip_plan import ClipPlan
@@ -37,7 +38,7 @@ from .stream_state import (
     save_prompts,
     save_state,
 )
-from .video_containers import MAX_CRF, VideoSpec, VideoWriteError
+from .video_containers import MAX_CRF, VideoHeldError, VideoSpec, VideoWriteError
 from .video_writer import FORMATS, Mark, VideoWriter, has_frames, open_writer
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ MAX_SECONDS = 24 * 3600.0
 MAX_FPS = 240.0
 KEYS_VALUES, DECODER, TAIL, HISTORY, FLOW = "keys_values/", "decoder/", "tail/", "history/", "flow/"
 TAIL_FRAMES = "frames"
+SYSTEM = os.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,11 @@ class Place:
             raise ValueError(
                 f"filename_prefix is {prefix!r}, which is no Unicode text; use a name such as video/ComfyUI."
             )
+        if refused := refused_characters(prefix, SYSTEM):
+            raise ValueError(
+                f"filename_prefix is {prefix!r}, and no name has {' '.join(refused)} in it on Windows. Use other "
+                "characters; in times use '-', as in %date:hh-mm%."
+            )
         # ComfyUI refuses this too, at more length, and follows links only in its newer versions.
         if not _lies_in(output, os.path.join(output, os.path.dirname(os.path.normpath(prefix)))):
             raise ValueError(
@@ -149,6 +156,18 @@ class Place:
                 f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
             ) from error
         return cls(Path(folder), filename, counter, subfolder)
+
+
+def refused_characters(prefix: str, system: str) -> list[str]:
+    """The characters of a prefix that no file's name may have, in order; behind a colon Windows has a stream of a file.
+
+    Args:
+        system: as os.name has it; systems other than "nt" refuse none.
+    """
+    if system != "nt":
+        return []
+    name = re.sub(r"^[A-Za-z]:(?=[\\/])", "", prefix)  # a drive: a whole path may lie in the output folder
+    return sorted(set(name) & set('<>:"|?*'))
 
 
 _DATE = re.compile(r"%date(?::([^%]*))?%")
@@ -194,13 +213,21 @@ class Identity:
     """What decides a video's frames, except its length: the digests of its parts, by name, and one of them all.
 
     The part `graph` is of the nodes before this one, which hold most of the others too.
+
+    Attributes:
+        older: the parts that an older pack digested in another way, so that its videos go on.
     """
 
     parts: Mapping[str, str]
+    older: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         return digest_of(**self.parts)
+
+    def owns(self, state: StreamState) -> bool:
+        """Whether a state is of the same video."""
+        return state.digest in (digest_of(**{**self.parts, **self.older}), self.digest)
 
     def changed_since(self, state: StreamState) -> str:
         """What a person changed since another video was begun; empty if that is so much that it is another one."""
@@ -274,27 +301,40 @@ def resume_video(
 ) -> Opened | None:
     """Open what an earlier run of this graph left, None if there is nothing to go on with.
 
-    A video that stopped before its first state is left alone and loses its empty state: begun again in the same file, a
-    run that stops early would leave less than there was.
+    Of several, it is the one with the most frames, and the newest of those. A video that stopped before its first state
+    is left alone and loses its empty state: begun again in the same file, a run that stops early would leave less than
+    there was. The states of videos of this name that are gone are removed.
 
     Args:
         notes: gets a line for people about each unfinished video that this run could seem to go on with, and does not.
         prompts: gets the live prompts of a video that is left alone, for the one that is begun in its stead.
+
+    Raises:
+        VideoHeldError: there is one, which may not be changed now.
     """
     changed: list[str] = []
+    found: list[tuple[Path, StreamState]] = []
     for path, state in find_states(place.folder):
-        done = path.name.endswith(DONE_SUFFIX)
-        stem = path.name.removesuffix(DONE_SUFFIX if done else STATE_SUFFIX)
-        if state.digest != identity.digest:
-            ours = re.fullmatch(re.escape(place.filename) + r"_\d+_", stem) is not None
-            wanted = ours and state.chunk > 0 and not done and not options.restart
-            what = identity.changed_since(state) if wanted else ""
-            if what and not StreamLock(place.folder / (stem + LOCK_SUFFIX)).is_held():
-                changed.append(f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on.")
+        stem = _stem(path)
+        same = identity.owns(state)
+        ours = same or re.fullmatch(re.escape(place.filename) + r"_\d+_", stem) is not None
+        if not ours or _remove_left_over(path, state):
             continue
-        video = place.folder / (stem + _suffix(options))
+        if same:
+            found.append((path, state))
+        elif state.chunk > 0 and not state.ended and path.name.endswith(STATE_SUFFIX) and not options.restart:
+            what = identity.changed_since(state)
+            if what and not StreamLock(place.folder / (stem + LOCK_SUFFIX)).is_held():
+                changed.append(
+                    f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on, or delete "
+                    f"{name_and_size(path)}."
+                )
+    for path, state in sorted(found, key=lambda item: -item[1].frames):  # the newest stays first among equals
+        done = path.name.endswith(DONE_SUFFIX)
+        stem = _stem(path)
+        video = place.folder / (stem + _suffix(options.format))
         if not options.restart and (reason := _does_not_fit(state, plan, options, done)):
-            if not done:
+            if not done and not (state.ended and options.frames <= state.frames):
                 notes.append(f"{video.name} is unfinished and is not resumed: {reason}")
             continue
         lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
@@ -312,8 +352,8 @@ def resume_video(
                 if not options.restart:
                     notes.append(f"{video.name} has no state to go on from: it is kept, and a new video is begun.")
                     prompts[:] = prompts or live_prompts(path, state)
-                path.unlink(missing_ok=True)
-                _prompts_path(path).unlink(missing_ok=True)
+                remove_file(path)
+                remove_file(_prompts_path(path))
                 lock.release()
                 continue
             if not video.exists():
@@ -324,11 +364,14 @@ def resume_video(
             if done:
                 unfinished = place.folder / (stem + STATE_SUFFIX)
                 try:
-                    os.replace(path, unfinished)
-                except OSError:
+                    replace_file(path, unfinished)
+                except OSError as error:
                     writer.abandon()
-                    raise
+                    raise VideoHeldError(path.name, error) if isinstance(error, PermissionError) else error from None
                 path = unfinished
+        except VideoHeldError:
+            lock.release()
+            raise
         except (OSError, VideoWriteError) as error:
             lock.release()
             notes.append(f"{video.name} cannot be resumed ({error}); a new video is begun.")
@@ -338,6 +381,52 @@ def resume_video(
         return Opened(video, path, state, writer, place.subfolder, again=True, done=done)
     notes += changed[:1]  # the newest
     return None
+
+
+def _remove_left_over(path: Path, state: StreamState) -> bool:
+    """Whether a state's video is gone and nobody writes it; the state is then removed, if it can be.
+
+    A video that is only just begun has its lock held until it is there. The state lies in the video's own folder: where
+    it can be read and the video is not found, the disk is not away.
+    """
+    videos = [path.with_name(_stem(path) + _suffix(format)) for format in FORMATS]
+    if not all(map(_is_gone, videos)):
+        return False
+    lock = StreamLock(path.with_name(_stem(path) + LOCK_SUFFIX))
+    try:
+        if not lock.acquire():
+            return False
+        # Another ComfyUI may have done something since the folder was read.
+        if all(map(_is_gone, videos)) and path.exists() and read_state(path) == state:
+            said = name_and_size(path)
+            remove_file(path)
+            remove_file(_prompts_path(path))
+            log.info("%s is not there any more: its state %s is removed.", _stem(path), said)
+    except OSError as error:
+        log.info("%s is not there any more; its state cannot be removed: %s", _stem(path), error)
+    finally:
+        lock.release()
+    return True
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is certainly nothing of this name, not even a link to a disk that is away."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def name_and_size(path: Path) -> str:
+    """A file as people are told of it: its name and, where it can be seen, its size."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return path.name
+    return f"{path.name} ({size / 1e9:.1f} GB)" if size >= 1e9 else f"{path.name} ({math.ceil(size / 1e6)} MB)"
 
 
 def live_prompts(state_path: Path, state: StreamState) -> list[LivePrompt]:
@@ -359,13 +448,16 @@ def _live_prompt(**fields: Any) -> LivePrompt:
     return prompt
 
 
+def _stem(state_path: Path) -> str:
+    return state_path.name.removesuffix(STATE_SUFFIX).removesuffix(DONE_SUFFIX)
+
+
 def _prompts_path(state_path: Path) -> Path:
-    stem = state_path.name.removesuffix(STATE_SUFFIX).removesuffix(DONE_SUFFIX)
-    return state_path.with_name(stem + PROMPTS_SUFFIX)
+    return state_path.with_name(_stem(state_path) + PROMPTS_SUFFIX)
 
 
-def _suffix(options: StreamOptions) -> str:
-    return "" if options.format == "png" else f".{options.format}"
+def _suffix(format: str) -> str:
+    return "" if format == "png" else f".{format}"
 
 
 def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, done: bool) -> str:
@@ -410,7 +502,7 @@ def begin_video(
     counter = place.counter
     while True:
         stem = f"{place.filename}_{counter:05}_"
-        path = place.folder / (stem + _suffix(options))
+        path = place.folder / (stem + _suffix(options.format))
         state_path = place.folder / (stem + STATE_SUFFIX)
         counter += 1
         lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
@@ -428,11 +520,18 @@ def begin_video(
         except BaseException:
             lock.release()
             raise
+        try:
+            remove_file(_prompts_path(state_path))  # of a video of this number that is gone
+        except OSError as error:  # they must not be taken for the new video's: it gets the next number
+            log.warning("%s cannot be removed: %s", _prompts_path(state_path).name, error.strerror or error)
+            writer.abandon()
+            remove_empty(path)
+            lock.release()
+            continue
         break
     stack.callback(lock.release)
     stack.callback(writer.abandon)
     try:
-        _prompts_path(state_path).unlink(missing_ok=True)  # of a video of this number that is gone
         if prompts:
             save_prompts(_prompts_path(state_path), [asdict(prompt) for prompt in prompts])
         save_state(state_path, state, {})

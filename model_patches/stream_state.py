@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..diagonal_sampler.disk import remove_file, replace_file, sync_path
-from .video_containers import VideoWriteError
+from ..diagonal_sampler.disk import insist, remove_file, replace_file, sync_path
+from ..diagonal_sampler.safetensors_header import read_header
+from .video_containers import VideoWriteError, way_out
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ LOCK_SUFFIX = ".lock"
 LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
 _FORMAT = "diagonal-stream-1"
 _HEADER_KEY = "stream"
+_ENDED_KEY = "ended"
+_NOT_ENDED, _ENDED = (f'"{_ENDED_KEY}":"{value}"'.encode() for value in (0, 1))  # as safetensors writes the header
+HEADER_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header."""
 WHOLE_TENSOR_ELEMENTS = 1 << 22
 """Larger tensors, and weights of any size, are told apart by a sample of their values."""
 SAMPLE_ELEMENTS = 64
@@ -66,6 +71,7 @@ class StreamState:
         dropped, moved, begun: the KV cache's.
         live: prompts that came while it was made (prompts.LivePrompt, as mappings).
         run: seed, schedule and settings, for people who open the file.
+        ended: a person ended the video early (mark_ended), and may not mean to go on.
     """
 
     digest: str
@@ -82,6 +88,7 @@ class StreamState:
     live: Sequence[Mapping[str, Any]] = ()
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ended: bool = False
 
 
 def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) -> None:
@@ -91,20 +98,36 @@ def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) ->
         VideoWriteError: it cannot be written; the state before stays.
     """
     part = path.with_name(path.name + ".part")
-    header = {"format": _FORMAT, _HEADER_KEY: json.dumps(dataclasses.asdict(state))}
+    values = dataclasses.asdict(state)
+    # Apart from the others: it is changed in place, and older packs refuse a value that they do not know among them.
+    ended = str(int(values.pop("ended")))
+    header = {"format": _FORMAT, _HEADER_KEY: json.dumps(values), _ENDED_KEY: ended}
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
-        sync_path(part)
+        insist(lambda: sync_path(part))
         replace_file(part, path)
         sync_path(path.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             remove_file(part)
         raise VideoWriteError(
-            f"The state {path.name} cannot be written: {error}. The video and the state before are kept; free some "
-            "space, then queue the same graph again: it goes on from that state, or begins a new video where there was "
-            "none yet."
+            f"The state {path.name} cannot be written: {error}. The video and the state before are kept; "
+            f"{way_out(error, path.name)}, then queue the same graph again: it goes on from that state, or begins a "
+            "new video where there was none yet."
         ) from error
+
+
+def mark_ended(path: Path) -> None:
+    """Note in a state file that a person ended its video early: one byte in place, for the file may be large.
+
+    A state of an older pack has no place for it and stays as it is. Raises OSError.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        at = file.read(length).find(_NOT_ENDED)
+        if at >= 0:
+            file.seek(HEADER_LENGTH_BYTES + at)
+            file.write(_ENDED)
 
 
 def save_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
@@ -112,7 +135,7 @@ def save_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(prompts), encoding="utf-8")
-        sync_path(part)
+        insist(lambda: sync_path(part))
         replace_file(part, path)
         sync_path(path.parent)
     except OSError as error:
@@ -135,13 +158,12 @@ def read_prompts(path: Path) -> list[dict[str, Any]] | None:
 def read_state(path: Path) -> StreamState | None:
     """The state without its tensors; None for a file that holds none, or one whose values are not of their kinds."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+        metadata = read_header(path).metadata
         if metadata.get("format") != _FORMAT:
             return None
-        state = StreamState(**json.loads(metadata[_HEADER_KEY]))
+        state = StreamState(**json.loads(metadata[_HEADER_KEY]), ended=metadata.get(_ENDED_KEY) == "1")
         _check(state)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         # %r: the text of an error may quote what no console can show.
         log.warning("The stream state %s cannot be read (%r); it is left alone.", path.name, error)
         return None
@@ -164,10 +186,34 @@ def _check(state: StreamState) -> None:
         raise ValueError("it has frames and no chunk")
 
 
-def load_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it; on the CPU."""
-    with safe_open(path, "pt") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+def load_tensors(path: Path, prefix: str, *needed: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it; on the CPU.
+
+    Raises:
+        VideoWriteError: they cannot be read, or one of those that are `needed` is not there.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    # RuntimeError: torch cannot map the file. Windows counts the mapping against the memory that programs may have.
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        raise VideoWriteError(
+            f"The state {path.name} cannot be read: {str(error) or type(error).__name__}. It and the video are kept. "
+            "Reading takes as much memory as the file is large: close other programs, or enlarge Windows' paging file, "
+            "then queue the same graph again. Or set restart, to begin a new video."
+        ) from error
+    if missing := sorted(set(needed) - tensors.keys()):
+        raise lacks(path, prefix + missing[0])
+    return tensors
+
+
+def lacks(path: Path, name: str) -> VideoWriteError:
+    """The error of a state without one of its tensors."""
+    return VideoWriteError(
+        f"The state {path.name} lacks {name}: it is not as it was written. The video is kept; set restart to begin a "
+        "new one."
+    )
 
 
 def can_be_said(name: str) -> bool:
@@ -185,7 +231,7 @@ def find_states(folder: Path) -> list[tuple[Path, StreamState]]:
     for path in folder.iterdir():
         if path.name.endswith((STATE_SUFFIX, DONE_SUFFIX)) and can_be_said(path.name):
             state = read_state(path)
-            with contextlib.suppress(FileNotFoundError):  # another ComfyUI may finish a video meanwhile
+            with contextlib.suppress(OSError):  # another ComfyUI may finish a video meanwhile
                 if state is not None:
                     found.append((path.stat().st_mtime_ns, path, state))
     return [(path, state) for _, path, state in sorted(found, key=lambda item: item[0], reverse=True)]
@@ -336,13 +382,33 @@ def _feed_model(hasher: Any, patcher: ModelPatcher) -> None:
     """The weights as they were loaded (a sample of each), what is patched onto them, and the options."""
     model = patcher.model
     hasher.update(f"{type(model).__qualname__}{getattr(model, 'manual_cast_dtype', None)}".encode())
+    lasting = _lasting_dtypes(model)
     for name, tensor in sorted(model.state_dict().items()):
         # ComfyUI keeps the unpatched weight here while a patched one is in use.
         backup = patcher.backup.get(name)
         hasher.update(name.replace("_orig_mod.", "").encode())
-        _feed_tensor(hasher, tensor if backup is None else backup.weight, sample=True)
+        tensor = tensor if backup is None else backup.weight
+        _feed_tensor(hasher, tensor.to(lasting[name]) if name in lasting else tensor, sample=True)
     _feed(hasher, patcher.patches)
     _feed(hasher, patcher.model_options)
+
+
+def _lasting_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The parameters that ComfyUI's DynamicVRAM casts at the first load, for good, and to what; by name.
+
+    Those of a module that has others with parameters inside, such as Wan's modulation: until that load they have the
+    file's dtype, and afterwards, also in later runs, the model's (ModelPatcher._load_list). Other weights it casts
+    beside what was loaded.
+    """
+    dtypes = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own and len(own) < sum(1 for _ in module.parameters()):
+            for name in own:
+                dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+                if dtype is not None:
+                    dtypes[f"{path}.{name}" if path else name] = dtype
+    return dtypes
 
 
 def graph_digest(prompt: Mapping[str, Any] | None, node: str | None, inputs: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
+from ..diagonal_sampler.disk import remove_file, replace_file
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .clip_plan import ClipPlan, plan_clip
 from .context_frames import CONTEXT_LATENT_FRAMES, ContextFrames, encode_context
@@ -27,7 +28,7 @@ from .flow_control import SETTINGS as FLOW_SETTINGS
 from .flow_control import FlowConditioning
 from .loading import FLOW_ADAPTER_ATTACHMENT
 from .png_video import PngVideo
-from .prompts import LivePrompt, PromptBox, schedule_of
+from .prompts import LivePrompt, PromptBox, schedule_of, schedule_rows
 from .sampling import CONTEXT, Progress, StreamedChunk, stream_latent, uses_negative
 from .stream_decode import StreamDecoder, stream_decoder
 from .stream_files import (
@@ -43,6 +44,7 @@ from .stream_files import (
     StreamOptions,
     begin_video,
     for_people,
+    name_and_size,
     remove_empty,
     resume_video,
 )
@@ -53,7 +55,9 @@ from .stream_state import (
     digest_of,
     digest_of_whole,
     graph_digest,
+    lacks,
     load_tensors,
+    mark_ended,
     save_prompts,
     save_state,
 )
@@ -66,7 +70,11 @@ from .writing_thread import StreamProgress, WritingThread
 log = logging.getLogger(__name__)
 
 GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context", "optical_flow")
-"""The inputs whose nodes decide the result; all others are in StreamOptions."""
+"""The inputs whose nodes decide the result, where they are used; all others are in StreamOptions."""
+QUICK_SAVE_S = 1.0
+SAVE_REST = 10
+"""A state that took longer than QUICK_SAVE_S is followed by no other for SAVE_REST times as long: a fast GPU would else
+wait for each of them about as long as it samples between two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +143,17 @@ def stream_video(
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}
     )
+    flow = _flow_parts(optical_flow, model)
+    in_use = {"negative": uses_negative(model, options.cfg), "optical_flow": bool(flow)}
     parts = dict(
         model=model,
         vae=vae.patcher,
         positive=positive,
-        negative=negative if uses_negative(model, options.cfg) else None,
+        negative=negative if in_use["negative"] else None,
         schedule=schedule,
         settings=plan.settings,
         context=plan.given,
-        **_flow_parts(optical_flow, model),
+        **flow,
         size=plan.shape[3:],
         seed=options.seed,
         cfg=options.cfg,
@@ -151,9 +161,12 @@ def stream_video(
         format=options.format,
         crf=options.crf,
         filename_prefix=options.filename_prefix,
-        graph=graph_digest(prompt, node_id, GRAPH_INPUTS),
+        graph=graph_digest(prompt, node_id, [name for name in GRAPH_INPUTS if in_use.get(name, True)]),
     )
-    identity = Identity({name: digest_of(part=part) for name, part in parts.items()})
+    identity = Identity(
+        {name: digest_of(part=part) for name, part in parts.items()},
+        older={"graph": digest_of(part=graph_digest(prompt, node_id, GRAPH_INPUTS))},  # counted what is not used, too
+    )
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
         place = Place.find(options)
@@ -171,6 +184,7 @@ def stream_video(
             announce(message)
         started = time.perf_counter()
         run = _Run(opened, plan, options, decoder, on_frames)
+        live = opened.live()
         if prompts is not None:
             prompts.on_taken = run.note_prompts
         try:
@@ -183,7 +197,7 @@ def stream_video(
                 seed=options.seed,
                 cfg=options.cfg,
                 resume=opened.resume(),
-                live=opened.live(),
+                live=live,
                 callback=callback,
                 on_progress=run.watched(on_progress),
                 optical_flow=optical_flow,
@@ -196,6 +210,8 @@ def stream_video(
             frames = run.close()
             if whole:
                 run.put_state_away()
+            else:
+                run.mark_ended()
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
             run.stop()
@@ -205,6 +221,10 @@ def stream_video(
     length = float(frames / options.rate)
     done = "Done" if whole else "Finished early, and queued again it goes on"
     message += f"\n{done}: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
+    if not whole and opened.state_path.exists():
+        message += f" To go on it needs {name_and_size(opened.state_path)}; if you will not, delete that."
+    if rows := schedule_rows(run.live or live):
+        message += f"\n{rows}"
     log.info("%s: %d frames, %d of them made now in %.0f s.", opened.path.name, frames, made, seconds)
     if options.format == "png":
         video: Input.Video = PngVideo(opened.path, options.rate)
@@ -285,12 +305,17 @@ class _Run:
         self.plan = plan
         self.options = options
         self._decoder = decoder
+        tail = None
         if opened.resumed:
-            decoder.restore(load_tensors(opened.state_path, DECODER))
-        # A copy: what was read still is the state's file, which Windows then does not let be replaced.
-        tail = load_tensors(opened.state_path, TAIL)[TAIL_FRAMES].clone() if opened.resumed else None
+            try:
+                decoder.restore(load_tensors(opened.state_path, DECODER, "size"))
+            except KeyError as error:
+                raise lacks(opened.state_path, f"{DECODER}.../{error.args[0]}") from error
+            # A copy: what was read still is the state's file, which Windows then does not let be replaced.
+            tail = load_tensors(opened.state_path, TAIL, TAIL_FRAMES)[TAIL_FRAMES].clone()
         self._thread = WritingThread(opened, options, tail, plan, on_frames)
         self._newest: StreamedChunk | None = None  # decoded, and in no state yet
+        self._rests_until = -math.inf  # no state is saved before (time.monotonic)
         self._live: Sequence[LivePrompt] | None = None  # all that this run was given
 
     @property
@@ -298,6 +323,11 @@ class _Run:
         """The last frames of the video, [T, H, W, 3]: as many as Diagonal Context Frames takes."""
         self._thread.drain()
         return self._thread.tail
+
+    @property
+    def live(self) -> Sequence[LivePrompt]:
+        """All prompts that the video was given, earlier runs' too; empty where none came in this one."""
+        return self._live or ()
 
     @property
     def made(self) -> int:
@@ -318,11 +348,12 @@ class _Run:
         """Decode a chunk, have it written, and save the state if it is time."""
         self._decoder.keep_loaded([chunk.patcher])
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
-        self._thread.put(self._decoder.submit(chunk.latents), name)
+        settles = self._settles(chunk.index + 1)
+        self._thread.put(self._decoder.submit(chunk.latents), name, settle=settles)
         self._newest = None
         if chunk.index == CONTEXT or chunk.index + 1 == self.plan.chunks:
             return
-        if self._due(chunk.index + 1):
+        if settles and self._due(chunk.index + 1):
             self._save(chunk)
         else:
             self._newest = chunk
@@ -363,13 +394,27 @@ class _Run:
         self._live = tuple(live)
         save_prompts(self.opened.prompts_path, [asdict(prompt) for prompt in live])
 
+    def _settles(self, chunks: int) -> bool:
+        """Whether the writer settles behind so many chunks, where a state may be saved.
+
+        Also where none is: the file's key frames, and so its bytes, do not depend on how long a state takes.
+        """
+        if not 0 < chunks < self.plan.chunks:  # never behind the last: a longer length makes that one anew
+            return False
+        return chunks % self.options.state_every == 0 or self._is_kept(chunks)
+
+    def _is_kept(self, chunks: int) -> bool:
+        """Whether so many chunks are what a longer length goes on from when the video is finished."""
+        return self.options.keep_state and chunks == self.plan.chunks - 1
+
     def _due(self, chunks: int) -> bool:
-        """Whether to save after so many chunks. (Never after the last: a longer length makes that one anew.)"""
-        return chunks % self.options.state_every == 0 or (self.options.keep_state and chunks == self.plan.chunks - 1)
+        """Whether to save behind so many chunks, where the writer settles."""
+        return self._is_kept(chunks) or time.monotonic() >= self._rests_until
 
     def _save(self, chunk: StreamedChunk) -> None:
         chunk.require_finite()
         self._thread.drain()
+        began = time.monotonic()
         mark = self.opened.writer.settle()
         self._thread.report()
         tensors = {f"{KEYS_VALUES}{name}": tensor for name, tensor in chunk.cache.snapshot().items()}
@@ -397,6 +442,10 @@ class _Run:
             run=for_people(self.options, self.plan),
         )
         save_state(self.opened.state_path, state, tensors)
+        ended = time.monotonic()
+        took = ended - began
+        if took > QUICK_SAVE_S:
+            self._rests_until = ended + SAVE_REST * took
 
     def close(self) -> int:
         """End the video; the frames it has. The state stays as it was."""
@@ -407,16 +456,32 @@ class _Run:
         return self.opened.writer.frames
 
     def put_state_away(self) -> None:
-        """What a finished video needs no more, or under another name."""
-        if self.options.keep_state:
-            self._name_done()
-        else:
-            self.opened.state_path.unlink(missing_ok=True)
-            self.opened.prompts_path.unlink(missing_ok=True)
+        """What a finished video needs no more, or under another name. What cannot be put away is said: the video is."""
+        try:
+            self._name_done() if self.options.keep_state else self._remove_state()
+        except OSError as error:
+            log.warning(
+                "%s is finished, but its state %s cannot be put away (%s; perhaps another program has it open). Remove "
+                "it by hand, or the same graph, queued again, makes the end of this video once more.",
+                self.opened.path.name,
+                self.opened.state_path.name,
+                error.strerror or error,
+            )
+
+    def mark_ended(self) -> None:
+        """Note in the state that a person ended the video: later runs do not say again that it is unfinished."""
+        try:
+            mark_ended(self.opened.state_path)
+        except OSError as error:
+            log.debug("%s cannot be marked: %s", self.opened.state_path.name, error)
 
     def _name_done(self) -> None:
         state_path = self.opened.state_path
-        os.replace(state_path, state_path.with_name(state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX))
+        replace_file(state_path, state_path.with_name(state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX))
+
+    def _remove_state(self) -> None:
+        remove_file(self.opened.state_path)
+        remove_file(self.opened.prompts_path)
 
     def stop(self) -> None:
         """End early: write what was decoded, so that the file plays to its end. The state stays as it was.
@@ -434,5 +499,12 @@ class _Run:
         else:
             self.opened.writer.abandon()
             remove_empty(self.opened.path)
-            self.opened.state_path.unlink(missing_ok=True)
-            self.opened.prompts_path.unlink(missing_ok=True)
+            try:
+                self._remove_state()
+            except OSError as error:  # the reason for stopping is what is reported
+                log.warning(
+                    "%s has no frames; its state %s cannot be removed (%s; perhaps another program has it open).",
+                    self.opened.path.name,
+                    self.opened.state_path.name,
+                    error.strerror or error,
+                )

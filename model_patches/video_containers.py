@@ -31,6 +31,25 @@ class VideoWriteError(RuntimeError):
     """The video cannot be written; the message says why and what helps. What was written before is kept."""
 
 
+class VideoHeldError(VideoWriteError):
+    """A video of an earlier run may not be changed now: a program has it open, or it is read-only."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        """name: of the file that may not be changed."""
+        super().__init__(
+            f"{name} cannot be changed ({error.strerror or error}), so that the video cannot be gone on with. Close "
+            "the program that has it open, or allow that it is written if it is read-only; then queue the same graph "
+            "again. Or set restart, to begin a new video."
+        )
+
+
+def way_out(error: Exception, name: str) -> str:
+    """What helps where a file could not be written, as a part of a sentence."""
+    if isinstance(error, PermissionError):
+        return f"close the program that has {name} open, or allow that it is written if it is read-only"
+    return "free some space"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSpec:
     """What a writer needs to know.

@@ -28,8 +28,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..diagonal_sampler.disk import remove_file, replace_file, sync_path
-from .video_containers import CONTAINERS, Container, Patch, VideoSpec, VideoWriteError
+from ..diagonal_sampler.disk import insist, remove_file, replace_file, sync_path
+from .video_containers import CONTAINERS, Container, Patch, VideoHeldError, VideoSpec, VideoWriteError, way_out
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,14 @@ class VideoWriter(ABC):
     def _disk_error(self, error: OSError) -> VideoWriteError:
         return VideoWriteError(
             f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
-            "free some space, then queue the graph again: it goes on from the last state, or begins a new video where "
-            "there is none yet. Or choose another filename_prefix."
+            f"{way_out(error, self.path.name)}, then queue the graph again: it goes on from the last state, or begins "
+            "a new video where there is none yet. Or choose another filename_prefix."
         )
+
+    def _opening_error(self, error: OSError, mark: Mark | None) -> VideoWriteError:
+        if mark is not None and isinstance(error, PermissionError):
+            return VideoHeldError(self.path.name, error)
+        return self._disk_error(error)
 
 
 def open_writer(path: Path, spec: VideoSpec, mark: Mark | None = None) -> VideoWriter:
@@ -101,6 +106,7 @@ def open_writer(path: Path, spec: VideoSpec, mark: Mark | None = None) -> VideoW
 
     Raises:
         VideoWriteError: no ffmpeg, a path that cannot be written, or a video that is shorter than the mark.
+        VideoHeldError: a video that may not be changed now.
         FileExistsError: a new video over an old one.
     """
     # A folder's name may have a dot, too.
@@ -197,17 +203,18 @@ class EncodedWriter(VideoWriter):
         self._errors: IO[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._read_error: OSError | VideoWriteError | None = None
+        flags = os.O_RDWR | _BINARY | (0 if mark is not None else os.O_CREAT | os.O_EXCL)
         try:
-            self._file = os.open(path, os.O_RDWR | _BINARY | (0 if mark is not None else os.O_CREAT | os.O_EXCL), 0o666)
+            self._file = insist(lambda: os.open(path, flags, 0o666))
         except FileExistsError:
             raise
         except OSError as error:
-            raise self._disk_error(error) from error
+            raise self._opening_error(error, mark) from error
         try:
             self._look()
         except (OSError, VideoWriteError) as error:
             os.close(self._file)
-            raise self._disk_error(error) if isinstance(error, OSError) else error from None
+            raise self._opening_error(error, mark) if isinstance(error, OSError) else error from None
 
     def _look(self) -> None:
         """Read the header of the video that is there, and refuse one that cannot be gone on with."""
@@ -454,7 +461,10 @@ class PngWriter(VideoWriter):
             except OSError as error:
                 raise self._disk_error(error) from error
         else:
-            self._look()
+            try:
+                self._look()
+            except OSError as error:
+                raise self._opening_error(error, mark) from error
 
     @property
     def submitted(self) -> int:
@@ -462,15 +472,10 @@ class PngWriter(VideoWriter):
 
     def _look(self) -> None:
         """Refuse a folder that cannot be gone on with."""
-        try:
-            there = set(os.listdir(self.path))
-            missing = [n for n in range(1, self.frames + 1) if png_name(n) not in there]
-            if missing:
-                raise VideoWriteError(
-                    f"{self.path.name} has no {png_name(missing[0])} any more; it cannot be continued."
-                )
-        except OSError as error:
-            raise self._disk_error(error) from error
+        there = set(os.listdir(self.path))
+        missing = [n for n in range(1, self.frames + 1) if png_name(n) not in there]
+        if missing:
+            raise VideoWriteError(f"{self.path.name} has no {png_name(missing[0])} any more; it cannot be continued.")
 
     def _cut_back(self) -> None:
         self.untouched = False
@@ -478,7 +483,7 @@ class PngWriter(VideoWriter):
             for name in os.listdir(self.path):
                 number = _frame_number(name.removesuffix(".part"))
                 if number is not None and number > self.frames:
-                    (self.path / name).unlink()
+                    remove_file(self.path / name)
         except OSError as error:
             raise self._disk_error(error) from error
 
@@ -506,7 +511,7 @@ class PngWriter(VideoWriter):
     def settle(self) -> Mark:
         try:
             for path in self._unsynced:
-                sync_path(path)
+                insist(functools.partial(sync_path, path))
             sync_path(self.path)
         except OSError as error:
             raise self._disk_error(error) from error

@@ -63,7 +63,7 @@ class WritingThread:
         self._reported = opened.state.frames
         self._reporting = threading.Lock()  # the caller's thread reports, too
         self._error: Exception | None = None
-        self._chunks: queue.Queue[tuple[DecodeHandle, str] | None] = queue.Queue(maxsize=1)
+        self._chunks: queue.Queue[tuple[DecodeHandle, str, bool] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="diagonal-stream", daemon=True)
         self._thread.start()
 
@@ -72,10 +72,14 @@ class WritingThread:
         """Frames of this run that can be watched; see StreamProgress."""
         return max(0, self.opened.writer.frames - self._before)
 
-    def put(self, chunk: DecodeHandle, name: str) -> None:
-        """Hand over a chunk, with its name for an error; waits while the one before the last is still being written."""
+    def put(self, chunk: DecodeHandle, name: str, *, settle: bool = False) -> None:
+        """Hand over a chunk, with its name for an error; waits while the one before the last is still being written.
+
+        Args:
+            settle: the writer settles behind it.
+        """
         self.check()
-        self._chunks.put((chunk, name))
+        self._chunks.put((chunk, name, settle))
 
     def check(self) -> None:
         """Raise what went wrong, if something did."""
@@ -136,7 +140,7 @@ class WritingThread:
             except Exception as error:
                 self._error = error
 
-    def _write(self, chunk: DecodeHandle, name: str) -> None:
+    def _write(self, chunk: DecodeHandle, name: str, settle: bool) -> None:
         writer = self.opened.writer
         images = chunk.result()[0]
         images = images[: self.options.frames - writer.submitted]
@@ -151,3 +155,6 @@ class WritingThread:
             self._newest = torch.cat([self._newest, images[..., :3].float()])
         self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
         self.report()
+        if settle:
+            writer.settle()
+            self.report()

@@ -1,10 +1,16 @@
 """DiagonalFlowPreview: motion as a picture, the commanded beside the measured."""
 
 from comfy_api.latest import io, ui
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..model_patches.flow_sources import flow_preview
 from .common import CATEGORY, FlowType
 from .flow_conditioning import OpticalFlowModel
+from .live import FRAMES_A_SECOND, tell
+
+MOST_SHOWN, MOST_PIXELS = 120, 1024  # pictures, and their longer side: what the node plays costs a second or two
+WEBP_QUALITY, WEBP_METHOD = 80, 0  # the quickest
 
 
 class DiagonalFlowPreview(io.ComfyNode):
@@ -19,6 +25,8 @@ class DiagonalFlowPreview(io.ComfyNode):
             description="Shows motion: arrows over the frames, the motion that was asked for in flow colours, and the "
             "motion measured in the frames. One picture for each pair of neighbouring frames.",
             search_aliases=["optical flow preview", "flow colours", "motion arrows"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 FlowType.Input("optical_flow", tooltip="From Diagonal Flow Conditioning."),
                 io.Boolean.Input(
@@ -62,4 +70,32 @@ class DiagonalFlowPreview(io.ComfyNode):
         panels, info = flow_preview(
             optical_flow.optical_flow, images, estimator, measure=measure, speed=speed if speed > 0 else None
         )
-        return io.NodeOutput(panels, info, ui=ui.PreviewText(info))
+        played, count = _played(panels)
+        shown = info if count == len(panels) else f"{info}\n{count} of the {len(panels)} pictures are played here"
+        tell(None if cls.hidden is None else cls.hidden.unique_id, shown)
+        return io.NodeOutput(panels, info, ui={**played.as_dict(), "text": (shown,)})
+
+
+def _played(panels: Tensor) -> tuple[ui.SavedImages, int]:
+    """What the node itself plays, as an animation in ComfyUI's temporary folder, and how many pictures it has.
+
+    Args:
+        panels: [N, H, W, 3] in 0..1. Of more than MOST_SHOWN every second, third, ... one is taken, in the same time.
+    """
+    every = -(-len(panels) // MOST_SHOWN)
+    scale = min(1.0, MOST_PIXELS / max(panels.shape[1:3]))
+    size = [max(1, round(pixels * scale)) for pixels in panels.shape[1:3]]
+    pictures = [
+        interpolate(panel.movedim(-1, 0)[None], size, mode="area")[0].movedim(0, -1) for panel in panels[::every]
+    ]
+    saved = ui.ImageSaveHelper.save_animated_webp(
+        pictures,
+        "diagonal_flow_preview",
+        io.FolderType.temp,
+        None,
+        fps=FRAMES_A_SECOND / every,
+        lossless=False,
+        quality=WEBP_QUALITY,
+        method=WEBP_METHOD,
+    )
+    return ui.SavedImages([saved], is_animated=len(pictures) > 1), len(pictures)

@@ -56,7 +56,10 @@ async def read_body(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run that goes on, and the client and prompt of ComfyUI's queue that it belongs to."""
+    """A run that goes on, and the client and prompt of ComfyUI's queue that it belongs to.
+
+    Without a client_id it was queued by a program that gave none, and belongs to nobody.
+    """
 
     client_id: str | None
     prompt_id: str | None
@@ -81,10 +84,13 @@ class Runs(Generic[AnyRun]):
             self._runs.remove(run)
 
     def of(self, body: dict[str, Any], none: str) -> list[AnyRun]:
-        """Those of the client that asks, and of the prompt that it names, the newest last.
+        """Those of the client that asks, else nobody's, which all may steer; if it names a prompt, that prompt's.
 
         Args:
             none: what to say where nothing runs.
+
+        Returns:
+            At least one, the newest last.
 
         Raises:
             Refused: 409 nothing runs, 403 what runs is another client's, 404 another prompt's.
@@ -93,13 +99,14 @@ class Runs(Generic[AnyRun]):
             runs = list(self._runs)
         if not runs:
             raise Refused(409, none)
-        own = [run for run in runs if run.client_id is not None and run.client_id == body["client_id"]]
-        if not own:
+        free = [run for run in runs if run.client_id in (None, body["client_id"])]
+        if not free:
             raise Refused(
                 403, "The run belongs to another client; only the one that queued it can steer it (its client_id)."
             )
-        if body.get("prompt_id") is not None:
-            own = [run for run in own if run.prompt_id == body["prompt_id"]]
-            if not own:
-                raise Refused(404, f"prompt_id {body['prompt_id']!r} does not run now; leave it out to mean what does.")
-        return own
+        if body.get("prompt_id") is None:
+            return [run for run in free if run.client_id is not None] or free
+        named = [run for run in free if run.prompt_id == body["prompt_id"]]
+        if not named:
+            raise Refused(404, f"prompt_id {body['prompt_id']!r} does not run now; leave it out to mean what does.")
+        return named

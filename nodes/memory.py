@@ -14,12 +14,12 @@ import folder_paths
 from aiohttp import web
 
 from ..diagonal_sampler.frames import latent_frames
-from ..diagonal_sampler.memory import Change, ClipSize, DecoderFacts, changes_that_fit, forecast
+from ..diagonal_sampler.memory import FP8, Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import CausalSettings
 from ..diagonal_sampler.weight_files import printable
-from ..model_patches.memory import available_memory, decoder_facts, file_facts, weights_kept
+from ..model_patches.memory import available_memory, decoder_facts, file_facts, float8_works, weights_kept
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
 from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
 
@@ -117,7 +117,10 @@ def _figures(query: Mapping[str, str]) -> dict[str, Any]:
     needed = forecast(facts.network, clip, decoder)
     fits = needed.total <= available
     waiting_helps = on_gpu and needed.working + weights_kept(needed.weights, available) <= available
-    changes = [] if fits else changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS)
+    without = () if float8_works() else (FP8,)
+    changes = (
+        [] if fits else changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS, without=without)
+    )
     return {
         "fits": fits,
         "parts": {name: getattr(needed, name) for name in ("weights", "keys_values", "text", "forward", "decoder")},

@@ -72,8 +72,9 @@ class DiagonalModelLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="Number format of the weights in memory: default follows the file; fp8 halves the memory "
-                    "of bf16 at some loss.",
+                    tooltip="Number format of the weights in memory: default leaves it to ComfyUI, which takes float16 "
+                    "on most GPUs, also for a bf16 file; bf16 has the range that Wan was trained in; fp8 halves the "
+                    "memory of bf16 at some loss (not on Apple's GPU).",
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -135,12 +136,14 @@ class DiagonalModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ckpt_name: str, lora_name: str = NO_LORA, **_widgets) -> tuple:
-        """Change when a file does, so that a replaced checkpoint is loaded again."""
-        names = [(CHECKPOINT_FOLDERS, ckpt_name)]
-        if lora_name != NO_LORA:
-            names.append((LORA_FOLDERS, lora_name))
-        stats = [os.stat(full_path(folders, name, "file name")) for folders, name in names]
+    def fingerprint_inputs(cls, ckpt_name: str | None, lora_name: str | None = NO_LORA, **_widgets) -> tuple:
+        """Change when a file does, so that a replaced checkpoint is loaded again.
+
+        A name that comes by a link is None here, and counts by the node that it comes from.
+        """
+        names = ((CHECKPOINT_FOLDERS, ckpt_name), (LORA_FOLDERS, lora_name))
+        known = [(folders, name) for folders, name in names if name not in (None, NO_LORA)]
+        stats = [os.stat(full_path(folders, name, "file name")) for folders, name in known]
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
 
     @classmethod

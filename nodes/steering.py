@@ -1,4 +1,4 @@
-"""New prompts for the run that goes on: from the canvas, or by one HTTP call of the client that queued it."""
+"""New prompts for the run that goes on: from the canvas, or by one HTTP call."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def steerable(positive: list) -> Iterator[PromptBox | None]:
 async def post_prompt(request: web.Request) -> web.Response:
     """Hand a prompt to the run that goes on; it begins with the next chunk.
 
-    The body is JSON: client_id and text, and as one likes prompt_id, node (of the schedule), switch, blend_chunks. The
-    answer has text, chunk (counted from 1) and switch, or an error: 400 a body that is not that, 403 another client's
-    run, 404 a node or prompt_id that does not run, 409 nothing runs or it is too late, 413 too large, 422 a text that
-    cannot be used. 202: the run has not read it yet.
+    The body is JSON: client_id (any, for a run that was queued without one) and text, and as one likes prompt_id, node
+    (of the schedule), switch, blend_chunks. The answer has text, chunk (counted from 1) and switch, or an error: 400 a
+    body that is not that, 403 another client's run, 404 a node or prompt_id that does not run, 409 nothing runs or it
+    is too late, 413 too large, 422 a text that cannot be used. 202: the run has not read it yet.
     """
     try:
         body = await _body(request)
@@ -107,6 +107,8 @@ def _tell_refused(run: _Steerable, node: str, text: str, answer: Future) -> None
     if error is None:
         return
     log.warning("The prompt %r cannot be used: %s", text, error)
+    if run.client_id is None:  # without one it would go to every page
+        return
     data = {"prompt_id": run.prompt_id, "nodes": [node], "running": True, "refused": str(error), "text": text}
     PromptServer.instance.send_sync(PROMPT_EVENT, data, run.client_id)
 

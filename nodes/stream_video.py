@@ -93,15 +93,17 @@ class DiagonalStreamVideo(io.ComfyNode):
                     default=DEFAULT_STATE_EVERY,
                     min=1,
                     max=100_000,
-                    tooltip="Chunks between two states on the disk: at most so many are made again after a crash. A "
-                    "state is about as large as the KV cache (3.5 GB for Wan 1.3B at 832x480, window 12).",
+                    tooltip="Chunks between two states on the disk: at most so many are made again after a crash, or "
+                    "more where writing a state takes over a second: ten times as long passes before the next. A state "
+                    "is about as large as the KV cache (3.5 GB for Wan 1.3B at 832x480, window 12).",
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "restart",
                     default=False,
                     tooltip="Begin a new video even where an unfinished one of this graph could be resumed. The "
-                    "unfinished one stays as a file, but can no longer be resumed.",
+                    "unfinished one stays as a file, but can no longer be resumed. If nothing else changed, a "
+                    "finished video is made again only where this is set in the node itself, not by a link.",
                 ),
                 io.Boolean.Input(
                     "keep_state",

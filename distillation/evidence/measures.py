@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +62,7 @@ class Options:
         ValueError: a value out of range.
     """
 
-    captions: int = 256
+    captions: int = score.EVIDENCE_CAPTIONS
     seeds: tuple[int, ...] = (0, 1, 2)
     length: int = sprites.CLIP_FRAMES
     long: int = 10
@@ -347,6 +349,7 @@ class Timing:
     threads: int
     device: str
     load: float  # of the machine, 1 minute mean, before: above the threads used, something else was running
+    processor: str = ""  # the CPU's name; empty where it is not known, as in rows of before it was kept
 
 
 @torch.no_grad()
@@ -366,7 +369,16 @@ def measure_time(dit: WanDiT, parts: DemoParts, row: Row, length: int) -> Timing
     once()
     clip, first = zip(*(once() for _ in range(TIMED_RUNS)), strict=True)
     device = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "CPU"
-    return Timing(clip, first, torch.get_num_threads(), device, round(load, 2))
+    return Timing(clip, first, torch.get_num_threads(), device, round(load, 2), processor_name())
+
+
+def processor_name() -> str:
+    """The CPU's name, as Linux gives it, else the platform module; empty if neither knows."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,7 +521,11 @@ class Evaluation:
 
     @cached_property
     def real(self) -> np.ndarray:
-        """Features of the true clips that every row is compared with, [captions, seeds, 64]."""
+        """Features of the true clips that every row is compared with, [captions, seeds, 64].
+
+        They are not decoded, while every row's clips are: most of the distance is the autoencoder's loss. Rows keep
+        distances, not features, and most rows' weights are gone, so that it cannot be mended for all of them.
+        """
         network, make = ClipFeatures(), true_clips(REAL_SEED)
         by_seed = [
             [network(frames) for frames in make(self.captions, seed, self.options.length)]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from diagonal_sampler.disk import whole_file
+from distillation import score
 from distillation.common import write_text
-from distillation.evidence.claims import Claim, Goal, answer_claims, shipped_goals, spread, written
+from distillation.evidence.claims import SHIPPED_SHARE, Claim, Goal, answer_claims, shipped_goals, spread, written
 from distillation.evidence.measures import (
     DRIFTING,
     DRIFTS,
@@ -27,7 +28,9 @@ from distillation.evidence.measures import (
     scores_path,
 )
 from distillation.evidence.rows import (
+    CAUSAL,
     CONTEXT_SIGMAS,
+    DECODED,
     FULL,
     MOTION_WEIGHTS,
     NAMES,
@@ -185,8 +188,33 @@ def _claim_text(claim: Claim) -> str:
 
 
 def _goals_table(goals: Sequence[Goal]) -> str:
-    lines = [[goal.text, goal.found, "yes" if goal.reached else "**no**"] for goal in goals]
-    return _markdown(["goal", "found", "reached"], lines)
+    lines = [[goal.text, goal.found, "yes" if goal.reached else "**no**", goal.surely] for goal in goals]
+    return _markdown(["goal", "found", "reached, by the estimate", "with its whole interval"], lines)
+
+
+GOALS_RULE = """\
+A goal is reached if the estimates reach it. The last column asks the same of the whole interval, paired by caption, of
+what the goal compares: "unclear" where only a part of it does. The students from which the shipped one was chosen were
+compared on captions and noise of this page too, so that its figures may be a little too good; `demo/README.md` has a
+check on other captions."""
+
+
+def _frechet_note(results: Mapping[str, Measured]) -> list[str]:
+    """What the distance's goal is worth; nothing while a row that shows it is not scored."""
+    if not {DECODED, CAUSAL} <= results.keys():
+        return []
+    theirs, decoded = (results[name].frechet[0] for name in (CAUSAL, DECODED))
+    reached = "reached" if theirs / decoded >= SHIPPED_SHARE else "not reached"
+    return [
+        "The Frechet distance is to true clips that were not decoded, so that most of it is the autoencoder's loss: "
+        f"true clips through the autoencoder have {decoded:.2f}, by this rule {theirs / decoded:.0%}, {reached}. It "
+        "says little of variety."
+    ]
+
+
+CLAIMS_NOTE = """\
+Every row was trained once. Intervals are over captions and do not know what a second training of a row would have
+given: an answer is about these trainings."""
 
 
 METHOD = f"""\
@@ -197,17 +225,22 @@ METHOD = f"""\
   the estimate. The draws are the same for all rows, so differences are paired by caption. They do not cover the
   training's own chance: every row was trained once. Where all values are equal the interval has no width. "Surely" in
   a rule means that the whole interval is on one side.
-* Colour, shape, direction: shares of commanded sprites, by `distillation/score.py`. Everything: share of clips with all
-  of that and the right number of sprites.
+* Colour, shape, direction: shares of commanded sprites, by `distillation/score.py`. Direction is judged in the first
+  {score.EARLY_FRAMES} pixel frames, {score.EARLY_FRAMES / score.SECOND:.1f} s: the first chunk and one frame more.
+  Everything: share of clips with all of that and no colours but the caption's (a second copy of a sprite is not seen).
 * Motion: median over matched sprites of measured over commanded speed. End-point error: mean over sprites of
   |measured - commanded velocity|, by a straight line through the centroids of the first second, before a bounce; only
-  sprites whose colour is right and that can be followed count, whose share is given beside it.
+  sprites whose colour is right and that can be followed count, whose share is given beside it. Neither direction nor
+  this error sees later chunks: `distillation/score.py` prints how many sprites still move as told at the end.
 * Frechet distance: Gaussians fitted to 64 features of a fixed random convolutional network, in units of the true
-  clips' deviation, to true clips of the same captions. With few clips it is biased upwards: compare only rows of equal
-  size. Row true-clips is the floor, real against real; true-clips-decoded adds what the autoencoder costs.
+  clips' deviation, to true clips of the same captions, which were not decoded. With few clips it is biased upwards:
+  compare only rows of equal size. Row true-clips is the floor, real against real; true-clips-decoded adds what the
+  autoencoder costs, and no row has been without that: a distance below its means a picture nearer to one not decoded,
+  not more variety.
 * Drift: last tenth of the long rollout against the first, on sprite pixels. Saturation is HSV's; sharpness is the root
   mean square gradient; points are hundredths. The bidirectional teacher has one length and no rollout.
-* Seconds: batch 1, median of {TIMED_RUNS} after a warm-up, each chunk decoded as it comes."""
+* Seconds: batch 1, median of {TIMED_RUNS} after a warm-up, each chunk decoded as it comes. Rows were timed on different
+  days."""
 
 
 def make_readme(
@@ -234,9 +267,10 @@ def make_readme(
         "Made by `python -m distillation.evaluate`; do not edit. "
         f"{options.captions} held-out captions, seeds {seeds}, {options.length} frames{rollout}.",
         "## Claims",
+        CLAIMS_NOTE,
         _markdown(["", "claim", "answer", "paper"], [[str(c.number), c.text, c.answer, c.paper] for c in claims]),
         *(_claim_text(claim) for claim in claims),
-        *(["## The shipped student", _goals_table(goals)] if goals else []),
+        *(["## The shipped student", GOALS_RULE, _goals_table(goals), *_frechet_note(results)] if goals else []),
         "## All rows",
         _main_table(results, absent, options.length),
         f"Timed on: {'; '.join(places) or 'nothing yet'}."

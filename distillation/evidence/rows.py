@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -24,7 +25,11 @@ from diagonal_sampler.schedule import (
 )
 from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from distillation import demo_files
-from distillation.recipes import ATTENTIONS
+from distillation.export import changed_fields
+from distillation.recipes import ATTENTIONS, Recipe, parse_field
+from distillation.recipes import demo as demo_recipe
+
+log = logging.getLogger("evaluate")
 
 INITIAL = "initial.safetensors"
 """Weights that the training of rows begins with: the teacher after causal initialisation."""
@@ -120,6 +125,7 @@ class Control:
 TEACHER, CAUSAL, SELF_FORCING, FULL = "teacher", "causal", "self-forcing", "diagonal-4-3-2"
 NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "without-motion", "uniform-2", "uniform-4"
 STEPS_4_2 = "steps-4-2"
+DECODED = "true-clips-decoded"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
@@ -420,7 +426,7 @@ ROWS: tuple[Row, ...] = (
 )
 CONTROLS: tuple[Control, ...] = (
     Control(name="true-clips", text="true clips: what the measures can reach", decoded=False),
-    Control(name="true-clips-decoded", text="true clips through the autoencoder", decoded=True),
+    Control(name=DECODED, text="true clips through the autoencoder", decoded=True),
 )
 SUBJECTS: tuple[Row | Control, ...] = (*CONTROLS, *ROWS)
 """All that is scored, in the order of the tables."""
@@ -490,7 +496,8 @@ def check_header(row: Row, path: Path) -> str:
     """Compares a file's provenance with the row, and returns what it says about its training.
 
     Raises:
-        ValueError: trained for another schedule, context or window; or an undistilled row whose file is distilled.
+        ValueError: trained for another schedule, context or window, or in another stage, with other flags or in another
+            number of updates; or an undistilled row whose file is distilled.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -511,9 +518,57 @@ def check_header(row: Row, path: Path) -> str:
         window=row.settings.window,
         sink=row.settings.sink,
     )
+    wrong += _other_training(row, found.recipe or "")
     if wrong:
         raise ValueError(
             f"checkpoint is {os.fspath(path)!r}, which is not row {row.name!r}: {'; '.join(wrong)}. Train it with the "
             "flags that --commands prints."
         )
     return found.recipe or ""
+
+
+_CHANGED = "; changed: "
+
+
+def recipe_of(row: Row) -> Recipe:
+    """The recipe of distillation.train that a row's flags and its own budget make.
+
+    Raises:
+        ValueError: a row that distillation.train does not make.
+    """
+    if row.training is None or row.moved:
+        raise ValueError(f"row is {row.name!r}, which distillation.train does not make.")
+    words = shlex.split(f"{row.training} {row.budget}")
+    fields = {
+        flag.removeprefix("--").replace("-", "_"): text for flag, text in zip(words[::2], words[1::2], strict=True)
+    }
+    return demo_recipe(**{name: parse_field(name, text) for name, text in fields.items()})
+
+
+def _other_training(row: Row, said: str) -> tuple[str, ...]:
+    """Sentences about what a header's `recipe` says of stage, updates and changed flags that is not the row's.
+
+    Headers of before distillation.export listed flags say nothing of them, and neither do those of a recipe without
+    changes: then a row with flags of its own gets a warning.
+    """
+    updates = re.findall(r"(\d+) updates of", said)  # of each training in turn
+    wrong = []
+    if row.moved:
+        wanted = re.search(r"--updates (\d+)", row.training or "")
+        if updates and wanted and updates[-1] != wanted[1]:
+            wrong.append(f"the last training had {updates[-1]} updates, the row has {wanted[1]}")
+        return tuple(wrong)
+    recipe = recipe_of(row)
+    stage = re.search(r"--stage (\w+)", said)
+    if stage and stage[1] != recipe.stage:
+        wrong.append(f"it was trained in stage {stage[1]}, the row in {recipe.stage}")
+    if row.budget and updates and updates[-1] != str(recipe.updates):
+        wrong.append(f"it had {updates[-1]} updates, the row has {recipe.updates}")
+    wanted_flags = changed_fields(recipe)
+    if _CHANGED in said:
+        flags = said.split(_CHANGED, 1)[1]
+        if flags != wanted_flags:
+            wrong.append(f"it was trained with {flags!r}, the row with {wanted_flags!r}")
+    elif wanted_flags and said:
+        log.warning("%s: its header does not say whether it was trained with %s", row.name, wanted_flags)
+    return tuple(wrong)

@@ -84,16 +84,43 @@ def test_a_template_opens_with_its_texts(frontend):
     frontend.open()
 
 
+MODEL_ADDRESS = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/resolve/main/(?:[\w.-]+/)*([\w.-]+)")
+
+
+def _files(path: Path) -> list[str]:
+    """The model files that a graph needs."""
+    api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    values = (value for node in api.values() for value in node["inputs"].values())
+    return [value for value in values if isinstance(value, str) and value.endswith(MODEL_SUFFIXES)]
+
+
 @pytest.mark.parametrize("path", CANVAS, ids=lambda path: path.stem)
-def test_a_note_names_every_model_file_and_its_folder(path):
+def test_a_note_names_every_model_file_its_folder_and_its_address(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    assert "://" not in json.dumps(workflow)
     assert "localized_name" not in json.dumps(workflow), "it would keep English names in every language"
     notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     assert notes
-    api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
-    for node in api.values():
-        for value in node["inputs"].values():
-            if isinstance(value, str) and value.endswith(MODEL_SUFFIXES):
-                line = next((line for line in notes.splitlines() if f"**{value}**" in line), "")
-                assert re.match(r"- in `(diffusion_models|loras|text_encoders|vae|vae_approx)/`: ", line), value
+    found = {}
+    for value in _files(path):
+        line = next((line for line in notes.splitlines() if f"**{value}**" in line), "")
+        match = re.match(
+            r"- in `(diffusion_models|loras|text_encoders|vae|vae_approx)/`: .*\(\[download\]\((.*?)\)\)", line
+        )
+        assert match, value
+        folder, address = match.groups()
+        repository, name = MODEL_ADDRESS.fullmatch(address).groups()
+        assert name == value
+        assert f"from [{repository}](https://huggingface.co/{repository})" in line or "from the same place" in line
+        found[value] = {"name": value, "url": address, "directory": folder}
+    # ComfyUI offers what is missing by these.
+    for node in workflow["nodes"]:
+        told = node.get("properties", {}).get("models", [])
+        values = node.get("widgets_values") or []
+        assert told == [found.pop(value) for value in values if isinstance(value, str) and value in found], node["type"]
+    assert not found
+    # Addresses are those of model files and of who publishes them; a graph without files has none.
+    addresses = re.findall(r"\w+://[^\s)\"]+", json.dumps(workflow))
+    assert bool(addresses) == bool(_files(path))
+    for address in addresses:
+        assert MODEL_ADDRESS.fullmatch(address) or re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+", address)
+        assert "/resolve/" not in address or address.endswith(MODEL_SUFFIXES)

@@ -168,6 +168,32 @@ def test_prompts_that_memory_lets_be_predicted_only_one_by_one_keep_their_own_te
     assert (run(causal(tiny_wan)) - together).abs().max() < EXACT
 
 
+def test_no_prompt_is_held_twice_where_memory_changes_their_order(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
+):
+    causal_module, sampling = pack_module("model_patches.causal"), pack_module("model_patches.sampling")
+    runs, batches, real = [], [], tiny_wan.model.memory_required
+    monkeypatch.setattr(
+        sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
+    )
+
+    def watch(progress):
+        held = [(part, condition) for part, conditions, _ in runs[-1]._text for condition in conditions]
+        batches.append(len({conditions for _, conditions, _ in runs[-1]._text}))
+        assert len(held) == len(set(held)) == (2 + 1) * 2, "keys and values of two layers, one embedding; two prompts"
+
+    def run(**more):
+        return sample_latent(causal(tiny_wan), prompt(0), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=3.0, **more)[
+            "samples"
+        ]
+
+    together = run()
+    # What ComfyUI asks before it puts several prompts into one forward: two forwards of three are of one each.
+    monkeypatch.setattr(tiny_wan.model, "memory_required", lambda *a, **k: 1e18 if len(batches) % 3 else real(*a, **k))
+    assert (run(on_progress=watch) - together).abs().max() < EXACT
+    assert batches[:4] == [1, 2, 2, 1]
+
+
 def test_a_batch_equals_its_samples_alone(tiny_wan, causal, prompt, sample_latent):
     model = causal(tiny_wan, window=6, sink=3)
     pair = SeededNoise(1, (2, 16, 4, 4))
@@ -852,7 +878,7 @@ def test_a_gpus_answer_is_waited_for_before_it_is_read(pack_module):
     look = pack_module("model_patches.pace").FiniteLook(1)
     chunk, answer = Chunk(index=0, start_frame=0, latents=torch.zeros(1, 16, 3, 2, 2)), torch.tensor(True)
     look._waiting = (chunk, [], answer, SimpleNamespace(synchronize=lambda: answer.fill_(False)))
-    with pytest.raises(ValueError, match="NaN or infinite values. Try"):
+    with pytest.raises(ValueError, match="NaN or infinite values. Try weight_dtype bf16 in"):
         look.settle()
 
 
@@ -1053,6 +1079,10 @@ def test_wrappers_and_patches_of_other_packs_apply(tiny_wan, causal, prompt, sam
     without_attention = sample_latent(patched, prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
     assert (plain - without_attention).abs().max() > 0.01
 
+    patched.set_model_patch(lambda q, k, v, extra_options: (q, k, v), "attn1_patch")
+    with pytest.raises(ValueError, match=r"as image networks .*lambda.* Remove that node \(HyperTile"):
+        sample_latent(patched, prompt(), [], empty_latent(), DIAGONAL, seed=1)
+
     seen = []
 
     def attention(function, *args, **kwargs):
@@ -1125,6 +1155,21 @@ def test_a_run_that_fails_behind_its_restored_cache_frees_it(tiny_wan, causal, p
         sampling.stream_latent(model, prompt(), [], plan, first, seed=1, resume=resume)
     ((cache, before),) = restored
     assert before > 0 and cache.nbytes == 0
+
+
+def test_a_streams_chunks_are_scaled_by_numbers_that_are_on_the_device(
+    tiny_wan, causal, prompt, pack_module, monkeypatch
+):
+    sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
+    kind = type(model.model.latent_format)
+    plan = sampling.plan_clip(model, (1, 16, 6, 4, 4), UNIFORM)
+    moved, scaled, move, scale = [], [], sampling.on_device, kind.process_out
+    monkeypatch.setattr(sampling, "on_device", lambda *given: moved.append(move(*given)) or moved[-1])
+    monkeypatch.setattr(kind, "process_out", lambda self, latent: scaled.append(self) or scale(self, latent))
+    given = []
+    sampling.stream_latent(model, prompt(), [], plan, lambda chunk: given.append(scaled[-1]), seed=1)
+    assert len(given) == 2 and all(used is moved[0] for used in given) and len(moved) == 1
+    assert moved[0] is not model.model.latent_format
 
 
 # --- the nodes ---

@@ -489,6 +489,23 @@ def test_frames_are_carried_on_the_cpu_wherever_the_model_is(tiny_wan, causal, c
     assert moved[4:-4, 4:-4].abs().max() < 1e-3
 
 
+def test_the_model_that_the_vae_pushed_out_is_loaded_with_memory_for_a_chunk(
+    tiny_wan, causal, control, demo_vae, monkeypatch
+):
+    model, asked = causal(tiny_wan), []
+    conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", vae=demo_vae)
+    run = control.FlowRun(conditioning, model, (2, *SHAPE[1:]), DIAGONAL, (3, 3, 2))
+    run.finished(torch.zeros(2, 16, 3, SIZE, SIZE))
+    monkeypatch.setattr(comfy.model_management, "loaded_models", lambda *given: [])
+    monkeypatch.setattr(
+        comfy.model_management, "load_models_gpu", lambda models, **named: asked.append((models, named))
+    )
+    run.source(3, 3)
+    ((_, named),) = [(models, named) for models, named in asked if models == [model]]
+    chunk = model.model.memory_required([2, 16, 3, SIZE, SIZE])
+    assert named == {"memory_required": 2 * chunk, "minimum_memory_required": chunk}, "as ComfyUI asks for it"
+
+
 def test_noise_is_as_usual_where_the_motion_is_shorter_than_a_latent_frame(tiny_wan, causal, control, caplog):
     short = control.FlowConditioning(optical_flow=camera_flow(3, 64, 64, pan=(1, 0)), mode="noise")
     with caplog.at_level(logging.WARNING):

@@ -50,6 +50,16 @@ def test_the_number_format_counts(memory, load_wan, tmp_path, weight_dtype):
     assert facts.network.weight_bytes < memory.file_facts(path).network.weight_bytes / 3
 
 
+def test_weights_count_in_the_format_that_they_get_on_the_device(memory, load_wan, tmp_path):
+    """In dynamic VRAM they lie in RAM as the file has them: assigned, not copied."""
+    model, _ = load_wan(LAYOUTS["krea, flat model."](tmp_path, tiny_wan(), {}))
+    facts = memory.network_facts(model)
+    model.model.load_model_weights({name: value.half() for name, value in tiny_wan().items()}, assign=True)
+    model.size = 0
+    assert model.model_size() < 0.6 * facts.weight_bytes
+    assert memory.network_facts(model) == facts
+
+
 def quantized(kind, scale_input):
     """Tensors and header of a file whose first feed-forward layer is float8, in each of the three ways that say so."""
     layer, entry = "blocks.0.ffn.0", {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
@@ -213,6 +223,17 @@ def test_a_vaes_facts_are_those_of_the_vae_that_it_becomes(memory, pack_module, 
         assert facts.cell_bytes * 60 * 104 == pytest.approx(decoder.memory_required((1, 16, 3, 60, 104)), rel=1e-4)
 
 
+def test_a_vaes_format_is_that_of_the_device_that_it_runs_on(memory, tmp_path, monkeypatch):
+    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    save_file({name: torch.zeros_like(value) for name, value in network.state_dict().items()}, tmp_path / "vae.sft")
+    alone = memory.decoder_facts(tmp_path / "vae.sft", 3)
+    for name in ("should_use_fp16", "should_use_bf16"):
+        monkeypatch.setattr(comfy.model_management, name, lambda device, **more: device.type == "cuda")
+    monkeypatch.setattr(comfy.model_management, "vae_device", lambda: torch.device("cuda"))
+    on_gpu = memory.decoder_facts((tmp_path / "vae.sft").rename(tmp_path / "other.sft"), 3)
+    assert (2 * on_gpu.weight_bytes, 2 * on_gpu.cell_bytes) == pytest.approx((alone.weight_bytes, alone.cell_bytes))
+
+
 @pytest.mark.parametrize(
     "state",
     [{"nothing": (1,)}, {"decoder.22.bias": (12,)}, {"decoder.middle.0.residual.0.gamma": (8, 1, 1, 1)}],
@@ -271,6 +292,14 @@ def test_a_run_that_does_not_fit_is_told_what_would(predict):
     smaller = {"width": f"{size[0]}", "height": f"{size[1]}", "window": "12", "sink": "3"}
     assert predict(**smaller)["fits"]
     assert predict(window="24", sink="3")["parts"]["keys_values"] > predict(window="12")["parts"]["keys_values"]
+
+
+def test_fp8_is_not_suggested_where_the_device_has_none(predict, pack_module, monkeypatch):
+    needed = predict(width="64", height="64")
+    monkeypatch.setattr(pack_module("nodes.memory"), "available_memory", lambda: (needed["total"] - 1, 10**9, False))
+    assert predict(width="64", height="64")["changes"][0]["weights"] == "fp8"
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
+    assert predict(width="64", height="64")["changes"][0]["weights"] == "gguf_q4"
 
 
 def test_weights_may_wait_outside(predict, pack_module, monkeypatch):
@@ -378,6 +407,19 @@ def test_a_file_that_is_missing_is_named_with_its_folders(predict):
     missing = predict(node="DiagonalModelLoader", file="gone.pt")["missing"]
     assert missing == {"file": "gone.pt", "folders": ("diffusion_models", "checkpoints")}
     assert "missing" not in predict(width="wide")
+
+
+def test_directml_whose_memory_comfyui_does_not_know_refuses_no_clip(
+    memory, pack_module, tiny_wan, causal, predict, monkeypatch
+):
+    monkeypatch.setattr(comfy.model_management, "directml_enabled", True)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *a: 1)
+    pack_module("model_patches.clip_plan").plan_clip(
+        causal(tiny_wan), (1, 16, 9, 4, 4), DiagonalSchedule.preset("diagonal 4-3-2")
+    )
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(pack_module("nodes.memory"), "available_memory", memory.available_memory)
+    assert predict()["error"] == "How much memory this GPU has is not known: ComfyUI cannot ask DirectML."
 
 
 def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):

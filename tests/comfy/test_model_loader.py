@@ -159,7 +159,10 @@ def test_parity_files_load_whole(path: Path, loading) -> None:
 # --- dtypes and quantised files ---
 
 
-@pytest.mark.parametrize(("choice", "dtype"), [("fp8_e4m3fn", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [("fp8_e4m3fn", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2), ("bf16", torch.bfloat16)],
+)
 def test_weight_dtype_is_comfyuis(choice: str, dtype: torch.dtype, loading, tmp_path: Path) -> None:
     weights = tiny_wan(0)
     model, _ = loading.load_wan(LAYOUTS["krea, flat model."](tmp_path, weights, {}), weight_dtype=choice)
@@ -167,6 +170,19 @@ def test_weight_dtype_is_comfyuis(choice: str, dtype: torch.dtype, loading, tmp_
     assert torch.equal(run(model), run(comfyui_model(tmp_path, weights, dtype=dtype)))
     with pytest.raises(ValueError, match="weight_dtype='int3' is not known; choose one of default"):
         loading.load_wan(tmp_path / "model.safetensors", weight_dtype="int3")
+
+
+def test_a_number_format_that_the_device_lacks_is_refused_before_the_file_is_read(
+    pack_module, loading, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("mps"))
+    path = LAYOUTS["krea, flat model."](tmp_path, tiny_wan(0), {})
+    for read in (loading.load_wan, pack_module("model_patches.memory").file_facts):
+        with pytest.raises(
+            ValueError, match=r"weight_dtype='fp8_e5m2' is a number format that this device \(mps\) does"
+        ):
+            read(path, weight_dtype="fp8_e5m2")
+    assert loading.loader_options("bf16") == {"dtype": torch.bfloat16}
 
 
 def scaled_fp8(weights: dict) -> tuple[dict, dict]:
@@ -448,3 +464,10 @@ def test_a_replaced_file_has_another_fingerprint(node, folders) -> None:
     assert before == node.fingerprint_inputs(ckpt_name="model.safetensors", lora_name="none", **WIDGETS)
     os.utime(path, ns=(1, 1))
     assert node.fingerprint_inputs(ckpt_name="model.safetensors", **WIDGETS) != before
+
+
+def test_a_name_that_comes_by_a_link_does_not_load_the_file_at_every_queue(node, folders) -> None:
+    named = {"ckpt_name": "model.safetensors", **WIDGETS}
+    assert node.fingerprint_inputs(**{**named, "ckpt_name": None, "lora_name": None}) == ()
+    (folders["diffusion_models"] / "model.safetensors").write_bytes(b"any")
+    assert len(node.fingerprint_inputs(**{**named, "lora_name": None})) == 1

@@ -45,6 +45,38 @@ def test_a_previewer_that_gives_no_picture_is_replaced(pack_module, tiny_wan, mo
     assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in expected]
 
 
+class OnAGpu(torch.Tensor):
+    """Latents that are elsewhere, until they are copied."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_colours_are_made_of_latents_that_have_come_and_other_previewers_get_them_as_they_are(
+    pack_module, tiny_wan, monkeypatch
+):
+    import latent_preview
+
+    given = []
+
+    class Linear(latent_preview.Latent2RGBPreviewer):
+        def decode_latent_to_preview_image(self, preview_format, latents):
+            given.append(type(latents))
+            return super().decode_latent_to_preview_image(preview_format, latents)
+
+    class Another(PlaysByItself):
+        def decode_latent_to_preview_image(self, preview_format, latents):
+            given.append(type(latents))
+
+    monkeypatch.setattr(latent_preview, "Latent2RGBPreviewer", Linear)
+    pictures_of = pack_module("model_patches.previews").preview_of
+    for previewer, expected in ((None, [torch.Tensor] * 3), (Another(), [OnAGpu, torch.Tensor] * 3)):
+        monkeypatch.setattr(latent_preview, "get_previewer", lambda *given, found=previewer: found)
+        given.clear()
+        found = list(pictures_of(tiny_wan)(LATENTS.as_subclass(OnAGpu)))
+        assert len(found) == 3 and given == expected
+
+
 @pytest.mark.parametrize("get_previewer", [lambda *given: Fails(), no_previewer])
 def test_a_preview_that_fails_is_warned_of_once_and_left_out(pack_module, tiny_wan, monkeypatch, caplog, get_previewer):
     import comfy.utils

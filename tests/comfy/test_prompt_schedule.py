@@ -285,6 +285,27 @@ def test_a_live_prompt_begins_with_the_next_chunk(sample, clip, schedule, prompt
     assert now[0].chunks == 6 and now[0].nodes == ("7",)
 
 
+def test_behind_a_text_encoder_the_model_is_loaded_with_memory_for_a_chunk(
+    sample, schedule, prompts, tiny_wan, monkeypatch
+):
+    import comfy.model_management
+
+    asked, box, load = [], prompts.PromptBox(), comfy.model_management.load_models_gpu
+    shape = [1, 16, 3, 4, 4]
+
+    def steer(progress):
+        if progress.chunk == 1 and progress.step == 0:
+            monkeypatch.setattr(comfy.model_management, "loaded_models", lambda *given: [])
+            monkeypatch.setattr(
+                comfy.model_management, "load_models_gpu", lambda *a, **named: asked.append(named) or load(*a, **named)
+            )
+            post(prompts, box, "b", switch="keep")
+
+    sample(schedule("0: a"), prompts=box, on_progress=steer)
+    chunk = tiny_wan.model.memory_required(shape)
+    assert asked == [{"memory_required": 2 * chunk, "minimum_memory_required": chunk}]
+
+
 def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, clip, schedule, prompts):
     box, totals = prompts.PromptBox(), []
 
@@ -561,6 +582,34 @@ def test_an_accepted_prompt_is_not_lost_where_states_are_rare(stream, prompts, o
     assert [path.name for path in output.iterdir() if path.name.endswith(".json")] == [], "finished"
 
 
+def test_live_prompts_are_rows_of_a_schedule(prompts):
+    def rows_of(*given):
+        fields = {"node": "7", "blend_chunks": 3}
+        return prompts.schedule_rows([prompts.LivePrompt(chunk=k, text=x, switch=s, **fields) for k, x, s in given])
+
+    assert rows_of() == ""
+    rows = rows_of((25, "first", "keep"), (25, "a green\nsquare: up", "keep"), (3, "#1, 5s: a dog", "blend"))
+    assert rows.splitlines()[0].endswith("(switch: blend over 3 chunks, keep):")
+    assert [(str(row.at), row.text) for row in prompts.parse_prompts(rows)] == [
+        ("chunk 4", "#1, 5s: a dog"),
+        ("chunk 26", "a green square: up"),
+    ]
+    many = rows_of(*((chunk, "a", "keep") for chunk in range(30)))
+    assert len(prompts.parse_prompts(many)) == 20 and many.endswith("\n# and 10 more")
+
+
+def test_a_finished_stream_says_its_live_prompts(stream, prompts, pack_module, monkeypatch):
+    """Also those that an earlier run of it was given."""
+    streaming, said = pack_module("model_patches.streaming"), []
+    monkeypatch.setattr(streaming, "StreamResult", lambda **fields: said.append(fields["message"]))
+    for at in ((99,), (3, 99)):
+        for number, stopped in enumerate(at):
+            box = prompts.PromptBox()
+            given = stop_at(stopped, box=box, prompts=prompts, at=None if number else 2)
+            stream("0: a red circle moves right", prompts=box, on_progress=given)
+    assert len(said) == 2 and all(text.endswith("\nchunk 4: a blue square moves up") for text in said)
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[3]", '[{"chunk": 1}]'])
 def test_a_damaged_list_of_prompts_leaves_those_of_the_state(stream, prompts, output, content):
     text = "0: a red circle moves right"
@@ -634,9 +683,12 @@ def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedu
             assert find({"client_id": "C"})[0].box is first
             assert [find({"client_id": "C", "node": node})[1] for node in (7, "7", "5:7")] == ["5:7"] * 3
             assert find({"client_id": "C", "prompt_id": "P"})[1] == "5:7"
-            refused(403, "belongs to another client", client_id="D")
-            refused(404, "prompt_id 'Q' does not run now", prompt_id="Q")
+            assert find({"client_id": "D"})[1] == find({"client_id": "C", "prompt_id": "Q"})[1] == "8", "nobody's run"
+            refused(404, "prompt_id 'P' does not run now", client_id="D", prompt_id="P")
             refused(404, "node '8' is in no schedule that runs; those that do are 5:7", node="8")
+        refused(403, "belongs to another client", client_id="D")
+        refused(403, "belongs to another client", client_id="D", prompt_id="P")
+        refused(404, "prompt_id 'Q' does not run now", prompt_id="Q")
         first.on_chunk(prompts.PromptNow(chunk=1, chunks=6, text="a", nodes=("5:7",)))
         raise KeyError
     usual = {"prompt_id": "P", "nodes": ["5:7"]}
@@ -680,13 +732,14 @@ def test_a_prompts_body_is_checked(steering, change, status, words):
     assert error.value.status == status
 
 
-def test_a_refusal_after_the_answer_has_gone_reaches_the_page(pack_module, prompts, demo, monkeypatch, caplog):
+@pytest.mark.parametrize("owner", ["C", None])
+def test_a_refusal_after_the_answer_has_gone_reaches_its_page(pack_module, prompts, demo, monkeypatch, caplog, owner):
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 
     steering = pack_module("nodes.steering")
     sent = []
-    server = SimpleNamespace(client_id="C", last_prompt_id="P", send_sync=lambda *message: sent.append(message))
+    server = SimpleNamespace(client_id=owner, last_prompt_id="P", send_sync=lambda *message: sent.append(message))
     monkeypatch.setattr(steering, "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(steering, "ANSWER_SECONDS", 0.01)
     positive = prompts.schedule_prompts(
@@ -703,7 +756,10 @@ def test_a_refusal_after_the_answer_has_gone_reaches_the_page(pack_module, promp
         assert asyncio.run(ask()) == 202 and sent == []
         (request,) = box.take()
         request.answer.set_exception(ValueError("words that are not known"))
-        ((event, data, client),) = sent
-        assert (event, client, data["prompt_id"], data["nodes"]) == (steering.PROMPT_EVENT, "C", "P", ["7"])
-        assert data["refused"] == "words that are not known" and data["text"] == "a purple dog"
+        if owner is None:
+            assert sent == [], "it would go to every page"
+        else:
+            ((event, data, client),) = sent
+            assert (event, client, data["prompt_id"], data["nodes"]) == (steering.PROMPT_EVENT, "C", "P", ["7"])
+            assert data["refused"] == "words that are not known" and data["text"] == "a purple dog"
     assert "cannot be used: words that are not known" in caplog.text

@@ -247,6 +247,41 @@ def test_memory_is_asked_for_a_chunk_and_the_vae_loaded_once(streaming, vae, mon
     assert asked[-1][0] == [vae.patcher, other] and asked[-1][2]["force_full_load"] is True
 
 
+def test_a_state_that_the_next_one_replaces_is_not_asked_for_again(streaming, vaes, monkeypatch):
+    vae, asked = vaes["wan"], []
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: 0)
+    monkeypatch.setattr(
+        comfy.model_management, "load_models_gpu", lambda *a, memory_required, **k: asked.append(memory_required)
+    )
+    with streaming.stream_decoder(vae) as decoder:
+        for kept in (1 << 30, 0):
+            monkeypatch.setattr(streaming, "MOST_KEPT_BYTES", kept)
+            decoder.decode(latents_of(5, frames=3, batch=2))
+        whole_clip = decoder.memory_required((2, CHANNELS, 3, HEIGHT, WIDTH))
+        assert asked == [whole_clip, whole_clip - decoder.state_bytes // 2]
+        monkeypatch.setattr(streaming, "MOST_KEPT_BYTES", 1 << 30)
+        decoder.decode(latents_of(5, frames=3, batch=2))
+        assert asked[2] == whole_clip, "what is kept aside needs room beside what comes in its place"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_on_a_full_card_dynamic_vram_is_asked_once(streaming, vaes, monkeypatch, dynamic):
+    vae, asked = vaes["taehv"], []
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: 0)
+    monkeypatch.setattr(vae.patcher, "is_dynamic", lambda: dynamic)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, **k: asked.append(models))
+    loaded = [vae.patcher]
+    monkeypatch.setattr(comfy.model_management, "loaded_models", lambda *given: loaded)
+    monkeypatch.setattr(vae.patcher, "loaded_size", lambda: 1)
+    with streaming.stream_decoder(vae) as decoder:
+        for _ in range(3):
+            decoder.decode(latents_of(5, frames=1))
+        assert len(asked) == (1 if dynamic else 3)
+        loaded.clear()
+        decoder.decode(latents_of(5, frames=1))
+        assert len(asked) == (2 if dynamic else 4), "the VAE is gone"
+
+
 def test_vae_decode_in_between_changes_nothing(streaming, vae, whole):
     latents, foreign = latents_of(1), latents_of(6, frames=3, height=1, width=2)
     alone = whole(vae, foreign)
@@ -416,6 +451,23 @@ def test_a_float16_tiny_vae_is_wans(streaming, whole, caplog):
     assert difference(got, wanted) < TOLERANCE
     assert sum("taew2_1" in record.message for record in caplog.records) == 1
     assert difference(whole(half, latents), wanted) > 100 * TOLERANCE
+
+
+def test_the_numbers_of_a_scale_go_to_the_device_once(streaming, monkeypatch):
+    """The device "meta" stands for any other."""
+    own, meta = comfy.latent_formats.Wan21(), torch.device("meta")
+    moved, latents = streaming.on_device(own, meta), latents_of(1)
+    assert moved.latents_mean.device == moved.latents_std.device == meta
+    assert own.latents_mean.device == own.latents_std.device == latents.device
+    here = streaming.on_device(own, latents.device)
+    assert torch.equal(here.process_in(latents), own.process_in(latents))
+    assert torch.equal(here.process_out(latents), own.process_out(latents))
+    for dtype, is_moved in ((torch.float16, True), (torch.float32, False)):
+        vae = taehv_vae(dtype)
+        monkeypatch.setattr(vae, "device", meta)
+        scale = streaming.stream_decoder(vae)._architecture.new_clip().scale
+        assert hasattr(scale, "__self__") == is_moved
+        assert not is_moved or scale.__self__.latents_mean.device == meta
 
 
 def test_everywhere_a_float16_tiny_vae_is_wans(pack_module, whole, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -28,6 +29,7 @@ from PIL import Image
 from processes import still_running
 from safetensors.torch import save_file
 
+from diagonal_sampler import disk
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.flow import OpticalFlow, camera_flow
 from diagonal_sampler.noise import SeededNoise
@@ -386,6 +388,47 @@ def test_a_state_that_cannot_be_saved_leaves_a_cancel_a_cancel(stream, options, 
     assert "No state could be saved when the run was stopped: no memory for the copy" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("saving_s", "keep_state", "saved"),
+    [
+        (0.9, False, [1, 2, 3, 4, 5]),
+        (2.0, False, [1, 5]),  # 20 seconds of rest, in which three chunks are made
+        (9.0, False, [1]),
+        (9.0, True, [1, 5]),  # what a longer length goes on from is always saved
+    ],
+)
+def test_a_slow_state_is_followed_by_ten_times_as_long_without_one(
+    streaming, stream, options, monkeypatch, output, saving_s, keep_state, saved
+):
+    """On a clock on which a chunk takes six seconds. The file is the same, whatever was saved."""
+    clock, found, save = [0.0], [], streaming.save_state
+
+    def slow(path, state, tensors):
+        save(path, state, tensors)
+        found.append(state.chunk)
+        clock[0] += saving_s
+
+    def report(progress):
+        clock[0] += 6.0 if progress.step == 1 else 0.0
+
+    plain = stream(options(seconds=4.0, seed=8)).path.read_bytes()
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr(streaming, "save_state", slow)
+    made = stream(options(seconds=4.0, seed=8, keep_state=keep_state), on_progress=report)
+    assert found == saved
+    assert made.path.read_bytes() == plain and made.path.name == "v_00002_.mp4"
+
+
+def test_a_cancel_while_states_rest_saves_one(streaming, stream, options, monkeypatch):
+    monkeypatch.setattr(streaming, "QUICK_SAVE_S", -1.0)
+    monkeypatch.setattr(streaming, "SAVE_REST", 1e9)
+    lines = []
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(format="png", seconds=4.0), on_progress=cancelled_at(4 * FORWARDS_A_CHUNK))
+    stream(options(format="png", seconds=4.0), announce=lines.append)
+    assert "after chunk 3" in lines[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Motion to follow
 
@@ -512,6 +555,114 @@ def test_a_run_stopped_before_its_first_frame_leaves_nothing(stream, options, ou
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(0))
     assert files(output) == []
+
+
+def held(*_):
+    """In the place of what changes a file that another program has open on Windows."""
+    raise PermissionError(13, "in use")
+
+
+@pytest.mark.parametrize("keep_state", [True, False])
+def test_a_state_that_another_program_holds_does_not_fail_a_finished_video(
+    streaming, stream, options, output, monkeypatch, caplog, keep_state
+):
+    monkeypatch.setattr(streaming, "replace_file" if keep_state else "remove_file", held)
+    assert len(decoded(stream(options(keep_state=keep_state)).path)) == 32
+    said = "v_00001_.mp4 is finished, but its state v_00001_.state.safetensors cannot be put away (in use"
+    assert said in caplog.text and files(output) == ["v_00001_.mp4", "v_00001_.state.safetensors"]
+
+
+def test_a_state_that_another_program_holds_leaves_a_cancel_a_cancel(
+    streaming, stream, options, output, monkeypatch, caplog
+):
+    monkeypatch.setattr(streaming, "remove_file", held)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(options(), on_progress=cancelled_at(1))
+    assert "v_00001_.mp4 has no frames; its state v_00001_.state.safetensors cannot be removed (in use" in caplog.text
+    assert files(output) == ["v_00001_.state.safetensors"]
+
+
+def test_prompts_of_an_earlier_video_that_cannot_be_removed_are_not_the_new_ones(
+    stream, options, output, monkeypatch, pack_module
+):
+    remove = pack_module("model_patches.stream_files").remove_file
+    monkeypatch.setattr(
+        pack_module("model_patches.stream_files"),
+        "remove_file",
+        lambda path: held() if path.name == "v_00001_.prompts.json" else remove(path),
+    )
+    assert stream(options(seconds=0.5)).path.name == "v_00002_.mp4"
+    assert files(output) == ["v_00002_.mp4"]
+
+
+@pytest.mark.parametrize("what", ["mp4", "png", "state"])
+def test_a_video_that_another_program_holds_ends_the_run_and_goes_on_later(
+    stream, options, output, monkeypatch, pack_module, video_writer, what
+):
+    """No new one is begun in its stead."""
+    wanted = options(format="png" if what == "png" else "mp4", keep_state=what == "state", seconds=3.0)
+    with contextlib.nullcontext() if what == "state" else pytest.raises(Stop):
+        stream(wanted, on_progress=None if what == "state" else stop_at(2))
+    longer = dataclasses.replace(wanted, seconds=4.0)
+    before = files(output)
+    video = output / ("v_00001_" if what == "png" else "v_00001_.mp4")
+    opened, listed = os.open, os.listdir
+    monkeypatch.setattr(disk, "BUSY_SECONDS", 0)
+    with monkeypatch.context() as patched:
+        if what == "mp4":
+            patched.setattr(os, "open", lambda path, *more: held() if path == video else opened(path, *more))
+        elif what == "png":
+            patched.setattr(os, "listdir", lambda path: held() if path == video else listed(path))
+        else:
+            patched.setattr(pack_module("model_patches.stream_files"), "replace_file", held)
+        name = "v_00001_.done.safetensors" if what == "state" else video.name
+        with pytest.raises(video_writer.VideoWriteError) as error:
+            stream(longer)
+    assert str(error.value).startswith(f"{name} cannot be changed (in use)") and "Close the program" in str(error.value)
+    assert files(output) == before
+    assert stream(longer).path == video and len(decoded(video)) == 64
+
+
+def test_a_video_that_is_held_for_a_moment_goes_on(stream, options, output, monkeypatch):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    video, opened, tries = output / "v_00001_.mp4", os.open, []
+
+    def busy_once(path, *more):
+        if path == video:
+            tries.append(path)
+            if len(tries) == 1:
+                held()
+        return opened(path, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", busy_once)
+        assert stream(options()).path == video
+    assert len(tries) == 2
+
+
+def test_a_file_that_another_program_holds_is_said_and_waited_for(video_writer, stream_state, tmp_path, monkeypatch):
+    """To free space, as the errors of a full disk say, would be no help."""
+    spec = video_writer.VideoSpec(width=16, height=16, rate=Fraction(16), crf=20.0, metadata={})
+    writer = video_writer.open_writer(tmp_path / "v", spec)
+    writer.write(torch.zeros(1, 16, 16, 3))
+    sync, tries = video_writer.sync_path, []
+
+    def busy_once(path):
+        tries.append(path.name)
+        held() if len(tries) == 1 else sync(path)
+
+    monkeypatch.setattr(video_writer, "sync_path", busy_once)
+    assert writer.settle().frames == 1 and tries == ["00000001.png", "00000001.png", "v"]
+    monkeypatch.setattr(video_writer, "replace_file", held)
+    with pytest.raises(video_writer.VideoWriteError, match="v cannot be written: in use.*; close the program that"):
+        writer.write(torch.zeros(1, 16, 16, 3))
+    assert files(tmp_path / "v") == ["00000001.png"]
+    monkeypatch.setattr(stream_state, "replace_file", held)
+    with pytest.raises(video_writer.VideoWriteError, match=r"; close the program that has w.state.safetensors open"):
+        stream_state.save_state(
+            tmp_path / "w.state.safetensors", stream_state.StreamState(digest="d", length=1, latent_frames=1), {}
+        )
 
 
 def content(video: Path) -> list[bytes]:
@@ -1264,6 +1415,38 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 2, 1), (2, 0, 1, 0), (3, 4, 5, 1)])
+def graph_with(**texts: str) -> dict:
+    """An API graph whose stream node, "1", has a node with a text at each of its inputs."""
+    graph = {name: {"class_type": "CLIPTextEncode", "inputs": {"text": text}} for name, text in texts.items()}
+    return {**graph, "1": {"class_type": "DiagonalStreamVideo", "inputs": {name: [name, 0] for name in texts}}}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["now", "an older pack's state"])
+def test_a_node_at_an_input_that_is_not_used_does_not_count(streaming, stream, options, output, monkeypatch, older):
+    """An older pack counted it: what it left goes on in its own graph, as before."""
+    digest = streaming.graph_digest
+
+    def queue(cfg, positive, negative, **more):
+        lines = []
+        graph = graph_with(positive=positive, negative=negative)
+        with pytest.raises(Stop):
+            stream(options(cfg=cfg), prompt=graph, node_id="1", announce=lines.append, **more)
+        return "Resumed" in lines[0]
+
+    with monkeypatch.context() as patched:
+        if older:
+            patched.setattr(
+                streaming, "graph_digest", lambda prompt, node, inputs: digest(prompt, node, streaming.GRAPH_INPUTS)
+            )
+        assert not queue(1.0, "a", "b", on_progress=stop_at(1))
+    at = stop_at(1)
+    assert queue(1.0, "a", "b", on_progress=at)
+    assert queue(1.0, "a", "edited", on_progress=stop_at(0 if older else 1)) == (not older)
+    assert not queue(1.0, "edited", "b", on_progress=stop_at(0))
+    assert not queue(2.0, "a", "b", on_progress=stop_at(1))
+    assert queue(2.0, "a", "b", on_progress=at) and not queue(2.0, "a", "edited", on_progress=stop_at(0))
+
+
 def test_every_value_of_a_motion_counts(stream_state, place):
     motion = torch.zeros(4, 5, 6, 2)
     before = stream_state.digest_of_whole(motion)
@@ -1292,6 +1475,24 @@ def test_another_lora_is_another_model(demo, stream_state):
 
     assert digest(1) == digest(1)
     assert len({stream_state.digest_of(model=demo[0]), digest(1), digest(2), digest(1, 0.4)}) == 4
+
+
+def test_a_model_is_the_same_before_and_after_dynamic_vram_has_loaded_it(tiny_wan, stream_state):
+    """It casts the modulations in place, for good, and other weights beside the file's."""
+    model = tiny_wan.model
+    modulations = [name for name, _ in model.named_parameters() if name.endswith(".modulation")]
+    assert {name for name in stream_state._lasting_dtypes(model)} == set(modulations) and len(modulations) == 3
+    as_made = stream_state.digest_of(model=tiny_wan)
+    for name in modulations:  # as a file of another dtype leaves them until the first load
+        comfy.utils.get_attr(model, name).data = comfy.utils.get_attr(model, name).data.double()
+    digest = stream_state.digest_of(model=tiny_wan)
+    assert digest == as_made
+    tiny_wan._load_list(for_dynamic=True, default_device=torch.device("cpu"))
+    assert comfy.utils.get_attr(model, modulations[0]).dtype == torch.float32
+    assert stream_state.digest_of(model=tiny_wan) == digest
+    linear = model.diffusion_model.blocks[0].ffn[0]
+    linear.weight.data = linear.weight.data.double()
+    assert stream_state.digest_of(model=tiny_wan) != digest, "a weight that is not cast in place counts as it is"
 
 
 def test_what_changed_is_said_for_videos_of_the_same_name_only(stream, options, output):
@@ -1371,7 +1572,73 @@ def test_a_video_or_state_that_is_damaged_is_not_resumed(stream, options, output
     with caplog.at_level(logging.WARNING):
         result = stream(options())
     assert len(decoded(result.path)) == 32 and result.path.name != ("" if damage == "gone" else "v_00001_.mp4")
-    assert ("is not there any more" if damage == "gone" else "cannot be") in caplog.text
+    assert ("" if damage == "gone" else "cannot be") in caplog.text
+    assert state.exists() == (damage != "gone"), "nothing can go on with it"
+
+
+@pytest.mark.parametrize("suffix", ["state", "done"])
+def test_the_state_of_a_video_that_is_gone_is_removed_without_a_word(stream, options, output, stream_state, suffix):
+    """Not while another process holds its lock, as when it begins the video; and not one of another name."""
+    left = []
+    for name in ("v_00007_", "w_00001_"):
+        left += [output / f"{name}.{suffix}.safetensors", output / f"{name}.prompts.json"]
+        state = stream_state.StreamState(digest="d", length=64, latent_frames=17, chunk=2, parts={"seed": "another"})
+        stream_state.save_state(left[-2], state, {})
+        left[-1].write_text("[]")
+    lock = stream_state.StreamLock(output / "v_00007_.lock")
+    lines = []
+
+    def queue():
+        with pytest.raises(Stop):
+            stream(options(), announce=lines.append, on_progress=stop_at(0))
+        return [path.exists() for path in left]
+
+    assert lock.acquire() and queue() == [True] * 4
+    lock.release()
+    assert queue() == [False, False, True, True] and "".join(lines).count("\n") == 0
+    assert set(files(output)) == {path.name for path in left[2:]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_video_behind_a_link_to_a_disk_that_is_away_keeps_its_state(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    video = output / "v_00001_.mp4"
+    video.unlink()
+    video.symlink_to(output / "away" / "v.mp4")
+    stream(options(seed=4, seconds=0.3))
+    assert "v_00001_.state.safetensors" in files(output)
+
+
+def test_an_unfinished_video_is_said_with_what_its_state_takes_and_one_that_was_ended_early_once(
+    stream, options, output, stream_state
+):
+    early = stream(options(format="png"), finish=lambda: True)
+    name = "v_00001_.state.safetensors"
+    size = -(-(output / name).stat().st_size // 10**6)
+    assert f" To go on it needs {name} ({size} MB); if you will not, delete that." in early.message
+    lines = []
+
+    def queue(**changes):
+        with pytest.raises(Stop):
+            stream(options(format="png", **changes), announce=lines.append, on_progress=stop_at(0))
+        return lines[-1]
+
+    assert stream_state.read_state(output / name).ended
+    assert "unfinished" not in queue(seed=4) and "unfinished" not in queue(seconds=0.4)
+    with pytest.raises(Stop):
+        stream(options(format="png"), announce=lines.append, on_progress=stop_at(2))
+    assert "Resumed" in lines[-1] and not stream_state.read_state(output / name).ended
+    assert f"seed changed. Put it back to go on, or delete {name} (" in queue(seed=4)
+
+
+@pytest.mark.parametrize(("size", "said"), [(3_521_000_000, "(3.5 GB)"), (2_000_001, "(3 MB)"), (None, "")])
+def test_a_file_is_said_with_its_size(pack_module, tmp_path, size, said):
+    path = tmp_path / "v"
+    if size is not None:
+        path.touch()
+        os.truncate(path, size)
+    assert pack_module("model_patches.stream_files").name_and_size(path) == f"v {said}".strip()
 
 
 @pytest.mark.parametrize(
@@ -1402,6 +1669,43 @@ def test_a_state_that_is_nested_too_deeply_or_has_a_name_of_other_bytes_is_left_
     ), {})  # fmt: skip
     os.rename(tmp_path / "w.done.safetensors", os.fsencode(tmp_path) + b"/\xff.done.safetensors")
     assert stream_state.find_states(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to mmap"), OSError(12, "no memory"), MemoryError()], ids=repr)
+def test_a_state_is_found_without_being_mapped_and_one_that_cannot_be_is_named(
+    stream, options, output, stream_state, video_writer, monkeypatch, error
+):
+    """Windows counts a mapping against the memory that programs may have: 3.5 GB for each state of Wan 1.3B."""
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    before = content(output)
+
+    def cannot(*_):
+        raise error
+
+    monkeypatch.setattr(stream_state, "safe_open", cannot)
+    assert len(stream_state.find_states(output)) == 1
+    with pytest.raises(video_writer.VideoWriteError, match="The state v_00001_.state.safetensors cannot be read: "):
+        stream(options())
+    assert content(output) == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"), [("tail/", "tail/frames"), ("decoder/", "decoder/size"), ("decoder/0/", "decoder/.../started")]
+)
+def test_a_state_that_lacks_a_tensor_is_named(stream, options, output, stream_state, video_writer, lost, said):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    path = output / "v_00001_.state.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in stream_state.load_tensors(path, "").items()}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
+    if lost == "decoder/0/":
+        kept["decoder/0/other"] = torch.zeros(1)
+    stream_state.save_state(path, stream_state.read_state(path), kept)
+    before = content(output)
+    with pytest.raises(video_writer.VideoWriteError, match=f"The state v_00001_.state.safetensors lacks {said}"):
+        stream(options())
+    assert content(output) == before
 
 
 NOTED = {"chunk": 1, "text": "a", "node": "2", "switch": "blend", "blend_chunks": 1}
@@ -1452,13 +1756,20 @@ def test_a_header_that_another_program_changed_does_not_leave_ffmpeg_without_a_r
     assert not children()
 
 
-def test_of_two_unfinished_videos_the_newest_goes_on(stream, options, output, stream_state):
+def test_of_two_finished_videos_a_longer_length_goes_on_with_the_longer(stream, options, output):
+    stream(options(seconds=3.0, keep_state=True))
+    stream(options(seconds=2.0, keep_state=True))
+    assert [name for name in files(output) if "done" in name] == [f"v_0000{n}_.done.safetensors" for n in (1, 2)]
+    assert stream(options(seconds=4.0)).path.name == "v_00001_.mp4"
+
+
+def test_of_two_unfinished_videos_that_are_as_long_the_newest_goes_on(stream, options, output, stream_state):
     lock = stream_state.StreamLock(output / "v_00001_.lock")
     with pytest.raises(Stop):
         stream(options(), on_progress=stop_at(2))
     assert lock.acquire()  # else the second run would go on with it
     with pytest.raises(Stop):
-        stream(options(), on_progress=stop_at(1))
+        stream(options(), on_progress=stop_at(2))
     lock.release()
     for number, (newer, older) in enumerate(((2, 1), (1, 2)), start=1):
         for video, age in ((newer, 0), (older, 60)):
@@ -1466,7 +1777,7 @@ def test_of_two_unfinished_videos_the_newest_goes_on(stream, options, output, st
             os.utime(state, (time.time() - age, time.time() - age))
         lines = []
         with pytest.raises(Stop):
-            stream(options(), announce=lines.append, on_progress=stop_at(2 if newer == 1 else 1))
+            stream(options(), announce=lines.append, on_progress=stop_at(2))
         assert f"Resumed v_{newer:05}_.mp4" in lines[0], number
 
 
@@ -1724,6 +2035,33 @@ def test_a_date_in_the_prefix_is_todays(pack_module, prefix, expected):
     assert dated(prefix, datetime.datetime(2026, 3, 9, 7, 5, 2)) == expected
 
 
+@pytest.mark.parametrize(
+    ("prefix", "refused"),
+    [
+        ("clip:1", [":"]),
+        ("v_%date:hh:mm%", [":"]),
+        ('a/<b>|"c"?*', ['"', "*", "<", ">", "?", "|"]),
+        ("C:clip", [":"]),
+        ("C:\\ComfyUI\\output\\v_%date:hh-mm%", []),
+        ("C:/ComfyUI/output/v", []),
+        ("video/a b", []),
+    ],
+)
+def test_a_prefix_that_windows_has_no_name_for_is_refused_there(
+    stream, options, output, pack_module, monkeypatch, prefix, refused
+):
+    """Behind a colon Windows would write into a stream of a file that nobody sees."""
+    files_module = pack_module("model_patches.stream_files")
+    name = files_module.dated(prefix, datetime.datetime(2026, 3, 9, 7, 5, 2))
+    assert files_module.refused_characters(name, "nt") == refused
+    assert files_module.refused_characters(name, "posix") == []
+    if refused:
+        monkeypatch.setattr(files_module, "SYSTEM", "nt")
+        with pytest.raises(ValueError, match=r"no name has .* in it on Windows.*in times use '-'"):
+            stream(options(filename_prefix=prefix))
+        assert files(output) == []
+
+
 def test_a_video_named_by_its_date_is_resumed_under_that_name(stream, options, output, pack_module, monkeypatch):
     files_module = pack_module("model_patches.stream_files")
 
@@ -1801,6 +2139,8 @@ def test_only_restart_and_an_early_end_make_a_finished_video_again(pack_module, 
 
     assert fingerprint("5", restart=True) != fingerprint("5", restart=True)
     assert fingerprint("5", restart=False, seed=1) == fingerprint("5", seed=2) == fingerprint("6", seed=2)
+    assert fingerprint("5", restart=None, seed=2) == fingerprint("5", seed=2), "a link, whose value is not known yet"
+    assert fingerprint("6", seed=2) == 0
     finishing.ended_early("5")  # as it was queued last before "6": with seed 2
     assert fingerprint("5", seed=2) == fingerprint("5", seed=2) != fingerprint("5", seed=1)
     assert fingerprint("6", seed=2) == fingerprint("5", seed=1)

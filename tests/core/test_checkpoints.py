@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 import wan_files
 from safetensors.torch import save_file
@@ -683,6 +684,16 @@ def test_wrong_safetensors_header(header: bytes, match: str, tmp_path: Path) -> 
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ValueError, match=f"model.safetensors.*{match}"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), OSError("no memory"), safetensors.SafetensorError("x")])
+def test_a_reader_that_fails_is_told_with_the_file(error: Exception, tmp_path: Path) -> None:
+    def read(_path: Path) -> dict:
+        raise error
+
+    match = "'model.safetensors' (cannot be read: no memory; .* a file of this size|is not a sound safetensors file: x)"
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(save(tmp_path, tiny_wan()), read_safetensors=read)
 
 
 def test_huge_header_length(tmp_path: Path) -> None:

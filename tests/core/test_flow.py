@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diagonal_sampler.flow
 from diagonal_sampler.flow import (
     WAN_CELL,
     NothingValid,
@@ -392,6 +394,42 @@ def test_holes_are_filled_from_around_them():
     assert torch.equal(filled[known[:, None].expand_as(filled)], picture[known[:, None].expand_as(filled)])
     assert (filled - picture)[..., 10:16, 20:27].abs().max() < 0.05
     assert (fill_holes(picture, known & False) == 0).all()
+
+
+def test_holes_of_all_sizes_are_filled_alike_without_a_look_where_they_end():
+    """As on CUDA."""
+    picture = torch.rand(2, 3, 33, 47, generator=torch.Generator().manual_seed(0))
+    known = torch.rand(2, 33, 47, generator=torch.Generator().manual_seed(1)) > 0.3
+    known[1] = True
+    for some in (known, known & False):
+        assert torch.equal(fill_holes(picture, some, stops_early=False), fill_holes(picture, some))
+
+
+class Unasked(TorchFunctionMode):
+    """Refuses what would have the host wait for a GPU: numbers that are made into tensors, tensors that are read."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in ("new_tensor", "tensor", "__bool__", "item", "tolist", "nonzero"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_asked_of_a_device_that_carries_and_a_chunks_motion_goes_there_once(monkeypatch):
+    flow, sent = diagonal_sampler.flow, []
+    monkeypatch.setattr(flow, "fill_holes", lambda *a, stops_early=False: fill_holes(*a, stops_early=stops_early))
+    monkeypatch.setattr(flow, "send", lambda x, device: sent.append((tuple(x.shape), x.is_contiguous())) or x)
+    picture, held = smooth_picture(12, 16), uniform(3, 0, steps=9)
+    path = torch.stack([5 + 2 * torch.arange(9.0), torch.full((9,), 6.0)], -1)[:, None]
+    for field, steps in ((tracks_flow(path, None, 12, 16, radius=4), 6), (held, 1)):
+        sent.clear()
+        with Unasked():
+            frames = list(carry(picture, field, 2, 8))
+        assert len(frames) == 8
+        assert sent == [((steps, 12, 16, 2), True), ((steps, 12, 16), True)]
+    with Unasked():
+        flow._resize(held.flow, held.valid, 6, 5)
+    with pytest.raises(AssertionError, match="__bool__"), Unasked():
+        bool(picture.any())
 
 
 @pytest.mark.parametrize("motion", [{"pan": (-1.3, 0.4)}, {"zoom": 1.5}, {"zoom": -1.5, "rotation": 1}])

@@ -5,6 +5,7 @@ import random
 import struct
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from diagonal_sampler.memory import (
 )
 from diagonal_sampler.settings import CausalSettings
 from diagonal_sampler.wan_layout import WanDims, expected_shapes
+from diagonal_sampler.weight_files import read_weight_file
 
 # Wan 2.1 1.3B and 14B in bf16. The bytes of a forward are what ComfyUI reckons with fused attention.
 WAN_1_3B = NetworkFacts(
@@ -101,6 +103,12 @@ def test_every_suggestion_fits_and_the_next_milder_does_not():
     assert Change(window=6) in found and Change(weights=FP8) not in found
 
 
+def test_a_format_that_the_device_lacks_is_not_suggested():
+    available = forecast(WAN_1_3B, CLIP).total - 1
+    with_it, without = (changes_that_fit(WAN_1_3B, CLIP, available, step=2, without=names) for names in ((), (FP8,)))
+    assert with_it[0] == Change(weights=FP8) and without == [Change(weights=GGUF_Q4), *with_it[1:]]
+
+
 def test_where_one_change_is_not_enough_they_are_joined():
     lightest = replace(WAN_14B, weight_bytes=round(WAN_14B.parameters * 4.5 / 8))
     smallest = replace(CLIP, settings=replace(CLIP.settings, window=6))
@@ -149,8 +157,22 @@ def test_a_clip_of_a_day_is_answered_at_once(monkeypatch):
     assert len(tried) < 50
 
 
-def test_a_file_larger_than_the_memory_is_described(tmp_path):
-    """14B in float32 is 57 GB; the file here is one hole behind its header."""
+@pytest.fixture
+def little_address_space():
+    """A process that may map 4 GB more than it has."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("what a process has mapped is not known here")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 10**9, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_file_larger_than_the_memory_is_described(tmp_path, little_address_space):
+    """14B in float32 is 57 GB; the file here is one hole behind its header. It is not mapped, which Windows counts as
+    memory."""
     dims = WanDims(dim=5120, depth=40, ffn_dim=13824, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16)
     header, end = {}, 0
     for name, shape in expected_shapes(dims).items():
@@ -163,6 +185,7 @@ def test_a_file_larger_than_the_memory_is_described(tmp_path):
         file.truncate(8 + len(data) + end)
     info = inspect_checkpoint(path).info
     assert (info.dims, info.dtype, info.parameters) == (dims, "float32", end // 4)
+    assert read_weight_file(path, read_safetensors=lambda path: {"a": torch.zeros(1)}).tree.keys() == {"a"}
 
 
 def text(words: str) -> bytes:

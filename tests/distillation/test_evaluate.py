@@ -50,6 +50,7 @@ from distillation.evidence.rows import (
     Row,
     check_header,
     initial_command,
+    recipe_of,
     row_named,
     training_command,
 )
@@ -349,6 +350,11 @@ def answers(rows: dict[str, Measured]) -> dict[int, str]:
         (2, {"without_diagonal_forcing": {"everything": 0.2, "correct": 0.1, "saturation": -0.1}}, "no"),
         (2, {"without_motion": {"everything": 0.2}}, "no"),
         (2, {"without_diagonal_forcing": {"everything": 0.2}}, "unclear"),
+        # A row that keeps it gains as much: what is seen is the chance of a training.
+        (2, {"without_diagonal_forcing": {"everything": 0.2, "saturation": 0.1},
+             "uniform_2": {"saturation": 0.1}}, "unclear"),
+        (2, {"without_diagonal_forcing": {"everything": 0.2, "saturation": 0.1},
+             "uniform_2": {"saturation": 0.2}, "uniform_4": {"correct": -0.2}}, "no"),
         (3, {"without_motion": {"amplitude": 0.7}}, "yes"),
         (3, {"without_motion": {"amplitude": 1.3}}, "no"),
         (3, {}, "unclear"),
@@ -388,6 +394,15 @@ def test_a_claim_without_its_rows_is_not_tested() -> None:
     elsewhere = results(teacher={"seconds": 400})
     elsewhere[TEACHER] = replace(elsewhere[TEACHER], timing=replace(elsewhere[TEACHER].timing, threads=1))
     assert answers(elsewhere)[6] == "unclear"
+    other = results(teacher={"seconds": 400})
+    assert any("not on record" in finding for finding in claims.answer_claims(other, 81)[5].findings)
+    for name, processor in ((TEACHER, "one"), (FULL, "two")):
+        other[name] = replace(other[name], timing=replace(other[name].timing, processor=processor))
+    assert answers(other)[6] == "unclear"
+    other[FULL] = replace(other[FULL], timing=replace(other[FULL].timing, processor="one"))
+    (found,) = [claim for claim in claims.answer_claims(other, 81) if claim.number == 6]
+    assert found.answer == "yes" and "CPU (one)" in found.findings[0]
+    assert "[" not in found.findings[0] and not any("on record" in finding for finding in found.findings)
 
 
 def test_a_claim_that_fails_says_what_was_tried() -> None:
@@ -406,10 +421,14 @@ def test_a_claim_that_fails_says_what_was_tried() -> None:
 def test_the_shipped_student_is_held_to_its_goals() -> None:
     goals = claims.shipped_goals(results())
     assert len(goals) == 7 + 1 + 3 and all(goal.reached for goal in goals)
+    assert {goal.surely for goal in goals} == {"yes"}
+    near = {goal.text.split(":")[0]: goal for goal in claims.shipped_goals(results(shipped={"shape": 0.75}, causal={}))}
+    assert not near["shape"].reached and near["shape"].surely == "unclear", "some captions, and the draw of captions"
     worse = results(shipped={"shape": 0.75, "endpoint": 1.2, "amplitude": 0.8, "saturation": 0.06})
     missed = [goal.text.split(":")[0] for goal in claims.shipped_goals(worse) if not goal.reached]
     assert [text.split(",")[0] for text in missed] == ["shape", "end-point error", "motion within 10% of the commanded",
                                                        "saturation"]  # fmt: skip
+    assert [goal.surely for goal in claims.shipped_goals(worse) if not goal.reached] == ["unclear", "no", "no", "no"]
     assert claims.shipped_goals({SHIPPED: made_up(SHIPPED)}) == []
     found = results(causal={"everything": -1.0})
     nothing = [[] for _ in range(CAPTIONS)]
@@ -453,6 +472,11 @@ def test_tables_are_rebuilt_from_kept_rows_alone(tmp_path, capsys, monkeypatch) 
     assert "Why, as we read it" not in readme
     for claim in numbers["claims"]:
         assert claim["rule"] in readme and claim["text"] in readme
+    goals, decoded = readme.split("## The shipped student")[1].split("##")[0], "true-clips-decoded"
+    assert report.GOALS_RULE in goals and "with its whole interval" in goals and "decoded have" not in goals
+    made = {**rows, decoded: replace(rows[FULL], name=decoded, frechet=[4.0] * 12)}
+    page = report.make_readme(made, dict.fromkeys(NAMES, "not scored"), rows[FULL].options, [], ())
+    assert "have 4.00, by this rule 75%, not reached" in page
     (tmp_path / "out/README.md").unlink()
     assert evaluate.main(command) == 0
     assert (tmp_path / "out/README.md").read_text() == readme
@@ -530,6 +554,7 @@ def test_a_scored_row_is_kept_until_its_weights_or_options_change(demo, tmp_path
     first = evaluation.score(row)
     assert len(first.values["everything"]) == 2 and len(first.frechet) == 1 + statistics.FRECHET_REPLICATES
     assert {name: len(tenths[0]) for name, tenths in first.drift.items()} == dict.fromkeys(measures.DRIFTING, 10)
+    assert first.timing.processor == measures.processor_name()
     assert len(first.timing.clip) == 3 and min(first.timing.clip) >= min(first.timing.first_chunk) > 0
     assert 0 <= claims.spread(first, "everything").estimate <= 1
 
@@ -648,6 +673,38 @@ def test_weights_of_another_training_are_refused(tmp_path) -> None:
         replace(row, cfg=-1)
     with pytest.raises(ValueError, match="statistic is 'mode'"):
         bootstrap([[1.0]], "mode")
+
+
+def test_weights_of_another_ablation_are_refused_where_the_header_tells_them_apart(tmp_path, caplog) -> None:
+    from distillation.export import header_of
+
+    row, path = row_named(NO_MOTION), tmp_path / "x.safetensors"
+
+    def saved(recipe: recipes.Recipe, updates: int, said: str | None = None) -> Path:
+        header = header_of(recipe, updates, whole=True)
+        save_file({"x": torch.zeros(1)}, path, metadata=header | ({} if said is None else {"recipe": said}))
+        return path
+
+    assert "--motion-weight 0.0" in check_header(row, saved(recipe_of(row), 75)) and not caplog.records
+    with pytest.raises(ValueError, match="trained with '--motion-weight 2.0', the row with '--motion-weight 0.0'"):
+        check_header(row, saved(recipe_of(row_named("motion-2")), 75))
+    long = row_named(LOW_GUIDANCE_340)
+    check_header(long, saved(recipe_of(long), 120))
+    with pytest.raises(ValueError, match="it had 119 updates, the row has 120"):
+        check_header(long, saved(recipe_of(long), 119))
+    with pytest.raises(ValueError, match="in stage distill, the row in long"):
+        check_header(long, saved(recipes.demo(), 120))
+    # Of before flags were listed: nothing is known, which is said.
+    check_header(row, saved(recipe_of(row), 75, "distillation.train --stage distill, 75 updates of 8 clips"))
+    assert "does not say" in caplog.text
+    moved = row_named(SHIPPED)
+    assert check_header(moved, recipes.DEMO / demo_files.STUDENT_FILE)
+    with pytest.raises(ValueError, match="the last training had 480 updates, the row has 479"):
+        check_header(
+            replace(moved, training=moved.training.replace("480", "479")), recipes.DEMO / demo_files.STUDENT_FILE
+        )
+    with pytest.raises(ValueError, match="does not make"):
+        recipe_of(moved)
 
 
 def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:

@@ -108,8 +108,31 @@ def test_clips_that_begin_with_two_copies_are_told_apart_and_left_out() -> None:
     found["any", "reference 0.5"] = [replace(good, error=good.error / 4), bad]
     text = table(found, Options(scenes=2, length=57))
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
-    assert row.split("|")[3].strip() == "25.0%"
-    assert "of which 1 are in the tables" in text and "over all 2" in text
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3].startswith("25.0% [") and "are of 1 scenes" in text
+    assert cells[4].startswith(f"{(good.error / 4 + 9) / (good.error + 9):.1%} [")
+
+
+def test_what_is_drawn_is_told_of_all_scenes_with_an_interval() -> None:
+    spec, commands = scene(3, 0)
+    path = commanded_path(torch.tensor([30.0, 30.0]), *commands["any"], frames=49)
+    good = measure(draw(spec, torch.cat([path[:1].expand(FIRST, -1), path])), spec, path, FIRST, 1.0)
+    lost = replace(good, error=2 * good.error, one=False, colour=False)
+    found = {(command, row): [good] * 16 for command in ("any", "caption") for row in ("none", "adapter+blend")}
+    begun = [replace(good, one=False) for _ in range(4)]
+    found = {key: rows + ([lost] * 4 if key[1] == "adapter+blend" else begun) for key, rows in found.items()}
+    text = table(found, Options(scenes=20, length=57))
+    head, row = (
+        [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith(start)).split("|")]
+        for start in ("| mode", "| adapter, blended")
+    )
+    by = dict(zip(head, row, strict=True))
+    assert by["colour right"] == "100%" and by["of no flow"] == "100.0% [100.0, 100.0]"
+    share, _, rest = by["colour, shape right, all 20 scenes"].partition(" ")
+    low, high = (int(end) for end in rest[1 : rest.index("]")].split(","))
+    assert share == "80%" and 50 < low < 75 and 85 < high <= 100
+    low, high = (float(end) for end in by["of no flow, all 20 scenes"][len("120.0% [") : -1].split(","))
+    assert 100 <= low < 115 and 125 < high < 145
 
 
 def test_scenes_are_held_out_and_commands_are_what_they_say() -> None:

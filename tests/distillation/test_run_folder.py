@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from distillation import run_folder
+from distillation import recipes, run_folder
 
 TENSORS = {
     "student/a": torch.arange(6.0).view(2, 3),
@@ -23,6 +25,30 @@ TENSORS = {
 def checkpoint(tmp_path) -> Path:
     run_folder.save(tmp_path, 1, TENSORS, 3)
     return run_folder.checkpoints(tmp_path)[-1][1]
+
+
+@pytest.mark.parametrize("module", (b"pathlib", b"pathlib._local"))
+@pytest.mark.parametrize("kind", (b"PosixPath", b"WindowsPath"))
+def test_a_checkpoint_of_another_system_or_python_is_read(checkpoint, module, kind):
+    """What it says of its folder is a path that this Python cannot make, and it is dropped."""
+    file = checkpoint / ".metadata"
+    text = pickle.dumps(pickle.loads(file.read_bytes()), 2)  # names are lines in this protocol
+    text, places = re.subn(rb"cpathlib(\._local)?\n\w+Path\n", b"c" + module + b"\n" + kind + b"\n", text)
+    assert places == 1
+    file.write_bytes(text)
+    whole = run_folder.load_whole(checkpoint, "student/")
+    assert all(torch.equal(value, TENSORS[f"student/{name}"]) for name, value in whole.items())
+    run_folder.load(checkpoint, {name: torch.zeros_like(value) for name, value in TENSORS.items()})
+    assert run_folder.TensorReader(checkpoint).read_metadata().storage_meta.checkpoint_id is None
+
+
+def test_a_run_that_was_moved_to_another_system_knows_its_files(tmp_path):
+    recipe = recipes.demo(teacher=r"C:\models\teacher.safetensors")
+    run_folder.settle_recipe(tmp_path, recipe)
+    run_folder.save(tmp_path, 1, TENSORS, 3)
+    run_folder.settle_recipe(tmp_path, replace(recipe, teacher="models/teacher.safetensors"))
+    with pytest.raises(ValueError, match="teacher was"):
+        run_folder.settle_recipe(tmp_path, replace(recipe, teacher=r"C:\models\another.safetensors"))
 
 
 class Payload:

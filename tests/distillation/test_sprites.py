@@ -14,7 +14,7 @@ from diagonal_sampler.schedule import DiagonalSchedule, levels_text
 from distillation import sprites
 from distillation.demo_files import TrainedFor, trained_for
 from distillation.recipes import DEMO
-from distillation.score import chosen_sampling, score_clip
+from distillation.score import EVIDENCE_CAPTIONS, chosen_sampling, fresh_captions, score_clip, summarise, table
 
 
 def test_a_clip_depends_on_seed_and_index_only() -> None:
@@ -122,6 +122,28 @@ def test_the_scorer_sees_what_is_wrong() -> None:
     assert not score.count_right and not score.sprites[0].colour_right and score.sprites[0].speed is None
     drifting = (frames.float() + torch.linspace(0, 60, 81)[:, None, None, None]).clamp(0, 255)
     assert score_clip(drifting, "a red circle moves right").background_drift > 30
+
+
+def test_what_moves_no_more_at_the_end_is_seen_and_a_bounce_is_none() -> None:
+    scenes = sprites.sample_scenes(12, seed=3, held_out=True)
+    for frames, caption in zip(sprites.render(scenes, torch.arange(81)), scenes.captions, strict=True):
+        assert all(sprite.late_right for sprite in score_clip(frames, caption).sprites), caption
+        frozen = torch.cat([frames[:30], frames[30:31].expand(51, -1, -1, -1)])
+        stopped = score_clip(frozen, caption)
+        assert all(sprite.direction_right and sprite.late_right is False for sprite in stopped.sprites), caption
+    found = summarise([score_clip(frames, caption), stopped])
+    assert found["late"] == 0.5 and found["late_sprites"] == 2 * len(stopped.sprites)
+    assert "moves as told in the last 2.5 s" in table(found, "made up")
+    gone = summarise([score_clip(torch.full_like(frames, 40), caption)])
+    assert gone["late"] is None and "of 0 sprites followed | - |" in table(gone, "made up")
+
+
+def test_fresh_captions_are_none_of_the_evidence() -> None:
+    known = set(sprites.held_out_captions(EVIDENCE_CAPTIONS))
+    fresh = fresh_captions(64, 11)
+    assert len(set(fresh)) == 64 and not known & set(fresh)
+    assert fresh == fresh_captions(64, 11) != fresh_captions(64, 12) and fresh[:8] == fresh_captions(8, 11)
+    assert fresh_captions(4, 0) == [c for c in sprites.held_out_captions(EVIDENCE_CAPTIONS + 4) if c not in known]
 
 
 def test_a_sprite_that_vanishes_is_not_right() -> None:

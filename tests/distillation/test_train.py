@@ -49,6 +49,8 @@ from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed, s
 from distillation.trajectories import FILES, MADE_FOR, schedule_sigmas, teacher_settings, trajectory_schedule
 
 TIMEOUT_S = 300
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+several_ranks = pytest.mark.skipif(os.name == "nt", reason="torchrun does not start on Windows")
 
 
 @pytest.fixture(scope="module")
@@ -906,7 +908,7 @@ def test_kill_nine_and_resume(inputs, tmp_path, one_thread):
     deadline = time.monotonic() + TIMEOUT_S
     while len(run_folder.checkpoints(run)) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     output = process.communicate()[0]
     killed_at = run_folder.checkpoints(run)[-1][0]
     assert 2 <= killed_at < 400, output
@@ -918,6 +920,7 @@ def test_kill_nine_and_resume(inputs, tmp_path, one_thread):
     assert largest_difference(resumed, train_here(replace(recipe, updates=end), tmp_path / "whole")) == 0
 
 
+@several_ranks
 def test_two_ranks_equal_one_and_take_over_from_one(inputs, tmp_path):
     """Two gloo ranks under FSDP2: the same losses and weights, also from a checkpoint that one rank wrote."""
     # Long enough that rollouts end before their last step and samples are made between updates: parameters that stay
@@ -940,6 +943,7 @@ def test_two_ranks_equal_one_and_take_over_from_one(inputs, tmp_path):
             assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-6)
 
 
+@several_ranks
 def test_two_ranks_train_adapters_and_motion_head_as_one_does(inputs, tmp_path):
     recipe = tiny_recipe(
         inputs, micro_batch=2, updates=1, lora_rank=2, motion_form="head", regression_weight=0.5, sample_every=1
@@ -974,6 +978,7 @@ def test_a_nan_loss_stops_with_the_last_checkpoint_intact(inputs, tmp_path, caps
     assert found and len(run_folder.load_whole(found[-1][1], "ema/")) > 10
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files")
 def test_a_full_disk_stops_with_the_last_checkpoint_intact(inputs, tmp_path):
     """A limit on file size stands for the full disk: writes fail with OSError in the middle of a checkpoint."""
     recipe = tiny_recipe(inputs, updates=1)
@@ -1166,6 +1171,18 @@ def test_more_processes_than_gpus_are_one_line(inputs, tmp_path, capsys, monkeyp
     assert "8 processes were started on this machine, which has 2 GPUs" in capsys.readouterr().err
 
 
+def test_several_ranks_on_gpus_without_nccl_are_one_line(inputs, tmp_path, capsys, monkeypatch):
+    """As torch is on Windows."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert train.main([*flags(tiny_recipe(inputs)), "--out", str(tmp_path)]) == 1
+    assert "several ranks on GPUs need NCCL" in capsys.readouterr().err
+
+
 def test_a_sample_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path, caplog):
     (tmp_path / "samples").write_text("a file where the folder should be")
     train_here(tiny_recipe(inputs, updates=1, sample_every=1), tmp_path)
@@ -1267,15 +1284,15 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(inputs, tmp_path, mo
     def signalled(trainer, number):
         done.append(number)
         if number == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return update(trainer, number)
 
     arguments = [*flags(tiny_recipe(inputs, save_every=50, updates=4)), "--out", str(tmp_path)]
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "update", signalled)
         assert train.main(arguments) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     assert done == [0, 1] and [number for number, _ in run_folder.checkpoints(tmp_path)] == [2]
     assert train.main([*arguments, "--seconds", "0.001"]) == 0
     assert [number for number, _ in run_folder.checkpoints(tmp_path)] == [2, 3]
@@ -1283,19 +1300,21 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(inputs, tmp_path, mo
     assert [number for number, _ in run_folder.checkpoints(tmp_path)] == [2, 3, 4]
 
 
-def test_a_second_signal_acts_as_it_usually_does():
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_second_signal_acts_as_it_usually_does(signum):
     came = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: came.append(number))
+    before = signal.signal(signum, lambda number, frame: came.append(number))
     try:
         with train.stop_signals() as told:
             assert not told()
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGUSR1)
-            assert told() and came == [signal.SIGUSR1]
+                signal.raise_signal(signum)
+            assert told() and came == [signum]
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signum, before)
 
 
+@several_ranks
 def test_a_signal_to_one_rank_ends_all_and_a_rank_that_fails_waits_for_none(inputs, tmp_path):
     """A process group that never ends stands for NCCL's, which waits in its end for ranks that wait elsewhere."""
     usual = "update = train.Trainer.update\n"
@@ -1326,6 +1345,7 @@ def test_a_signal_to_one_rank_ends_all_and_a_rank_that_fails_waits_for_none(inpu
     assert failing.returncode != 0 and "RuntimeError: rank 1 fails" in output
 
 
+@several_ranks
 def test_two_ranks_train_with_compiled_blocks(inputs, tmp_path):
     """FSDP's hooks and checkpointing around a block that is compiled, by a backend that needs no compiler."""
     teacher = write_teacher(tmp_path / "teacher.safetensors", num_layers=1)
@@ -1408,6 +1428,26 @@ def test_an_export_says_how_it_was_trained_and_at_which_commit(inputs, tmp_path,
     assert "changed" not in plain["recipe"] and "context_sigma" not in plain
     run_folder.write_json(tmp_path / "run" / "recipe.json", asdict(recipe))  # as runs began before
     assert header()["git_commit"] == "unknown; exported at of the export"
+
+
+@pytest.mark.parametrize("code", (5, 1224))
+def test_an_export_onto_a_file_in_use_says_what_to_do(inputs, tmp_path, monkeypatch, capsys, code):
+    """As on Windows, where ComfyUI has mapped what it loaded."""
+    run, target = tmp_path / "run", tmp_path / "x.safetensors"
+    train_here(tiny_recipe(inputs, updates=1), run)
+
+    def refused(*arguments) -> None:
+        error = OSError(22, "in use")
+        error.winerror = code
+        raise error
+
+    monkeypatch.setattr(export, "write_weights", refused)
+    command_line = ["--run", str(run), "--to", str(target)]
+    assert export.main(command_line) == 1
+    assert "unload it" not in capsys.readouterr().err, "there is no file that could be in use"
+    target.touch()
+    assert export.main(command_line) == 1
+    assert "unload it there or stop ComfyUI; or choose another name" in capsys.readouterr().err
 
 
 def test_an_export_is_sampled_with_the_context_it_was_trained_for(tmp_path):

@@ -85,12 +85,21 @@ def test_a_chunk_is_decoded_while_the_samplers_stream_is_busy(vae, stream_decode
     torch.cuda.synchronize()
 
 
-def test_an_interrupt_frees_what_the_decoder_remembers(vae, stream_decoder):
+@pytest.mark.parametrize("large", [True, False])
+def test_an_interrupt_frees_a_large_state_and_keeps_a_small_one(
+    vae, large, gpu_pack, stream_decoder, exact_float32, monkeypatch
+):
     import comfy.model_management
 
+    monkeypatch.setattr(gpu_pack("model_patches.stream_decode"), "MOST_KEPT_BYTES", 0 if large else 1 << 30)
+    wanted = whole(vae)
     with stream_decoder(vae) as decoder:
-        decoder.decode(clip()[:, :, :3])
+        first = decoder.decode(clip()[:, :, :3])
+        held = decoder.state_bytes
         comfy.model_management.interrupt_current_processing()
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             decoder.decode(clip()[:, :, 3:])
-        assert decoder.state_bytes == 0
+        assert decoder.state_bytes == (0 if large else held)
+        if not large:
+            rest = decoder.decode(clip()[:, :, 3:])
+            assert (torch.cat([first, rest], dim=1) - wanted).abs().max() < TOLERANCE

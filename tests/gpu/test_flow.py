@@ -4,7 +4,7 @@ every run."""
 import pytest
 import torch
 
-from diagonal_sampler.flow import AdapterField, OpticalFlow, camera_flow, carry
+from diagonal_sampler.flow import AdapterField, OpticalFlow, camera_flow, carry, tracks_flow
 from diagonal_sampler.schedule import DiagonalSchedule
 
 DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")
@@ -20,6 +20,20 @@ def test_a_picture_on_the_gpu_is_carried_as_one_on_the_cpu():
             assert torch.equal(getattr(found, part), getattr(again, part)), part
             differs = (getattr(found, part).cpu().float() - getattr(wanted, part).float()).abs() > 1e-3
             assert differs.float().mean() < 1e-3, part  # a threshold may fall the other way
+
+
+def test_a_picture_is_carried_without_waiting_for_the_gpu():
+    picture = torch.rand(3, 120, 208, generator=torch.Generator().manual_seed(0)).cuda()
+    path = torch.stack([30 + 2 * torch.arange(13.0), torch.full((13,), 60.0)], -1)[:, None]
+    fields = tracks_flow(path, None, 120, 208), camera_flow(12, 120, 208, zoom=-1.0)
+    for field in fields:
+        list(carry(picture, field, 0, 12))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            frames = list(carry(picture, field, 0, 12))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(frames) == 12 and all(frame.picture.isfinite().all() for frame in frames)
 
 
 def test_an_adapter_is_told_the_same_on_the_gpu_without_waiting_for_it():

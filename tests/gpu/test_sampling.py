@@ -19,6 +19,8 @@ EQUAL_TO_CPU = 1e-3
 """Max abs between float32 latents of CPU and GPU: other kernels sum in another order, over 17 forwards."""
 RUNS = ("diag_7", "relative_20")
 CLIP = (1, 16, 21, 16, 16)
+BUSY_CYCLES = 400_000_000
+"""Some tenths of a second of a GPU's clock: far more than the linear map of a chunk takes."""
 MEMORY_SLACK = 1 << 20
 """Bytes that a number or two and the allocator's rounding may differ by; a latent frame's keys are more."""
 
@@ -82,7 +84,7 @@ def test_small_number_formats_make_about_the_same_video(dtype, least, tiny_wan, 
 
 
 def test_nothing_waits_for_the_device_inside_a_chunk(tiny_wan, sampling, prompt, monkeypatch):
-    """From the first draw of a chunk to its commit. One look for NaN comes after it, see `_FiniteLook`."""
+    """From the first draw of a chunk to its commit. One look for NaN comes after it, see `FiniteLook`."""
     model = tiny_wan(torch.bfloat16, window=9, sink=3)
 
     def sample() -> None:
@@ -107,6 +109,34 @@ def test_nothing_waits_for_the_device_inside_a_chunk(tiny_wan, sampling, prompt,
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(chunks) == 8
+
+
+def test_a_streams_chunk_is_given_away_without_waiting_for_it(tiny_wan, sampling, prompt, monkeypatch):
+    model, given, give = tiny_wan(torch.bfloat16), [], sampling._SamplingRun.give
+    plan = sampling.plan_clip(model, (1, 16, 9, *CLIP[3:]), DIAGONAL)
+
+    def watched(*named) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            give(*named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(sampling._SamplingRun, "give", watched)
+    sampling.stream_latent(model, prompt, [], plan, given.append, seed=1)
+    assert [chunk.latents.device.type for chunk in given] == ["cuda"] * 3
+
+
+def test_pictures_of_a_chunk_are_made_of_what_the_gpu_has_finished(tiny_wan, gpu_pack):
+    """No previewer of the user's is chosen here, so that it is the linear map."""
+    latents = torch.randn(1, 16, 3, *CLIP[3:], generator=torch.Generator().manual_seed(0))
+    pictures_of = gpu_pack("model_patches.previews").preview_of(tiny_wan())
+    wanted = [picture.tobytes() for picture in pictures_of(latents)]
+    there = latents.cuda()
+    list(pictures_of(-there))  # prepares kernels, and leaves other pictures in memory that is used again
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY_CYCLES)
+    assert [picture.tobytes() for picture in pictures_of(there)] == wanted
 
 
 def test_the_watch_for_waits_can_fail():

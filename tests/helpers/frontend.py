@@ -23,8 +23,8 @@ ABSENT_USER_FILES = re.compile(
     r"/(favicon\.ico|api/userdata/user\.css|user\.css|api/userdata/comfy\.templates\.json"
     r"|api/userdata\?dir=(workflows|subgraphs)&\S*)$"
 )
-# It opens a new user's first graph, whose models it looks up on the internet; the server's page policy forbids that.
-# No graph of ours names an address (a test sees to it), so such a line is never theirs.
+# It asks for the sizes of missing models, of a new user's first graph and of the Wan graphs of ours, which name their
+# addresses; the server's page policy forbids that.
 OUTSIDE_LOOKUP = re.compile(r"(Connecting to|Fetch API cannot load|Refused to connect to) '?https://")
 # What the frontend says of itself while it starts, before any workflow is loaded.
 STARTUP_NOISE = ("ComfyApp graph accessed before initialization",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -65,6 +66,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
 
 
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def fake_comfyui(folder: Path, main: str, version: str = "99.0.0") -> Path:
     folder.mkdir()
     (folder / "main.py").write_text(main)
@@ -94,7 +98,8 @@ def start_driver(comfyui: Path, home: Path, *arguments: str) -> subprocess.Popen
     # As in a terminal, also where the tests run under nohup, which quickstart would honour.
     reset = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n" if os.name != "nt" else ""
     command = [sys.executable, "-c", reset + DRIVER.format(root=str(ROOT)), str(comfyui), str(home), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def quickstart(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -180,6 +185,46 @@ def test_a_taken_port_is_one_line(tmp_path):
         result = quickstart("--serve", "--no-job", "--port", port)
     assert result.returncode == 1
     assert f"port {port} is taken" in one_line(result.stderr)
+
+
+class ReservedPort(socket.socket):
+    def bind(self, address) -> None:
+        raise PermissionError(13, "access forbidden")
+
+
+@pytest.mark.parametrize(("system", "says"), [("nt", "is reserved or taken"), ("posix", "Give one above 1023")])
+def test_a_port_that_is_not_given_out_is_one_line(system, says, monkeypatch):
+    """On Windows any number may be: Hyper-V and WSL keep ranges for themselves."""
+    with monkeypatch.context() as patch:
+        patch.setattr(server.socket, "socket", ReservedPort)
+        patch.setattr(server.os, "name", system)
+        with pytest.raises(Problem) as problem:
+            server.require_port(50000)
+    assert "port 50000 " in str(problem.value) and says in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("system", "built_for", "machine", "kernel", "says"),
+    [
+        ("win32", "win-arm64", "ARM64", "10.0.26100", "use an x64 Python"),
+        ("win32", "win-amd64", "ARM64", "10.0.26100", None),
+        ("darwin", "macosx-11.0-universal2", "x86_64", "xnu-11215.1.9~22/RELEASE_ARM64_T6031", "use an arm64 Python"),
+        ("darwin", "macosx-11.0-universal2", "x86_64", "xnu-11215.1.9~22/RELEASE_X86_64", "no build for Intel Macs"),
+        ("darwin", "macosx-11.0-universal2", "arm64", "xnu-11215.1.9~22/RELEASE_ARM64_T6031", None),
+    ],
+)
+def test_a_machine_without_a_torch_is_told_what_it_needs(system, built_for, machine, kernel, says, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(packages.sys, "platform", system)
+        patch.setattr(packages.sysconfig, "get_platform", lambda: built_for)
+        for name, value in (("machine", machine), ("version", kernel), ("mac_ver", ("15.0", ("", "", ""), machine))):
+            patch.setattr(packages.platform, name, lambda value=value: value)
+        try:
+            packages.check_machine()
+            problem = None
+        except Problem as error:
+            problem = str(error)
+    assert problem is None if says is None else says in problem
 
 
 def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch):
@@ -275,6 +320,79 @@ def test_only_the_wanted_folder_is_extracted(tmp_path):
         host.extract_folder(archive, "p-2", tmp_path / "D")
 
 
+@pytest.fixture
+def held_files(monkeypatch) -> set:
+    """Every file and folder cannot be moved at its first try, as where a scanner has it open; those it was so for."""
+    replace, held = os.replace, set()
+
+    def busy(source, target) -> None:
+        if source not in held:
+            held.add(source)
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, busy)
+    return held
+
+
+def test_the_set_up_waits_for_files_that_a_scanner_has_open(held_files, tmp_path, monkeypatch):
+    def download(command, what):
+        make_archive(Path(command[-1]) / "a.tar.gz", {f"{host.FOLDER_INSIDE}/main.py": b"new"})
+        (archive,) = Path(command[-1]).glob("*.tar.gz")
+        monkeypatch.setattr(host, "SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+        return 0, ""
+
+    for name, value in (("HOST", tmp_path), ("FETCHED", tmp_path / "ComfyUI"), ("find_pip", lambda: ["pip"])):
+        monkeypatch.setattr(host, name, value)
+    monkeypatch.setattr(host, "run_logged", download)
+    fake_comfyui(host.FETCHED, "old")
+    host.fetch()
+    assert (host.FETCHED / "main.py").read_text() == "new" and host.fetched()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ComfyUI", "ComfyUI.sha256"]
+    assert len(held_files) == 3, "the folder of before, the new one and the stamp"
+
+
+def test_a_file_that_stays_open_elsewhere_is_explained():
+    error = PermissionError(13, "Access is denied")
+    assert processes.explain_disk(error) == str(error)
+    error.winerror = 5
+    assert "another program has it, or a file in it, open" in processes.explain_disk(error)
+    assert "the disk is full" in processes.explain_disk(OSError(28, "No space left on device"))
+
+
+def test_on_windows_uv_copies_its_cache(monkeypatch):
+    """Its hard links fail in a folder of OneDrive."""
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.os, "name", "nt")
+        assert processes.child_environment()["UV_LINK_MODE"] == "copy"
+        patch.setattr(processes.os, "name", "posix")
+        patch.delenv("UV_LINK_MODE", raising=False)
+        assert "UV_LINK_MODE" not in processes.child_environment()
+
+
+def test_the_tests_can_be_imported_on_windows():
+    """None uses a module or a signal that is not there outside of a function."""
+    absent = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+    signals = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
+    found = []
+
+    def look(node: ast.AST, file: Path) -> None:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+            found.extend((file.name, name) for name in names & absent)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "signal":
+            if node.attr.startswith("SIG") and node.attr not in signals:
+                found.append((file.name, node.attr))
+        inside = [*node.decorator_list, node.args] if isinstance(node, ast.FunctionDef) else ast.iter_child_nodes(node)
+        for child in inside:
+            look(child, file)
+
+    for file in (ROOT / "tests").rglob("*.py"):
+        look(ast.parse(file.read_text(encoding="utf-8")), file)
+    assert not found
+
+
 @pytest.mark.parametrize("name", ["p/C/../../../escape", "p/C/..\\escape", "p/C/c:evil"])
 def test_an_archive_cannot_write_outside(name, tmp_path):
     archive = make_archive(tmp_path / "a.tar.gz", {name: b"x"})
@@ -311,7 +429,7 @@ def test_the_stamp_says_done_only_for_the_same_pins_and_host(tmp_path, monkeypat
     assert packages.read_stamp() == {}
 
 
-def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(tmp_path, monkeypatch):
+def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(held_files, tmp_path, monkeypatch):
     folder = tmp_path / ".venv"
     for name, value in (
         ("VENV", folder),
@@ -461,7 +579,7 @@ def test_comfyui_reads_our_metadata(comfyui_dir):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", ENDINGS)
 def test_a_signal_leaves_no_process_behind(signum, tmp_path):
     comfyui = fake_comfyui(tmp_path / "ComfyUI", STUBBORN_SERVER)
     process = start_driver(comfyui, tmp_path / "home", "--serve", "--no-job")
@@ -502,7 +620,11 @@ def test_a_real_server_makes_the_video_and_ends_on_ctrl_c(comfyui_dir, tmp_path)
     url = next(line for line in lines if "is ready at" in line).split()[4]
     assert json.load(urllib.request.urlopen(url + "/history")), "it goes on serving"
     family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    if os.name == "nt":  # Ctrl-C would reach the tests too
+        for one in (process, *family):
+            one.kill()
+    else:
+        process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert family and not still_running(family)
     assert any(re.match(r"done · forwards (\d+)/\1 · chunk 1/1 · [\d.]+ frames/s", line) for line in lines)
@@ -658,7 +780,7 @@ def test_a_seed_that_feeds_several_samplers_is_set_at_its_source():
     assert graph["9"]["inputs"]["value"] == 11 and graph["5"]["inputs"]["seed"] == ["9", 0]
 
 
-def test_labels_stand_above_a_comparison_and_leave_its_frames(tmp_path):
+def test_labels_stand_above_a_comparison_and_leave_its_frames(held_files, tmp_path):
     video = write_video(tmp_path / "a.mp4", 5)
     job.add_labels(video, ["one: 1.00 s", "two: 2.00 s"])
     frames, count = job.read_frames(video, 5)
@@ -682,7 +804,7 @@ def write_video(path: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("count", [1, 5, 81])
-def test_the_contact_sheet_shows_frames_in_order(count, tmp_path):
+def test_the_contact_sheet_shows_frames_in_order(count, held_files, tmp_path):
     video, sheet = write_video(tmp_path / "a.mp4", count), tmp_path / "a.png"
     job.make_contact_sheet(video, sheet, "a grey fade")
     tiles = min(count, 12)

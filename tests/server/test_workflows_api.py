@@ -132,13 +132,19 @@ def _tile(frames: np.ndarray, file: Path) -> None:
     Image.fromarray(sheet.reshape(rows * (height + 2), TILE_COLUMNS * (width + 2), 3)).save(file)
 
 
+def _saved(comfy_server, graph: dict) -> list[dict]:
+    """Runs a graph; what it saved in the output folder, so not what nodes show of themselves."""
+    shown = [item for output in comfy_server.run(graph).values() for item in output.get("images", [])]
+    return [item for item in shown if item["type"] == "output"]
+
+
 def _run(comfy_server, name: str) -> tuple[np.ndarray, Fraction, dict]:
     """Runs a bundled graph: its frames, frames a second, and the graph. Leaves what a person would look at."""
     graph = _graph(ROOT / "workflows" / "api" / f"{name}.json")
-    outputs = comfy_server.run(graph)
-    saved = [item for output in outputs.values() for item in output.get("images", [])]
     # A graph with motion also saves how the motion looks, under the same name with _flow behind it.
-    (saved,) = [item for item in saved if not item["filename"].startswith(f"diagonal_{name}_flow_")]
+    (saved,) = [
+        item for item in _saved(comfy_server, graph) if not item["filename"].startswith(f"diagonal_{name}_flow_")
+    ]
     video = comfy_server.output_dir / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4"
     frames, rate, codec = _frames(video)
@@ -223,7 +229,7 @@ def _other(comfy_server, graph: dict, change: Callable[[dict], None]) -> np.ndar
     graph = {
         key: node for key, node in graph.items() if not node["inputs"].get("filename_prefix", "").endswith("_flow")
     }
-    (saved,) = [item for output in comfy_server.run(graph).values() for item in output.get("images", [])]
+    (saved,) = _saved(comfy_server, graph)
     return _frames(comfy_server.output_dir / saved["subfolder"] / saved["filename"])[0]
 
 
