@@ -458,7 +458,10 @@ class _Run:
     def put_state_away(self) -> None:
         """What a finished video needs no more, or under another name. What cannot be put away is said: the video is."""
         try:
-            self._name_done() if self.options.keep_state else self._remove_state()
+            if self.options.keep_state:
+                self._name_done()
+            else:
+                self._remove_state()
         except OSError as error:
             log.warning(
                 "%s is finished, but its state %s cannot be put away (%s; perhaps another program has it open). Remove "

@@ -1414,7 +1414,6 @@ def test_only_the_same_graph_resumes(stream, options, output, demo, streaming, c
     assert "unfinished" not in lines[-1]
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 2, 1), (2, 0, 1, 0), (3, 4, 5, 1)])
 def graph_with(**texts: str) -> dict:
     """An API graph whose stream node, "1", has a node with a text at each of its inputs."""
     graph = {name: {"class_type": "CLIPTextEncode", "inputs": {"text": text}} for name, text in texts.items()}
@@ -1447,6 +1446,7 @@ def test_a_node_at_an_input_that_is_not_used_does_not_count(streaming, stream, o
     assert queue(2.0, "a", "b", on_progress=at) and not queue(2.0, "a", "edited", on_progress=stop_at(0))
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 2, 1), (2, 0, 1, 0), (3, 4, 5, 1)])
 def test_every_value_of_a_motion_counts(stream_state, place):
     motion = torch.zeros(4, 5, 6, 2)
     before = stream_state.digest_of_whole(motion)
