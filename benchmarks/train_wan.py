@@ -198,11 +198,11 @@ def main() -> None:
         limit = time_limit(arguments.seconds)
         recipe = recipe_of(arguments, folder)
         began = time.perf_counter()
-        with train.joined_ranks() as ranks:
-            if ranks.device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            train.run(recipe, folder / "run", ranks, time_is_up=limit)
+        ranks = train.join_ranks()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        train.run(recipe, folder / "run", ranks, time_is_up=limit)
         wall = time.perf_counter() - began
         stem = f"lora_{recipe.lora_rank}" if recipe.lora_rank else "all_weights"
         stem = f"{'tiny_' if arguments.tiny else ''}{stem}{'_compiled' if recipe.compile else ''}"

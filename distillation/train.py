@@ -71,11 +71,8 @@ class Ranks:
         return self.rank == 0
 
 
-@contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Joins torchrun's process group, if there is one, and leaves it at the end.
-
-    Not after an error: NCCL would wait there for ranks that may never answer. `main` then ends the process at once.
+def join_ranks() -> Ranks:
+    """Joins torchrun's process group, if there is one; `main` leaves it.
 
     Raises:
         ValueError: more processes than GPUs, or several for GPUs without NCCL.
@@ -88,8 +85,7 @@ def joined_ranks() -> Iterator[Ranks]:
             "torchrun with --nproc-per-node of at most that"
         )
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
-        return
+        return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
     if cuda and not dist.is_nccl_available():
         raise ValueError(
             "several ranks on GPUs need NCCL, which this torch does not have (on Linux it has); start one process, "
@@ -102,8 +98,7 @@ def joined_ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
-    dist.destroy_process_group()
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
 
 
 def mean_over_ranks(value: Tensor) -> float:
@@ -808,10 +803,10 @@ def train(recipe: Recipe, folder: Path, seconds: float | None = None) -> None:
     if recipe.stage == "teacher":
         train_teacher(recipe, folder, seconds)
         return
-    with joined_ranks() as ranks:
-        if not ranks.main:
-            logging.getLogger().setLevel(logging.WARNING)
-        run(recipe, folder, ranks, time_is_up=lambda: seconds is not None and time.monotonic() - began > seconds)
+    ranks = join_ranks()
+    if not ranks.main:
+        logging.getLogger().setLevel(logging.WARNING)
+    run(recipe, folder, ranks, time_is_up=lambda: seconds is not None and time.monotonic() - began > seconds)
 
 
 def train_teacher(recipe: Recipe, folder: Path, seconds: float | None = None) -> None:
@@ -854,7 +849,15 @@ def last_checkpoint(folder: Path, *, again: bool) -> str:
 
 
 def leave_ranks(status: int) -> NoReturn:
-    """Ends this process as it is: the usual end waits for ranks that may be waiting for this one."""
+    """Ends this process as one of several ranks, without the interpreter's own end.
+
+    After a failure nothing is waited for: NCCL's end would wait for ranks that may be waiting for this one. After a
+    success all ranks end together; gloo's threads outlive their process group, and one that lets go of a tensor while
+    the interpreter ends aborts the process.
+    """
+    if not status:
+        dist.destroy_process_group()
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -886,7 +889,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         traceback.print_exc()
         status = 1
-    if status and dist.is_initialized():
+    if dist.is_initialized():
         leave_ranks(status)
     return status
 

@@ -36,8 +36,8 @@ def flow_recipe(inputs: Path, **changes):
 
 def trainer_of(recipe, folder: Path) -> train.Trainer:
     folder.mkdir(parents=True, exist_ok=True)
-    with train.joined_ranks() as ranks:
-        return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
+    ranks = train.join_ranks()
+    return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ def start(arguments: list[str], **options: Any) -> subprocess.Popen:
 
 def train_here(recipe: Recipe, run: Path) -> dict[str, Tensor]:
     """Trains in this process; the last checkpoint's tensors."""
-    with train.joined_ranks() as ranks:
-        train.run(recipe, run, ranks)
+    ranks = train.join_ranks()
+    train.run(recipe, run, ranks)
     return last_tensors(run)
 
 
