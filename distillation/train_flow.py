@@ -61,11 +61,18 @@ from distillation.demo_run import (
     read_run,
     save_checkpoint,
 )
-from distillation.train_demo import SMALLEST_TRAINED_SIGMA
+from distillation.train_demo import (
+    SMALLEST_TRAINED_SIGMA,
+    DitRecipe,
+    LatentSet,
+    dit_batch,
+    encode_latent_set,
+    enlarged,
+)
 
 log = logging.getLogger("train_flow")
 
-CHECKPOINT, CLIPS = "flow.pt", "flow_clips.pt"
+CHECKPOINT, CLIPS, KEPT_CLIPS = "flow.pt", "flow_clips.pt", "kept_clips.pt"
 READ_EVERY = 20
 """Updates after which losses are looked at: reading them waits for a GPU."""
 
@@ -84,6 +91,7 @@ class FlowRecipe:
     length: int = 45  # pixel frames of a clip
     batch: int = 24  # clips of a continuation
     kept_batch: int = 12  # clips without flow, beside it
+    kept_clips: int = 0  # clips that go as their captions say, for the batches without flow; 0: those that turn
     causal_share: float = 0.15
     opening_share: float = 0.15
     empty_caption_share: float = 0.1
@@ -100,6 +108,8 @@ class FlowRecipe:
     def __post_init__(self) -> None:
         if self.save_every < 1:
             raise ValueError(f"save_every is {self.save_every}; a checkpoint comes every so many updates, 1 or more.")
+        if self.kept_clips and self.few_steps:
+            raise ValueError("kept_clips are for the teacher: their batches have its noise levels, not a student's.")
 
 
 def student_recipe(**changes: object) -> FlowRecipe:
@@ -212,7 +222,10 @@ class FlowBatch:
     target: Tensor  # [B, 16, T, h, w] noise - x0
     weight: Tensor  # [B, T], 0 where the prediction is not used
     ids: Tensor  # int64 [B, 2, 4]
-    optical_flow: Tensor  # [B, 4, T, h, w]
+    optical_flow: Tensor | None  # [B, 4, T, h, w]
+    frames_per_chunk: int
+    window: int = GLOBAL_WINDOW
+    sink: int = 0
 
 
 def flow_batch(
@@ -260,7 +273,24 @@ def flow_batch(
         weight=weight,
         ids=data.ids[rows] * spoken[:, None, None],
         optical_flow=flow,
+        frames_per_chunk=size,
     )
+
+
+def kept_recipe(recipe: FlowRecipe) -> DitRecipe:
+    """The teacher's own training, with batches of about `kept_batch` continuations."""
+    usual = DitRecipe()
+    own = replace(
+        usual, seed=recipe.seed, clips=recipe.kept_clips, later_clips=min(usual.later_clips, recipe.kept_clips)
+    )
+    return enlarged(own, recipe.kept_batch / usual.continuation_batch)
+
+
+def own_batch(recipe: DitRecipe, data: LatentSet, update: int) -> FlowBatch:
+    """A batch as the teacher was trained on, ghosts and all (train_demo), without flow."""
+    batch = dit_batch(recipe, data, update)
+    names = ("noisy", "sigma", "weight", "ids", "frames_per_chunk", "window", "sink")
+    return FlowBatch(target=batch.flow, optical_flow=None, **{name: getattr(batch, name) for name in names})
 
 
 def _sigmas(
@@ -277,13 +307,14 @@ def _sigmas(
     return per_chunk, (last if schedule.context_mode == "noisy" else torch.zeros_like(last)).expand(batch, -1)
 
 
-def _predict(dit: WanDiT, encoder: CaptionEncoder, batch: FlowBatch, size: int, *, with_flow: bool) -> Tensor:
+def _predict(dit: WanDiT, encoder: CaptionEncoder, batch: FlowBatch, *, with_flow: bool) -> Tensor:
     return dit(
         batch.noisy,
         1000 * batch.sigma,
         encoder(batch.ids),
-        frames_per_chunk=size,
-        window=GLOBAL_WINDOW,
+        frames_per_chunk=batch.frames_per_chunk,
+        window=batch.window,
+        sink=batch.sink,
         optical_flow=batch.optical_flow if with_flow else None,
     ).float()
 
@@ -381,25 +412,31 @@ def train_flow(
     if learned is not None:
         add_change(dit, *map(load_dit, learned))
     data = encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
+    own, own_data = kept_recipe(recipe), None
+    if recipe.kept_clips:
+        own_data = encode_latent_set(own, autoencoder, out / KEPT_CLIPS, device)
     before, encoder, dit = before.to(device), encoder.to(device), dit.to(device)
     optimizers = flow_optimizers(dit, recipe)
     training = Training(path, dit, optimizers, recipe, ema_decay=recipe.ema_decay, begun_with=[file, *(learned or ())])
     first = training.resume()
-    size = trained.settings.frames_per_chunk
     losses = Losses("flow", "kept")
     pace = Pace(recipe.updates, recipe.warmup, None if seconds is None else seconds - (time.perf_counter() - entered))
     bar = progress(pace.updates_from(first, stop), "flow", total=recipe.updates - first)
     update = first - 1
     for update in bar:
-        batch, kept = (flow_batch(recipe, data, trained, update, kept=kept) for kept in (False, True))
+        batch = flow_batch(recipe, data, trained, update)
+        if own_data is None:
+            kept = flow_batch(recipe, data, trained, update, kept=True)
+        else:
+            kept = own_batch(own, own_data, update)
         pace.set_rates(training.optimizers, update)
         with autocast(device):
-            predicted = _predict(dit, encoder, batch, size, with_flow=True)
+            predicted = _predict(dit, encoder, batch, with_flow=True)
             loss = _error(predicted, batch.target, batch, of_x0=recipe.few_steps)
             loss.backward()
             with torch.no_grad():
-                wanted = _predict(before, encoder, kept, size, with_flow=False)
-            predicted = _predict(dit, encoder, kept, size, with_flow=False)
+                wanted = _predict(before, encoder, kept, with_flow=False)
+            predicted = _predict(dit, encoder, kept, with_flow=False)
             other = _error(predicted, wanted, kept, of_x0=recipe.few_steps)
             (recipe.kept_weight * other).backward()
         training.step(update)
@@ -435,8 +472,8 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
 
 
 RUN_FIELDS = (
-    "seed", "updates", "clips", "length", "batch", "kept_batch", "kept_weight", "learning_rate", "matrix_learning_rate",
-    "adapter_learning_rate", "warmup", "ema_decay", "save_every",
+    "seed", "updates", "clips", "length", "batch", "kept_batch", "kept_clips", "kept_weight", "learning_rate",
+    "matrix_learning_rate", "adapter_learning_rate", "warmup", "ema_decay", "save_every",
 )  # fmt: skip
 """Fields of both recipes (this file's and train_follow's) that are flags."""
 
@@ -454,7 +491,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", type=int if name in _WHOLE else float, metavar="VALUE")
 
 
-_WHOLE = ("seed", "updates", "clips", "length", "batch", "kept_batch", "warmup", "save_every")
+_WHOLE = ("seed", "updates", "clips", "length", "batch", "kept_batch", "kept_clips", "warmup", "save_every")
 
 
 def main(arguments: list[str] | None = None) -> None:

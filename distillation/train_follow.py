@@ -275,7 +275,7 @@ def export_follow(
 
 
 OWN_FIELDS = {
-    "pool": int, "pool_updates": int, "kept_clips": int, "led_share": float, "free_first_share": float,
+    "pool": int, "pool_updates": int, "led_share": float, "free_first_share": float,
     "course": float,
 }  # fmt: skip
 """Fields of the recipe that are flags here and not in train_flow."""

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diagonal_sampler.captions import tokenize_captions
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
-from distillation import demo_files, demo_run, train_flow
+from distillation import demo_files, demo_run, sprites, train_demo, train_flow
 from distillation.flow_evaluate import Player
 from distillation.recipes import DEMO
 from distillation.train_flow import FlowRecipe, encode_flow_clips, export_flow, flow_batch
@@ -105,6 +106,28 @@ def test_batches_depend_on_seed_and_update_and_are_of_three_kinds(run):
         places = clean[:, 14:].amax((0, 2)) - clean[:, 14:].amin((0, 2))
         assert places.max() < 1e-2, "the two channels of the place do not depend on the clip"
     assert seen == {3, 6, 9}
+
+
+def test_the_teachers_kept_batches_are_those_it_was_trained_on(run, tmp_path):
+    """Of clips that go as their captions say, without flow; a run on them resumes as any other."""
+    recipe = replace(TINY, kept_clips=20, kept_batch=4, updates=2)
+    own = train_flow.kept_recipe(recipe)
+    assert (own.clips, own.later_clips, own.continuation_batch, own.opening_batch) == (20, 20, 4, 8)
+    begun = train_flow.train_flow(recipe, DEMO, tmp_path / "a", CPU, clips=run / train_flow.CLIPS)
+    train_flow.train_flow(recipe, DEMO, tmp_path / "b", CPU, clips=run / train_flow.CLIPS, stop=1)
+    again = train_flow.train_flow(recipe, DEMO, tmp_path / "b", CPU, clips=run / train_flow.CLIPS)
+    assert same(demo_run.load_checkpoint(begun), demo_run.load_checkpoint(again))
+    data = train_demo.LatentSet(**demo_run.load_checkpoint(tmp_path / "a" / train_flow.KEPT_CLIPS))
+    assert torch.equal(data.ids, tokenize_captions(sprites.sample_scenes(20, recipe.seed).captions))
+    for update in range(6):
+        batch, usual = train_flow.own_batch(own, data, update), train_demo.dit_batch(own, data, update)
+        assert batch.optical_flow is None and torch.equal(batch.target, usual.flow)
+        assert torch.equal(batch.noisy, usual.noisy) and (batch.window, batch.sink) == (usual.window, usual.sink)
+
+
+def test_kept_clips_are_refused_for_a_student():
+    with pytest.raises(ValueError, match="kept_clips are for the teacher"):
+        train_flow.student_recipe(kept_clips=8)
 
 
 def test_a_students_batches_are_at_its_own_noise_levels(run):
