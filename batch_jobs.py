@@ -30,6 +30,11 @@ SEED_INPUTS = ("seed", "noise_seed")
 PROMPT_TITLES = frozenset({"prompt", "positive", "positive prompt"})
 SEED_TITLES = frozenset({"seed", "noise seed"})
 INTERRUPTED = "interrupted on the server"  # by a person: no failure of the job or the server
+OTHER_FORMATS = {
+    **dict.fromkeys((".csv", ".tsv", ".xlsx"), "a table"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "JSON"),
+    ".rtf": "RTF",
+}
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # line ends to some readers of the log
 
 
@@ -64,8 +69,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises BatchError where the file cannot be read, is no such text or holds no prompt.
     """
-    if path.suffix.lower() in (".csv", ".tsv"):
-        raise BatchError(f"--prompts: {path} is a table; give a text file with one prompt a line and nothing else")
+    _refuse_other_formats(path, [])
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -85,7 +89,21 @@ def read_prompts(path: Path) -> list[str]:
         raise BatchError(f"--prompts: {path} holds no prompt; write one a line")
     if any("\0" in prompt for prompt in prompts):
         raise BatchError(f"--prompts: {path} holds a zero byte; save the file again as UTF-8 text")
+    _refuse_other_formats(path, prompts)
     return prompts
+
+
+def _refuse_other_formats(path: Path, lines: list[str]) -> None:
+    """Raise BatchError for a file whose lines are no prompts, by its suffix or by what is in them."""
+    kind = OTHER_FORMATS.get(path.suffix.lower())
+    if lines and lines[0].startswith(r"{\rtf"):
+        kind = "RTF"
+    elif any("\t" in line for line in lines):
+        kind = "a table (a line has a tab in it)"
+    elif any(line.startswith("{") and json_object(line.encode()) is not None for line in lines):
+        kind = "JSON"
+    if kind:
+        raise BatchError(f"--prompts: {path} is {kind}; give a text file with one prompt a line and nothing else")
 
 
 def load_graph(path: Path) -> Graph:
@@ -364,8 +382,10 @@ def graph_for(graph: Graph, job: Job, prompt_targets: list[Target], seed_targets
 
 
 def graph_digest(graph: Graph, targets: list[Target]) -> str:
-    """A short hash of what the batch keeps constant: the graph without its prompt and seed widgets."""
+    """A short hash of what the batch keeps constant: the graph without its prompt and seed widgets and its titles."""
     fixed = copy.deepcopy(graph)
+    for node in fixed.values():
+        node.pop("_meta", None)
     for target in targets:
         fixed[target.node_id]["inputs"][target.name] = None
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
@@ -456,6 +476,7 @@ class BatchLog:
         done: the (prompt, seed) pairs that an earlier run finished with the graph ``digest``.
         foreign: how many finished lines another graph made.
         inflight: (prompt, seed) -> (prompt id, server) of jobs whose end is not known.
+        clients: server -> the id to which it sends the events of its jobs.
 
     LOG.lock keeps a second program from it. Raises BatchError where the log cannot be used.
     """
@@ -466,6 +487,7 @@ class BatchLog:
         self.foreign = 0
         self.inflight_path = path.with_name(path.name + ".inflight")
         self.inflight: dict[tuple[str, int], tuple[str, str]] = {}
+        self.clients: dict[str, str] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = open(path.with_name(path.name + ".lock"), "ab")
@@ -529,7 +551,15 @@ class BatchLog:
                 is_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", prompt_id)
                 if is_id and (prompt, seed) not in self.done:  # a kill between the two files leaves it in both
                     self.inflight[prompt, seed] = prompt_id, without_login(server)
+        clients = content.get("clients") if self.inflight else None  # earlier versions kept none
+        for server, client in clients.items() if isinstance(clients, dict) else ():
+            if isinstance(client, str) and re.fullmatch("[0-9a-f]{32}", client):
+                self.clients[server] = client
         self._save_inflight()
+
+    def client_id(self, server: str) -> str:
+        """The id to connect to a server with: that of its jobs in flight, which an earlier run sent, else a new one."""
+        return self.clients.setdefault(server, uuid.uuid4().hex)
 
     def _count(self, record: dict[str, Any]) -> None:
         if record.get("status", "done") != "done" or record.get("error"):
@@ -567,7 +597,8 @@ class BatchLog:
         partial = self.inflight_path.with_name(self.inflight_path.name + ".partial")
         try:
             if jobs:
-                partial.write_text(json.dumps({"graph": self.digest, "jobs": jobs}), encoding="utf-8")
+                content = {"graph": self.digest, "clients": self.clients, "jobs": jobs}
+                partial.write_text(json.dumps(content), encoding="utf-8")
                 replace_file(partial, self.inflight_path)
             else:
                 remove_file(self.inflight_path)

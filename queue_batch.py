@@ -8,7 +8,8 @@ Each finished job is one line of JSON in the log (prompt, seed, file, seconds, s
 an id of our own, which is looked up in the server's queue and history before it is queued again. The ids in
 flight are kept in ``LOG.inflight`` so that this also holds when this program itself is killed.
 
-Exit status: 0 every job done, 1 some failed or were not run, 2 wrong arguments, 130 stopped by Ctrl-C.
+Exit status: 0 every job done, 1 some failed or were not run, 2 wrong arguments, 130 stopped by Ctrl-C
+(by a terminal that was closed, too).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ from batch_jobs import (  # noqa: E402
     status_text,
     without_login,
 )
-from diagonal_sampler.disk import remove_file, replace_file  # noqa: E402
+from diagonal_sampler.disk import whole_file  # noqa: E402
 
 MAX_ATTEMPTS = 3  # a job that takes its server down with it is not tried for ever
 MAX_FAULTS = 3  # jobs in a row that a server cannot do and others can: it is the server
@@ -92,6 +93,7 @@ SECOND_LOOK_SECONDS = 2.0  # a request whose connection broke may still be in th
 REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 DOWNLOAD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 CANCEL_TIMEOUT = aiohttp.ClientTimeout(total=10)
+ADDRESS = re.compile(r"https?://[^/?#\s]+(/[^?#\s]*)?")
 PASSING_STATUS = {502, 503, 504}  # a proxy before a server that is restarting
 ODD_ANSWER = (TypeError, AttributeError, LookupError, ValueError)  # what reading a server that is no ComfyUI raises
 MAX_IMAGES = 1_000_000  # of one result: a name with a larger number was not counted up to
@@ -126,20 +128,21 @@ def server_address(text: str) -> tuple[str, dict[str, str]]:
     """The address of a server, and the HTTP headers that carry the login in it ({} where it has none).
 
     The address is returned without the login, as it is printed, logged and names the server everywhere; without a
-    slash at its end, and with http:// where no scheme is given. Raises BatchError where the text is no address.
+    slash at its end, and with http:// where no scheme is given. Raises BatchError where the text is no address; one
+    with ? or # in it is none, and what it shows has neither login nor query, which may be a token.
     """
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)  # its port raises ValueError where it is no number, and so does a host like a..b
-        is_url = re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) and parts.port != 0 and parts.hostname.encode("idna")
+        is_url = ADDRESS.fullmatch(url) and parts.port != 0 and parts.hostname.encode("idna")
         name, password = unquote(parts.username or ""), unquote(parts.password or "")
         is_url = is_url and ":" not in name  # the header has no way to say it
         login = base64.b64encode(f"{name}:{password}".encode()).decode()
     except (ValueError, AttributeError):
         is_url = False
     if not is_url:
-        shown = re.sub(".*@", "...@", text, flags=re.DOTALL)
-        raise BatchError(f"--server {shown!r} is no address; write it like http://127.0.0.1:8188")
+        shown = re.sub(r".*[?#].*@.*|.+(?=@)|[?#].*", "...", text, flags=re.DOTALL)
+        raise BatchError(f"--server {shown!r} is no address; write it like http://127.0.0.1:8188, without ? and #")
     return without_login(url).rstrip("/"), {"Authorization": f"Basic {login}"} if name or password else {}
 
 
@@ -168,14 +171,19 @@ class Server:
     out: bool = False  # it gets no more jobs, whatever it answers
     settled: int = 0  # jobs that it did
     faults: int = 0  # jobs in a row that it refused or failed and another did
-    late: bool = False  # it did not answer in the first seconds, nor since
-    doubted: bool = False  # whether a person was told that it refused or failed one, since the last that it did
-    heard: float = 0.0  # when it last said something of a job that it has
+    doubts: int = 0  # jobs that it refused or failed and left to another, since the last that it did
+    head: str | None = None  # the id at the head of its queue when that was last read
+    heard: float = 0.0  # when it last said something of a job that it has, went on to another or was connected
     quiet: bool = False  # whether a person was told that it says nothing
+    renewed: bool = False  # whether its websocket was opened anew since it last said something
 
     @property
     def label(self) -> str:
         return self.url.partition("://")[2]
+
+    def hear(self) -> None:
+        """It said something of a job that it has, or is not to say anything."""
+        self.heard, self.quiet, self.renewed = time.monotonic(), False, False
 
     async def request(
         self, method: str, path: str, *, timeout: aiohttp.ClientTimeout = REQUEST_TIMEOUT, body: Any = None
@@ -242,31 +250,45 @@ def seconds_taken(entry: dict[str, Any], posted: float) -> float:
     return round(time.monotonic() - posted, 3) if posted else 0.0
 
 
-def result_files(entry: dict[str, Any], *, every_image: bool = False) -> list[dict[str, str]]:
+def result_files(entry: dict[str, Any]) -> list[dict[str, str]]:
     """The saved files that a history entry names, videos first; previews only where nothing was saved.
 
-    Args:
-        every_image: of a folder of images, which names its last one, all.
+    They are in the order of their nodes' ids: that in which ComfyUI ran the nodes differs from one start to the next.
+    The last of a sequence of images stands for all, and has a key ``in_sequence``.
     """
     found = []
-    for output in (entry.get("outputs") or {}).values():
+    for _, output in sorted((entry.get("outputs") or {}).items(), key=lambda item: (len(item[0]), item[0])):
         for items in output.values() if isinstance(output, dict) else []:
             for item in items if isinstance(items, list) else []:
                 if isinstance(item, dict) and isinstance(item.get("filename"), str):
                     file = {k: str(item.get(k) or "") for k in ("filename", "subfolder", "type")}
-                    earlier = _earlier_images(file["filename"]) if every_image and item.get("in_sequence") else []
-                    found += [file | {"filename": name} for name in earlier] + [file]
+                    found.append(file | ({"in_sequence": "true"} if item.get("in_sequence") else {}))
     saved = [item for item in found if item["type"] == "output"] or found
     return sorted(saved, key=lambda item: media_suffix(item["filename"]) not in VIDEO_SUFFIXES)
 
 
-def _earlier_images(last: str) -> list[str]:
-    """Names of the images before the last of a sequence, which are numbered from 1."""
+def local_names(name: str, results: list[dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
+    """Every file of a job's results, and before it where it is kept below --output.
+
+    That is NAME.mp4, NAME_2.mp4, and for a sequence of images NAME/00000001.png, NAME/00000002.png and so on. Of the
+    server's names only the kind of file is used, and how many images there are.
+    """
+    names = []
+    for place, result in enumerate(results, 1):
+        own, suffix = name if place == 1 else f"{name}_{place}", media_suffix(result["filename"])
+        images = _images_up_to(result["filename"]) if "in_sequence" in result else []
+        names += [(f"{own}/{n:08}{suffix}", result | {"filename": image}) for n, image in enumerate(images, 1)]
+        names += [] if images else [(own + suffix, result)]
+    return names
+
+
+def _images_up_to(last: str) -> list[str]:
+    """Names of the images of a sequence, numbered from 1, whose last is known; [] where that is no such name."""
     number, dot, suffix = last.partition(".")
     if not (number.isascii() and number.isdecimal() and len(number) <= 8):
         return []
     count = int(number)
-    return [f"{n:0{len(number)}}{dot}{suffix}" for n in range(1, count)] if count <= MAX_IMAGES else []
+    return [f"{n:0{len(number)}}{dot}{suffix}" for n in range(1, count + 1)] if count <= MAX_IMAGES else []
 
 
 def media_suffix(filename: str) -> str:
@@ -320,7 +342,8 @@ class Display:
 
     def close(self) -> None:
         if self._progress:
-            self._progress.stop()
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self._progress.stop()
 
 
 # ----------------------------------------------------------------------------------------------------- batch
@@ -331,9 +354,10 @@ class Options:
     """What the command line chose.
 
     Attributes:
-        patience: seconds to wait for a server that was lost.
-        first_patience: seconds to wait for one that has not answered yet.
-        stall: seconds without a word of the job whose turn it is after which its server is given up.
+        patience: seconds to wait for a server that was lost, or has not answered yet where another has.
+        first_patience: seconds to wait while none has answered yet.
+        stall: seconds without a word of the job whose turn it is after which its server is given up; after half of
+            them its websocket is opened anew.
         output: where results are downloaded to; None leaves them on the server.
     """
 
@@ -440,7 +464,7 @@ class Batch:
                         self.display.line(f"{server.label}: connected again")
                     if not server.open:
                         lost_since, backoff = connected, FIRST_BACKOFF_SECONDS
-                    server.reached, server.late, server.open = True, False, not server.out
+                    server.reached, server.open = True, not server.out
                     await self._look_around(server)
                     await self._reconcile(server)
                     await self._pump(server, socket)
@@ -460,11 +484,8 @@ class Batch:
             if not told:
                 self.display.line(f"{server.label}: no connection ({lost}); trying again")
                 told = True
-            if not server.reached and time.monotonic() - lost_since > FIRST_CONTACT_SECONDS:
-                server.late = True
-                self._drop_untakable()
-            # Where others work, it costs nothing to wait for one that may have jobs of an earlier run.
-            waits_long = server.reached or (server.jobs and len(self.servers) > 1)
+            # Where others work, it costs nothing to wait for one that may do what they cannot, or has jobs already.
+            waits_long = any(s.reached for s in self.servers) or (server.jobs and len(self.servers) > 1)
             patience = self.options.patience if waits_long else self.options.first_patience
             if (server.open or server.jobs) and time.monotonic() - lost_since > patience:
                 self._give_up(server, str(lost), dead=refused and lost.refused)
@@ -519,11 +540,21 @@ class Batch:
 
     def _next_for(self, server: Server) -> Job | None:
         """Take the first waiting job that this server has not tried."""
+        if self._is_held_back(server):
+            return None
         for place, job in enumerate(self.waiting):
             if server.url not in job.tried:
                 del self.waiting[place]
                 return job
         return None
+
+    def _is_held_back(self, server: Server) -> bool:
+        """Whether it could do none of its jobs, and another that may do them is still to come."""
+        return (
+            server.doubts >= MAX_FAULTS
+            and not server.settled
+            and any(other.open and not other.reached for other in self.servers)
+        )
 
     async def _read_events(self, server: Server, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for message in socket:
@@ -534,7 +565,7 @@ class Batch:
             prompt_id = data.get("prompt_id") if isinstance(data, dict) else None
             if not isinstance(prompt_id, str) or prompt_id not in server.jobs:
                 continue
-            server.heard, server.quiet = time.monotonic(), False
+            server.hear()
             job = server.jobs[prompt_id]
             job.started = True
             value, most = data.get("value"), data.get("max")
@@ -546,13 +577,20 @@ class Batch:
     def _notice_silence(self, server: Server, queued: list[str]) -> None:
         """Tell a person once when the job at the head of a server's queue is ours and nothing is heard of it.
 
-        Raises ServerUnfit where that lasts: a server whose worker is dead accepts jobs and runs none.
+        Raises ConnectionLost after half of ``stall``, once: the server sends its events to no one when it noticed late
+        that an earlier websocket had ended. Raises ServerUnfit after the other half: a server whose worker is dead
+        accepts jobs and runs none.
         """
-        if not queued or queued[0] not in server.jobs:
-            server.heard = time.monotonic()  # it is the turn of others
+        head = queued[0] if queued else None
+        if head != server.head or head not in server.jobs:  # it went on, or it is the turn of others
+            server.head = head
+            server.hear()
         silence = time.monotonic() - server.heard
-        if silence > self.options.stall:
-            raise ServerUnfit(f"no word of its job for {silence / 60:.0f} minutes, see --stall")
+        if silence > self.options.stall / 2:
+            if server.renewed:
+                raise ServerUnfit(f"no word of its job for {self.options.stall / 60:.0f} minutes, see --stall")
+            server.renewed = True
+            raise ConnectionLost(f"no word of its job for {silence / 60:.0f} minutes")
         if silence > QUIET_SECONDS and not server.quiet:
             server.quiet = True
             self.display.line(
@@ -601,13 +639,13 @@ class Batch:
             await self._post(server, job)
 
     def _survivors(self, server: Server, lost: list[Job]) -> list[Job]:
-        """Those of the jobs a server has lost that may run again: not one that was lost too often as it ran."""
+        """Those of the jobs a server has lost that may run there again: not one that was lost too often as it ran."""
         sent = [job for job in lost if job.attempts]
         for job in [job for job in sent if job.started] or sent[:1]:  # the first may have ended it before a word
             job.losses += 1
             if job.losses >= MAX_ATTEMPTS:
-                self._fail(server, job, f"the server was lost {job.losses} times while it had this job")
-        return [job for job in lost if job.losses < MAX_ATTEMPTS]
+                self._turn_down(server, job, f"the server was lost {job.losses} times while it had this job")
+        return [job for job in lost if job.prompt_id in server.jobs]
 
     async def _look_up(self, server: Server, job: Job) -> tuple[dict[str, Any] | None, bool]:
         """The history entry of a job, and whether it still waits or runs."""
@@ -623,6 +661,7 @@ class Batch:
         job.attempts += 1
         job.missing, job.started, job.ended = 0, False, False
         job.posted = time.monotonic()
+        server.hear()
         job.outcome_unknown = True
         status, answer = await server.request("POST", "/prompt", body=body)
         job.outcome_unknown = False
@@ -645,6 +684,7 @@ class Batch:
 
     async def _finish(self, server: Server, job: Job, entry: dict[str, Any]) -> None:
         job.ended = True
+        server.hear()
         seconds, error = seconds_taken(entry, job.posted), failure(entry)
         if error == INTERRUPTED:
             self._fail(server, job, error, seconds)
@@ -655,12 +695,13 @@ class Batch:
 
     async def _collect(self, server: Server, job: Job, entry: dict[str, Any], seconds: float) -> None:
         """Fetch the results of a job that succeeded, and log it."""
-        results = result_files(entry, every_image=self.options.output is not None)
+        results = result_files(entry)
         files = [f"{r['type']}/{r['subfolder']}/{r['filename']}".replace("//", "/") for r in results]
         if self.options.output is not None:
             job.downloads += 1
             try:
-                files = [await self._download(server, job, result, i) for i, result in enumerate(results)]
+                names = local_names(job.name, results)
+                files = [await self._download(server, result, self.options.output / name) for name, result in names]
             except (ConnectionLost, DownloadError) as problem:
                 lost = isinstance(problem, ConnectionLost)
                 if lost and job.downloads < MAX_ATTEMPTS:
@@ -670,37 +711,29 @@ class Batch:
                 return
         self._record(server, job, "done", seconds, files=files)
 
-    async def _download(self, server: Server, job: Job, result: dict[str, str], number: int) -> str:
-        """Fetch a result under a name of our own; the server's word is used for the kind of file only."""
-        assert self.options.output is not None
-        extra = f"_{number + 1}" if number else ""
-        path = self.options.output / f"{job.name}{extra}{media_suffix(result['filename'])}"
-        partial = path.with_name(path.name + ".partial")
+    async def _download(self, server: Server, result: dict[str, str], path: Path) -> str:
+        """Fetch a result; it is on the disk before it has its name, for the log says that it is there."""
         try:
-            async with server.session.get(
-                f"{server.url}/view",
-                params=result,
-                timeout=DOWNLOAD_TIMEOUT,
-                headers=server.headers,
-                allow_redirects=False,
-            ) as response:
-                if response.status in PASSING_STATUS:
-                    raise ConnectionLost(f"HTTP {response.status}")
-                if response.status != 200:
-                    raise DownloadError(f"{status_text(response.status)} ({result['filename']})")
-                with open(partial, "wb") as file:
-                    async for block in response.content.iter_chunked(1 << 20):
-                        file.write(block)
-                    file.flush()
-                    os.fsync(file.fileno())  # the log says that it is there
-            replace_file(partial, path)
+            path.parent.mkdir(exist_ok=True)  # of a sequence of images
+            with whole_file(path) as partial:
+                async with server.session.get(
+                    f"{server.url}/view",
+                    params=result,
+                    timeout=DOWNLOAD_TIMEOUT,
+                    headers=server.headers,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status in PASSING_STATUS:
+                        raise ConnectionLost(f"HTTP {response.status}")
+                    if response.status != 200:
+                        raise DownloadError(f"{status_text(response.status)} ({result['filename']})")
+                    with open(partial, "wb") as file:
+                        async for block in response.content.iter_chunked(1 << 20):
+                            file.write(block)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise _lost(error) from error
         except OSError as error:
             raise BatchError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                remove_file(partial)
         return str(path)
 
     def _turn_down(self, server: Server, job: Job, error: str, seconds: float = 0.0) -> None:
@@ -709,14 +742,16 @@ class Batch:
         if not self._another_can_try(job):
             self._fail(server, job, error, seconds)
             return
-        if not server.doubted:
-            server.doubted = True
+        server.doubts += 1
+        if server.doubts == 1:
             what = f"seed {job.seed}, {printable(job.prompt, 60)}"
             self.display.line(f"{server.label}: {what}: {error}; another server tries it")
+        if server.doubts == MAX_FAULTS and self._is_held_back(server):
+            self.display.line(f"{server.label}: it gets no more jobs until another server answers, for it did none")
         self._move(server, job)
 
     def _another_can_try(self, job: Job) -> bool:
-        return any(server.open and not server.late and server.url not in job.tried for server in self.servers)
+        return any(server.open and server.url not in job.tried for server in self.servers)
 
     def _move(self, server: Server, job: Job) -> None:
         """Let another server have a job that this one does not run."""
@@ -783,7 +818,7 @@ class Batch:
         self.unfinished -= 1
         if status == "done":
             server.settled += 1
-            server.faults, server.doubted = 0, False
+            server.faults = server.doubts = 0
             self._blame(job)
         self.display.job(record)
         self.display.note(server.url, "")
@@ -831,8 +866,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patience",
         type=float,
-        help="seconds to wait for a server that is lost (default: 600) or does not answer yet (default: 10); one that "
-        "refuses connections for so long is taken for dead, and its jobs move to other servers",
+        help="seconds to wait for a server that is lost, or for another once one answers (default: 600), and for the "
+        "first to answer (default: 10); one that refuses connections for so long is taken for dead, and its jobs move "
+        "to other servers",
     )
     parser.add_argument(
         "--stall",
@@ -858,28 +894,36 @@ async def run_batch(jobs: list[Job], addresses: dict[str, dict[str, str]], optio
     assert main_task is not None
     stopped = False
 
-    def stop() -> None:
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) is signal.SIG_IGN:  # nohup
+        hangup = None
+
+    def stop(number: int) -> None:
         nonlocal stopped
-        if stopped:
+        if not stopped:
+            stopped = True
+            main_task.cancel()
+            if hangup:  # a terminal that closes sends it more than once
+                loop.remove_signal_handler(hangup)
+                signal.signal(hangup, signal.SIG_IGN)
+        elif number != hangup:
             display.close()  # gives a terminal its cursor back
             os._exit(130)  # the second Ctrl-C does not wait for servers
-        stopped = True
-        main_task.cancel()
 
-    for name in ("SIGINT", "SIGTERM"):
-        number = getattr(signal, name)
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
         try:
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, stop, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(stop, number))
     try:
         async with aiohttp.ClientSession() as session:
-            servers = [Server(url, session, headers) for url, headers in addresses.items()]
+            servers = [Server(url, session, headers, log.client_id(url)) for url, headers in addresses.items()]
             batch = Batch(jobs, servers, options, log, display)
             try:
                 await batch.run()
             except asyncio.CancelledError:
-                display.line(f"stopped: {batch.unfinished} of {len(jobs)} jobs not finished; --resume goes on")
+                with contextlib.suppress(OSError):  # the terminal was closed
+                    display.line(f"stopped: {batch.unfinished} of {len(jobs)} jobs not finished; --resume goes on")
                 return 130
             except BatchError as error:
                 display.line(
@@ -924,8 +968,12 @@ def run_command(arguments: argparse.Namespace) -> int:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BatchError(f"--output: cannot make {output}: {error.strerror}") from error
-    log = BatchLog(arguments.log or (output or Path()) / "batch.jsonl", digest, resume=arguments.resume)
+    path = arguments.log or (output or Path()) / "batch.jsonl"
+    no_log_yet = arguments.resume and not os.path.exists(path)
+    log = BatchLog(path, digest, resume=arguments.resume)
     try:
+        if no_log_yet:
+            print(f"no log at {path} yet: all {len(jobs)} jobs are run")
         if log.foreign:
             print(f"{log.foreign} lines of {log.path} were made with another graph and are not skipped")
         for job in jobs:

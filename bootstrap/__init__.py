@@ -3,7 +3,7 @@
     cli.py          the options and the order of the steps
     packages.py     `.venv` and the pinned packages in it
     host.py         ComfyUI: fetched into `.host`, or COMFYUI_DIR; this pack's link in its custom_nodes
-    server.py       ComfyUI's process: port, GPU, start
+    server.py       ComfyUI's process: port, GPU, start, log
     processes.py    child processes that never outlive this one, the progress line, errors of one line
     job.py          queues the workflow, follows it, makes the contact sheet
 

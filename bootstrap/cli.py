@@ -102,12 +102,12 @@ def require_demo() -> None:
         raise Problem("this clone has no demo/*.safetensors, the demo model. Clone the repository again.")
 
 
-def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) -> None:
+def run_job(comfy: server.Server, options: argparse.Namespace) -> None:
     """Make the video through the running server. Where that fails, nothing half written stays in `output`."""
     packages.require_space(JOB_BYTES, "a video", OUTPUT)
     prefix = time.strftime(f"{'compare' if options.compare else 'demo'}_%Y%m%d-%H%M%S")
     workflow = COMPARISON if options.compare else WORKFLOW
-    command = [packages.PYTHON, "-m", "bootstrap.job", "--url", url, "--workflow", workflow]
+    command = [packages.PYTHON, "-m", "bootstrap.job", "--url", comfy.url, "--workflow", workflow]
     command += ["--output", OUTPUT, "--prefix", prefix, *(["--compare"] if options.compare else [])]
     for name in ("prompt", "seed", "length"):
         value = getattr(options, name)
@@ -117,13 +117,13 @@ def run_job(process: subprocess.Popen, url: str, options: argparse.Namespace) ->
     try:
         job = CHILDREN.start(command, stdin=subprocess.DEVNULL, cwd=ROOT, env=runtime_environment())
         while job.poll() is None:
-            server.require_alive(process)
+            comfy.require_alive()
             time.sleep(0.1)
         CHILDREN.stop(job)
         if job.returncode == LOST_CONNECTION:
             time.sleep(1.0)  # a dying server closes its connections first
-            server.require_alive(process)
-            raise Problem(f"the connection to ComfyUI was lost. {server.log_end()}")
+            comfy.require_alive()
+            raise Problem(f"the connection to ComfyUI was lost. {comfy.log_end()}")
         if job.returncode < 0:
             raise Problem(f"the process that follows the run was ended by signal {-job.returncode}.")
         if job.returncode != 0:
@@ -175,13 +175,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"quickstart: warning: {tools}: torch.compile cannot work here.", file=sys.stderr)
     if options.test:
         return run_tests(comfyui, options.pytest_arguments)
-    process, url = server.start(comfyui, port=options.port, gpu=server.choose_gpu(options.gpu))
+    comfy = server.start(comfyui, port=options.port, gpu=server.choose_gpu(options.gpu))
     if options.serve:
-        STATUS.step(f"ComfyUI is ready at {url} (Ctrl-C ends it)")
+        STATUS.step(f"ComfyUI is ready at {comfy.url} (Ctrl-C ends it)")
     if makes_video:
-        run_job(process, url, options)
+        run_job(comfy, options)
     while options.serve:
-        server.require_alive(process)
+        comfy.require_alive()
         time.sleep(0.2)
     return 0
 

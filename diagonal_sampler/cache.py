@@ -96,12 +96,6 @@ class KVCache:
         """Latent frames of the open chunk, which goes over history; 0 where there is room for it."""
         return self.frames if self._written + self.frames > self.capacity else 0
 
-    @property
-    def max_position(self) -> float:
-        """The largest RoPE position that this clip reaches."""
-        last = self.capacity if self._window_positions else self.total_frames
-        return (last - 1) * self.time_scale
-
     def begin(self, frames: int) -> None:
         """Open the next chunk of `frames` latent frames. The first write evicts what has to go.
 

@@ -273,10 +273,14 @@ def require_same_length(before: Tensor, context: Tensor, text: str) -> None:
         )
 
 
-def recached_chunks(prompts: Iterable[PromptPlace]) -> list[int]:
-    """The chunks before which the window is written again, rising."""
+def recached_chunks(prompts: Iterable[PromptPlace], first: int = 1) -> list[int]:
+    """The chunks before which the window is written again, rising.
+
+    Args:
+        first: the earliest that has something in its window; 0 behind given frames.
+    """
     last = {prompt.chunk: prompt.switch for prompt in prompts}  # of those of one chunk, the last counts
-    return sorted(chunk for chunk, switch in last.items() if chunk > 0 and switch == "recache")
+    return sorted(chunk for chunk, switch in last.items() if chunk >= first and switch == "recache")
 
 
 def schedule_row(recached: Sequence[int], chunk: int) -> int:

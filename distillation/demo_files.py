@@ -25,6 +25,7 @@ log = logging.getLogger("demo_files")
 
 TEACHER_FILE = "demo_teacher.safetensors"
 STUDENT_FILE = "demo_student.safetensors"
+FOLLOWER_FILE = "demo_follower.safetensors"
 AUTOENCODER_FILE = "demo_autoencoder.safetensors"
 TEXT_ENCODER_FILE = "demo_text_encoder.safetensors"
 NETWORK_FILES = {"teacher": TEACHER_FILE, "student": STUDENT_FILE}

@@ -168,6 +168,12 @@ class Recipe:
             )
         if self.frames < 2 and self.motion_weight:
             raise ValueError("motion losses compare neighbouring latent frames; frames must be at least 2.")
+        if not PRESETS[self.preset].fresh_noise and self.stage not in ("teacher", "forcing"):
+            few = ", ".join(name for name, preset in PRESETS.items() if preset.fresh_noise)
+            raise ValueError(
+                f"preset is {self.preset!r}, whose steps keep their noise; a few-step student is trained for fresh "
+                f"noise at each: choose one of {few}."
+            )
         if self.stage == "long" and self.rollout_frames < self.frames:
             raise ValueError(f"rollout_frames is {self.rollout_frames}, less than frames ({self.frames}).")
         if self.window != GLOBAL_WINDOW and self.frames % self.frames_per_chunk and self.stage == "long":

@@ -332,9 +332,15 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     options["rope_options"] = rope_options
     frames, height, width = x.shape[2:]
     freqs = run.rope(
-        (frames, height, width, position, dtype),
+        (frames, height, width, position),
+        # ComfyUI's default is the model's dtype, and bf16 holds every whole number up to 256 only.
         lambda: network.rope_encode(
-            frames, height, width, device=x.device, dtype=dtype, transformer_options={"rope_options": rope_options}
+            frames,
+            height,
+            width,
+            device=x.device,
+            dtype=torch.float32,
+            transformer_options={"rope_options": rope_options},
         ),
     )
     conditions = tuple(zip(options["cond_or_uncond"], options["uuids"], strict=True))
@@ -348,11 +354,6 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     run.seen.update(conditions)
     with _cudnn_first(x.device, dtype):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-
-def exact_positions(dtype: torch.dtype) -> int:
-    """Largest whole number up to which `dtype` holds every whole number: ComfyUI builds positions in it."""
-    return round(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else 2**31
 
 
 class _Patch:

@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..diagonal_sampler.frames import nearest_sizes
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
 from ..diagonal_sampler.sampler import count_chunks, count_forwards, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule
@@ -155,7 +156,7 @@ def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
     for name, size, patch in (("height", shape[3], network.patch_size[1]), ("width", shape[4], network.patch_size[2])):
         if size % patch:
             scale = model.get_model_object("latent_format").spacial_downscale_ratio
-            down, up = size - size % patch, size - size % patch + patch
+            down, up = nearest_sizes(size, patch)
             raise ValueError(
                 f"The {name} is {size * scale} pixels ({size} in the latent); it must be a multiple of "
                 f"{patch * scale}. The nearest that fit are {down * scale} and {up * scale}."

@@ -52,10 +52,10 @@ def encode_context(vae: comfy.sd.VAE, images: Tensor, latent_frames: int) -> Con
     step = 2 * vae.spacial_compression_encode()
     for name, size in (("height", images.shape[1]), ("width", images.shape[2])):
         if size % step:
-            down = max(step, size - size % step)
+            down, up = frames.nearest_sizes(size, step)
             raise ValueError(
                 f"The {name} of the images is {size} pixels; it must be a multiple of {step}. The nearest that fit are "
-                f"{down} and {size - size % step + step}: scale the images, or crop them."
+                f"{down} and {up}: scale the images, or crop them."
             )
     count = min(latent_frames, frames.latent_frames(len(images)))
     warn_if_mistaken(vae)

@@ -131,6 +131,7 @@ class FlowRun:
         self._noise: FlowNoise | None = None
         self._embedding: FlowEmbedding | None = None
         self._adapter_field: AdapterField | None = None
+        self._told: tuple[int, int, bool] | None = None  # the frames whose motion the embedding has
         self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
         latent_format = model.get_model_object("latent_format")
         ratio = latent_format.spacial_downscale_ratio
@@ -263,10 +264,13 @@ class FlowRun:
 
     def before(self, at: Forward, device: torch.device) -> None:
         """To be called before every forward."""
-        if self._embedding is None or at.step > 0:
-            return  # the motion of a chunk is the same at all of its steps
+        follows = self._first <= at.chunk <= self._last
+        told = (at.start_frame, at.frames, follows)
+        if self._embedding is None or told == self._told:
+            return  # the motion of a chunk is the same at all of its forwards
         assert self._adapter_field is not None
-        if self._first <= at.chunk <= self._last:
+        self._told = told
+        if follows:
             features = self._adapter_field.features(at.start_frame, at.frames, carrying_device(device))
             self._embedding.set(features.to(device))
         else:

@@ -371,6 +371,10 @@ class PromptRun:
         # The chunk before the first is what a live prompt would blend from.
         seen = known[seen_from(known, max(0, first_chunk - 1)) :]
         self._prompts = [self._encode(prompt) if isinstance(prompt, LivePrompt) else prompt for prompt in seen]
+        self._behind_given = context_frames > 0
+        if self._behind_given and first_chunk == 0 and recached_chunks(known, 0)[:1] == [0]:
+            # The given frames are written before the first chunk begins: at once under what it shows.
+            self._show(0)
 
     def forwards_before(self, chunk: int) -> int:
         """Those of `extra_forwards` that the chunks before `chunk` took."""
@@ -395,10 +399,7 @@ class PromptRun:
         self.listen()
         self._next = chunk + 1
         self._forget_before(chunk)
-        context = context_at(self._prompts, chunk)
-        if context is not self._current:
-            self._set(context)
-            self._current = context
+        self._show(chunk)
         if self.box is not None and self.box.on_chunk is not None:
             self.box.on_chunk(
                 PromptNow(
@@ -409,6 +410,13 @@ class PromptRun:
                 )
             )
         return chunk in self._recached
+
+    def _show(self, chunk: int) -> None:
+        """Condition the run on what `chunk` shows."""
+        context = context_at(self._prompts, chunk)
+        if context is not self._current:
+            self._set(context)
+            self._current = context
 
     def listen(self) -> None:
         """Take live prompts; they begin with the next chunk."""
@@ -448,7 +456,7 @@ class PromptRun:
                 context_at(prompts, known.chunk)  # refuses a blend that cannot be, before anything has changed
         self._prompts = prompts
         kept = {chunk for chunk in self._recached if chunk != added.chunk}  # its own switch counts there
-        self._recached = sorted(kept.union(recached_chunks([added])))
+        self._recached = sorted(kept.union(recached_chunks([added], 0 if self._behind_given else 1)))
         self._count()
         self.live.append(prompt)
 

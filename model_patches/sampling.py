@@ -39,7 +39,7 @@ from ..diagonal_sampler.schedule import (
     same_steps,
     shift_sigma,
 )
-from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, exact_positions, require_known_rotations
+from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, require_known_rotations
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
 from .context_frames import ContextFrames
@@ -588,7 +588,6 @@ class _SamplingRun:
         self.transformer_options = self.options["transformer_options"]
         scale = (self.transformer_options.get("rope_options") or {}).get("scale_t", 1.0)
         self.cache = KVCache(plan.settings, plan.shape[2], time_scale=scale)
-        _require_exact_positions(self.cache, model.get_dtype_inference())
         if self.cache.moves:
             require_known_rotations(model.diffusion_model)
         fixed = "registered_hooks" not in self.options and not _wraps_forwards(self.options)
@@ -817,13 +816,3 @@ def _wraps_forwards(options: dict[str, Any]) -> bool:
         or any(any(found.values()) for found in others)
         or any(name in options for name in ("model_function_wrapper", "sampler_calc_cond_batch_function"))
     )
-
-
-def _require_exact_positions(cache: KVCache, dtype: torch.dtype) -> None:
-    """ComfyUI builds RoPE positions in the model's dtype: refuse a clip that reaches beyond what it holds exactly."""
-    limit = exact_positions(dtype)
-    if cache.max_position > limit:
-        raise ValueError(
-            f"The clip reaches RoPE position {cache.max_position:.0f}, but {dtype} holds whole numbers up to {limit} "
-            "only. Set a window on the causal model, such as 12 with sink 3, and positions auto, or a shorter length."
-        )

@@ -21,6 +21,7 @@ from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
 from ..diagonal_sampler.disk import remove_file, replace_file
+from ..diagonal_sampler.frames import nearest_sizes
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .clip_plan import ClipPlan, plan_clip
 from .context_frames import CONTEXT_LATENT_FRAMES, ContextFrames, encode_context
@@ -274,10 +275,10 @@ def _plan(
         ("height", options.height, patch[1] * ratio),
     ):
         if size < step or size % step:
-            down = max(step, size - size % step)
+            down, up = nearest_sizes(size, step)
             raise ValueError(
                 f"The {name} is {size} pixels; it must be a multiple of {step}. The nearest that fit are {down} and "
-                f"{down + step}."
+                f"{up}."
             )
     shape = (1, latent_format.latent_channels, options.latent_frames, options.height // ratio, options.width // ratio)
     plan = plan_clip(model, shape, schedule, context)

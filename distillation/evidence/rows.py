@@ -31,6 +31,7 @@ from distillation.recipes import demo as demo_recipe
 
 log = logging.getLogger("evaluate")
 
+TRAIN, LEVELS, FOLLOW = "train", "train_levels", "train_follow"
 INITIAL = "initial.safetensors"
 """Weights that the training of rows begins with: the teacher after causal initialisation."""
 
@@ -48,8 +49,8 @@ class Row:
         cfg: guidance against the empty caption; 1 is none.
         attention: "causal", or "bidirectional": the whole clip is one chunk.
         reference: the row it is compared with, or empty.
-        training: flags of distillation.train that make it; None for the shared initialisation.
-        moved: made by distillation.train_levels instead, with these flags.
+        training: flags of `trainer` that make it; None for the shared initialisation.
+        trainer: the module of distillation that makes it: train, train_levels or train_follow.
         budget: flags of its own budget of updates; empty: the one that all rows share.
         start: weights in the folder of runs that its training begins with.
         mean_with: others there; the training begins with the mean of both.
@@ -68,7 +69,7 @@ class Row:
     attention: str = "causal"
     reference: str = ""
     training: str | None = None
-    moved: bool = False
+    trainer: str = TRAIN
     budget: str = ""
     start: str = INITIAL
     mean_with: str = ""
@@ -131,7 +132,7 @@ LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-ope
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
 GIVEN, LEVELS_416, LEVELS_512 = "given-280", "levels-416", "levels-512"
 ONE_OF_EACH, ONE_OF_EACH_512, ONE_OF_EACH_704 = "one-of-each", "one-of-each-512", "one-of-each-704"
-ONE_OF_EACH_MEAN, SHIPPED = "one-of-each-mean", "shipped"
+ONE_OF_EACH_MEAN, SHIPPED, FOLLOWER = "one-of-each-mean", "shipped", "follower"
 UNDISTILLED_CFG = demo_files.TEACHER_CFG
 
 
@@ -204,7 +205,7 @@ def _moved(
         schedule=schedule,
         reference=CAUSAL,
         training=f"{flags} --sigmas {shlex.quote(levels)}",
-        moved=True,
+        trainer=LEVELS,
         start=start,
         mean_with=mean_with,
     )
@@ -423,6 +424,18 @@ ROWS: tuple[Row, ...] = (
         checkpoint=demo_files.STUDENT_FILE,
         start=f"{ONE_OF_EACH_MEAN}.safetensors",
     ),
+    Row(
+        name=FOLLOWER,
+        text=f"the demo's follower, without flow: {SHIPPED} with an adapter for optical flow, 1,017 updates more",
+        checkpoint=demo_files.FOLLOWER_FILE,
+        schedule=DEMO_SCHEDULE,
+        reference=SHIPPED,
+        training="--clips 16384 --length 81 --seed 91 --updates 1017 --batch 80 --kept-batch 64 --kept-weight 4 "
+        "--pool 96 --kept-clips 2048 --save-every 96 --warmup 20 --matrix-learning-rate 8e-4 --learning-rate 1.5e-4 "
+        "--adapter-learning-rate 5e-3",
+        trainer=FOLLOW,
+        start="sum_files",
+    ),
 )
 CONTROLS: tuple[Control, ...] = (
     Control(name="true-clips", text="true clips: what the measures can reach", decoded=False),
@@ -467,7 +480,17 @@ def training_command(row: Row, runs: Path, *, teacher: Path, demo: Path, updates
     if row.training is None:
         raise ValueError(f"row is {row.name!r}, the shared initialisation; it is made by distillation.train_demo.")
     run, start, target = (shlex.quote(os.fspath(runs / name)) for name in (row.name, row.start, row.checkpoint))
-    if row.moved:
+    if row.trainer == FOLLOW:
+        folder = shlex.quote(os.fspath(runs / FOLLOWER))
+        command = (
+            f"python -m distillation.train_follow --start {shlex.quote(os.fspath(demo))} --learned {start} --out {run} "
+            f"{row.training}"
+        )
+        return (
+            f'# {start}: demo/README.md, "The follower"\n{command} && \\\n{command} --export {folder} && \\\n'
+            f"mv {folder}/{demo_files.STUDENT_FILE} {target}"
+        )
+    if row.trainer == LEVELS:
         files = shlex.quote(os.fspath(demo))
         command = f"python -m distillation.train_levels --start {files} --student {start} --out {run}"
         if row.mean_with:
@@ -536,7 +559,7 @@ def recipe_of(row: Row) -> Recipe:
     Raises:
         ValueError: a row that distillation.train does not make.
     """
-    if row.training is None or row.moved:
+    if row.training is None or row.trainer != TRAIN:
         raise ValueError(f"row is {row.name!r}, which distillation.train does not make.")
     words = shlex.split(f"{row.training} {row.budget}")
     fields = {
@@ -553,7 +576,7 @@ def _other_training(row: Row, said: str) -> tuple[str, ...]:
     """
     updates = re.findall(r"(\d+) updates of", said)  # of each training in turn
     wrong = []
-    if row.moved:
+    if row.trainer != TRAIN:
         wanted = re.search(r"--updates (\d+)", row.training or "")
         if updates and wanted and updates[-1] != wanted[1]:
             wrong.append(f"the last training had {updates[-1]} updates, the row has {wanted[1]}")

@@ -22,6 +22,7 @@ from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.flow import camera_flow
 from diagonal_sampler.noise import INITIAL_STEP, SeededNoise
 from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.rope import rotation_table
 from diagonal_sampler.sampler import Chunk, Forward, sample_chunks
 from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
@@ -796,31 +797,26 @@ def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prom
         causal(comfy.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu")))
 
 
-def test_absolute_positions_that_bf16_cannot_hold_are_refused(tiny_wan_path, causal, prompt, sample_latent):
+@pytest.mark.parametrize("rope", [{}, {"shift_t": 240.0}, {"shift_t": -0.5, "scale_t": 0.5}])
+def test_positions_are_exact_in_bf16(tiny_wan_path, causal, prompt, sample_latent, pack_module, monkeypatch, rope):
+    """ComfyUI builds them in the model's dtype, and bf16 holds every whole number up to 256 only."""
     wan = comfy.sd.load_diffusion_model(str(tiny_wan_path), model_options={"dtype": torch.bfloat16})
     wan.model.manual_cast_dtype = None  # a CPU would compute in float32
     assert wan.model.get_dtype_inference() == torch.bfloat16
-    latent = {"samples": torch.zeros(1, 16, 262, 2, 2)}
-    for settings in ({"window": 6, "sink": 3, "positions": "absolute"}, {"window": -1, "positions": "window"}):
-        with pytest.raises(ValueError, match="Set a window on the causal model.* and positions auto"):
-            sample_latent(causal(wan, **settings), prompt(), [], latent, DIAGONAL, seed=1)
-    result = sample_latent(causal(wan, window=6, sink=3), prompt(), [], latent, DIAGONAL, seed=1)
+    network, found = wan.model.diffusion_model, []
+    make = network.rope_encode
+    monkeypatch.setattr(network, "rope_encode", lambda *a, **k: found.append(make(*a, **k)) or found[-1])
+    latent, model = {"samples": torch.zeros(1, 16, 262, 2, 2)}, causal(wan, window=6, sink=3, positions="absolute")
+    still = {f"{name}_{axis}": value for name, value in (("scale", 1.0), ("shift", 0.0)) for axis in "xyt"}
+    model.set_model_rope_options(**{**still, **rope})
+    result = sample_latent(model, prompt(), [], latent, DiagonalSchedule.uniform(1), seed=1)
     assert torch.isfinite(result["samples"]).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_position_up_to_the_limit_is_exact_and_the_next_is_not(pack_module, dtype):
-    """In bf16 positions are wrong from latent frame 257 on, counted from 0."""
-    limit = pack_module("model_patches.causal").exact_positions(dtype)
-    assert limit == {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2**24}[dtype]
-    numbers = torch.arange(limit - 256, limit + 1, dtype=torch.float64)
-    assert torch.equal(numbers.to(dtype).double(), numbers)
-    assert torch.tensor(limit + 1.0, dtype=torch.float64).to(dtype).item() != limit + 1
-    check = pack_module("model_patches.sampling")._require_exact_positions
-    whole = CausalSettings(window=-1, sink=0)
-    check(KVCache(whole, limit + 1), dtype)
-    with pytest.raises(ValueError, match=f"reaches RoPE position {limit + 1}, but {dtype} holds whole numbers up to"):
-        check(KVCache(whole, limit + 2), dtype)
+    scale, shift = (rope.get(name, usual) for name, usual in (("scale_t", 1.0), ("shift_t", 0.0)))
+    assert len(found) == 88, "once a chunk"
+    for chunk, count in ((0, 3), (1, 3), (86, 3), (87, 1)):
+        turns = found[chunk].flatten(0, 2)[..., 0]  # [L, P, 2]: cosine and sine
+        expected = rotation_table(count, 1, 1, 128, start=shift + scale * 3 * chunk, time_scale=scale)
+        torch.testing.assert_close(turns, expected, atol=2e-5, rtol=0)
 
 
 def test_a_thousand_latent_frames_at_constant_memory(tiny_wan, causal, prompt, sample_latent, pack_module, monkeypatch):

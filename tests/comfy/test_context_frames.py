@@ -130,7 +130,7 @@ def test_transparent_images_and_wrong_sizes(context_frames, demo_vae, clip):
     assert torch.equal(context_frames.encode_context(demo_vae, with_alpha, 3).latent, plain)
     with pytest.raises(ValueError, match="width of the images is 56 pixels; it must be a multiple of 16.*48 and 64"):
         context_frames.encode_context(demo_vae, clip[:, :, :56], 3)
-    with pytest.raises(ValueError, match="height of the images is 8 pixels; it must be a multiple of 16.*16 and 16"):
+    with pytest.raises(ValueError, match="height of the images is 8 pixels; it must be a multiple of 16.*16 and 32"):
         context_frames.encode_context(demo_vae, clip[:, :8], 3)
     with pytest.raises(ValueError, match="latent_frames is 0"):
         context_frames.encode_context(demo_vae, clip, 0)

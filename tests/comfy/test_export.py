@@ -33,8 +33,8 @@ def unload():
 def trained(recipe, run: Path):
     """A finished run, and its trainer as it stands at the end."""
     train_here(recipe, run)
-    with train.joined_ranks() as ranks:
-        trainer = train.Trainer(recipe, train.read_all_prompts(recipe, run, ranks), run, ranks)
+    ranks = train.join_ranks()
+    trainer = train.Trainer(recipe, train.read_all_prompts(recipe, run, ranks), run, ranks)
     train.run_folder.load(train.run_folder.checkpoints(run)[-1][1], trainer.tensors())
     return trainer
 

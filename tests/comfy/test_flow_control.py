@@ -143,6 +143,18 @@ def test_the_adapter_moves_the_chunks_that_it_is_told_to(
     assert (in_model_space(model, sample(model, some)) - expected).abs().max() < 1e-4
 
 
+def test_a_chunks_motion_is_made_once_for_all_its_forwards(
+    with_adapter, causal, sample_latent, control, prompt, monkeypatch
+):
+    """For its steps and its cache pass."""
+    made, usual = [], control.AdapterField.features
+    monkeypatch.setattr(control.AdapterField, "features", lambda field, *at: made.append(at[:2]) or usual(field, *at))
+    clean = DiagonalSchedule.preset("self forcing", steps=(2,))
+    model, flow = causal(with_adapter(0.5)[0]), control.FlowConditioning(optical_flow=PAN)
+    sample_latent(model, prompt(), [], {"samples": torch.zeros(SHAPE)}, clean, seed=3, optical_flow=flow)
+    assert made == [(0, 3), (3, 3), (6, 2)]
+
+
 def test_a_recache_writes_each_chunk_with_its_own_motion(
     with_adapter, causal, sample_latent, control, pack_module, prompt
 ):

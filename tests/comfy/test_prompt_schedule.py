@@ -132,6 +132,26 @@ def test_a_recache_is_as_if_the_window_had_always_had_the_prompt(
     assert (later - found).abs().max() < 1e-4
 
 
+def test_given_frames_are_cached_under_a_prompt_that_recaches_in_the_first_chunk(
+    sample, clip, schedule, given_frames, prompts
+):
+    """One that is written, and one that is given while they are cached."""
+    given = given_frames(sample(clip("a"), frames=6, settings={}))
+    under_b = sample(clip("b"), settings={}, context=given)
+    assert torch.equal(sample(schedule("0: a\n1s: b"), settings={}, context=given), under_b)
+    under_a = sample(schedule("0: a\n1s: b", "keep"), settings={}, context=given)
+    assert same_until(under_a, under_b) == 6, "with keep they stay as they were cached"
+    box, answers = prompts.PromptBox(), []
+
+    def steer(progress):
+        if not answers:
+            answers.append(post(prompts, box, "b"))
+
+    live = sample(schedule("0: a"), settings={}, context=given, prompts=box, on_progress=steer)
+    assert answers[0].result().chunk == 0
+    assert (live - under_b).abs().max() < 1e-4
+
+
 def test_a_blend_goes_over_in_equal_steps(tiny_wan, sample, clip, schedule):
     """The text is embedded once for each prompt that is seen, when its first forward begins."""
     done, seen = [], []

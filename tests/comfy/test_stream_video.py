@@ -1791,6 +1791,20 @@ def test_a_video_that_another_process_writes_is_left_alone(stream, options, outp
     assert stream(options()).path.name == "v_00001_.mp4"
 
 
+def test_of_two_in_a_chain_the_finished_one_is_made_again_and_the_other_goes_on(stream, options, output):
+    """As the help page says of a server that died during the second."""
+    lines = []
+
+    def chain(**more) -> list[str]:
+        first = stream(options())
+        second = stream(options(seconds=4.0), context=first.context, announce=lines.append, **more)
+        return [first.path.name, second.path.name]
+
+    with pytest.raises(Stop):
+        chain(on_progress=stop_at(2))
+    assert chain() == ["v_00003_.mp4", "v_00002_.mp4"] and "Resumed v_00002_.mp4" in lines[1]
+
+
 def test_a_start_image_begins_the_video(stream, options, demo, sample_latent, pack_module):
     model, positive, negative, vae = demo
     image = torch.rand(1, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1))

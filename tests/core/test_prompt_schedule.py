@@ -207,6 +207,7 @@ def test_only_recache_recaches_and_the_last_of_a_chunk_counts():
     found = prompts((0, "recache", 1), (2, "recache", 1), (3, "recache", 1), (3, "keep", 1))
     assert recached_chunks(found) == [2]
     assert recached_chunks(found[:3]) == [2, 3] and recached_chunks(found[:1]) == []
+    assert recached_chunks(found, 0) == [0, 2], "behind given frames the first chunk has a window, too"
     assert context_at(found, 3) is found[3].context
 
 

@@ -29,10 +29,12 @@ from distillation.evidence.rows import (
     CAUSAL,
     CONTEXT_SIGMAS,
     CONTROLS,
+    FOLLOW,
     FULL,
     GIVEN,
     GIVEN_STEPS,
     INITIAL,
+    LEVELS,
     LONG_SELF_FORCING,
     LOW_GUIDANCE_340,
     MOTION_WEIGHTS,
@@ -45,6 +47,7 @@ from distillation.evidence.rows import (
     STEPS_4_2,
     SUBJECTS,
     TEACHER,
+    TRAIN,
     UNIFORM_2,
     UNIFORM_4,
     Row,
@@ -57,6 +60,7 @@ from distillation.evidence.rows import (
 from distillation.evidence.statistics import ClipFeatures, bootstrap
 from distillation.recipes import parse_field
 from distillation.rollout import BatchNoise, stream
+from distillation.train_follow import FollowRecipe
 from distillation.train_levels import LevelsRecipe
 
 CPU = torch.device("cpu")
@@ -239,7 +243,22 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         command = shlex.split(training_command(row, Path("runs/e"), teacher=Path("t"), demo=Path("d"), updates=7))
         train, export = command[: command.index("&&")], command[command.index("&&") + 1 :]
         flags = dict(zip(train[3::2], train[4::2], strict=True))
-        if row.moved:
+        if row.trainer == FOLLOW:
+            train = train[train.index("python") :]
+            assert train[2] == export[2] == "distillation.train_follow"
+            flags = dict(zip(train[3::2], train[4::2], strict=True))
+            assert flags.pop("--start") == "d" and flags.pop("--learned") == f"runs/e/{row.start}"
+            assert flags.pop("--out") == export[export.index("--out") + 1]
+            folder = export[export.index("--export") + 1]
+            assert [word.strip() for word in export[-4:]] == [
+                "&&",
+                "mv",
+                f"{folder}/{demo_files.STUDENT_FILE}",
+                f"runs/e/{row.checkpoint}",
+            ]
+            FollowRecipe(**{flag[2:].replace("-", "_"): json.loads(value) for flag, value in flags.items()})
+            continue
+        if row.trainer == LEVELS:
             assert train[2] == export[2] == "distillation.train_levels"
             assert flags.pop("--start") == "d" and flags.pop("--student") == f"runs/e/{row.start}"
             assert row.start in [other.checkpoint for other in ROWS]
@@ -710,9 +729,11 @@ def test_weights_of_another_ablation_are_refused_where_the_header_tells_them_apa
 def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     assert evaluate.main(["--commands", "--runs", str(tmp_path), "--demo", str(tmp_path), "--updates", "30"]) == 0
     printed = capsys.readouterr().out
-    trained = sum(row.training is not None and not row.moved for row in ROWS)
-    moved = sum(row.moved for row in ROWS)
-    assert printed.count("distillation.train_levels ") == 2 * moved == 2 * printed.count(" --export ") > 0
+    trained = sum(row.training is not None and row.trainer == TRAIN for row in ROWS)
+    moved = sum(row.trainer == LEVELS for row in ROWS)
+    assert printed.count("distillation.train_levels ") == 2 * moved > 0
+    assert printed.count("distillation.train_follow ") == 2
+    assert printed.count(" --export ") == moved + 1
     trained += len(GIVEN_STEPS)
     assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
     assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in (*GIVEN_STEPS, *ROWS))

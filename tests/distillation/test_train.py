@@ -1017,6 +1017,7 @@ def test_every_recipe_is_valid():
         ({"stage": "x"}, "stage is 'x'; choose one of"),
         ({"steps": "4,x"}, "steps is '4,x'"),
         ({"batch": 5, "micro_batch": 2}, "no multiple of micro_batch"),
+        ({"preset": "undistilled"}, "'undistilled', whose steps keep their noise"),
         ({"window": 2}, "window is 2"),
         ({"height": 5}, "6x4 fits"),
         ({"score_low": 0.9, "score_high": 0.5}, "score_low"),

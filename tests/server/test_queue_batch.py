@@ -85,7 +85,22 @@ class BatchProbe:
         self.note("end", text, seed)
         return {"ui": {"files": [{"filename": file, "subfolder": subfolder, "type": "output"}]}}
 
-NODE_CLASS_MAPPINGS = {"BatchProbe": BatchProbe}
+class BatchFrames:
+    """Writes a sequence of files, as Diagonal Stream Video its images, and names the last."""
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "text": ("STRING", {}), "seed": ("INT", {"max": 2**64 - 1}), "filename_prefix": ("STRING", {})}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
+
+    def run(self, text, seed, filename_prefix):
+        folder = os.path.join(folder_paths.get_output_directory(), filename_prefix)
+        os.makedirs(folder)
+        for number in range(1, 13):
+            with open(os.path.join(folder, f"{number:08}.txt"), "w") as out:
+                out.write(f"{text} {seed} {number}")
+        last = {"filename": "00000012.txt", "subfolder": filename_prefix, "type": "output", "in_sequence": True}
+        return {"ui": {"images": [last]}}
+
+NODE_CLASS_MAPPINGS = {"BatchProbe": BatchProbe, "BatchFrames": BatchFrames}
 '''
 
 
@@ -318,6 +333,22 @@ def test_without_output_the_log_names_the_files_on_the_server(comfy_server, tmp_
     assert (comfy_server.output_dir / record["file"].removeprefix("output/")).is_file()
 
 
+def test_a_sequence_of_images_is_a_folder_in_the_order_of_its_frames(probe, tmp_path):
+    inputs = {"text": "x", "seed": 0, "filename_prefix": "frames"}
+    frames = {"8": {"class_type": "BatchFrames", "inputs": inputs, "_meta": {"title": "Prompt"}}}
+    run = Run(tmp_path / "a", frames, "p", "4-5", [probe.url])
+    status, printed = run.end()
+    assert status == 0, printed
+    for record in run.records():
+        files = sorted(Path(record["file"]).parent.iterdir())
+        assert [str(file) for file in files] == record["files"] and files[0].parent.parent == run.output
+        assert [file.read_text() for file in files] == [f"p {record['seed']} {n}" for n in range(1, 13)]
+    folders = [path.name for path in run.output.iterdir() if path.is_dir()]
+    assert sorted(name[:8] for name in folders) == ["0001_s4_", "0002_s5_"]
+    again = Run(tmp_path / "a", frames, "p", "4-5", [probe.url], "--resume")
+    assert "2 of 2 jobs are done" in again.end()[1]
+
+
 def test_a_refused_job_is_reported_with_the_nodes_words_and_the_others_go_on(comfy_server, tmp_path):
     run = Run(tmp_path / "a", PICTURE, "p", "0,8,16", [comfy_server.url], "--seed-node", "3.width")
     status, printed = run.end()
@@ -408,16 +439,31 @@ def test_this_program_killed_and_resumed_runs_no_job_twice(probe, tmp_path):
     assert probe.events("start") == {f"{seed} p": 1 for seed in range(6)}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_ends_the_running_job_of_a_server_that_cannot_cancel_one(probe, tmp_path):
+def test_a_resumed_batch_hears_of_the_job_that_a_killed_one_left(probe, tmp_path, monkeypatch):
+    run = Run(tmp_path / "a", probe_graph(4.0), "p", "0", [probe.url])
+    wait_for(lambda: probe.events("start"), "the job to start")
+    run.process.kill()
+    run.process.communicate()
+    monkeypatch.setattr(queue_batch, "POLL_SECONDS", 30.0)
+    began = time.monotonic()
+    batch = arguments(tmp_path / "a", probe_graph(4.0), "p", "0", [probe.url], "--resume")
+    assert queue_batch.main(batch) == 0
+    assert time.monotonic() - began < 20 and probe.events("start") == {"0 p": 1}, "by its events, not by a look"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("signals", [["SIGINT"], ["SIGHUP", "SIGHUP"]])
+def test_ctrl_c_or_a_closed_terminal_ends_the_running_job_of_a_server_that_cannot_cancel_one(probe, tmp_path, signals):
     proxy = Proxy(probe.port)
     proxy.old = True
     run = Run(tmp_path / "a", probe_graph(20.0), "p", "0", [proxy.url])
     wait_for(lambda: probe.events("start"), "the job to run")
-    run.process.send_signal(signal.SIGINT)
+    for name in signals:
+        run.process.send_signal(getattr(signal, name))
+        time.sleep(0.01)
     assert run.end()[0] == 130
     wait_for(lambda: not probe.server.get("/queue")["queue_running"], "the job to end", 5)
-    assert not probe.events("end")
+    assert not probe.events("end") and not (run.output / "batch.jsonl.inflight").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
@@ -549,14 +595,27 @@ def test_a_server_that_says_nothing_for_too_long_is_given_up_and_keeps_its_job(p
     assert probe.events("start") == probe.events("end") == {"0 p": 1, "1 p": 1}
 
 
-def test_a_server_that_is_late_gets_jobs_while_another_works(probe, tmp_path, monkeypatch, capsys):
+def test_jobs_that_a_server_refuses_wait_for_one_that_still_starts(comfy_server, probe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(queue_batch, "FIRST_CONTACT_SECONDS", 0.2)
+    proxy = Proxy(probe.port)
+    proxy.down()
+    batch = arguments(tmp_path / "a", PROBE, "p", "0-9", [comfy_server.url, proxy.url])  # the first has no probe node
+    late = threading.Timer(3.0, proxy.up)
+    late.start()
+    assert queue_batch.main(batch) == 0
+    late.join()
+    proxy.down()
+    assert probe.events("start") == {f"{seed} p": 1 for seed in range(10)}
+    assert "given up" not in capsys.readouterr().out
+
+
+def test_a_server_that_is_late_gets_jobs_while_another_works(probe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(queue_batch, "RETRY_SECONDS", 0.2)
     proxy = Proxy(probe.port)
     proxy.down()
     watch = threading.Thread(target=lambda: (wait_for(lambda: len(probe.events("end")) > 2, "jobs"), proxy.up()))
     watch.start()
-    batch = arguments(tmp_path / "a", probe_graph(0.5), "p", "0-9", [proxy.url, probe.url])
+    batch = arguments(tmp_path / "a", probe_graph(0.5), "p", "0-9", [proxy.url, probe.url], "--patience", "0.2")
     assert queue_batch.main(batch) == 0
     watch.join()
     proxy.down()
@@ -613,15 +672,15 @@ def test_only_a_port_that_refused_all_the_time_moves_jobs(probe, tmp_path, monke
 
 
 def test_another_spelling_of_an_address_runs_no_job_twice(probe, tmp_path):
-    run = Run(tmp_path / "a", probe_graph(1.0), "p", "0-1", [probe.url])
-    wait_for(lambda: probe.events("start"), "the first job to start")
+    run = Run(tmp_path / "a", probe_graph(2.0), "p", "0-1", [probe.url])
+    wait_for(lambda: probe.server.get("/queue")["queue_pending"], "a job to run and one to wait")
     run.process.kill()
     run.process.communicate()
     nowhere = {"graph": "", "jobs": [["p", 2, str(uuid.uuid4()), "http://gone"]]}
     inflight = run.output / "batch.jsonl.inflight"
     known = json.loads(inflight.read_text())
     inflight.write_text(json.dumps({**known, "jobs": known["jobs"] + nowhere["jobs"]}))
-    again = Run(tmp_path / "a", probe_graph(1.0), "p", "0-2", [f"http://localhost:{probe.port}"], "--resume")
+    again = Run(tmp_path / "a", probe_graph(2.0), "p", "0-2", [f"http://localhost:{probe.port}"], "--resume")
     status, printed = again.end()
     assert status == 0, printed
     assert printed.count("is looked for on all") == 3
@@ -676,6 +735,27 @@ def test_a_second_ctrl_c_gives_the_terminal_its_cursor_back(probe, tmp_path):
     wait_for(lambda: probe.events("end"), "the job that was left there")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGHUP and needs a pseudo-terminal")
+def test_a_terminal_that_is_closed_stops_the_batch_without_a_traceback(tmp_path):
+    pytest.importorskip("rich")
+    import pty
+
+    command = [sys.executable, str(ROOT / "queue_batch.py")]
+    command += arguments(tmp_path / "a", PICTURE, "p", "0", ["http://127.0.0.1:9"], "--patience", "600")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    while b"trying again" not in shown:
+        shown += os.read(ours, 65536)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=COMMAND_SECONDS)
+    assert process.returncode > 0 and "Traceback" not in said, said
+
+
 def test_a_job_that_the_queue_has_as_running_has_started(probe):
     async def look() -> list[bool]:
         jobs = batch_jobs.make_jobs(["p"], [1, 2], "g")
@@ -724,15 +804,37 @@ def test_prompts_file(tmp_path):
         batch_jobs.read_prompts(file)
     file.write_bytes("\ufeffa cat\n\ufeffa dog\n \ufeff \n".encode())
     assert batch_jobs.read_prompts(file) == ["a cat", "a dog"], "two files put together"
-    for name in ("prompts.csv", "prompts.TSV"):
-        (tmp_path / name).write_text("a,b\n")
-        with pytest.raises(batch_jobs.BatchError, match="is a table; give a text file with one prompt a line"):
-            batch_jobs.read_prompts(tmp_path / name)
     file.write_bytes(b"a cat\0\n")
     with pytest.raises(batch_jobs.BatchError, match="holds a zero byte"):
         batch_jobs.read_prompts(file)
     with pytest.raises(batch_jobs.BatchError, match="cannot read"):
         batch_jobs.read_prompts(tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.csv", "a,b", "a table"),
+        ("a.TSV", "a", "a table"),
+        ("a.xlsx", "PK\x03\x04\0", "a table"),
+        ("a.json", '[\n"a"\n]', "JSON"),
+        ("a.jsonl", "a", "JSON"),
+        ("a.ndjson", "a", "JSON"),
+        ("a.rtf", "a", "RTF"),
+        ("a.txt", "fine\na red circle\t3\n", r"a table \(a line has a tab in it\)"),
+        ("a.txt", 'fine\n {"prompt": "a red circle"}\n', "JSON"),
+        ("a.txt", "{\\rtf1\\ansi\n{\\fonttbl\t}\n", "RTF"),
+    ],
+)
+def test_a_prompts_file_of_another_format_is_refused(tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(batch_jobs.BatchError, match=f"{name} is {kind}; give a text file with one prompt a line"):
+        batch_jobs.read_prompts(tmp_path / name)
+
+
+def test_braces_and_tabs_around_a_prompt_are_none_of_another_format(tmp_path):
+    (tmp_path / "a.txt").write_text("\t{a|b} circle\t\n# a\tb\n{0}\n[a]\n")
+    assert batch_jobs.read_prompts(tmp_path / "a.txt") == ["{a|b} circle", "{0}", "[a]"]
 
 
 def test_graph_files_that_are_none(tmp_path):
@@ -866,6 +968,8 @@ def test_a_job_changes_its_own_copy_of_the_graph_and_a_batch_is_known_by_what_st
     assert json.dumps(graph) == before
     assert batch_jobs.graph_digest(dict(reversed(list(made.items()))) | {"4": graph["4"]}, targets) == digest
     assert batch_jobs.graph_digest(made, targets) != digest, "another file name"
+    named = graph | {"3": {**graph["3"], "_meta": {"title": "A sampler"}}}
+    assert batch_jobs.graph_digest(named, targets) == digest, "a title changes no video"
 
 
 def test_text_of_others_is_fit_for_a_terminal():
@@ -1008,6 +1112,46 @@ def test_a_job_in_flight_is_known_to_the_next_run_until_its_end(tmp_path):
     last.close()
 
 
+def test_the_id_that_a_server_sends_events_to_is_kept_with_the_jobs_in_flight(tmp_path):
+    log, (job,) = tmp_path / "batch.jsonl", batch_jobs.make_jobs(["a"], [1], "g")
+
+    def ids(*servers):
+        opened = batch_jobs.BatchLog(log, "g", resume=True)
+        found = [opened.client_id(server) for server in servers]
+        opened.start(job, servers[0])
+        opened.close()
+        return found
+
+    first = ids("http://s", "http://t")
+    assert len(set(first)) == 2, "two addresses may be one server"
+    assert ids("http://s", "http://t") == first
+    inflight = tmp_path / "batch.jsonl.inflight"
+    content = json.loads(inflight.read_text())
+    for odd in (None, [], {"http://s": "x&y"}, {"http://s": 5}):  # None: as earlier versions wrote it
+        inflight.write_text(json.dumps(content | {"clients": odd}))
+        (found,) = ids("http://s")
+        assert re.fullmatch("[0-9a-f]{32}", found) and found not in first
+
+
+def test_resume_without_a_log_says_so(tmp_path, capsys):
+    batch = arguments(tmp_path / "a", PICTURE, "p", "0-1", ["http://127.0.0.1:9"], "--patience", "0", "--resume")
+    notice = f"no log at {tmp_path / 'a' / 'out' / 'batch.jsonl'} yet: all 2 jobs are run"
+    assert queue_batch.main(batch) == 1 and notice in capsys.readouterr().out
+    assert queue_batch.main(batch) == 1 and "no log at" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_batch_under_nohup_does_not_end_with_its_terminal(tmp_path):
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert asyncio.run(queue_batch.run_batch([], {}, None, log)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        log.close()
+
+
 def test_ids_in_flight_are_dropped_when_the_log_has_the_job_or_another_graph_left_them(tmp_path):
     log, ids = tmp_path / "batch.jsonl", [str(uuid.uuid4()) for _ in range(2)]
     log.write_text(json.dumps({"prompt": "a", "seed": 1, "status": "done", "graph": "g1"}) + "\n")
@@ -1031,26 +1175,43 @@ def test_names_from_a_server_are_not_used():
             "3": {"images": [{"filename": "a.MP4", "type": "output"}, {"filename": "b.png", "type": "temp"}]},
         }
     }
-    results = queue_batch.result_files(entry, every_image=True)
+    results = queue_batch.result_files(entry)
     assert [item["filename"] for item in results] == ["a.MP4", "../../x.exe"]
-    assert [queue_batch.media_suffix(item["filename"]) for item in results] == [".mp4", ".bin"]
+    assert [name for name, _ in queue_batch.local_names("job", results)] == ["job.mp4", "job_2.bin"]
+
+
+def test_results_are_in_the_order_of_their_nodes():
+    for ids in (["17", "7", "17:2"], ["7", "17:2", "17"]):
+        outputs = {i: {"images": [{"filename": f"of_{i}.mp4", "type": "output"}]} for i in ids}
+        names = queue_batch.local_names("job", queue_batch.result_files({"outputs": outputs}))
+        assert [(name, result["filename"]) for name, result in names] == [
+            ("job.mp4", "of_7.mp4"),
+            ("job_2.mp4", "of_17.mp4"),
+            ("job_3.mp4", "of_17:2.mp4"),
+        ]
 
 
 @pytest.mark.parametrize(
-    ("name", "before"),
+    ("last", "images"),
     [
-        ("00000003.png", ["00000001.png", "00000002.png"]),
+        ("00000003.png", ["00000001.png", "00000002.png", "00000003.png"]),
+        ("0002.PNG", ["0001.PNG", "0002.PNG"]),
+        ("00000001.png", ["00000001.png"]),
         ("../x.png", []),
+        ("00000000.png", []),
         ("9" * 20 + ".png", []),
         ("99999999.png", []),
     ],
 )
-def test_a_folder_of_images_is_downloaded_whole(name, before):
-    last = {"filename": name, "subfolder": "a/b", "type": "output"}
-    entry = {"outputs": {"1": {"images": [{**last, "in_sequence": True}]}}}
-    assert queue_batch.result_files(entry) == [last]
-    results = queue_batch.result_files(entry, every_image=True)
-    assert results == [{**last, "filename": one} for one in [*before, name]]
+def test_a_folder_of_images_is_downloaded_whole(last, images):
+    saved = {"subfolder": "a/b", "type": "output"}
+    items = [{**saved, "filename": "a.mp4"}, {**saved, "filename": last, "in_sequence": True}]
+    results = queue_batch.result_files({"outputs": {"1": {"images": items}}})
+    assert [item["filename"] for item in results] == ["a.mp4", last], "without --output, the last"
+    (first, second), *names = [(name, result["filename"]) for name, result in queue_batch.local_names("job", results)]
+    assert (first, second) == ("job.mp4", "a.mp4")
+    kept = [f"job_2/0000000{n}.png" for n in range(1, len(images) + 1)]
+    assert names == (list(zip(kept, images, strict=True)) or [("job_2.png", last)])
 
 
 @pytest.mark.parametrize("script", ["queue_batch.py", "quickstart.py"])

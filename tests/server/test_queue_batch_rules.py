@@ -94,7 +94,7 @@ def test_a_login_goes_to_its_server_alone_and_a_redirect_is_not_followed(tmp_pat
                 await server.finished("x")
             with pytest.raises(queue_batch.DownloadError, match="HTTP 307, a redirect"):
                 result = {"filename": "a.mp4", "subfolder": "", "type": "output"}
-                await bench.batch._download(server, bench.jobs[0], result, 0)
+                await bench.batch._download(server, result, tmp_path / "a.mp4")
             with pytest.raises(queue_batch.ConnectionLost, match="websocket"):
                 await bench.batch._websocket(server)
         await runner.cleanup()
@@ -120,6 +120,22 @@ def test_a_password_is_neither_printed_nor_written(tmp_path, capsys):
     assert "lost http://127.0.0.1:9" in printed.out and "is looked for on all" not in printed.out
     texts = [printed.out, printed.err, *(path.read_text() for path in tmp_path.glob("batch.jsonl*"))]
     assert len(texts) == 5 and not any("secret" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://pod.example/?token=secret", "https://pod.example/..."),
+        ("https://pod.example/?token=a@secret", "..."),
+        ("http://me:sec?secret@host", "..."),
+        ("me:secret@host/?token=secret", "...@host/..."),
+        ("http://host:8188#secret", "http://host:8188..."),
+    ],
+)
+def test_an_address_with_a_query_is_refused_and_the_query_not_printed(address, shown):
+    with pytest.raises(batch_jobs.BatchError) as refused:
+        queue_batch.server_address(address)
+    assert str(refused.value).startswith(f"--server {shown!r} is no address;")
 
 
 # ----------------------------------------------------------------------------------------------- who gets a job
@@ -187,10 +203,10 @@ def test_the_last_server_is_not_taken_out(tmp_path):
     assert bad.open and not bad.out
 
 
-def test_a_job_waits_for_no_server_that_is_given_up_or_late(tmp_path):
+def test_a_job_waits_for_no_server_that_is_given_up(tmp_path):
     bench = Bench(tmp_path, 2)
     a, b, c = bench.servers
-    c.late = True
+    bench.batch._give_up(c, "gone")
     for server in (a, b):
         job = bench.give(server)
         bench.end(server, job, FAILED)
@@ -200,6 +216,61 @@ def test_a_job_waits_for_no_server_that_is_given_up_or_late(tmp_path):
     assert len(bench.batch.waiting) == 1
     bench.batch._give_up(b, "gone")
     assert bench.batch.unfinished == 0 and bench.records()[-1][0] == "http://a"
+
+
+def test_a_server_that_can_do_nothing_gets_three_jobs_while_another_is_still_to_come(tmp_path, capsys):
+    bench = Bench(tmp_path, 6, servers=2)
+    bad, late = bench.servers
+    late.reached = False
+    for _ in range(queue_batch.MAX_FAULTS):
+        bench.end(bad, bench.give(bad), FAILED)
+    assert bench.batch._next_for(bad) is None and bench.batch._next_for(late) in bench.jobs[:3]
+    bad.settled = 1
+    assert bench.batch._next_for(bad) is bench.jobs[3], "it has done one: the jobs may be to blame"
+    bad.settled = 0
+    bench.batch._give_up(late, "gone")
+    assert bench.batch._next_for(bad) is bench.jobs[4], "there is no other to wait for"
+    printed = capsys.readouterr().out
+    assert printed.count("another server tries it") == printed.count("until another server answers") == 1
+
+
+# --------------------------------------------------------------------------------------------- a server that is silent
+
+
+def _silence(bench: Bench, server: queue_batch.Server, minutes: float) -> None:
+    """Nothing is heard of a server for so long, and its queue holds its jobs in their order."""
+    server.heard -= minutes * 60
+    bench.batch._notice_silence(server, list(server.jobs))
+
+
+def test_a_server_whose_queue_goes_on_is_not_silent_without_a_word(tmp_path):
+    bench = Bench(tmp_path, 40, servers=1)
+    (server,) = bench.servers
+    bench.batch.options = replace(bench.batch.options, stall=3600.0)
+    for _ in range(39):
+        while len(server.jobs) < 2:
+            bench.give(server)
+        _silence(bench, server, 25)
+        _silence(bench, server, 25)
+        bench.end(server, next(iter(server.jobs.values())), DONE)
+    assert server.settled == 39
+
+
+def test_a_silent_server_is_connected_anew_before_it_is_given_up(tmp_path):
+    bench = Bench(tmp_path, 2, servers=1)
+    (server,) = bench.servers
+    bench.batch.options = replace(bench.batch.options, stall=3600.0)
+    job = bench.give(server)
+    bench.batch._notice_silence(server, [job.prompt_id])
+    with pytest.raises(queue_batch.ConnectionLost, match="no word of its job for 31 minutes"):
+        _silence(bench, server, 31)
+    server.heard += 31 * 60  # connected
+    _silence(bench, server, 29)
+    with pytest.raises(queue_batch.ServerUnfit, match="no word of its job for 60 minutes, see --stall"):
+        _silence(bench, server, 2)
+    server.hear()  # the new websocket brings events
+    with pytest.raises(queue_batch.ConnectionLost):
+        _silence(bench, server, 31)
 
 
 # ------------------------------------------------------------------------------------------ what a loss counts for
@@ -228,6 +299,46 @@ def test_a_job_that_ends_its_server_before_a_word_is_not_sent_for_ever(tmp_path)
     for _ in range(2):
         assert bench.batch._survivors(server, jobs) == jobs
     assert bench.batch._survivors(server, jobs) == [jobs[1]] and jobs[1].losses == 0
+
+
+def test_a_server_that_ends_with_every_job_loses_them_to_another_and_is_taken_out(tmp_path, capsys):
+    bench = Bench(tmp_path, 6, servers=2)
+    bad, good = bench.servers
+    for _ in range(queue_batch.MAX_FAULTS):
+        job, behind = bench.give(bad), bench.give(bad)
+        for _ in range(3):
+            job.attempts, job.started = job.attempts + 1, True
+            left = bench.batch._survivors(bad, [job, behind])
+        assert left == [behind] and list(bench.batch.waiting)[0] is job, "another server gets it"
+        bench.end(bad, behind, CUT)
+        bench.end(good, bench.give(good), DONE)
+    assert bad.out and bench.batch.failed == 3
+    printed = capsys.readouterr().out
+    assert "others did the last 3 that it could not: the server was lost 3 times while it had this job" in printed
+
+
+def test_a_job_that_one_server_did_not_survive_is_sent_again_where_it_only_waited(tmp_path):
+    bench = Bench(tmp_path, 2, servers=2)
+    bad, good = bench.servers
+    job = bench.give(bad)
+    for _ in range(3):
+        job.attempts, job.started = job.attempts + 1, True
+        bench.batch._survivors(bad, [job])
+    waits, runs = bench.give(good), bench.give(good)
+    waits.attempts = runs.attempts = 1
+    runs.started = True
+    assert waits is job and bench.batch._survivors(good, [waits, runs]) == [waits, runs]
+
+
+def test_a_job_that_ends_every_server_is_not_sent_for_ever(tmp_path):
+    bench = Bench(tmp_path, 1, servers=2)
+    sent = 0
+    for server in bench.servers:
+        job = bench.give(server)
+        while job.prompt_id in server.jobs:
+            job.attempts, job.started, sent = job.attempts + 1, True, sent + 1
+            bench.batch._survivors(server, [job])
+    assert bench.batch.over and bench.batch.failed == 1 and sent == 4
 
 
 def test_a_job_has_started_once_an_event_tells_of_it(tmp_path):

@@ -44,17 +44,18 @@ packages.HOST = home
 packages.STAMP = comfyui / "main.py"
 host.FETCHED = server.FETCHED = comfyui
 host.fetched = lambda: True
-server.BASE, server.LOG = home / "base", home / "server.log"
+server.BASE, server.LOGS = home / "base", home
 cli.OUTPUT = server.OUTPUT = home / "output"
 cli.OUTPUT.mkdir(parents=True, exist_ok=True)
 sys.exit(cli.main(sys.argv[3:]))
 """
 
-# Answers every GET with JSON, starts a process of its own, and does not care about polite signals.
+# Prints its options, answers every GET with JSON, starts a process of its own, and does not care about polite signals.
 STUBBORN_SERVER = """
 import http.server, signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+print(sys.argv, flush=True)
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -258,6 +259,61 @@ def test_a_server_that_dies_is_one_line_with_its_reason(tmp_path):
     _, errors = (process := start_driver(comfyui, tmp_path / "home", "--serve", "--no-job")).communicate(timeout=60)
     assert process.returncode == 1
     assert "ended with code 1" in one_line(errors) and "ImportError: libsomething is missing" in errors
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_two_servers_at_once_share_no_log_temporary_folder_or_database(asked, tmp_path):
+    home = tmp_path / "home"
+    stays = fake_comfyui(tmp_path / "stays", STUBBORN_SERVER)
+    dies = fake_comfyui(tmp_path / "dies", "import sys\nprint(sys.argv)\nraise ImportError('of the second')")
+    ports = [["--port", str(server.free_port())] if asked else [] for _ in range(2)]
+    first = start_driver(stays, home, "--serve", "--no-job", *ports[0])
+    try:
+        while "is ready at" not in (line := first.stdout.readline()):
+            assert line, first.stderr.read()
+        (log,) = home.glob("*.log")
+        said = log.read_text()
+        _, errors = start_driver(dies, home, "--serve", "--no-job", *ports[1]).communicate(timeout=60)
+    finally:
+        for one in (*psutil.Process(first.pid).children(recursive=True), first):
+            one.kill()
+        first.communicate(timeout=60)
+    (other,) = set(home.glob("*.log")) - {log}
+    assert log.read_text() == said, "the second left it alone"
+    assert "ImportError: of the second" in one_line(errors) and errors.rstrip().endswith(f"{other})")
+    if asked:
+        assert [log.name, other.name] == [f"server-{port}.log" for _, port in ports]
+    options = [ast.literal_eval(path.read_text().splitlines()[0]) for path in (log, other)]
+    for name, differs in (("--temp-directory", True), ("--database-url", True), ("--user-directory", False)):
+        values = [each[each.index(name) + 1] for each in options]
+        assert (values[0] != values[1]) == differs, name
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_log_of_the_run_before_is_kept(asked, tmp_path):
+    comfyui = fake_comfyui(tmp_path / "ComfyUI", "import os\nraise ImportError(f'in process {os.getpid()}')")
+    port = ["--port", str(server.free_port())] if asked else []
+    home = tmp_path / "home"
+    said = []
+    for _ in range(3):
+        _, errors = start_driver(comfyui, home, "--serve", "--no-job", *port).communicate(timeout=60)
+        said.append(re.search(r"in process \d+", one_line(errors))[0])
+    name = f"server-{port[1]}.log" if asked else "server.log"
+    assert sorted(path.name for path in home.glob("*.log*")) == [name, f"{name}.1"]
+    assert said[2] in (home / name).read_text() and said[1] in (home / f"{name}.1").read_text()
+
+
+def test_a_log_that_an_older_server_has_open_is_left_to_it(tmp_path, monkeypatch):
+    """On Windows, where one outlives a quickstart that was killed."""
+
+    def busy(source, target) -> None:
+        raise PermissionError(13, "Access is denied")
+
+    for name, value in (("LOGS", tmp_path), ("_LOCKS", []), ("replace_file", busy)):
+        monkeypatch.setattr(server, name, value)
+    (tmp_path / "server.log").write_text("of the older one")
+    assert server.claim_log(8189, asked=False) == ("-8189", tmp_path / "server-8189.log")
+    assert (tmp_path / "server.log").read_text() == "of the older one"
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
