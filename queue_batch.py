@@ -854,7 +854,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Queue every (prompt, seed) of an API graph on one or several ComfyUI servers."
     )
     parser.add_argument("workflow", type=Path, help="graph in API form, such as workflows/api/demo.json")
-    parser.add_argument("--prompts", type=Path, required=True, help="UTF-8 text, one prompt a line; # starts a comment")
+    parser.add_argument("--prompts", type=Path, required=True, help="UTF-8 text, one prompt a line (comments: #)")
     parser.add_argument("--seeds", default="0", help="numbers and ranges, such as 0-3,7,9 (default: 0)")
     parser.add_argument("--server", action="append", help="address of a server; may be given several times")
     parser.add_argument("--output", type=Path, help="folder to download the results to (default: leave them there)")

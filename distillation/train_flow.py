@@ -3,16 +3,16 @@
     python -m distillation.train_flow --start demo --out runs/flow              # resumes; the teacher
     python -m distillation.train_flow --start demo --out runs/flow --export F   # writes it to folder F
     python -m distillation.train_flow --start demo --out runs/flow_student --network student \\
-        --learned demo/demo_teacher.safetensors F/demo_teacher.safetensors
+        --learned BEFORE/demo_teacher.safetensors F/demo_teacher.safetensors
 
 Clips of the sprite world whose sprites turn against their
 captions (distillation.sprite_motion) are denoised with their flow; beside each such batch there is one without flow, on
 which the network is to say what it said before, so that no flow stays as good as it was.
 
-The teacher goes first, from an adapter of zeros. What it learned, the difference of its weights, is then added to the
-student, which came from the same weights and follows at once; the same fine-tune, at the few noise levels of its own
-schedule, mends what that cost. It also goes the other way: what a student learned (distillation.train_follow) is a
-start for the teacher.
+The teacher goes first; one without an adapter begins with one of zeros (BEFORE has such a teacher; that of demo/ has
+learned it, see its README.md). What it learned, the difference of its weights, is then added to the student, which came
+from the same weights and follows at once; the same fine-tune, at the few noise levels of its own schedule, mends what
+that cost. It also goes the other way: what a student learned (distillation.train_follow) is a start for the teacher.
 """
 
 from __future__ import annotations
@@ -338,13 +338,18 @@ def add_change(dit: WanDiT, before: WanDiT, after: WanDiT) -> None:
     """Adds to `dit`, in place, what `after` has learned since `before`; the adapter of zeros takes `after`'s.
 
     Raises:
-        ValueError: `after` has no adapter, or is of another size.
+        ValueError: `after` has no adapter, or is of another size; `before` has one, and `dit` only one of zeros.
     """
     old, new = before.state_dict(), after.state_dict()
     if not after.config.flow_adapter or any(new[name].shape != value.shape for name, value in old.items()):
         raise ValueError(
             "the network that has learned to follow has no adapter, or another size than before it learned; give "
             "--learned both files, BEFORE first"
+        )
+    if before.config.flow_adapter and not any(parameter.any() for parameter in dit.flow_embedding.parameters()):
+        raise ValueError(
+            "the network has no adapter yet, and the one that --learned names first has one: their difference is none. "
+            "Give as BEFORE its weights of before it had an adapter"
         )
     for name, value in dit.state_dict().items():
         value += new[name] - old.get(name, torch.zeros_like(value))

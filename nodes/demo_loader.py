@@ -36,8 +36,8 @@ class DiagonalDemoLoader(io.ComfyNode):
                     "weights",
                     options=list(WEIGHTS),
                     default="student",
-                    tooltip="student: distilled for the preset demo 4-3-2 at cfg 1. teacher: the undistilled "
-                    "model it was made from, for the undistilled preset (12 steps a chunk) at cfg 5. follower: the "
+                    tooltip="student: distilled for the preset demo 4-3-2 at cfg 1. teacher: its "
+                    "undistilled teacher, for the undistilled preset (12 steps a chunk) at cfg 5. follower: the "
                     "student with an adapter for Diagonal Flow Conditioning, for the student's preset.",
                 ),
             ],

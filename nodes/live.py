@@ -20,7 +20,7 @@ from ..diagonal_sampler.sampler import Chunk
 from ..model_patches.previews import PIXEL_FRAMES_A_PICTURE, as_address, frame_pictures, preview_of, tell_of_failure
 from ..model_patches.sampling import Progress, uses_negative
 
-PROGRESS_EVENT, CHUNK_EVENT = "diagonal.progress", "diagonal.chunk"
+PROGRESS_EVENT, CHUNK_EVENT, WARNINGS_EVENT = "diagonal.progress", "diagonal.chunk", "diagonal.warnings"
 FRAMES_A_SECOND = 16  # that Wan makes; a latent has no rate of its own
 PACK_LOG = logging.getLogger(__name__.removesuffix(".nodes.live"))
 MOST_WARNINGS = 8  # that the canvas is told of; the log has them all
@@ -62,6 +62,7 @@ class LiveReport:
         self.node_id = node_id
         self.guided = uses_negative(model, cfg)
         self.warnings = _Warnings()
+        self.told = 0  # warnings that were sent
         self.start = time.perf_counter()
         self.before: int | None = None  # forwards that an earlier run of a resumed clip did
         self.given: int | None = None  # pixel frames before the first chunk
@@ -77,12 +78,15 @@ class LiveReport:
 
     def __exit__(self, *_error: object) -> None:
         PACK_LOG.removeHandler(self.warnings)
+        if self.made and len(self.warnings.lines) > self.told:  # behind the last forward
+            self._send(WARNINGS_EVENT, warnings=list(self.warnings.lines))
 
     def progress(self, progress: Progress) -> None:
         """After every forward."""
         if self.before is None:
             self.before, self.first_forward = progress.forwards - 1, time.perf_counter()
         self.made = progress.forwards - self.before
+        self.told = len(self.warnings.lines)
         self._send(
             PROGRESS_EVENT,
             forwards=progress.forwards,

@@ -246,16 +246,14 @@ class MemoryLine {
     const { text, suggestion, detail } = error ? {} : inWords(reply);
     this.root.classList.toggle("red", reply.fits === false);
     this.root.title = [text, suggestion, detail, error].filter(Boolean).join("\n");
+    if (error) this.say([[error, "detail"]]);
+    else {
+      const rest = suggestion ? [suggestion, "text-line"] : [assumed ? phrase(assumed, { parts: detail }) : detail, "detail"];
+      this.say([[text, "text-line"], rest]);
+    }
     this.bar.replaceChildren();
-    this.words.replaceChildren();
-    const say = (words, kind) => {
-      const line = document.createElement("div");
-      line.className = kind;
-      line.textContent = words;
-      this.words.append(line);
-    };
     this.bar.hidden = Boolean(error);
-    if (error) return say(error, "detail");
+    if (error) return;
     const whole = Math.max(reply.total, reply.available);
     for (const name of PARTS) {
       const part = document.createElement("div");
@@ -264,9 +262,21 @@ class MemoryLine {
       part.title = phrase(name);
       this.bar.append(part);
     }
-    say(text, "text-line");
-    if (suggestion) say(suggestion, "text-line");
-    else say(assumed ? phrase(assumed, { parts: detail }) : detail, "detail");
+  }
+
+  /** Lines [words, kind]; left alone where they are the same, for a screen reader reads out what is put here. */
+  say(lines) {
+    const said = JSON.stringify(lines);
+    if (said === this.said) return;
+    this.said = said;
+    this.words.replaceChildren(
+      ...lines.map(([words, kind]) => {
+        const line = document.createElement("div");
+        line.className = kind;
+        line.textContent = words;
+        return line;
+      }),
+    );
   }
 }
 

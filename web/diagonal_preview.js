@@ -148,6 +148,11 @@ class Preview {
     this.warn(data.warnings ?? []);
   }
 
+  /** Behind the last forward: when a cancelled run's state could not be saved, say. */
+  onWarnings(data) {
+    if (data.prompt_id === this.promptId && data.node === this.instance) this.warn(data.warnings);
+  }
+
   /** What the server warns of, in its own English, which its log has too. */
   warn(lines) {
     this.warned = lines;
@@ -259,9 +264,10 @@ class Preview {
     if (data.prompt_id === this.promptId && data.node === this.instance) this.stop(data.prompt_id, "finished_early");
   }
 
-  stop(promptId, ending) {
-    if (promptId !== this.promptId || !(this.state?.forwards < this.state?.total)) return;
-    if (this.ending === "finished_early") return; // what comes now is of a later node
+  /** What comes behind the last forward or an early finish is of a later node, unless it names this one's `instance`. */
+  stop(promptId, ending, instance = null) {
+    const goesOn = this.state?.forwards < this.state?.total && this.ending !== "finished_early";
+    if (promptId !== this.promptId || !(goesOn || instance === this.instance)) return;
     this.ending = ending;
     this.say();
   }
@@ -279,10 +285,11 @@ app.registerExtension({
     // For programs that use the API; without a listener ComfyUI's page warns of it.
     api.addEventListener("diagonal.stream", () => {});
     api.addEventListener("diagonal.progress", all((preview, data) => preview.onProgress(data)));
+    api.addEventListener("diagonal.warnings", all((preview, data) => preview.onWarnings(data)));
     api.addEventListener("diagonal.chunk", all((preview, data) => preview.onChunk(data)));
     api.addEventListener("diagonal.finish", all((preview, data) => preview.onFinished(data)));
-    api.addEventListener("execution_interrupted", all((p, data) => p.stop(data.prompt_id, "cancelled")));
-    api.addEventListener("execution_error", all((p, data) => p.stop(data.prompt_id, "failed")));
+    api.addEventListener("execution_interrupted", all((p, data) => p.stop(data.prompt_id, "cancelled", data.node_id)));
+    api.addEventListener("execution_error", all((p, data) => p.stop(data.prompt_id, "failed", data.node_id)));
     api.addEventListener("reconnecting", all((preview) => preview.onLost()));
   },
   nodeCreated(node) {

@@ -88,7 +88,8 @@ class PromptField {
   /** Goes on as the field did before its workflow was left for another one, with what came since. */
   adopt(former) {
     const { running, promptId, words, lost, refusal } = former;
-    Object.assign(this, { running, promptId, words, lost, refusal });
+    Object.assign(this, { running, promptId, lost, refusal });
+    if (promptId !== null) this.words = words; // before any run they are in the language of today
     if (!this.text.value) this.text.value = this.adopted = former.text.value;
     this.refresh();
   }

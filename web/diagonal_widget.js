@@ -245,6 +245,7 @@ export function addDrawing(drawing, name, { style, height, maxHeight = height, b
   const held = { node, name, drawing, end };
   function begin() {
     if (living.has(held)) return;
+    if (node.graph.rootGraph !== app.rootGraph) return; // inserting a workflow reads it into a graph that nobody sees
     living.add(held);
     watch(node.graph.rootGraph);
     const former = kept.get(place(held));

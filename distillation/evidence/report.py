@@ -196,7 +196,7 @@ GOALS_RULE = """\
 A goal is reached if the estimates reach it. The last column asks the same of the whole interval, paired by caption, of
 what the goal compares: "unclear" where only a part of it does. The students from which the shipped one was chosen were
 compared on captions and noise of this page too, so that its figures may be a little too good; `demo/README.md` has a
-check on other captions."""
+check on other captions, and says where the teacher of this page is: the one in `demo` has learned on since."""
 
 
 def _frechet_note(results: Mapping[str, Measured]) -> list[str]:
@@ -344,6 +344,11 @@ def draw_plots(results: Mapping[str, Measured], out: Path, length: int) -> list[
             figure.savefig(partial, format="png", dpi=110)
         made.append(name)
 
+    def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+        """Beside the plots, in as many columns as the figure has height for."""
+        columns = -(-len(labels) // int(6 * figure.get_figheight()))
+        figure.legend(handles, labels, loc="outside right upper", fontsize=7, ncols=columns)
+
     rolled = [name for name in NAMES if name in results and results[name].drift]
     if rolled:
         figure = Figure(figsize=(14, 4.5), layout="constrained")
@@ -353,7 +358,7 @@ def draw_plots(results: Mapping[str, Measured], out: Path, length: int) -> list[
                 curve = [np.nan if value is None else value for value in drift_curve(results[row], name)]
                 axes.plot(tenths, curve, label=row, color=colour[row], linestyle="-" if results[row].timing else "--")
             axes.set(title=name, xlabel="tenth of the rollout")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        add_legend(figure, *axes.get_legend_handles_labels())
         save(figure, "drift.png")
 
     def points(places: Mapping[str, float], measure: str) -> tuple[list[str], list[float], list[float], np.ndarray]:
@@ -375,7 +380,7 @@ def draw_plots(results: Mapping[str, Measured], out: Path, length: int) -> list[
         axes = figure.subplots()
         for name, at, value, bar in zip(names, x, y, error.T, strict=True):
             axes.errorbar([at], [value], bar[:, None], fmt="o", capsize=3, color=colour[name], label=name)
-        figure.legend(loc="outside right upper", fontsize=7)
+        add_legend(figure, *axes.get_legend_handles_labels())
         axes.set(xscale="log", xlabel=f"forwards of {length} frames", ylabel="share of clips with everything right")
         save(figure, "correctness_nfe.png")
 

@@ -41,6 +41,8 @@ def page(frontend):
     wait_words(page, ".diagonal-memory .text-line", "Needs ")
     try:
         speak(page, "zh")
+        page.wait_for_timeout(1000)  # within half of it the nodes take over what the former ones showed
+        wait_words(page, ".diagonal-prompt .line", WORDS["no_run"])
         frontend.load(graph)
         wait_words(page, ".diagonal-memory .text-line", WORDS["memory"])
         yield page

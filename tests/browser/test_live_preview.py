@@ -256,6 +256,22 @@ def test_what_comes_after_an_early_or_a_whole_end_changes_neither(page, frontend
     frontend.errors.clear()  # the browser's own, of the answer
 
 
+def test_a_node_that_fails_behind_its_last_forward_says_so_and_what_it_was_warned_of(page, frontend):
+    """While its last chunk is decoded, or its file closed; a later node's error is none of its own."""
+    (node,) = samplers(page)
+    line = page.locator(".diagonal-preview .line")
+    tell(page, node, "late", 6)
+    send = "([name, data]) => app.api.dispatchCustomEvent(name, { prompt_id: 'late', ...data })"
+    page.evaluate(send, ["execution_error", {"node_id": "of a later node"}])
+    assert "6 forwards in 6.0 s" in line.inner_text()
+    page.evaluate(send, ["diagonal.warnings", {"node": str(node), "warnings": ["No state could be saved."]}])
+    assert page.locator(".diagonal-preview .warning").all_inner_texts() == ["No state could be saved."]
+    page.evaluate(send, ["execution_interrupted", {"node_id": str(node)}])
+    assert line.inner_text().endswith("cancelled; these frames stay")
+    assert page.locator(".diagonal-preview .warning").count() == 1
+    frontend.errors.clear()  # the frontend's own, of an error without its fields
+
+
 def test_all_that_a_workflow_showed_comes_back_with_what_was_made_meanwhile(page, frontend):
     """Several samplers, some without a run yet, and two runs in the queue."""
     page.evaluate(

@@ -163,8 +163,13 @@ def test_a_server_that_fails_is_asked_less_and_less_often_until_it_is_back(page,
 def test_what_is_free_is_asked_again_behind_a_run(page, frontend):
     wait_lines(page, "Needs ", "64x64")
     page.wait_for_timeout(2000)  # what was added to the graph is asked for once
-    with page.expect_request("**/diagonal/memory**", timeout=120_000):
+    lines = page.locator(".diagonal-memory .words > div").element_handles()
+    assert lines
+    with page.expect_response("**/diagonal/memory**", timeout=120_000):
         page.evaluate("() => app.queuePrompt(0, 1)")
+    page.wait_for_timeout(500)
+    said = page.evaluate("(lines) => lines.filter((line) => line.isConnected).length", lines)
+    assert said == len(lines), "a screen reader would read out again what has not changed"
     assert frontend.errors == []
 
 
@@ -333,6 +338,9 @@ def test_nodes_that_are_gone_ask_nothing(page, frontend):
         page.evaluate("() => app.canvas.pasteFromClipboard()")
         assert ticking() == 8
         page.evaluate("() => app.canvas.deleteSelected()")
+        assert ticking() == 4
+        # As the sidebar's Insert does in earlier frontends, to copy from it.
+        page.evaluate("() => void new app.graph.constructor(app.graph.serialize())")
         assert ticking() == 4
         page.evaluate(
             """() => {

@@ -1247,6 +1247,25 @@ def test_the_time_of_a_forward_is_told_without_the_loading_before_the_first(pack
     assert [data["sampling"] for data in sent] == [None, 4.0, 6.0, 6.0], "a forward takes two seconds"
 
 
+def test_a_warning_behind_the_last_forward_reaches_the_node(pack_module, tiny_wan, monkeypatch):
+    live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
+    sent = []
+    server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
+    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    for late in ([], ["No state could be saved."]):
+        with live.LiveReport("5", tiny_wan) as report:
+            live.PACK_LOG.warning("early")
+            report.progress(progress(chunk=0, chunks=1, step=0, steps=1, forwards=1, total=1))
+            for line in late:
+                live.PACK_LOG.warning(line)
+    kinds = [(kind, data["warnings"]) for kind, data, _ in sent]
+    assert kinds == [
+        ("diagonal.progress", ["early"]),
+        ("diagonal.progress", ["early"]),
+        ("diagonal.warnings", ["early", "No state could be saved."]),
+    ]
+
+
 def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queued_it(
     pack_module, tiny_wan, monkeypatch
 ):

@@ -145,24 +145,23 @@ def test_a_students_batches_are_at_its_own_noise_levels(run):
             )
 
 
-def test_what_the_teacher_learned_is_added_to_the_student(run, tmp_path):
-    export_flow(run, DEMO, tmp_path)
-    old, new = (demo_files.load_dit(folder / demo_files.TEACHER_FILE) for folder in (DEMO, tmp_path))
-    student = demo_files.load_dit(DEMO / demo_files.STUDENT_FILE)
-    changed = train_flow.with_adapter(student)
+def test_what_one_network_learned_is_added_to_another():
+    files = (demo_files.STUDENT_FILE, demo_files.FOLLOWER_FILE, demo_files.TEACHER_FILE)
+    old, new, teacher = (demo_files.load_dit(DEMO / file) for file in files)
+    changed = train_flow.with_adapter(teacher)
     train_flow.add_change(changed, old, new)
     for name, value in changed.state_dict().items():
-        before = student.state_dict().get(name, torch.zeros_like(value))
         learned = new.state_dict()[name] - old.state_dict().get(name, torch.zeros_like(value))
-        torch.testing.assert_close(value - before, learned, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(value - teacher.state_dict()[name], learned, atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="has no adapter"):
-        train_flow.add_change(changed, student, student)
+        train_flow.add_change(changed, old, old)
+    with pytest.raises(ValueError, match="Give as BEFORE its weights of before it had an adapter"):
+        train_flow.add_change(train_flow.with_adapter(old), new, new)
 
 
-def test_the_student_is_trained_and_written_as_the_student(tmp_path, run):
+def test_the_student_is_trained_and_written_as_the_student(tmp_path):
     recipe = train_flow.student_recipe(updates=2, clips=6, length=37, batch=3, kept_batch=2, warmup=1)
-    export_flow(run, DEMO, tmp_path / "learned")
-    learned = (DEMO / demo_files.TEACHER_FILE, tmp_path / "learned" / demo_files.TEACHER_FILE)
+    learned = (DEMO / demo_files.STUDENT_FILE, DEMO / demo_files.FOLLOWER_FILE)
     train_flow.train_flow(recipe, DEMO, tmp_path, CPU, network="student", learned=learned)
     file = export_flow(tmp_path, DEMO, tmp_path / "to", network="student")
     player = Player(DEMO, file)
