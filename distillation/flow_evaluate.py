@@ -1,8 +1,8 @@
 """Does the video move as it is told? Commands motion to the demo's sprites and measures what they do.
 
-    S=demo/demo_student.safetensors                      # without --dit: the teacher
-    python -m distillation.flow_evaluate --dit $S                               # scores what is missing, prints it
-    python -m distillation.flow_evaluate --dit $S --write docs/evidence/flow.md # and writes the page
+    F=demo/demo_follower.safetensors                     # without --dit: the teacher
+    python -m distillation.flow_evaluate --dit $F                               # scores what is missing, prints it
+    python -m distillation.flow_evaluate --dit $F --write docs/evidence/flow.md # and writes the page
 
 Each scene has one sprite and a held-out caption. Its first chunk is made as usual; the sprite is then found in the
 decoded frames and told to go from there, straight and bouncing at the edge: by a track, as a person would draw it, or
