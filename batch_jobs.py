@@ -6,7 +6,6 @@ Nothing here talks to a server, and nothing a prompts file says becomes a path.
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import json
 import os
@@ -16,9 +15,9 @@ import uuid
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from diagonal_sampler.disk import remove_file, replace_file
+from diagonal_sampler.disk import remove_file, replace_file, try_lock
 
 Graph = dict[str, dict[str, Any]]
 
@@ -447,28 +446,6 @@ def without_login(url: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", url, count=1)
 
 
-def try_lock(file: IO) -> bool:
-    """Lock an open file until its process ends; False where another has it.
-
-    Raises OSError where the file system has no locks.
-    """
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
-
-
 class BatchLog:
     """The JSON-lines log, one line a finished job, and beside it the ids in flight (LOG.inflight).
 
@@ -516,7 +493,7 @@ class BatchLog:
 
     def _is_ours(self) -> bool:
         try:
-            return try_lock(self._lock)
+            return try_lock(self._lock.fileno())
         except OSError:  # some network drives have no locks
             return True
 

@@ -40,6 +40,7 @@ from distillation.embed_prompts import (
     Shard,
     write_prompts_file,
 )
+from distillation.ranks import join_ranks
 from distillation.recipes import RECIPES, Recipe, parse_field
 
 PROMPT_COUNT, PROMPT_TOKENS, PROMPT_STD = 24, 160, 0.2
@@ -198,7 +199,7 @@ def main() -> None:
         limit = time_limit(arguments.seconds)
         recipe = recipe_of(arguments, folder)
         began = time.perf_counter()
-        ranks = train.join_ranks()
+        ranks = join_ranks()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -10,15 +10,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from batch_jobs import MAX_SEED
 from diagonal_sampler.disk import remove_file
+from diagonal_sampler.frames import TIME_FACTOR
 
 from . import OUTPUT, ROOT, host, packages, server
 from .processes import CHILDREN, STATUS, Interrupted, Problem, explain_disk, runtime_environment, shorten
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 COMPARISON = ROOT / "workflows" / "api" / "compare.json"
-MAX_SEED = 2**64 - 1
-TEMPORAL_STRIDE = 4  # Wan turns 4*n + 1 pixel frames into n + 1 latent frames
 MAX_LENGTH = 1021  # the last 4*n + 1 below Empty AR Video Latent's limit of 1024 frames
 LOST_CONNECTION = 3  # bootstrap/job.py's exit code; this Python cannot import that file
 JOB_BYTES = 200 * 2**20  # room for a video, its contact sheet and ComfyUI's temporary files
@@ -86,9 +86,9 @@ def _port(text: str) -> int:
 
 def _length(text: str) -> int:
     frames = _whole(text, 1, MAX_LENGTH)
-    low = frames - (frames - 1) % TEMPORAL_STRIDE
+    low = frames - (frames - 1) % TIME_FACTOR
     if frames != low:
-        rule = f"the model makes 4*n+1 frames, so give {low} or {low + TEMPORAL_STRIDE}"
+        rule = f"the model makes 4*n+1 frames, so give {low} or {low + TIME_FACTOR}"
         raise argparse.ArgumentTypeError(f"it is {frames} pixel frames; {rule}")
     return frames
 

@@ -17,8 +17,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
-from batch_jobs import try_lock  # the pack as published has that file and not this folder
-from diagonal_sampler.disk import remove_file, replace_file, whole_file
+from diagonal_sampler.disk import remove_file, replace_file, try_lock, whole_file
 
 from . import GIB, HOST, ROOT, VENV
 from .processes import (
@@ -88,7 +87,7 @@ def setup_lock() -> Iterator[None]:
     HOST.mkdir(parents=True, exist_ok=True)
     with (HOST / "setup.lock").open("a+") as file:
         waiting = False
-        while not try_lock(file):
+        while not try_lock(file.fileno()):
             if not waiting:
                 STATUS.step("Another quickstart is setting up this clone; waiting for it ...")
             waiting = True

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from batch_jobs import try_lock
-from diagonal_sampler.disk import replace_file
+from diagonal_sampler.disk import replace_file, try_lock
 
 from . import HOST, OUTPUT
 from .host import FETCHED, link_pack
@@ -147,7 +146,7 @@ def claim_log(port: int, *, asked: bool) -> tuple[str, Path]:
     own = f"-{port}"
     if not asked:
         lock = (LOGS / "server.lock").open("a+")
-        if try_lock(lock):
+        if try_lock(lock.fileno()):
             _LOCKS.append(lock)
             own = ""
         else:

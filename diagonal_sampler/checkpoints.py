@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from .wan_layout import (
     HEAD_DIM,
     LATENT_CHANNELS,
     PATCH,
+    PREFIX_PARTS,
     PREFIXES,
     PUBLISHED_SIZES,
     RCM_PREFIX,
     WRAPPERS,
     WanDims,
     count_blocks,
+    expected_names,
     expected_shapes,
     from_diffusers,
     strip_wrappers,
@@ -116,13 +118,20 @@ _ATTENTION_KEY = re.compile(r"blocks\.\d+\.(?:self|cross)_attn\.comfy_attention\
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.")
 _FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise|(?<![a-z0-9])c1-1(?![0-9])", re.IGNORECASE)
 
+_QUANTIZED_ELSEWHERE = re.compile(r"scales?(?:_2)?$|^scale_(?:weight|input)$|zeros?$|^qweight$")
+"""In the last component of a name: what quantised layers of other programs have."""
+
+_WAN22 = re.compile(r"wan[-_ ]?2[._-]?2(?!\d)|(?<![a-z])a14b|(?:high|low)[-_ ]?noise", re.IGNORECASE)
+
 _BIDIRECTIONAL = re.compile(r"bidirect", re.IGNORECASE)
 # lightx2v's: Self-Forcing-Plus trains bidirectional models (Self-Forcing-Plus-Plus causal ones).
-_STEP_DISTILLED = re.compile(r"lightx2v|step[-_ ]?distill|self[-_ ]?forcing[-_ ]?plus(?![-_ ]?plus)", re.IGNORECASE)
+_STEP_DISTILLED = re.compile(r"step[-_ ]?distill|self[-_ ]?forcing[-_ ]?plus(?![-_ ]?plus)", re.IGNORECASE)
+_PUBLISHER_OF_BOTH = re.compile(r"lightx2v", re.IGNORECASE)
 _CAUSAL = r"(?<!non)(?<!non[-_ ])causal|causvid|auto[-_ ]?regressive"
 _SAYS_CAUSAL = re.compile(_CAUSAL, re.IGNORECASE)
 _KNOWN_CAUSAL = re.compile(
-    _CAUSAL + r"|(?:self|rolling|reward|diagonal)[-_ ]?(?:forcing|distill)|long[-_ ]?live|stream[-_ ]?diffusion|krea",
+    _CAUSAL + r"|(?:self|rolling|reward)[-_ ]?(?:forcing|distill)|diagonal[-_ ]?forcing|dia(?:g(?:onal)?)?[-_ ]?distill"
+    r"|long[-_ ]?live|stream[-_ ]?diffusion|krea|sfwan2[._]1|memflow",
     re.IGNORECASE,
 )
 
@@ -257,7 +266,7 @@ def recognise(
             f"weight file {name!r} has {depth} blocks by its names, such as 'blocks.{depth - 1}', and no Wan has more "
             f"than {MAX_BLOCKS}; choose a Wan 2.1 file"
         )
-    quantization = read_quantization(
+    bare, quantization = read_quantization(
         file, bare, prefix=prefix, known_formats=quant_formats, companions=COMPANIONS, check_values=check_values
     )
     attention = _take_attention(bare, name, check_values)
@@ -306,6 +315,12 @@ def suggest_preset(provenance: Provenance, *, dims: WanDims, source: str, prefix
     return None
 
 
+def trained_as(info: CheckpointInfo, provenance: Provenance) -> CheckpointInfo:
+    """What a file becomes with a LoRA whose header states this."""
+    preset = suggest_preset(provenance, dims=info.dims, source=info.source, prefix=info.prefix)
+    return replace(info, provenance=provenance, suggested_preset=preset)
+
+
 def frame_by_frame(path: str) -> bool:
     """Whether a file's name, or its folder's, says that the model makes one latent frame at a time.
 
@@ -318,15 +333,24 @@ def frame_by_frame(path: str) -> bool:
 def bidirectional_by_name(path: str) -> bool:
     """Whether a file's name, or its folder's, says that the model, or the LoRA's, denoises all frames at once."""
     step_distilled = _STEP_DISTILLED.search(path) and not _SAYS_CAUSAL.search(path)
-    return bool(_BIDIRECTIONAL.search(path) or step_distilled)
+    by_publisher = _PUBLISHER_OF_BOTH.search(path) and not _KNOWN_CAUSAL.search(path)
+    return bool(_BIDIRECTIONAL.search(path) or step_distilled or by_publisher)
 
 
-def causality_warning(info: CheckpointInfo, path: str) -> str | None:
-    """What a person should know of a file that does not say for certain that it is causal; None for nothing.
+def causality_warning(info: CheckpointInfo, path: str, *, causal_lora: bool = False) -> str | None:
+    """What a person should know of a file that does not say for certain that it is causal, and is whole; None for
+    nothing.
 
-    path: of the file, below the folder that its user chose it from. A header is believed, a name next.
+    path: of the file, below the folder that its user chose it from. Of causality a header is believed, a name next;
+    neither a header nor a tensor tells Wan 2.2's networks from Wan 2.1's. causal_lora: it gets a LoRA that was trained
+    causally.
     """
-    if info.causal_marker == "header":
+    if _WAN22.search(path):
+        return (
+            "its name says that it is of Wan 2.2, which has two networks, each for a part of the noise levels: alone "
+            "it covers only its part, and gives poor video, causal or not; use a causal Wan 2.1 model"
+        )
+    if info.causal_marker == "header" or causal_lora:
         return None
     if bidirectional_by_name(path):
         return (
@@ -474,9 +498,17 @@ def _plain_names(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[dict[s
 def _find_prefix(keys: Iterable[str]) -> str | None:
     """The prefix under which a Wan network lies, or None."""
     keys = set(keys)
-    hits = {prefix: sum(prefix + anchor in keys for anchor in _SIGNATURE) for prefix in PREFIXES}
+    others = [prefix for prefix in _prefixes(keys) if PREFIX_PARTS.issuperset(prefix.removesuffix(".").split("."))]
+    hits = {prefix: sum(prefix + anchor in keys for anchor in _SIGNATURE) for prefix in (*PREFIXES, *others)}
     best = max(hits, key=lambda prefix: hits[prefix])
     return best if hits[best] >= 2 else None
+
+
+def _prefixes(keys: set[str]) -> list[str]:
+    """What stands before the names of whole Wan networks, known or not."""
+    first, second = _SIGNATURE[:2]
+    found = {key.removesuffix(first) for key in keys if key.endswith(first)}
+    return sorted(prefix for prefix in found if prefix.endswith(".") and prefix + second in keys)
 
 
 def _split_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -551,6 +583,11 @@ def _not_wan(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for anchor, kind in _OTHER_KINDS:
         if any(key == anchor or key.endswith(f".{anchor}") for key in tensors):
             return f"weight file {name!r} is not a Wan diffusion model: it looks like {kind}"
+    if prefixes := _prefixes(set(tensors)):
+        return (
+            f"weight file {name!r} has Wan's names behind {listed(prefixes)}, which does not say that it is the "
+            "model that makes video; save that network alone, without the prefix"
+        )
     return (
         f"weight file {name!r} is not a Wan diffusion model: expected keys such as {_SIGNATURE[0]!r} and "
         f"{_SIGNATURE[1]!r}, found {len(tensors)} tensors: {listed(tensors, 5)}; choose a Wan 2.1 "
@@ -627,17 +664,7 @@ def _check_names(
     name: str,
 ) -> None:
     """Raise ValueError with the names of missing and left-over tensors."""
-    placeholder = WanDims(
-        dim=HEAD_DIM,
-        depth=depth,
-        ffn_dim=1,
-        text_dim=1,
-        freq_dim=1,
-        in_channels=1,
-        out_channels=1,
-        flow_adapter=_has_flow_adapter(bare),
-    )
-    expected = set(expected_shapes(placeholder)) | quantization.required()
+    expected = expected_names(depth, flow_adapter=_has_flow_adapter(bare)) | quantization.required()
     allowed = quantization.allowed(depth)
     missing = expected - bare.keys()
     left_over = [key for key in bare if key not in expected and key not in allowed] + foreign
@@ -649,9 +676,15 @@ def _check_names(
         problems.append(f"{len(missing)} tensors are missing: {listed(missing)}")
     if left_over:
         problems.append(f"{len(left_over)} are left over: {listed(left_over)}")
+    remedy = "download the file again, or use one without additions"
+    if any(_QUANTIZED_ELSEWHERE.search(key.rpartition(".")[2]) for key in left_over):
+        remedy = (
+            "it is quantised for another program, such as LightX2V, WanVideoWrapper or Nunchaku: use the bf16 file, or "
+            "one that was quantised for ComfyUI"
+        )
     raise ValueError(
         f"weight file {name!r} is not a whole Wan text-to-video network of {depth} blocks: "
-        f"{'; '.join(problems)}. Nothing was loaded; download the file again, or use one without additions"
+        f"{'; '.join(problems)}. Nothing was loaded; {remedy}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that are never half there, also where other programs look at them meanwhile.
+"""Files that are never half there, also where other programs look at them meanwhile, and locks between programs.
 
 Nothing but the standard library: queue_batch.py and the quickstart use it with any Python.
 """
@@ -9,7 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ T = TypeVar("T")
 BUSY_SECONDS = 2.0  # a virus scanner, an indexer or a cloud folder may hold a new file on Windows for so long
 _BINARY = getattr(os, "O_BINARY", 0)
 _LOST = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 def insist(action: Callable[[], T]) -> T:
@@ -67,7 +68,8 @@ def sync_path(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`: what is written there takes its place at the end, or goes with an error.
 
-    It is on the disk before it has the name: a power cut then leaves the file of before, or this one.
+    It is on the disk before it has the name: a power cut then leaves the file of before, or this one. A temporary file
+    that cannot be removed is no error; the next one of this name takes its place.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -75,4 +77,27 @@ def whole_file(path: Path) -> Iterator[Path]:
         insist(lambda: sync_path(partial))
         replace_file(partial, path)
     finally:
-        remove_file(partial)
+        with suppress(OSError):  # else it would hide the error that matters
+            remove_file(partial)
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file until it is closed, at the latest with its process; False where it is locked already.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, 0, os.SEEK_SET)  # it locks the byte there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        raise
+    return True

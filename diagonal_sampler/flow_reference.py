@@ -3,6 +3,10 @@
 The chunk's start is the carried frames, encoded and noised to `start_sigma` instead of to pure noise. Every prediction
 but the last is blended with them where the flow says something; the last is the model's own. The model is as it is.
 A weaker motion is blended less and starts nearer to pure noise: see `weaker_start`.
+
+Each chunk is decoded, carried and encoded, so what an autoencoder loses on that way would be lost anew in every chunk,
+until a thin shape has faded. The encoded frames are therefore decoded once more, and what is lost is added: see
+`encode_what_decodes`.
 """
 
 from __future__ import annotations
@@ -29,17 +33,17 @@ TAIL_FRAMES = 3
 """Latent frames that are decoded to get the last pixel frame: a video decoder needs some before it."""
 
 Decode = Callable[[Tensor], Tensor]
-"""Latents [B, C, n, h, w] in the model's space, the end of a clip -> its last pixel frame [B, 3, H, W] in 0..1, best
-on `flow.carrying_device`."""
+"""Latents [B, C, n, h, w] in the model's space -> pixel frames [B, 3, 1 + 4 * (n - 1), H, W] in 0..1, best on
+`flow.carrying_device`."""
 Encode = Callable[[Tensor], Tensor]
 """Pixel frames [B, 3, 1 + 4n, H, W] in 0..1, where Decode's is -> latents [B, C, 1 + n, h, w] in the model's space."""
 
 
 def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float) -> tuple[float, ...]:
-    """The levels of a chunk that starts at `start_sigma`: as many steps, all scaled alike in uniform time.
+    """The levels of a chunk that starts at `start_sigma`: as many steps, scaled alike in uniform time, the last twice.
 
-    The last level is scaled too, for it decides how much the last prediction, which nothing is blended with, may move
-    back to where the model would have been.
+    The last level decides how much the last prediction, which nothing is blended with, may take away of what was
+    carried to where the model would not have it, or move it back.
 
     Args:
         sigmas: descending, in (0, 1]; unchanged if they start at or below `start_sigma`.
@@ -54,7 +58,9 @@ def start_below_noise(sigmas: Sequence[float], start_sigma: float, shift: float)
     if sigmas[0] <= start_sigma:
         return tuple(sigmas)
     scale = unshift_sigma(start_sigma, shift) / unshift_sigma(sigmas[0], shift)
-    return (start_sigma, *(shift_sigma(scale * unshift_sigma(sigma, shift), shift) for sigma in sigmas[1:]))
+    scales = [scale] * (len(sigmas) - 2) + [scale**2]
+    rest = (shift_sigma(by * unshift_sigma(sigma, shift), shift) for by, sigma in zip(scales, sigmas[1:], strict=False))
+    return (start_sigma, *rest)
 
 
 def weaker_start(start_sigma: float, strength: float, shift: float) -> float:
@@ -73,6 +79,18 @@ def weaker_start(start_sigma: float, strength: float, shift: float) -> float:
     if strength == 1:
         return start_sigma
     return min(1.0, shift_sigma(1 - strength * (1 - unshift_sigma(start_sigma, shift)), shift))
+
+
+def encode_what_decodes(frames: Tensor, decode: Decode, encode: Encode) -> Tensor:
+    """Latents [B, C, 1 + n, h, w] that decode to `frames` more nearly than what they encode to.
+
+    z + (z - E(D(z))) with z = E(frames): one fixed-point step towards the z whose decoded frames encode to E(frames).
+
+    Args:
+        frames: [B, 3, 1 + 4n, H, W] in 0..1.
+    """
+    latents = encode(frames)
+    return 2 * latents - encode(decode(latents))
 
 
 class FlowReference:
@@ -174,7 +192,7 @@ class FlowReference:
         if self._reference is None or self._reference[0] != start_frame:
             assert self._tail is not None, "finished() was not told what precedes the chunk"
             tail = self._tail
-            last = self.decode(tail)
+            last = self.decode(tail)[:, :, -1]
             step = TIME_FACTOR * (start_frame - 1)
             clips, masks, outside = [], [], []
             for picture in last.to(carrying_device(last.device)):
@@ -182,7 +200,8 @@ class FlowReference:
                 clips.append(torch.stack([picture, *(frame.picture for frame in carried)], dim=1))
                 masks.append(torch.stack([frame.commanded for frame in carried]))
                 outside.append(torch.stack([frame.entered.to(picture.dtype) for frame in carried]))
-            latents = self.encode(torch.stack(clips).to(last.device))[:, :, 1:].to(tail)
+            coded = encode_what_decodes(torch.stack(clips).to(last.device), self.decode, self.encode)
+            latents = coded[:, :, 1:].to(tail)
             cells = (frames, tail.shape[-2], tail.shape[-1])
             mask = (F.adaptive_avg_pool3d(torch.stack(masks)[:, None], cells) / FOLLOWED_SHARE).clamp(max=1)
             mask = mask * (1 - F.adaptive_avg_pool3d(torch.stack(outside)[:, None], cells))

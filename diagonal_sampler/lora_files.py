@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .provenance import PROVENANCE_KEYS, Provenance
 from .wan_layout import from_diffusers, strip_wrappers
-from .weight_files import WeightFile, flat_tensors, is_finite, listed, refuse_inflated, short
+from .weight_files import WeightFile, flat_tensors, is_finite, listed, read_weight_file, refuse_inflated, short
 
 LORA_SECTIONS = ("generator_lora", "lora", "state_dict")
 """Dicts that may hold the adapter, best first; a critic's adapter is never one of them."""
@@ -33,7 +35,17 @@ ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 RANK_STABILISED, ALPHA_PATTERN, DORA = "use_rslora", "alpha_pattern", "use_dora"
 """Of PEFT's adapter settings those that change the scale. A `rank_pattern` is what the tensors' own shapes say."""
 _SETTINGS = (ALPHA_KEY, RANK_STABILISED, ALPHA_PATTERN, DORA, "rank_pattern", "r")
-WANTED_METADATA = (ALPHA_KEY, ADAPTER_METADATA_KEY)
+WANTED_METADATA = (ALPHA_KEY, ADAPTER_METADATA_KEY, *PROVENANCE_KEYS)
+
+PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+"""PEFT saves an adapter as the one, with any suffix, and its settings beside it as the other."""
+_MAX_CONFIG_BYTES = 1 << 20
+_PEFT_ALPHA = 8
+"""PEFT's own, where its settings name none."""
+_CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda")
+"""Ways to begin (`init_lora_weights`) that take something out of the base's weights: such an adapter builds on that."""
+_ONLY_OFF = ("fan_in_fan_out", "layer_replication", "use_qalora")
+"""Settings that change what an adapter does to a weight in ways that are not followed here."""
 
 _KINDS = (
     ("down", re.compile(r"\.lora_A(?:\.(?P<adapter>(?!weight$)[\w-]+))?(?:\.weight)?$"), "PEFT"),
@@ -69,6 +81,7 @@ class Lora:
 
     tensors: `diffusion_model.<layer>.lora_up.weight` and so on -> tensor. targets: the bare names of the
     parameters that change. ranks: the ranks in use, ascending. unused: what else the file holds, not applied.
+    provenance: how it was trained, as its header says.
     """
 
     file: str
@@ -77,12 +90,45 @@ class Lora:
     targets: tuple[str, ...]
     ranks: tuple[int, ...]
     unused: tuple[str, ...]
+    provenance: Provenance
 
     def summary(self) -> str:
         """One line for a person."""
         ranks = f"rank {'/'.join(map(str, self.ranks))}" if self.ranks else "full differences"
         unused = f"; not used: {listed(self.unused)}" if self.unused else ""
         return f"{self.file}: {self.layout} LoRA on {len(self.targets)} parameters, {ranks}{unused}"
+
+
+def peft_config(path: str | Path) -> Path | None:
+    """The file in which PEFT keeps the settings of an adapter that it saved; None where there is none."""
+    path = Path(path)
+    config = path.with_name(PEFT_CONFIG)
+    return config if path.stem == PEFT_STEM and config.is_file() else None
+
+
+def read_lora(
+    path: str | Path, *, read_safetensors: Callable[[Path], Mapping[str, torch.Tensor]] | None = None
+) -> WeightFile:
+    """Read an adapter's file for `convert_lora`, and PEFT's settings beside it; see `read_weight_file`.
+
+    Raises ValueError as that does, and for settings that cannot be read.
+    """
+    file = read_weight_file(path, wanted_metadata=WANTED_METADATA, read_safetensors=read_safetensors)
+    config = peft_config(path)
+    if config is None:
+        return file
+    try:
+        with config.open("rb") as opened:
+            text = opened.read(_MAX_CONFIG_BYTES + 1)
+        settings = json.loads(text) if len(text) <= _MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"LoRA {file.name!r}: {PEFT_CONFIG} beside it, which decides its strength, is no JSON object of up to "
+            f"{_MAX_CONFIG_BYTES} bytes that can be read; copy it again"
+        )
+    return replace(file, metadata={**file.metadata, PEFT_CONFIG: json.dumps(settings)})
 
 
 def convert_lora(file: WeightFile, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
@@ -172,6 +218,7 @@ def _renamed(
         targets=tuple(dict.fromkeys(targets)),
         ranks=tuple(ranks),
         unused=tuple(unused),
+        provenance=Provenance.from_metadata(file.metadata, file.name),
     )
 
 
@@ -245,7 +292,7 @@ def _is_end_of(pattern: str, *layers: str) -> bool:
 
 def _scaling(file: WeightFile) -> _Scaling:
     """Raises ValueError for a scale that is no number, and for a rank-stabilised adapter without one."""
-    adapter = _adapter_settings(file)
+    adapter = _peft_settings(file) | _adapter_settings(file)
     inside = {key: file.tree[key] for key in _SETTINGS if key in file.tree}
     settings = adapter | {key: value for key, value in inside.items() if not isinstance(value, torch.Tensor)}
     stated = file.tree.get(ALPHA_KEY, file.metadata.get(ALPHA_KEY, adapter.get(ALPHA_KEY)))
@@ -265,6 +312,29 @@ def _scaling(file: WeightFile) -> _Scaling:
         rank_stabilised=rank_stabilised,
         dora=_is_true(settings.get(DORA)),
     )
+
+
+def _peft_settings(file: WeightFile) -> dict[str, Any]:
+    """The settings that PEFT saved beside the adapter; {} for none.
+
+    Raises ValueError for those that are not followed.
+    """
+    if PEFT_CONFIG not in file.metadata:
+        return {}
+    settings = json.loads(file.metadata[PEFT_CONFIG])
+    refused = {key: settings[key] for key in _ONLY_OFF if settings.get(key)}
+    if settings.get("peft_type", "LORA") != "LORA":
+        refused["peft_type"] = settings["peft_type"]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        refused["init_lora_weights"] = start
+    if refused:
+        said = ", ".join(f"{key} {short(value)}" for key, value in refused.items())
+        raise ValueError(
+            f"LoRA {file.name!r}: {PEFT_CONFIG} beside it says {said}, which is not followed here. Nothing was "
+            "applied; use a version converted to a plain LoRA"
+        )
+    return {ALPHA_KEY: _PEFT_ALPHA} | {key: settings[key] for key in _SETTINGS if settings.get(key) is not None}
 
 
 def _adapter_settings(file: WeightFile) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderFacts:
-    """A VAE that decodes while the network stays loaded: bytes of its weights, and for each of a chunk's rows times
+    """A VAE that works while the network stays loaded: bytes of its weights, and for each of a chunk's rows times
     columns of latent cells."""
 
     weight_bytes: int
@@ -74,7 +74,7 @@ class ClipSize:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """Bytes at the peak of a run: the weights, the keys and values of the window and of the text, one forward, and
-    decoding one chunk where that happens meanwhile."""
+    what a VAE that works meanwhile takes beyond that."""
 
     weights: int
     keys_values: int
@@ -113,16 +113,27 @@ def text_bytes(network: NetworkFacts, clip: ClipSize) -> int:
     return (2 * network.layers + 1) * tokens * network.width * network.element_bytes
 
 
-def forecast(network: NetworkFacts, clip: ClipSize, decoder: DecoderFacts | None = None) -> Forecast:
-    """What a run takes at its peak."""
+def forecast(
+    network: NetworkFacts, clip: ClipSize, decoder: DecoderFacts | None = None, carrier: DecoderFacts | None = None
+) -> Forecast:
+    """What a run takes at its peak.
+
+    Args:
+        decoder: a VAE that decodes a chunk while the next one is denoised.
+        carrier: a VAE that works between two forwards, as optical flow's does that carries frames from chunk to chunk.
+            A forward's activations are free then, so that only what it takes beyond them counts.
+    """
     cells = clip.rows * clip.columns
     chunk = clip.batch * clip.conditions * min(clip.settings.frames_per_chunk, clip.frames) * cells
+    forward = round(chunk * network.forward_bytes)
+    beside = 0 if decoder is None else round(decoder.weight_bytes + cells * decoder.cell_bytes)
+    between = 0 if carrier is None else carrier.weight_bytes + max(0, round(cells * carrier.cell_bytes) - forward)
     return Forecast(
         weights=network.weight_bytes,
         keys_values=keys_values_bytes(network, clip),
         text=text_bytes(network, clip),
-        forward=round(chunk * network.forward_bytes),
-        decoder=0 if decoder is None else round(decoder.weight_bytes + cells * decoder.cell_bytes),
+        forward=forward,
+        decoder=beside + between,
     )
 
 
@@ -152,6 +163,7 @@ def changes_that_fit(
     clip: ClipSize,
     available: int,
     decoder: DecoderFacts | None = None,
+    carrier: DecoderFacts | None = None,
     *,
     step: int = 1,
     without: Collection[str] = (),
@@ -162,12 +174,13 @@ def changes_that_fit(
     does.
 
     Args:
+        decoder, carrier: see `forecast`.
         step: rows and columns must be multiples of it, in pixels that is `step * 8`.
         without: of LIGHTER_FORMATS, those that the device does not have.
     """
 
     def fits(network: NetworkFacts, clip: ClipSize) -> bool:
-        return forecast(network, clip, decoder).total <= available
+        return forecast(network, clip, decoder, carrier).total <= available
 
     found = []
     formats = [(name, lighter) for name, lighter in _lighter(network) if name not in without]

@@ -54,6 +54,11 @@ class Provenance:
                 ) from None
         return cls(**found)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it has an entry that only a model trained chunk by chunk has."""
+        return any(getattr(self, key) is not None for key in _ONLY_CAUSAL)
+
     def contradictions(self, **chosen: Any) -> tuple[str, ...]:
         """Sentences about each chosen value, by this class's field names, that differs from what the file
         says.
@@ -79,6 +84,9 @@ class Provenance:
         if self.steps_per_chunk is not None:
             entries["steps_per_chunk"] = ",".join(map(str, self.steps_per_chunk))
         return entries
+
+
+_ONLY_CAUSAL = ("frames_per_chunk", "steps_per_chunk", "context_mode", "window", "sink")
 
 
 def _number(

@@ -111,6 +111,82 @@ def mix(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (1.0 - sigma) * x0 + sigma * noise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _History:
+    """How finished latents [B, C, n, H, W] enter the cache: in forwards that only write keys and values.
+
+    Attributes:
+        given: latent frames of the context.
+        finished: latents by start_frame, those that a window may still see, for `write_again`; None keeps none.
+    """
+
+    denoise: Denoise
+    noise: NoiseSource
+    schedule: DiagonalSchedule
+    cache: KVCache
+    frames_per_chunk: int
+    given: int
+    schedule_row: Callable[[int], int]
+    finished: dict[int, Tensor] | None
+
+    def write(self, x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> Tensor:
+        """Write the open chunk at a noise level; the model's prediction.
+
+        Args:
+            at: latent frames before `x0`.
+            draw: the chunk of whose noise it gets.
+            rows: those latent frames of `x0` that are the open chunk; the noise is drawn for all of it.
+        """
+        x = x0 if sigma == 0 else mix(x0, self.noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
+        x = x[:, :, rows]
+        at += rows.start or 0
+        with torch.no_grad():
+            return self.denoise(
+                x,
+                Forward(chunk=chunk, start_frame=at, frames=x.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
+            )
+
+    def write_given(self, x0: Tensor, at: int, rows: slice = slice(None)) -> None:
+        """Write an open chunk of the context; arguments as of `write`."""
+        # Draws of given context count down from -1, so that they never share noise with a chunk.
+        sigma, draw = self.schedule.given_context_sigma, -1 - at
+        if self.schedule.finds_given_inputs:
+            # One fixed-point step towards the input whose denoised is x0. A last forward changes its input a little,
+            # by habit; unless the cache shows it the input, the next chunk makes that change once more.
+            out = self.write(x0, 0, sigma, at, draw, rows)
+            x0 = x0.clone()
+            x0[:, :, rows] += x0[:, :, rows] - out
+        self.write(x0, 0, sigma, at, draw, rows)
+
+    def write_again(self, count: int) -> None:
+        """Write all that the next chunk, of `count` latent frames, sees once more, oldest first."""
+        assert self.finished is not None
+        for run in self.cache.rewind(count):
+            self.cache.skip_to(run.start)
+            for at, x0 in sorted(self.finished.items()):
+                rows = _overlap(run, at, x0.shape[2])
+                if rows is None:
+                    continue
+                self.cache.begin(rows.stop - rows.start)
+                if at < self.given:
+                    self.write_given(x0, at, rows)
+                else:
+                    made = (at - self.given) // self.frames_per_chunk
+                    sigma = self.schedule.context_sigma_of(self.schedule_row(made))
+                    self.write(x0, made, sigma, at, made, rows)
+                self.cache.commit()
+
+    def keep(self, at: int, x0: Tensor) -> None:
+        """Remember finished latents, and forget those that no later chunk sees."""
+        if self.finished is None:
+            return
+        self.finished[at] = x0.detach()
+        sink = self.cache.settings.sink
+        oldest = self.cache.committed - (self.cache.capacity - sink)
+        for old in [old for old in self.finished if old >= sink and old + self.finished[old].shape[2] <= oldest]:
+            del self.finished[old]
+
+
 def sample_chunks(
     denoise: Denoise,
     noise: NoiseSource,
@@ -182,65 +258,28 @@ def sample_chunks(
                 "from; start the schedule at sigma 1 or give a source latent."
             )
 
-    def write_context(x0: Tensor, chunk: int, sigma: float, at: int, draw: int, rows: slice = slice(None)) -> Tensor:
-        x = x0 if sigma == 0 else mix(x0, noise(draw, CONTEXT_STEP, x0.shape[2]), sigma)
-        x = x[:, :, rows]
-        at += rows.start or 0
-        with torch.no_grad():
-            return denoise(
-                x,
-                Forward(chunk=chunk, start_frame=at, frames=x.shape[2], step=CONTEXT_STEP, steps=0, sigma=sigma),
-            )
-
-    def write_given(x0: Tensor, at: int, rows: slice = slice(None)) -> None:
-        # Draws of given context count down from -1, so that they never share noise with a chunk.
-        sigma, draw = schedule.given_context_sigma, -1 - at
-        if schedule.finds_given_inputs:
-            # One fixed-point step towards the input whose denoised is x0. A last forward changes its input a little,
-            # by habit; unless the cache shows it the input, the next chunk makes that change once more.
-            out = write_context(x0, 0, sigma, at, draw, rows)
-            x0 = x0.clone()
-            x0[:, :, rows] += x0[:, :, rows] - out
-        write_context(x0, 0, sigma, at, draw, rows)
-
-    finished: dict[int, Tensor] = {} if history is None else history
-
-    def write_again(count: int) -> None:
-        for run in cache.rewind(count):
-            cache.skip_to(run.start)
-            for at, x0 in sorted(finished.items()):
-                rows = _overlap(run, at, x0.shape[2])
-                if rows is None:
-                    continue
-                cache.begin(rows.stop - rows.start)
-                if at < given:
-                    write_given(x0, at, rows)
-                else:
-                    made = (at - given) // frames_per_chunk
-                    write_context(x0, made, schedule.context_sigma_of(schedule_row(made)), at, made, rows)
-                cache.commit()
-
-    def keep(at: int, x0: Tensor) -> None:
-        """Remember finished latents, and forget those that no later chunk sees."""
-        if recache is None:
-            return
-        finished[at] = x0.detach()
-        sink = cache.settings.sink
-        oldest = cache.committed - (cache.capacity - sink)
-        for old in [old for old in finished if old >= sink and old + finished[old].shape[2] <= oldest]:
-            del finished[old]
-
+    remembered = None if recache is None else {} if history is None else history
+    past = _History(
+        denoise=denoise,
+        noise=noise,
+        schedule=schedule,
+        cache=cache,
+        frames_per_chunk=frames_per_chunk,
+        given=given,
+        schedule_row=schedule_row,
+        finished=remembered,
+    )
     for piece in split_frames(0 if first_chunk else given, frames_per_chunk):
         assert context is not None
         cache.begin(piece)
-        write_given(context[:, :, start : start + piece], start)
+        past.write_given(context[:, :, start : start + piece], start)
         cache.commit()
-        keep(start, context[:, :, start : start + piece])
+        past.keep(start, context[:, :, start : start + piece])
         start += piece
 
     for index, count in list(enumerate(counts))[first_chunk:]:
         if recache is not None and recache(index):
-            write_again(count)
+            past.write_again(count)
         sigmas = schedule.chunk_sigmas(schedule_row(index))
         exit_at = None if exit_step is None else exit_step(index)
         if exit_at is not None and not 0 <= exit_at < len(sigmas):
@@ -260,8 +299,8 @@ def sample_chunks(
                 kept = None if schedule.fresh_noise else (x - (1.0 - sigma) * x0) / sigma
                 x = mix(x0, noise(index, step, count) if kept is None else kept, sigmas[step + 1])
         if schedule.cache_pass_sigma is not None:
-            write_context(x0, index, schedule.cache_pass_sigma, start, index)
+            past.write(x0, index, schedule.cache_pass_sigma, start, index)
         cache.commit()
-        keep(start, x0)
+        past.keep(start, x0)
         yield Chunk(index=index, start_frame=start, latents=x0, exit_latents=exit_latents)
         start += count

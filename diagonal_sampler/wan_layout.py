@@ -12,6 +12,9 @@ from torch import Tensor
 from .flow import ADAPTER_CHANNELS
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net.", "")
+PREFIX_PARTS = frozenset({"model", "diffusion_model", "net", "transformer", "pipe", "dit", "unet"})
+"""What other prefixes may be made of: names of the one network that makes video. A critic's, a teacher's or an unknown
+name is none."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 """Name components that sharding, checkpointing, compiling and data-parallel wrappers insert anywhere."""
 
@@ -132,6 +135,21 @@ def expected_shapes(dims: WanDims) -> dict[str, tuple[int, ...]]:
         shapes[FLOW_ADAPTER_KEYS[0]] = (dim, ADAPTER_CHANNELS, *PATCH)
         shapes[FLOW_ADAPTER_KEYS[1]] = (dim,)
     return shapes
+
+
+def expected_names(depth: int, *, flow_adapter: bool = False) -> set[str]:
+    """The bare names of every tensor of a network of `depth` blocks, whatever its sizes."""
+    dims = WanDims(
+        dim=HEAD_DIM,
+        depth=depth,
+        ffn_dim=1,
+        text_dim=1,
+        freq_dim=1,
+        in_channels=1,
+        out_channels=1,
+        flow_adapter=flow_adapter,
+    )
+    return set(expected_shapes(dims))
 
 
 def unfold_patches(bare: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -474,7 +475,11 @@ def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
         OSError, safetensors.SafetensorError: it cannot be written; a file of that name stays as it was.
     """
     with whole_file(Path(path)) as partial:
-        partial.touch()
-        permissions = partial.stat().st_mode
+        permissions = None
+        if os.name != "nt":  # there a scanner may hold the file that was just made, and modes mean little
+            partial.touch()
+            permissions = partial.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        partial.chmod(permissions)
+        if permissions is not None:
+            with suppress(OSError):  # a mount may not let its files be changed
+                partial.chmod(permissions)

@@ -32,11 +32,11 @@ from diagonal_sampler.demo_autoencoder import load_demo_autoencoder
 from distillation import demo_files, recipes, sprites, train_demo
 from distillation.common import keep_freed_memory
 from distillation.export import export as export_student
+from distillation.ranks import Ranks
 from distillation.recipes import Recipe
 from distillation.run_folder import write_json
 from distillation.samples import decode_frames
 from distillation.score import contact_sheet, sample_latents, score_clip, summarise, table
-from distillation.train import Ranks
 from distillation.train import run as run_recipe
 
 log = logging.getLogger("demo_in_minutes")

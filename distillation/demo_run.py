@@ -8,10 +8,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -328,9 +328,27 @@ class Training:
 # Command lines
 
 
-def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The fields that flags set."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+def add_fields(parser: argparse.ArgumentParser, recipe: type, but: Collection[str] = ()) -> None:
+    """A flag for every field of a recipe; one that is not given is None.
+
+    Args:
+        recipe: a dataclass with fields of int, float, str or a Literal, their help as `recipes.option` leaves it.
+        but: fields without a flag.
+    """
+    group, kinds = parser.add_argument_group("fields of the recipe"), get_type_hints(recipe)
+    for item in fields(recipe):
+        if item.name in but:
+            continue
+        kind, choices = kinds[item.name], get_args(kinds[item.name])
+        assert choices or kind in (int, float, str), f"{item.name}: a flag cannot be {kind}"
+        how = {"choices": choices} if choices else {"type": kind, "metavar": "VALUE"}
+        group.add_argument(f"--{item.name.replace('_', '-')}", help=item.metadata.get("help"), **how)
+
+
+def given(options: argparse.Namespace, recipe: type) -> dict[str, Any]:
+    """The fields of a recipe that flags set."""
+    names = [item.name for item in fields(recipe)]
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 def begin(options: argparse.Namespace) -> torch.device:

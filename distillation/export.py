@@ -58,7 +58,7 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None =
     schedule, distilled = recipe.inference_schedule, recipe.stage != "forcing"
     renoises = schedule.context_mode == "renoise"
     # Beside the prompts, only what the stage reads: without a student it begins with the teacher.
-    used = ("prompts", "teacher", "student", *(() if recipe.distils else ("clips",)))
+    used = ("prompts", "teacher", "student", "fake_score" if recipe.distils else "clips")
     provenance = Provenance(
         frames_per_chunk=recipe.frames_per_chunk,
         steps_per_chunk=tuple(len(row) for row in schedule.sigmas),

@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import CaptionEncoder, SpriteSpec, caption_of
 from diagonal_sampler.demo_autoencoder import (
     LATENT_CHANNELS,
@@ -54,19 +53,18 @@ from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
 from diagonal_sampler.frames import TIME_FACTOR, latent_frames, pixel_frames
 from diagonal_sampler.noise import NoiseSource, SeededNoise
-from diagonal_sampler.sampler import Forward, sample_chunks, split_frames
+from diagonal_sampler.sampler import split_frames
 from distillation import demo_files, score, sprites
 from distillation.common import write_text
 from distillation.evidence.statistics import CONFIDENCE, Spread, caption_counts
-from distillation.losses import guided
 from distillation.recipes import DEMO
-from distillation.rollout import predict_x0
+from distillation.rollout import stream
 from distillation.run_folder import write_json
 from distillation.samples import decode_frames, encode_frames
 
 log = logging.getLogger("flow_evaluate")
 
-MEASURES_VERSION = 3
+MEASURES_VERSION = 4
 """Raise it when a measure or a mode changes: clips that were scored before are then scored again."""
 MODES = ("none", "reference", "noise", "adapter", "adapter+blend")
 WORDS = {
@@ -195,8 +193,8 @@ class Player:
         self.modes = tuple(mode for mode in MODES if "adapter" not in mode or self.dit.config.flow_adapter)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Standardised latents -> [B, 3, H, W] in 0..1, the last pixel frame."""
-        return decode_frames(self.autoencoder, latents)[:, -1] / 255
+        """Standardised latents -> [B, 3, T, H, W] in 0..1."""
+        return decode_frames(self.autoencoder, latents).movedim(1, 2) / 255
 
     def encode(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] in 0..1 -> standardised latents."""
@@ -227,33 +225,16 @@ class Player:
             noise = FlowNoise(noise, flow.fit(steps, side, side).composed(), counts)
         if flow is not None and mode in ("adapter", "adapter+blend"):
             features = adapter_features(flow, frames, side, side).to(self.device)
-        positive, negative = self.encoder.encode([caption]), self.encoder.encode([""])
-        cache = KVCache(settings, frames)
-
-        def denoise(x: Tensor, at: Forward) -> Tensor:
-            rows = None if features is None else features[:, :, at.start_frame : at.start_frame + at.frames]
-
-            def predict(text: Tensor, name: str) -> Tensor:
-                return predict_x0(
-                    self.dit, x, at.sigma, text, PRECISION, cache=cache.condition(name), optical_flow=rows
-                )
-
-            x0 = predict(positive, "positive")
-            if cfg != 1:
-                x0 = guided(x0, predict(negative, "negative"), cfg)
-            return x0 if reference is None else reference.blend(x0, at)
-
         chunks = []
-        try:
-            for chunk in sample_chunks(
-                denoise, noise, schedule, cache, frames=frames, frames_per_chunk=settings.frames_per_chunk,
-                source=reference.source if reference is not None and starts else None,
-            ):  # fmt: skip
-                chunks.append(chunk.latents)
-                if reference is not None:
-                    reference.finished(chunk.latents)
-        finally:
-            cache.free()
+        for latents in stream(
+            self.dit, self.encoder.encode([caption]), noise, schedule, settings, frames,
+            precision=PRECISION, cfg=cfg, negative=self.encoder.encode([""]), optical_flow=features,
+            source=reference.source if reference is not None and starts else None,
+            after=None if reference is None else reference.blend,
+        ):  # fmt: skip
+            chunks.append(latents)
+            if reference is not None:
+                reference.finished(latents)
         return decode_frames(self.autoencoder, torch.cat(chunks, dim=2))[0].cpu()
 
     def first_frame(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,17 @@ from distillation.recipes import Recipe
 
 log = logging.getLogger("networks")
 
+SIZES = ("dim", "ffn_dim", "num_layers")
+"""What may differ between Wan models that see the same latents and text: 1.3B and 14B."""
+
 
 def read_wan(
-    path: str, expected: WanConfig, *, dtype: torch.dtype = torch.float32, needs_flow_adapter: bool = False
+    path: str,
+    expected: WanConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    needs_flow_adapter: bool = False,
+    any_size: bool = False,
 ) -> WanDiT:
     """A trainable DiT from any layout that DiagonalModelLoader reads.
 
@@ -34,6 +42,7 @@ def read_wan(
             file's adapter that is not expected is left out.
         dtype: of the weights; float32 to train them, bf16 for a frozen base.
         needs_flow_adapter: refuse a file without an adapter that is expected.
+        any_size: take SIZES from the file, whatever is expected.
 
     Raises:
         ValueError: no such file, another size than the recipe's, quantised weights, a layout that is refused, or no
@@ -46,6 +55,8 @@ def read_wan(
             "fp16 or float32 file of the same model."
         )
     found = WanConfig.from_state_dict(checkpoint.state_dict)
+    if any_size:
+        expected = replace(expected, **{name: getattr(found, name) for name in SIZES})
     differences = [
         f"{item.name} {getattr(found, item.name)} (recipe: {getattr(expected, item.name)})"
         for item in fields(WanConfig)
@@ -53,7 +64,8 @@ def read_wan(
     ]
     if differences:
         raise ValueError(
-            f"{Path(path).name} has {', '.join(differences)}; choose the recipe of its size, or set these fields."
+            f"{Path(path).name} has {', '.join(differences)}; choose the recipe of its size, or set these fields. Only "
+            "a teacher may be of another Wan size, with all weights trained and a --student of the recipe's."
         )
     with torch.device("meta"):
         network = WanDiT(expected)
@@ -100,7 +112,7 @@ class Role:
 class Networks:
     """The student streams; the teacher scores real video, the fake score scores the student's.
 
-    What a stage does not need is None.
+    What a stage does not need is None. The teacher may be of another size than the two that are trained.
     """
 
     student: Role
@@ -125,6 +137,7 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     needs_teacher, needs_fake_score = recipe.stage != "forcing", recipe.distils
     # Scores that know nothing of the flow would teach the student to ignore it. LoRA leaves the adapter as it is.
     teacher = partial(read_wan, recipe.teacher, recipe.model, needs_flow_adapter=True)
+    own_teacher = recipe.student_weights != recipe.teacher  # and not the file of a network that is trained
     student = partial(
         read_wan, recipe.student_weights, recipe.model, dtype=frozen, needs_flow_adapter=bool(recipe.lora_rank)
     )
@@ -133,13 +146,21 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
     compiles = recipe.compile and recipe.distils
     if not recipe.lora_rank:
         own = spread_out(student(dtype=torch.float32), compiled=False)
-        return Networks(
-            Role(own),
-            Role(spread_out(teacher(dtype=frozen).requires_grad_(False), compiled=compiles)) if needs_teacher else None,
-            Role(spread_out(teacher(), compiled=compiles)) if needs_fake_score else None,
-        )
+        if not needs_teacher:
+            return Networks(Role(own), None, None)
+        real = teacher(dtype=frozen, any_size=own_teacher).requires_grad_(False)
+        other_size = any(getattr(real.config, name) != getattr(recipe.model, name) for name in SIZES)
+        real = spread_out(real, compiled=compiles)
+        if not needs_fake_score:
+            return Networks(Role(own), Role(real), None)
+        if other_size and not recipe.fake_score and recipe.score_attention == "bidirectional":
+            text = "%s is of another size: the fake score, which sees whole clips, starts from the student's weights; "
+            log.warning(text + "--fake-score names better ones, of a bidirectional Wan", Path(recipe.teacher).name)
+        file = recipe.fake_score or (recipe.student_weights if other_size else recipe.teacher)
+        fake = read_wan(file, recipe.model, needs_flow_adapter=file == recipe.teacher)
+        return Networks(Role(own), Role(real), Role(spread_out(fake, compiled=compiles)))
     adapters = ("fake_score",) if needs_fake_score else ()
-    if recipe.student_weights == recipe.teacher:
+    if not own_teacher:
         own = teacher(dtype=frozen)
         add_adapters(own, recipe.lora_rank, ("student", *adapters), recipe.seed)
         own = base = spread_out(own, compiled=False)
@@ -149,7 +170,7 @@ def build_networks(recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
         own = spread_out(own, compiled=False)
         if not needs_teacher:
             return Networks(Role(own, "student", shared=True), None, None)
-        base = teacher(dtype=frozen)
+        base = teacher(dtype=frozen, any_size=not needs_fake_score)  # else the fake score is an adapter on it
         add_adapters(base, recipe.lora_rank, adapters, recipe.seed)
         base = spread_out(base, compiled=compiles)
     return Networks(

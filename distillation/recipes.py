@@ -38,12 +38,13 @@ class Recipe:
     # Files
     teacher: str = option("", "weights of the teacher, any layout that DiagonalModelLoader reads")
     student: str = option("", "weights the student starts from; empty: the teacher's")
+    fake_score: str = option("", "the fake score's first weights; empty: the teacher's, if sizes differ the student's")
     prompts: str = option("", "prompts: .txt (with a text encoder) or .jsonl from distillation.embed_prompts")
     text_encoder: str = option("", "the demo's caption encoder, for .txt prompts")
     autoencoder: str = option("", "the demo's autoencoder, to write sample clips as video")
     clips: str = option("", "folder of clips for the stages ode (made if missing) and forcing")
 
-    # Sizes that the teacher's file must have
+    # Sizes of student and fake score. A teacher's file may be of another, if the student has its own file.
     dim: int = option(1536, "channels of the transformer")
     ffn_dim: int = option(8960, "channels of its feed-forward layers")
     num_layers: int = option(30, "transformer blocks")
@@ -181,6 +182,18 @@ class Recipe:
                 f"frames is {self.frames}, no multiple of frames_per_chunk ({self.frames_per_chunk}): stage long "
                 "trains on windows of whole chunks."
             )
+        if self.fake_score and self.lora_rank:
+            raise ValueError(
+                f"fake_score is {self.fake_score!r} and lora_rank {self.lora_rank}: with adapters the fake score is an "
+                "adapter on the teacher; leave one of the two out."
+            )
+        follows = self.score_sink and self.sink == self.frames_per_chunk  # the scores see all that was given
+        least = self.frames_per_chunk + (2 if self.motion_weight else 1)
+        if (self.stage == "long" or (self.given_share > 0 and not follows)) and self.frames < least:
+            raise ValueError(
+                f"frames is {self.frames}; the first chunk ({self.frames_per_chunk}) of a window that begins inside a "
+                f"video learns nothing, and the losses need {least - self.frames_per_chunk} more: at least {least}."
+            )
         whole = self.sink % self.frames_per_chunk == 0
         far = self.stage == "long" or self.given_share > 0  # windows that begin after the sink
         if far and self.score_sink and not (self.score_attention == "causal" and whole):
@@ -193,7 +206,7 @@ class Recipe:
 
     @property
     def model(self) -> WanConfig:
-        """Sizes of teacher, student and fake score."""
+        """Sizes of student and fake score, and of a teacher that the student starts from."""
         return WanConfig(
             dim=self.dim,
             ffn_dim=self.ffn_dim,
@@ -226,6 +239,11 @@ class Recipe:
         That stage's student knows every noise level, and the clips' own distribution.
         """
         return DiagonalSchedule.preset("undistilled", shift=self.shift) if self.stage == "forcing" else self.schedule
+
+    @property
+    def sample_cfg(self) -> float:
+        """Guidance of sample clips: stage forcing's student is sampled like a teacher, a few-step one never guided."""
+        return self.cfg if self.stage == "forcing" else 1.0
 
     @property
     def distils(self) -> bool:
@@ -318,7 +336,10 @@ def demo(**changes: Any) -> Recipe:
 
 
 def wan_1_3b(**changes: Any) -> Recipe:
-    """Wan 2.1 T2V 1.3B with the released hyper-parameters: 8 GPUs of 80 GB, all weights trained."""
+    """Wan 2.1 T2V 1.3B with the released hyper-parameters: 8 GPUs of 80 GB, all weights trained.
+
+    The release's teacher is the 14B model: give `teacher` it, `student` a causal 1.3B and `fake_score` the plain 1.3B.
+    """
     defaults = dict(
         name="wan_1_3b", teacher="wan2.1_t2v_1.3B_bf16.safetensors", prompts="prompts/prompts.jsonl",
         activation_checkpointing=True, sample_every=100,
@@ -341,6 +362,7 @@ def long_video(**changes: Any) -> Recipe:
     defaults = dict(
         name="long_video", stage="long", teacher="wan2.1_t2v_1.3B_bf16.safetensors", student="student.safetensors",
         prompts="prompts/prompts.jsonl", lora_rank=256, learning_rate=1e-5, fake_score_learning_rate=2e-6,
+        opening_share=0.1,  # else one rollout of 74 trains a video's first chunk
         activation_checkpointing=True, sample_every=100,
     )  # fmt: skip
     return Recipe(**{**defaults, **changes})

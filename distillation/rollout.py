@@ -215,6 +215,8 @@ def stream(
     negative: Tensor | None = None,
     optical_flow: Tensor | None = None,
     watch: Callable[[Tensor, Forward], None] | None = None,
+    source: Callable[[int, int], Tensor] | None = None,
+    after: Callable[[Tensor, Forward], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Samples a clip as at inference and yields its chunks, [B, C, frames_per_chunk, H, W] each.
 
@@ -222,6 +224,8 @@ def stream(
         context: [B, tokens, text_dim]; negative: [1, tokens, text_dim], needed where cfg is not 1.
         optical_flow: [B, 4, frames, H, W] what the adapter is given, with both; or None.
         watch: sees the input of every forward.
+        source: of `sample_chunks`.
+        after: (x0, forward) -> the x0 to go on with, of every forward.
     """
     cache = KVCache(settings, frames)
     alone = frames <= settings.frames_per_chunk  # one chunk: nobody would read its keys and values
@@ -236,14 +240,15 @@ def stream(
             return predict_x0(network, x, at.sigma, text, precision, cache=seen, optical_flow=flow)
 
         x0 = predict(context, "positive")
-        if cfg == 1:
-            return x0
-        assert negative is not None
-        return guided(x0, predict(negative.expand(len(context), -1, -1), "negative"), cfg)
+        if cfg != 1:
+            assert negative is not None
+            x0 = guided(x0, predict(negative.expand(len(context), -1, -1), "negative"), cfg)
+        return x0 if after is None else after(x0, at)
 
+    size = settings.frames_per_chunk
     try:
         for chunk in sample_chunks(
-            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=settings.frames_per_chunk
+            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, source=source
         ):
             yield chunk.latents
     finally:

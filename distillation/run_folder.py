@@ -31,6 +31,7 @@ from diagonal_sampler.disk import replace_file
 from diagonal_sampler.weight_files import short
 from distillation.common import git_commit, write_text
 from distillation.prompts import prompts_digest
+from distillation.ranks import barrier, is_main
 from distillation.recipes import Recipe
 
 log = logging.getLogger("run_folder")
@@ -53,7 +54,7 @@ FREE_FIELDS = frozenset(
     }  # fmt: skip
 )
 # Of these only the name counts, and what some of them hold (`input_digests`): a run may move with its files.
-FILE_FIELDS = frozenset(("teacher", "student", "prompts", "text_encoder", "clips"))
+FILE_FIELDS = frozenset(("teacher", "student", "fake_score", "prompts", "text_encoder", "clips"))
 BEGAN = "began"
 """Entry of recipe.json beside the recipe's fields: `git_commit`, and `files` as `input_digests` gives them."""
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a weight file that are looked at, and at how many places
@@ -94,7 +95,7 @@ def input_digests(recipe: Recipe) -> dict[str, str]:
         ValueError: a prompts file that is no text.
     """
     found = {}
-    for name in ("teacher", "student", "text_encoder"):
+    for name in ("teacher", "student", "fake_score", "text_encoder"):
         if (path := Path(getattr(recipe, name))).is_file():
             found[name] = _weights_digest(path)
     if (path := Path(recipe.prompts)).is_file():
@@ -207,38 +208,6 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
         if (match := _NAME.match(path.name)) and (path / ".metadata").is_file():
             found.append((int(match[1]), path))
     return sorted(found)
-
-
-def is_main() -> bool:
-    """Whether this is the rank that writes files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    """Waits for all ranks, if there are several."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def require_same(what: str, value: Any) -> None:
-    """Checks that all ranks, if there are several, found the same on disk.
-
-    Args:
-        what: the value in a message.
-        value: anything that pickles.
-
-    Raises:
-        ValueError: on every rank, if two of them disagree.
-    """
-    if not dist.is_initialized():
-        return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    if any(other != found[0] for other in found):
-        raise ValueError(
-            f"the ranks found different {what}: {', '.join(map(short, found))}; the run's folder, prompts and clips "
-            "must lie where all machines see the same files."
-        )
 
 
 def save(folder: Path, update: int, tensors: Mapping[str, Tensor], keep: int) -> None:

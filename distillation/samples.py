@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diagonal_sampler.demo_autoencoder import WAN_LATENT_MEAN, WAN_LATENT_STD, DemoAutoencoder, load_demo_autoencoder
 from diagonal_sampler.disk import replace_file
 from diagonal_sampler.frames import TIME_FACTOR
+from diagonal_sampler.weight_files import write_weights
 from distillation.common import autocast
 
 VIDEO_SCALE = 4  # the demo's 64 pixels are hard to see
@@ -100,7 +100,7 @@ def write_samples(folder: Path, latents: Tensor, prompts: Sequence[str], autoenc
     for index, clip in enumerate(to_host_scale(latents.float().cpu())):
         # ComfyUI's own format of SaveLatent.
         tensors = {"latent_tensor": clip[None].contiguous(), "latent_format_version_0": torch.tensor([])}
-        save_file(tensors, folder / f"clip_{index}.latent")
+        write_weights(folder / f"clip_{index}.latent", tensors, {})
     if autoencoder:
         frames = decode_frames(load_demo_autoencoder(autoencoder), latents.float().cpu())
         write_video(folder / "clips.mp4", torch.cat(list(frames), dim=-1))

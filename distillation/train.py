@@ -22,10 +22,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from distillation.common import Stopwatch, generator_at, keep_freed_memory, writ
 from distillation.flow_fields import FlowFields
 from distillation.networks import Role, build_networks, local, precision_of, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
+from distillation.ranks import Ranks, any_rank, barrier, join_ranks, leave_ranks, mean_over_ranks, require_same
 from distillation.recipes import RECIPES, Recipe, parse_field
 from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
 from distillation.samples import write_samples
@@ -48,75 +49,11 @@ log = logging.getLogger("train")
 
 SPRITE_CAPTIONS = "sprites"
 CAPTION_COUNT = 4096
-# Steps of a clip's noise source beside the sampler's own: the noise under which a score is asked, and its level.
+# A step of a clip's noise source beside the sampler's own: the noise under which a score is asked.
 SCORE_STEP = -3
+LOWEST_SIGMA = 0.02
+"""Lowest noise level at which stage forcing asks for the flow."""
 FLOW_ADAPTER_PREFIX = "flow_embedding."
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among all."""
-
-    rank: int
-    count: int
-    device: torch.device
-    mesh: Any
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-
-def join_ranks() -> Ranks:
-    """Joins torchrun's process group, if there is one; `main` leaves it.
-
-    Raises:
-        ValueError: more processes than GPUs, or several for GPUs without NCCL.
-    """
-    cuda = torch.cuda.is_available()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cuda and here > torch.cuda.device_count():
-        raise ValueError(
-            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; start "
-            "torchrun with --nproc-per-node of at most that"
-        )
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"), None)
-    if cuda and not dist.is_nccl_available():
-        raise ValueError(
-            "several ranks on GPUs need NCCL, which this torch does not have (on Linux it has); start one process, "
-            "without torchrun"
-        )
-    from torch.distributed.device_mesh import init_device_mesh
-
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
-
-
-def mean_over_ranks(value: Tensor) -> float:
-    """A number averaged over the ranks; the one read-back of an update."""
-    if dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return float(value)
-
-
-def any_rank(value: bool, ranks: Ranks) -> bool:
-    """Whether it is so on one of the ranks; all are told the same."""
-    if not dist.is_initialized():
-        return value
-    flag = torch.full((), float(value), device=ranks.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 @contextmanager
@@ -245,8 +182,8 @@ class Trainer:
             self.flows = FlowFields(
                 recipe.flow_adapter, prompts.prompts, recipe.height, recipe.width, recipe.flow_dropout
             )
-        # Guidance is against the negative prompt; without guidance there need not be one.
-        guides = recipe.cfg != 1 and recipe.stage != "forcing"
+        # Guidance is against the negative prompt; without guidance there need not be one. Stage forcing guides samples.
+        guides = recipe.cfg != 1 and (recipe.stage != "forcing" or prompts.negative_row is not None)
         self.negative = prompts.negative.to(ranks.device) if guides else None
         self.student = Learner("student", self.networks.student.parameters(), recipe.learning_rate, recipe)
         self.learners = [self.student]
@@ -301,7 +238,7 @@ class Trainer:
         if clips.undated and self.ranks.main:
             text = "%d files in %s do not say what teacher and prompts held; they are taken for the same"
             log.warning(text, clips.undated, folder)
-        run_folder.require_same("clips", (len(clips), clips.rows[0], clips.rows[-1]))
+        require_same("clips", (len(clips), clips.rows[0], clips.rows[-1]))
         return clips
 
     def tensors(self) -> dict[str, Tensor]:
@@ -505,9 +442,10 @@ class Trainer:
                 guided = losses.guided(real, unguided, recipe.cfg)
                 real = torch.where(spread_sigma(sigma) <= recipe.cfg_high, guided, real)
         clip.requires_grad_()
-        # The chunk after a gap cannot be known from the sink, and a teacher takes it for the next one.
-        gap = 0 < rollout.sink_frames < rollout.first_frame
-        known = slice(recipe.frames_per_chunk if gap else 0, None)
+        # The chunk after a gap cannot be known from the sink, and a teacher takes it for the next one. Without a sink
+        # in view it takes a later chunk for a video's first, whose first latent frame is of one pixel frame.
+        begins = rollout.first_frame == rollout.sink_frames
+        known = slice(0 if begins else recipe.frames_per_chunk, None)
         seen, real, fake = clip[:, :, known], real[:, :, known], fake[:, :, known]
         terms = {"dmd": recipe.dmd_weight * losses.dmd_loss(seen, real, fake)}
         if recipe.regression_weight:
@@ -539,9 +477,11 @@ class Trainer:
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
             weight = None
             if paths is None:
-                sigma = self._over_frames(
-                    losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=0.02, high=1.0)
-                )
+                own = losses.draw_score_sigmas(draws[:, 1:], shift=recipe.shift, low=LOWEST_SIGMA, high=1.0)
+                behind = self._behind(draws[:, 0])
+                # Finished chunks as the cache pass of its sampling leaves them; it asks for no prediction.
+                sigma = self._over_frames(torch.where(behind, 0.0, own))
+                weight = (~self._over_frames(behind)).float()
                 x = torch.lerp(clean, self.noise(seeds)(0, SCORE_STEP, recipe.frames), spread_sigma(sigma))
             else:
                 sigma, x, behind = self._on_trajectory(paths, draws)
@@ -564,7 +504,8 @@ class Trainer:
                 )
                 if paths is None:
                     # Flow matching: both flows lead away from the same x, so they differ as the x0 do, over sigma.
-                    loss = ((x0 - clean) / spread_sigma(sigma)).square().mean()
+                    error = (x0 - clean) / spread_sigma(sigma.clamp(min=LOWEST_SIGMA))
+                    loss = (error.square() * spread_sigma(weight)).mean()
                 else:
                     loss = losses.ode_regression_loss(x0, clean, weight)
                     if weight is not None:  # a mean over all frames, whatever the micro-batch
@@ -583,24 +524,32 @@ class Trainer:
         counts = torch.tensor(self._chunks)
         return per_chunk.repeat_interleave(counts, dim=1).to(self.ranks.device)
 
+    def _behind(self, draws: Tensor) -> Tensor:
+        """Which chunks are finished context, [B, chunks] bool: in half the clips those before a random one.
+
+        Args:
+            draws: [B] uniform numbers in [0, 1).
+        """
+        count = len(self._chunks)
+        finished = torch.where(draws < 0.5, (2 * draws * count).floor(), 0.0)
+        return torch.arange(count) < finished[:, None]
+
     def _on_trajectory(self, paths: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each chunk at a random step of its own schedule, from the teacher's trajectory.
 
-        Half the clips have context as at inference: the chunks before a random one are finished, at their last step.
+        Half the clips have context as at inference: finished chunks are at their last step.
 
         Returns:
             sigma [B, T], x [B, C, T, H, W], and which frames are such context, [B, T] bool.
         """
         known = schedule_sigmas(self.recipe)
         schedule = self.recipe.schedule
-        context, draws = draws[:, 0], draws[:, 1:]
+        behind, draws = self._behind(draws[:, 0]), draws[:, 1:]
         index = torch.zeros(draws.shape, dtype=torch.int64)
-        behind = torch.zeros(draws.shape, dtype=torch.bool)
         for chunk in range(draws.shape[1]):
             row = schedule.chunk_sigmas(chunk)
             places = torch.tensor([min(range(len(known)), key=lambda k: abs(known[k] - sigma)) for sigma in row])
             index[:, chunk] = places[(draws[:, chunk] * len(row)).long()]
-            behind[:, chunk] = (context < 0.5) & (chunk < (2 * context * draws.shape[1]).floor())
             index[:, chunk] = torch.where(behind[:, chunk], places[-1], index[:, chunk])
         sigma = self._over_frames(torch.tensor(known)[index])
         frames = index.repeat_interleave(torch.tensor(self._chunks), dim=1)
@@ -617,7 +566,10 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, count: int) -> tuple[Tensor, list[str]]:
-        """Clips of the averaged student for the first prompts, [N, C, T, H, W], made as at inference."""
+        """Clips of the averaged student for the first prompts, [N, C, T, H, W], made as at inference.
+
+        Those of stage forcing are guided, if the prompts have a negative.
+        """
         recipe = self.recipe
         frames = recipe.rollout_frames if recipe.stage == "long" else recipe.frames
         rows = list(range(min(count, len(self.prompts))))
@@ -633,6 +585,8 @@ class Trainer:
                     recipe.settings,
                     frames,
                     precision=self.precision,
+                    cfg=recipe.sample_cfg if self.negative is not None else 1.0,
+                    negative=self.negative,
                 )
                 clips.append(torch.cat([chunk.cpu() for chunk in chunks], dim=2))
         return torch.cat(clips), [self.prompts.prompts[row] for row in rows]
@@ -652,7 +606,7 @@ def read_all_prompts(recipe: Recipe, folder: Path, ranks: Ranks) -> PromptSet:
         if ranks.main and not path.exists():
             scenes = (sprites.sample_specs(_numpy_generator(recipe.seed, row)) for row in range(CAPTION_COUNT))
             write_text(path, "".join(f"{caption_of(specs)}\n" for specs in scenes))
-        run_folder.barrier()
+        barrier()
     return read_prompts(path, encode=encode)
 
 
@@ -685,12 +639,12 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
     """
     if ranks.main:
         run_folder.settle_recipe(folder, recipe)
-    run_folder.barrier()
+    barrier()
     prompts = read_all_prompts(recipe, folder, ranks)
     trainer = Trainer(recipe, prompts, folder, ranks)
     first = 0
     found = run_folder.checkpoints(folder)
-    run_folder.require_same("checkpoints", [update for update, _ in found[-1:]])
+    require_same("checkpoints", [update for update, _ in found[-1:]])
     if found:
         first, path = found[-1]
         run_folder.load(path, trainer.tensors())
@@ -699,7 +653,7 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
         log.info("the run has %d updates already; set --updates higher to go on", first)
         return
     if ranks.main:
-        for warning in doubts(recipe, ranks.device):
+        for warning in doubts(recipe, ranks.device, prompts):
             log.warning("%s", warning)
     journal = run_folder.Log(folder, first) if ranks.main else None
     board = tensorboard(folder, first) if ranks.main and recipe.tensorboard else None
@@ -751,7 +705,7 @@ SMALLEST_WAN = 1536
 """Width of Wan 2.1 1.3B."""
 
 
-def doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
+def doubts(recipe: Recipe, device: torch.device, prompts: PromptSet) -> Iterator[str]:
     """What a run may not have been meant to do."""
     if recipe.stage == "distill" and not recipe.student and recipe.score_attention == "bidirectional":
         yield (
@@ -760,6 +714,13 @@ def doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
         )
     if device.type == "cpu" and recipe.dim >= SMALLEST_WAN:
         yield "torch finds no GPU here, and a network of Wan's size trains on CPUs for months"
+    negative = prompts.negative_row
+    guides = recipe.cfg != 1 and recipe.stage != "forcing" and recipe.dim >= SMALLEST_WAN
+    if guides and negative is not None and len(negative) == 1:  # UMT5's end of text alone
+        yield (
+            "the negative prompt is empty: Wan, and the release, guide away from a long text (distillation/README.md, "
+            "Prepare)"
+        )
     here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.type == "cuda" and here < there:
         yield f"{here} of this machine's {there} GPUs are used; torchrun --nproc-per-node {there} uses all"
@@ -846,21 +807,6 @@ def last_checkpoint(folder: Path, *, again: bool) -> str:
     if not found:
         return "there is no checkpoint yet"
     return f"{'the same command goes on from' if again else 'the last checkpoint is'} {found[-1][1]}"
-
-
-def leave_ranks(status: int) -> NoReturn:
-    """Ends this process as one of several ranks, without the interpreter's own end.
-
-    After a failure nothing is waited for: NCCL's end would wait for ranks that may be waiting for this one. After a
-    success all ranks end together; gloo's threads outlive their process group, and one that lets go of a tensor while
-    the interpreter ends aborts the process.
-    """
-    if not status:
-        dist.destroy_process_group()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> int:

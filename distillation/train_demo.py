@@ -39,11 +39,14 @@ from diagonal_sampler.captions import (
 )
 from diagonal_sampler.demo_autoencoder import (
     COMPONENTS,
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
     DemoAutoencoder,
     DemoAutoencoderConfig,
     save_demo_autoencoder,
 )
 from diagonal_sampler.dit import HEAD_DIM, WanConfig, WanDiT
+from diagonal_sampler.frames import TIME_FACTOR
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.rope import axis_dims
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
@@ -109,7 +112,7 @@ def autoencoder_batch(recipe: AutoencoderRecipe, scenes: sprites.Scenes, update:
     rows = torch.randint(len(scenes), (recipe.batch,), generator=generator)
     start = torch.randint(2 * sprites.CLIP_FRAMES, (recipe.batch, 1), generator=generator)
     frozen = torch.rand(recipe.batch, 1, generator=generator) < recipe.first_frame_share
-    times = start + torch.where(frozen, 0, torch.arange(4))
+    times = start + torch.where(frozen, 0, torch.arange(TIME_FACTOR))
     chosen = scenes.take(rows)
     pixels = sprites.to_pixels(sprites.render(chosen, times, recipe.scale))
     gray = (chosen.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
@@ -154,7 +157,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, device: torch.device
     bar = progress(pace.updates_from(first, stop), "autoencoder")
     for update in bar:
         groups, weight = autoencoder_batch(recipe, scenes, update)
-        shape = (recipe.batch, 16, groups.shape[-2] // 8, groups.shape[-1] // 8)
+        height, width = (size // SPACE_FACTOR for size in groups.shape[-2:])
+        shape = (recipe.batch, LATENT_CHANNELS, height, width)
         noise = torch.randn(shape, generator=generator_at(recipe.seed, 2, update)).to(device)
         pace.set_rates(optimizers, update)
         with autocast(device):
@@ -318,11 +322,11 @@ def encode_latent_set(
     autoencoder = autoencoder.to(device).eval()
     clips, later, ids, layers = [], [], [], []
     rng = generator_at(recipe.seed, 3)
-    later_pixels = 4 * recipe.later_frames
+    later_pixels = TIME_FACTOR * recipe.later_frames
 
     def encode(scenes: sprites.Scenes, frames: Tensor) -> Tensor:
         drawn = sprites.render(scenes, frames, recipe.scale)
-        groups = rearrange(sprites.to_pixels(drawn), "n c (t f) h w -> (n t) (f c) h w", f=4)
+        groups = rearrange(sprites.to_pixels(drawn), "n c (t f) h w -> (n t) (f c) h w", f=TIME_FACTOR)
         with autocast(device):
             latent = autoencoder.encode_groups(groups)
         return rearrange(latent, "(n t) c h w -> n c t h w", n=len(scenes)).half()
@@ -336,7 +340,9 @@ def encode_latent_set(
         )
         return torch.stack([alone - empty, whole - alone], dim=1).half()
 
-    first_frame_and_rest = torch.cat([torch.zeros(3, dtype=torch.int64), torch.arange(sprites.CLIP_FRAMES)])
+    first_frame_and_rest = torch.cat(
+        [torch.zeros(TIME_FACTOR - 1, dtype=torch.int64), torch.arange(sprites.CLIP_FRAMES)]
+    )
     starts = range(0, recipe.clips, CLIPS_AT_ONCE)
     if made is None:
         made = (training_scenes(recipe, start) for start in starts)
@@ -344,12 +350,12 @@ def encode_latent_set(
         scenes, moved = (place.to(device) for place in places)
         clips.append(encode(scenes, first_frame_and_rest))
         ids.append(tokenize_captions(scenes.captions))
-        opening = first_frame_and_rest[: 4 * recipe.frames_per_chunk]
+        opening = first_frame_and_rest[: TIME_FACTOR * recipe.frames_per_chunk]
         layers.append(torch.stack([encode_layers(place, opening) for place in (scenes, moved)], dim=1))
         if start < recipe.later_clips:
             # A latent frame after the first covers pixel frames 4k+1 .. 4k+4.
             group = torch.randint(10, 400, (len(scenes), 1), generator=rng)
-            later.append(encode(scenes, 4 * group + 1 + torch.arange(later_pixels)))
+            later.append(encode(scenes, TIME_FACTOR * group + 1 + torch.arange(later_pixels)))
     data = LatentSet(torch.cat(clips), torch.cat(later), torch.cat(ids).to(device), torch.cat(layers))
     if path is not None:
         save_checkpoint(path, {item.name: getattr(data, item.name) for item in fields(LatentSet)})

@@ -52,6 +52,7 @@ from distillation.demo_run import (
     Optimizers,
     Pace,
     Training,
+    add_fields,
     begin,
     given,
     load_checkpoint,
@@ -61,6 +62,7 @@ from distillation.demo_run import (
     read_run,
     save_checkpoint,
 )
+from distillation.recipes import option
 from distillation.train_demo import (
     SMALLEST_TRAINED_SIGMA,
     DitRecipe,
@@ -85,25 +87,25 @@ class FlowRecipe:
     Opening: a clip's first chunk, where flow says where a sprite begins. Causal: all chunks at once.
     """
 
-    seed: int = 4
-    updates: int = 2000
-    clips: int = 2048
-    length: int = 45  # pixel frames of a clip
-    batch: int = 24  # clips of a continuation
-    kept_batch: int = 12  # clips without flow, beside it
-    kept_clips: int = 0  # clips that go as their captions say, for the batches without flow; 0: those that turn
-    causal_share: float = 0.15
-    opening_share: float = 0.15
-    empty_caption_share: float = 0.1
-    learning_rate: float = 3e-4
-    matrix_learning_rate: float = 1.5e-3
-    adapter_learning_rate: float = 1e-2
-    kept_weight: float = 1.0
-    warmup: int = 20
-    ema_decay: float = 0.99
-    shift: float = 5.0
-    few_steps: bool = False  # noise levels of the network's own schedule only, and the error of x0
-    save_every: int = 100
+    seed: int = option(4, "seed of everything")
+    updates: int = option(2000, "of the whole run: the length of the cosine")
+    clips: int = option(2048, "training clips that turn against their captions")
+    length: int = option(45, "pixel frames of a clip")
+    batch: int = option(24, "clips of a continuation; a GPU takes hundreds")
+    kept_batch: int = option(12, "clips without flow, beside them")
+    kept_clips: int = option(0, "clips that go as their captions say, for the batches without flow; 0: those that turn")
+    causal_share: float = option(0.15, "share of batches of whole clips")
+    opening_share: float = option(0.15, "share of batches of clips' first chunks")
+    empty_caption_share: float = option(0.1, "share of clips whose caption is left out")
+    learning_rate: float = option(3e-4, "of biases, norms and all outside of the blocks, but for the adapter")
+    matrix_learning_rate: float = option(1.5e-3, "of the blocks' matrices")
+    adapter_learning_rate: float = option(1e-2, "of the adapter")
+    kept_weight: float = option(1.0, "of the loss without flow")
+    warmup: int = option(20, "updates of linear warm-up")
+    ema_decay: float = option(0.99, "of the exported weights")
+    shift: float = option(5.0, "of the noise levels that the teacher learns at")
+    few_steps: bool = option(False, "noise levels of the network's own schedule only, and the error of x0")
+    save_every: int = option(100, "updates between checkpoints")
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
@@ -476,13 +478,6 @@ def export_flow(run: Path, start: Path, folder: Path, note: str = "", *, network
     return write_changed(folder / file, saved["ema"], start / file, done, note)
 
 
-RUN_FIELDS = (
-    "seed", "updates", "clips", "length", "batch", "kept_batch", "kept_clips", "kept_weight", "learning_rate",
-    "matrix_learning_rate", "adapter_learning_rate", "warmup", "ema_decay", "save_every",
-)  # fmt: skip
-"""Fields of both recipes (this file's and train_follow's) that are flags."""
-
-
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that this program and train_follow share."""
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -491,12 +486,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, help="end after them, with the cosine: give many --updates; not to be resumed"
     )
-    group = parser.add_argument_group("fields of the recipe; a GPU takes batches of hundreds")
-    for name in RUN_FIELDS:
-        group.add_argument(f"--{name.replace('_', '-')}", type=int if name in _WHOLE else float, metavar="VALUE")
-
-
-_WHOLE = ("seed", "updates", "clips", "length", "batch", "kept_batch", "kept_clips", "warmup", "save_every")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -514,12 +503,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
     add_run_flags(parser)
+    add_fields(parser, FlowRecipe, but=("few_steps",))
     options = parser.parse_args(arguments)
     device = begin(options)
     if options.export:
         export_flow(options.out, options.start, options.export, options.note, network=options.network)
         return
-    recipe = RECIPES[options.network](**given(options, RUN_FIELDS))
+    recipe = RECIPES[options.network](**given(options, FlowRecipe))
     train_flow(
         recipe,
         options.start,

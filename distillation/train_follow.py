@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_captions
-from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS
+from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import latent_frames
 from distillation import sprites, train_flow
 from distillation.common import autocast, generator_at
 from distillation.demo_files import NETWORK_FILES, TrainedFor, load_dit, load_models, trained_for, write_changed
-from distillation.demo_run import Losses, Pace, Training, begin, given, read_run
+from distillation.demo_run import Losses, Pace, Training, add_fields, begin, given, read_run
+from distillation.recipes import option
 from distillation.train_flow import FlowClips
 from distillation.windows import DrawnNoise, Sampling, States, Windows, require_whole_pools, roll_out, window_error
 
@@ -51,25 +52,27 @@ _CLIP_DRAWS, _KEPT_DRAWS, _BATCH_DRAWS = 41, 42, 43  # positions of this module'
 class FollowRecipe:
     """Options of the training; `updates` decides the length of the cosine."""
 
-    seed: int = 6
-    updates: int = 600
-    clips: int = 1024
-    length: int = 81  # pixel frames of a clip
-    pool: int = 48  # clips rolled out together
-    pool_updates: int = 8  # updates that use them
-    batch: int = 16  # windows an update that are to follow
-    kept_clips: int = 256
-    kept_batch: int = 16
-    kept_weight: float = 3.0
-    led_share: float = 0.2  # of kept windows of the first chunk, which are told a flow all the same
-    free_first_share: float = 0.4  # of clips, whose flow begins after the first chunk
-    course: float = 0.15  # mean squared error of a chunk's x0 up to which a rollout goes on from it; 2 pixels: 0.2
-    learning_rate: float = 2e-4
-    matrix_learning_rate: float = 1e-3
-    adapter_learning_rate: float = 1e-2
-    warmup: int = 20
-    ema_decay: float = 0.99
-    save_every: int = 48
+    seed: int = option(6, "seed of everything")
+    updates: int = option(600, "of the whole run: the length of the cosine")
+    clips: int = option(1024, "training clips that turn against their captions")
+    length: int = option(81, "pixel frames of a clip")
+    pool: int = option(48, "clips rolled out together")
+    pool_updates: int = option(8, "updates that use what was rolled out together")
+    batch: int = option(16, "windows an update that are to follow; a GPU takes hundreds")
+    kept_clips: int = option(256, "captions rolled out without flow, once")
+    kept_batch: int = option(16, "windows of those an update")
+    kept_weight: float = option(3.0, "of the loss without flow")
+    led_share: float = option(0.2, "share of windows of --kept-batch whose first chunk is told a flow all the same")
+    free_first_share: float = option(0.4, "share of clips whose flow begins after the first chunk")
+    course: float = option(
+        0.15, "mean squared error of a chunk's x0 up to which a rollout goes on from it; 2 pixels: 0.2"
+    )
+    learning_rate: float = option(2e-4, "of biases, norms and all outside of the blocks, but for the adapter")
+    matrix_learning_rate: float = option(1e-3, "of the blocks' matrices")
+    adapter_learning_rate: float = option(1e-2, "of the adapter")
+    warmup: int = option(20, "updates of linear warm-up")
+    ema_decay: float = option(0.99, "of the exported weights")
+    save_every: int = option(48, "updates between checkpoints: --pool-updates or a multiple of it")
 
     def __post_init__(self) -> None:
         require_whole_pools(self.save_every, self.pool_updates)
@@ -91,7 +94,7 @@ def kept_states(
     captions = [caption_of(sprites.training_specs(recipe.seed, row)) for row in range(recipe.kept_clips)]
     ids = tokenize_captions(captions).to(device)
     chunks = latent_frames(recipe.length) // trained.settings.frames_per_chunk
-    side = sprites.FRAME_SIZE // 8
+    side = sprites.FRAME_SIZE // SPACE_FACTOR
     parts = []
     for first in range(0, len(ids), at_once):
         rows = ids[first : first + at_once]
@@ -274,13 +277,6 @@ def export_follow(
     write_changed(folder / NETWORK_FILES[network], state, start / NETWORK_FILES[network], done, note)
 
 
-OWN_FIELDS = {
-    "pool": int, "pool_updates": int, "led_share": float, "free_first_share": float,
-    "course": float,
-}  # fmt: skip
-"""Fields of the recipe that are flags here and not in train_flow."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
@@ -291,9 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export-each", type=Path, metavar="FOLDER", help="write them there at every checkpoint too")
     parser.add_argument("--note", default="", help="added to the recipe in the header of what is written")
     train_flow.add_run_flags(parser)
-    group = parser.add_argument_group("more fields of the recipe")
-    for name, kind in OWN_FIELDS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")
+    add_fields(parser, FollowRecipe)
     options = parser.parse_args(arguments)
     device = begin(options)
     if options.export:
@@ -309,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
             note=options.note,
         )
         return
-    recipe = FollowRecipe(**given(options, (*train_flow.RUN_FIELDS, *OWN_FIELDS)))
+    recipe = FollowRecipe(**given(options, FollowRecipe))
 
     def write(state: dict[str, Tensor], update: int) -> None:
         folder = options.export_each

@@ -48,7 +48,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,9 +71,10 @@ from distillation import sprites
 from distillation.common import autocast, generator_at
 from distillation.copies import remove_copies
 from distillation.demo_files import STUDENT_FILE, TrainedFor, load_dit, load_models, trained_for, write_changed
-from distillation.demo_run import Losses, Pace, Training, begin, given, make_adamw, read_run
+from distillation.demo_run import Losses, Pace, Training, add_fields, begin, given, make_adamw, read_run
 from distillation.ground import ground_of, lightness, nearest_level, paint_ground, world_levels
 from distillation.losses import guided
+from distillation.recipes import option
 from distillation.rollout import predict_x0
 from distillation.samples import decode_groups, encode_frames
 from distillation.switches import switch
@@ -106,37 +107,43 @@ DrawnBy = Literal["world", "student"]
 class LevelsRecipe:
     """Options of the training; `updates` decides the length of the cosine."""
 
-    seed: int = 7
-    updates: int = 416
-    sigmas: str = ""  # the levels to move to, chunks split by semicolons; empty: those of the preset DEMO_PRESET
-    length: int = 81  # pixel frames of a rollout
-    going_on_chunks: int = 3  # of a rollout behind given frames
-    pool: int = 48  # captions rolled out together
-    pool_updates: int = 16  # updates that use them
-    batch: int = 28  # windows an update
-    first_share: float = 0.45  # of windows, which ask for the first chunk
-    first_pool: int = 0  # captions beside `pool` of which only the first chunk is rolled out
-    first_batch: int = 0  # windows of those an update, beside `batch`
-    switch_pool: int = 0  # clips whose caption changes, rolled out together
-    switch_batch: int = 0  # windows of those an update, beside `batch`
-    switch_length: int = 129  # pixel frames of their rollout
-    switch_course: float = 0.15  # mean squared error of a chunk's x0 up to which their rollout goes on from it
-    drawn_by: DrawnBy = "world"  # who draws the clips whose caption changes; "student": the one in START
-    going_on_share: float = 0.5  # of windows, which go on from given frames
-    ends: Ends = "teacher"  # who finishes a first chunk; "student": the one in START; "none": START's answers
-    between: str = ""  # noise levels of START's forwards behind the first of a later chunk
-    copies: Copies = "kept"  # of a sprite, in what a first chunk is to be
-    teacher_steps: int = 8  # Euler steps of the teacher's path from where the student stands
-    teacher_cfg: float = 5.0
-    mean_share: float = 0.5  # weight of the student where a run begins with the mean of it and others
-    mean_weight: float = 8.0  # of the error of a frame's mean, in which a ground that is a little off shows
-    learning_rate: float = 1.5e-4
-    warmup: int = 10
-    ema_decay: float = 0.985
-    save_every: int = 32
+    seed: int = option(7, "seed of everything")
+    updates: int = option(416, "of the whole run: the length of the cosine")
+    sigmas: str = option(
+        "", f"levels to move to, chunks split by semicolons, as many a chunk as before; default: {DEMO_PRESET}"
+    )
+    length: int = option(81, "pixel frames of a rollout")
+    going_on_chunks: int = option(3, "chunks of a rollout behind given frames")
+    pool: int = option(48, "captions rolled out together")
+    pool_updates: int = option(16, "updates that use what was rolled out together")
+    batch: int = option(28, "windows an update")
+    first_share: float = option(0.45, "share of windows that ask for the first chunk")
+    first_pool: int = option(0, "captions beside those of --pool, of which only the first chunk is rolled out")
+    first_batch: int = option(0, "windows of those an update, beside --batch")
+    switch_pool: int = option(0, "clips whose caption changes, rolled out together")
+    switch_batch: int = option(0, "windows of those an update, beside --batch")
+    switch_length: int = option(129, "pixel frames of a clip whose caption changes")
+    switch_course: float = option(
+        0.15, "mean squared error of its chunk's x0 up to which its rollout goes on from that"
+    )
+    drawn_by: DrawnBy = option("world", "who draws the clips whose caption changes; student: the one in START")
+    going_on_share: float = option(0.5, "share of windows that go on from given frames")
+    ends: Ends = option("teacher", "who finishes a first chunk; student: the one in START; none: START's answers")
+    between: str = option("", "noise levels of START's forwards behind the first of a later chunk")
+    copies: Copies = option("kept", "of a sprite, in what a first chunk is to be")
+    teacher_steps: int = option(8, "Euler steps of the teacher's path from where the student stands")
+    teacher_cfg: float = option(5.0, "guidance of the teacher, in ComfyUI's convention")
+    mean_share: float = option(0.5, "with --mean-with: weight of the student in the mean")
+    mean_weight: float = option(8.0, "of the error of a frame's mean, in which a ground that is a little off shows")
+    learning_rate: float = option(1.5e-4, "of all weights")
+    warmup: int = option(10, "updates of linear warm-up")
+    ema_decay: float = option(0.985, "of the exported weights")
+    save_every: int = option(32, "updates between checkpoints: --pool-updates or a multiple of it")
 
     def __post_init__(self) -> None:
         require_whole_pools(self.save_every, self.pool_updates)
+        if self.going_on_chunks < 1:
+            raise ValueError(f"going_on_chunks is {self.going_on_chunks}; behind given frames at least 1 is made.")
         for kind in ("first", "switch"):
             pool, batch = (getattr(self, f"{kind}_{name}") for name in ("pool", "batch"))
             if bool(pool) != bool(batch):
@@ -229,7 +236,7 @@ def student_end(
     """
     for sigma in later:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        x0 = predict_x0(networks.before, (1 - sigma) * x0 + sigma * noise, sigma, text, PRECISION)
+        x0 = predict_x0(networks.before, mix(x0, noise, sigma), sigma, text, PRECISION)
     return x0
 
 
@@ -550,16 +557,6 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     return write_changed(target, saved["ema"], student, done, note, sigmas=json.dumps(recipe.levels))
 
 
-FIELDS = (
-    *("seed", "updates", "pool", "pool_updates", "batch", "first_pool", "first_batch"),
-    *("switch_pool", "switch_batch", "switch_length", "warmup", "save_every", "teacher_steps", "length"),
-)
-REAL_FIELDS = (
-    *("first_share", "going_on_share", "teacher_cfg", "mean_share", "mean_weight"),
-    *("switch_course", "learning_rate", "ema_decay"),
-)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
@@ -569,23 +566,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights of --out there, then stop")
     parser.add_argument("--note", default="", help="with --export: added to the recipe in the file's header")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    group = parser.add_argument_group("fields of the recipe")
-    levels = f"levels to move to, chunks split by semicolons, as many a chunk as before; default: {DEMO_PRESET}"
-    group.add_argument("--sigmas", help=levels)
-    group.add_argument("--ends", choices=get_args(Ends), help="who finishes a first chunk; student: the one in START")
-    group.add_argument("--between", metavar="LEVELS", help="of START's forwards behind the first of a later chunk")
-    group.add_argument("--drawn-by", choices=get_args(DrawnBy), help="who draws clips whose caption changes")
-    group.add_argument("--copies", choices=get_args(Copies), help="of a sprite, in what a first chunk is to be")
-    for name in (*FIELDS, *REAL_FIELDS):
-        kind = int if name in FIELDS else float
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="VALUE")
+    add_fields(parser, LevelsRecipe)
     options = parser.parse_args(arguments)
     device = begin(options)
     if options.export:
         student = options.student or options.start / STUDENT_FILE
         export_levels(options.out, student, options.export, options.note, options.mean_with)
         return
-    recipe = LevelsRecipe(**given(options, ("sigmas", "ends", "between", "copies", "drawn_by", *FIELDS, *REAL_FIELDS)))
+    recipe = LevelsRecipe(**given(options, LevelsRecipe))
     train_levels(recipe, options.start, options.out, device, student=options.student, mean_with=options.mean_with)
 
 

@@ -30,9 +30,10 @@ from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
 from diagonal_sampler.weight_files import write_weights
 from distillation.flow_fields import FlowFields
 from distillation.prompts import PromptSet
+from distillation.ranks import barrier, require_same
 from distillation.recipes import Recipe
 from distillation.rollout import BatchNoise, sample_seed, stream
-from distillation.run_folder import barrier, input_digests, other_files, require_same
+from distillation.run_folder import input_digests, other_files
 
 MADE_FOR = "made_for"
 FILES = "files"  # entry of MADE_FOR: digests of the files that its names stand for

@@ -2,13 +2,14 @@
 
 Every input that the sampler met in a rollout is kept, with what is to be answered there. All chunks of a window are
 seen in one causal forward whose context chunks are the inputs of their last steps: what a KV cache of noisy context
-holds.
+holds. That forward counts positions inside its window, so rollouts do too, also of clips so short that a sampler counts
+from their start: at other places the same chunk is answered otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ def roll_out(
 ) -> tuple[Tensor, Tensor]:
     """Samples clips as at inference without guidance; the inputs and the x0 of all forwards, as in States.
 
+    Positions count inside the window however short the clip is, as `window_error`'s do.
+
     Args:
         text: [B, tokens, text_dim].
         chunks: to make.
@@ -108,7 +111,7 @@ def roll_out(
     inputs, found = (
         torch.zeros(batch, frames // size, steps, channels, size, height, width, device=text.device) for _ in range(2)
     )
-    cache = KVCache(trained.settings, frames)
+    cache = KVCache(replace(trained.settings, positions="window"), frames)
 
     def predict(x: Tensor, sigma: float, at: Forward) -> Tensor:
         told = flow_of(optical_flow, at)

@@ -352,8 +352,35 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
         )
     options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, again=frozenset(run.seen.intersection(conditions)))
     run.seen.update(conditions)
-    with _cudnn_first(x.device, dtype):
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    try:
+        with _cudnn_first(x.device, dtype):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    except Exception as error:
+        _name_replaced_attention(network, run, error)
+        raise
+
+
+def _name_replaced_attention(network: torch.nn.Module, run: CausalRun, error: Exception) -> None:
+    """Refuse by name another node's self-attention that fails, as one that counts the whole clip's frames does: what
+    it fails with says nothing of it.
+
+    Args:
+        error: of a forward.
+
+    Raises:
+        ValueError: the first block that wrote nothing has such a self-attention.
+    """
+    if isinstance(error, (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException)):
+        return
+    wrote = {layer for _, layer in run.wrote}
+    blocks = getattr(network, "_orig_mod", network).blocks
+    failed = next((layer for layer in range(len(blocks)) if layer not in wrote), None)
+    if failed is None or isinstance(blocks[failed].self_attn.forward, _CausalSelfAttention):
+        return
+    raise ValueError(
+        f"Another node has replaced the self-attention of block {failed}, and a chunk's forward fails there "
+        f"({type(error).__name__}: {error}). Remove that node."
+    ) from error
 
 
 class _Patch:
@@ -476,15 +503,19 @@ class _LeanBlock:
 
         Only where ComfyUI would multiply by the weight as it lies: with casts, patches or hooks its own layers stay.
         """
-        first, activation, second = block_ffn = self.block.ffn
+        layers = self.block.ffn
+        # Another node may run the three in its own way, in pieces for instance.
+        if y_BLC.device.type != "cuda" or type(layers) is not torch.nn.Sequential or not _is_untouched(layers):
+            return layers(y_BLC)
+        first, activation, second = layers
         plain = (
-            y_BLC.device.type == "cuda"
-            and type(activation) is torch.nn.GELU
+            type(activation) is torch.nn.GELU
             and activation.approximate == "tanh"
+            and _is_untouched(activation)
             and _multiplies_as_it_is(first, y_BLC)
         )
         if not plain:
-            return block_ffn(y_BLC)
+            return layers(y_BLC)
         hidden = torch._addmm_activation(first.bias, y_BLC.flatten(0, 1), first.weight.t(), use_gelu=True)
         return second(hidden.unflatten(0, y_BLC.shape[:2]))
 
@@ -496,12 +527,17 @@ class _LeanBlock:
         return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
 
 
+def _is_untouched(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is its class's, with no hook and no object patch around it."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _multiplies_as_it_is(layer: torch.nn.Module, x: Tensor) -> bool:
     """Whether a linear layer of ComfyUI's is nothing but F.linear with its own weight and bias, on x's device."""
     return (
         type(layer) is disable_weight_init.Linear
-        and not (layer.comfy_cast_weights or layer.weight_function or layer.bias_function)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) or hasattr(layer, "_v"))
+        and not (layer.comfy_cast_weights or layer.weight_function or layer.bias_function or hasattr(layer, "_v"))
+        and _is_untouched(layer)
         and layer.bias is not None
         and layer.weight.dtype == layer.bias.dtype == x.dtype
         and layer.weight.device == layer.bias.device == x.device

@@ -15,7 +15,7 @@ from ..diagonal_sampler.frames import nearest_sizes
 from ..diagonal_sampler.memory import ClipSize, keys_values_bytes, text_bytes
 from ..diagonal_sampler.sampler import count_chunks, count_forwards, split_frames
 from ..diagonal_sampler.schedule import DiagonalSchedule
-from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.settings import GLOBAL_WINDOW, TRAINED_LATENT_FRAMES, CausalSettings
 from .causal import causal_settings
 from .context_frames import ContextFrames
 from .memory import network_facts
@@ -107,6 +107,7 @@ def plan_clip(
         _require_context(model, shape, given.latent)
     plan = ClipPlan(shape=tuple(shape), settings=settings, schedule=schedule, given=given)
     _require_memory(model, plan)
+    _warn_beyond_training(model, plan)
     return plan
 
 
@@ -161,6 +162,22 @@ def _require_size(model: ModelPatcher, shape: tuple[int, ...]) -> None:
                 f"The {name} is {size * scale} pixels ({size} in the latent); it must be a multiple of "
                 f"{patch * scale}. The nearest that fit are {down * scale} and {up * scale}."
             )
+
+
+def _warn_beyond_training(model: ModelPatcher, plan: ClipPlan) -> None:
+    """Positions that count from the clip's start leave those that Wan was trained on where the clip is longer."""
+    frames = plan.shape[2]
+    scale = (model.model_options["transformer_options"].get("rope_options") or {}).get("scale_t", 1.0)
+    if plan.settings.window_positions(frames) or (frames - 1) * scale <= TRAINED_LATENT_FRAMES - 1:
+        return
+    remedy = "window 12 and sink 3" if plan.settings.window == GLOBAL_WINDOW else "positions to auto"
+    log.warning(
+        "The video has %d latent frames, whose positions count from its start, and Wan 2.1 was trained on %d (81 pixel "
+        "frames): behind them the picture may fall apart. Set %s on the causal model, or make a shorter video.",
+        frames,
+        TRAINED_LATENT_FRAMES,
+        remedy,
+    )
 
 
 def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:

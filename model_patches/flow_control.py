@@ -132,7 +132,7 @@ class FlowRun:
         self._embedding: FlowEmbedding | None = None
         self._adapter_field: AdapterField | None = None
         self._told: tuple[int, int, bool] | None = None  # the frames whose motion the embedding has
-        self._loaded = 0  # bytes of the sampling model that were on its device before the VAE was used
+        self._loaded: int | None = None  # bytes of the sampling model on its device before the VAE was used
         latent_format = model.get_model_object("latent_format")
         ratio = latent_format.spacial_downscale_ratio
         _, _, frames, height, width = self._shape
@@ -260,7 +260,9 @@ class FlowRun:
     def source(self, start_frame: int, frames: int) -> Tensor:
         """See FlowReference.source."""
         assert self._reference is not None
-        return self._reference.source(start_frame, frames)
+        carried = self._reference.source(start_frame, frames)
+        self._load_again()
+        return carried
 
     def before(self, at: Forward, device: torch.device) -> None:
         """To be called before every forward."""
@@ -283,7 +285,11 @@ class FlowRun:
             denoised: [B, C, n, H, W].
             mask: the chunk's denoise mask, which broadcasts to it: 0 where nothing may change, 1 where all may.
         """
-        return denoised if self._reference is None else self._reference.blend(denoised, at, mask)
+        if self._reference is None:
+            return denoised
+        blended = self._reference.blend(denoised, at, mask)
+        self._load_again()
+        return blended
 
     def finished(self, latents: Tensor) -> None:
         """To be called with the given context, and with every finished chunk, [B, C, n, H, W] in the model's space."""
@@ -310,24 +316,31 @@ class FlowRun:
         if self._embedding is not None:
             self._embedding.set(None)
 
-    # The VAE may push the sampling model out of memory: have it back before the next forward.
-
     def _decode(self, latents: Tensor) -> Tensor:
+        """FlowReference's decode."""
         vae = self._settings.vae
         assert vae is not None
-        self._loaded = self._model.loaded_size()
+        if self._loaded is None:
+            self._loaded = self._model.loaded_size()
         images = decode(vae, self._model.model.process_latent_out(latents.float()))
         images = images.reshape(latents.shape[0], -1, *images.shape[-3:])  # [B, T, H, W, 3]
-        return images[:, -1, ..., :3].movedim(-1, 1).to(carrying_device(latents.device), torch.float32)
+        return images[..., :3].movedim(-1, 1).to(carrying_device(latents.device), torch.float32)
 
     def _encode(self, frames: Tensor) -> Tensor:
+        """FlowReference's encode."""
         vae = self._settings.vae
         assert vae is not None
         latents = torch.cat([encode(vae, clip.movedim(0, -1)) for clip in frames])
+        return self._model.model.process_latent_in(latents.to(frames.device))
+
+    def _load_again(self) -> None:
+        """Has the sampling model back before the next forward, if the VAE pushed it out of memory."""
+        if self._loaded is None:
+            return
         resident = any(loaded is self._model for loaded in comfy.model_management.loaded_models())
         if not resident or self._model.loaded_size() < self._loaded:
             load_for_chunk(self._model, (*self._shape[:2], max(self._counts), *self._shape[3:]))
-        return self._model.model.process_latent_in(latents.to(frames.device))
+        self._loaded = None
 
 
 def load_for_chunk(model: ModelPatcher, shape: Sequence[int]) -> None:

@@ -16,11 +16,10 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..diagonal_sampler import lora_files
 from ..diagonal_sampler.checkpoints import Checkpoint, CheckpointInfo, load_checkpoint
-from ..diagonal_sampler.lora_files import HOST_PREFIX, Lora, convert_lora
+from ..diagonal_sampler.lora_files import HOST_PREFIX, Lora, convert_lora, read_lora
 from ..diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS, expected_shapes
-from ..diagonal_sampler.weight_files import listed, read_weight_file
+from ..diagonal_sampler.weight_files import listed
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +87,8 @@ def apply_lora(
 ) -> tuple[ModelPatcher, Lora]:
     """A clone of the MODEL with the LoRA as ComfyUI weight patches: W + strength * alpha / rank * up @ down.
 
+    It carries the LoRA's provenance if that is to be followed (`is_trained_as`), else the model's.
+
     strength: a factor, 0 for none. info: of the model's own file, for its sizes.
 
     Raises ValueError for a LoRA that does not fit whole (see `convert_lora`) or a strength that is not
@@ -95,8 +96,7 @@ def apply_lora(
     """
     if not math.isfinite(strength):
         raise ValueError(f"lora_strength={strength!r} must be a finite number; 1.0 is the strength it was trained at")
-    file = read_weight_file(path, wanted_metadata=lora_files.WANTED_METADATA, read_safetensors=_read_safetensors)
-    lora = convert_lora(file, expected_shapes(info.dims))
+    lora = convert_lora(read_lora(path, read_safetensors=_read_safetensors), expected_shapes(info.dims))
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(lora.tensors, key_map)
     patched = model.clone()
@@ -107,7 +107,14 @@ def apply_lora(
             f"LoRA {lora.file!r}: this ComfyUI takes no patch for {len(lost)} parameters: {listed(lost)}. "
             "Nothing was applied; update ComfyUI"
         )
+    if is_trained_as(lora, strength):
+        patched.set_attachments(PROVENANCE_ATTACHMENT, lora.provenance)
     return patched, lora
+
+
+def is_trained_as(lora: Lora, strength: float) -> bool:
+    """Whether a model with this LoRA is one that was trained as the LoRA's header says, not as the model's own."""
+    return strength != 0 and lora.provenance.is_causal
 
 
 def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:

@@ -22,11 +22,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..diagonal_sampler.checkpoints import CONFIG_KEY, Checkpoint, inspect_checkpoint
+from ..diagonal_sampler.flow_reference import TAIL_FRAMES
+from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.gguf_header import read_gguf_header
 from ..diagonal_sampler.memory import DecoderFacts, NetworkFacts
 from ..diagonal_sampler.provenance import Provenance
 from ..diagonal_sampler.quantization import QUANTIZATION_KEY
-from ..diagonal_sampler.wan_layout import HEAD_DIM, WanDims, count_blocks, expected_shapes
+from ..diagonal_sampler.wan_layout import count_blocks, expected_names
 from ..diagonal_sampler.weight_files import MARK_ELEMENTS, listed, printable, read_weight_shapes
 from .demo import load_demo_vae
 from .loading import host_model, loader_options
@@ -95,6 +97,19 @@ def decoder_facts(path: str | Path, frames: int, *, demo: bool = False) -> Decod
         ValueError: a file that is no video VAE, or that would have to be read whole.
     """
     return _decoder_facts(str(path), *_version(path), frames, demo)
+
+
+def carrier_facts(path: str | Path, frames: int, *, demo: bool = False) -> DecoderFacts:
+    """What a VAE's file says of carrying the last frame into a chunk of `frames` latent frames; see FlowReference.
+
+    It decodes the end of the chunk before, encodes the carried frames, and decodes and encodes them again: one after
+    the other, so that the largest counts. demo: the file is the demo's autoencoder.
+
+    Raises:
+        ValueError: a file that is no video VAE, or that would have to be read whole.
+    """
+    facts = decoder_facts(path, frames, demo=demo)
+    return replace(facts, cell_bytes=_carrying_bytes(str(path), *_version(path), frames, demo))
 
 
 def available_memory() -> tuple[int, int, bool]:
@@ -185,8 +200,7 @@ def _require_countable(names: Collection[str], path: str | Path) -> None:
 
 def _gguf_model(shapes: Mapping[str, tuple[int, ...]], depth: int, options: dict) -> ModelPatcher:
     """ComfyUI's model of `depth` blocks of these shapes by Wan's names, or any error."""
-    of_any_size = WanDims(dim=HEAD_DIM, depth=depth, ffn_dim=1, text_dim=1, freq_dim=1, in_channels=1, out_channels=1)
-    if lacks := expected_shapes(of_any_size).keys() - shapes.keys():
+    if lacks := expected_names(depth) - shapes.keys():
         raise ValueError(f"it lacks {listed(lacks)}")
     sizes = {"text_dim": shapes["text_embedding.0.weight"][-1], "freq_dim": shapes["time_embedding.0.weight"][-1]}
     with torch.device("meta"):
@@ -209,6 +223,15 @@ def _decoder_facts(path: str, changed: int, size: int, frames: int, demo: bool) 
     except RuntimeError as error:
         raise ValueError(f"{Path(path).name!r} cannot decode video: {_first_line(error)}") from error
     return DecoderFacts(weight_bytes=vae.patcher.model_size(), cell_bytes=cell_bytes)
+
+
+@lru_cache(maxsize=32)
+def _carrying_bytes(path: str, changed: int, size: int, frames: int, demo: bool) -> float:
+    vae = load_demo_vae(Path(path)) if demo else _empty_vae(path)
+    side = vae.spacial_compression_encode()
+    decoded = (1, vae.latent_channels, max(TAIL_FRAMES, 1 + frames), 1, 1)
+    encoded = (1, 3, 1 + TIME_FACTOR * frames, side, side)
+    return max(vae.memory_used_decode(decoded, vae.vae_dtype), vae.memory_used_encode(encoded, vae.vae_dtype))
 
 
 def _empty_vae(path: str) -> comfy.sd.VAE:

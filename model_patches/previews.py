@@ -6,7 +6,9 @@ import base64
 import io
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import comfy.latent_formats
 import comfy.utils
 import latent_preview
 import torch
@@ -78,14 +80,14 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
             latent_format.latent_rgb_factors_bias,
             latent_format.latent_rgb_factors_reshape,
         )
-    chosen = latent_preview.get_previewer(model.load_device, latent_format) or linear
+    chosen = _chosen(model.load_device, latent_format) or linear
     if chosen is None:
         return None
 
     def pictures(latents: Tensor) -> Iterable[Image.Image]:
         for frame in range(latents.shape[2]):
             latent = latents[:1, :, frame : frame + 1]
-            # A pack that plays previews by itself (VideoHelperSuite's do) puts a previewer here that gives none.
+            # What a pack puts in ComfyUI's place may give none.
             made = _made_by(chosen, latent)
             if made is None and linear is not None:
                 made = _made_by(linear, latent)
@@ -93,6 +95,26 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
                 yield made[1]
 
     return pictures
+
+
+def _chosen(device: torch.device, latent_format: comfy.latent_formats.LatentFormat) -> Any:
+    """The previewer of the method that the user chose, None without one.
+
+    A pack that plays previews by itself (VideoHelperSuite's, once asked to) puts one around it that gives no pictures;
+    shown single frames it would play those, beside the clip that ComfyUI's callback shows it. There what lies under the
+    pack's `get_previewer` is asked instead.
+    """
+    get = latent_preview.get_previewer
+    chosen = get(device, latent_format)
+    while _plays_by_itself(chosen) and (under := getattr(get, "__wrapped__", None)) is not None:
+        get, chosen = under, under(device, latent_format)
+    return chosen
+
+
+def _plays_by_itself(previewer: Any) -> bool:
+    """Whether a previewer makes ComfyUI's pictures in a way of its own, as none of ComfyUI's does."""
+    made = getattr(type(previewer), "decode_latent_to_preview_image", None)
+    return made not in (None, latent_preview.LatentPreviewer.decode_latent_to_preview_image)
 
 
 def _made_by(previewer: latent_preview.LatentPreviewer, latent: Tensor) -> tuple | None:

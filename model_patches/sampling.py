@@ -26,6 +26,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
+from ..diagonal_sampler.flow import OpticalFlow
 from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
@@ -181,7 +182,7 @@ def sample_latent(
             )
         started = schedule.start_at(shift_sigma(denoise, schedule.shift))
     plan = plan_clip(model, samples.shape, started, context)
-    _warn(model, schedule)  # as it was set: `denoise` leaves steps out on purpose
+    _warn(model, schedule, cfg)  # as it was set: `denoise` leaves steps out on purpose
     rows = _batch_rows(latent, plan)
     draws = noise if noise is not None else _seeded_noise(plan, seed, rows)
     run_model = _run_clone(model, positive, negative)
@@ -265,7 +266,20 @@ def _flow_run(
         given_frames=plan.context_frames,
         denoise=denoise,
     )
+    if _rests(optical_flow.optical_flow):
+        log.warning(
+            "The optical flow tells the whole picture to rest, so that nothing in the video moves. Set pan_x, pan_y, "
+            "zoom or rotation in Diagonal Flow Conditioning, or choose another source."
+        )
     return flow_run, replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed, rows)
+
+
+def _rests(field: OpticalFlow) -> bool:
+    """Whether a field commands everything everywhere not to move, as a camera does that was given no movement."""
+    if field.flow[0].any() or not field.valid[0].all():  # nearly all others are found out by this
+        return False
+    once = field.flow.stride(0) == field.valid.stride(0) == 0  # a step that stands for all of a long clip's
+    return once or bool(field.valid.all() and not field.flow.any())
 
 
 def stream_latent(
@@ -308,7 +322,7 @@ def stream_latent(
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
     """
-    _warn(model, plan.schedule)
+    _warn(model, plan.schedule, cfg)
     batch, channels, frames, height, width = plan.shape
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
     run_model = _run_clone(model, positive, negative)
@@ -347,7 +361,7 @@ def _batch_rows(latent: dict[str, Any], plan: ClipPlan) -> list[int] | None:
     return rows
 
 
-def _warn(model: ModelPatcher, schedule: DiagonalSchedule) -> None:
+def _warn(model: ModelPatcher, schedule: DiagonalSchedule, cfg: float) -> None:
     for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
         log.warning(warning)
     if _OUTPUT_PATCHES & model.model_options["transformer_options"].get("patches", {}).keys():
@@ -355,6 +369,14 @@ def _warn(model: ModelPatcher, schedule: DiagonalSchedule) -> None:
             "The MODEL carries a patch of what attention gives (Normalized Attention Guidance or the like), which "
             "ComfyUI's Wan models do not look at: it changes nothing, and may cost a second forward. For Wan that "
             "guidance is a patch of cross-attention, as other packs have it."
+        )
+    guidance = model.model_options.get("sampler_cfg_function")
+    if guidance is not None and math.isclose(cfg, 1.0):
+        log.warning(
+            "cfg is 1, but another node replaces guidance (%s), which ComfyUI asks at cfg 1 too. What such a node does "
+            "in a video's first step (CFG-Zero with zero init) it does in the first step of every chunk. Remove that "
+            "node if the video is wrong.",
+            getattr(guidance, "__qualname__", type(guidance).__qualname__),
         )
     shift = getattr(model.get_model_object("model_sampling"), "shift", None)
     if "model_sampling" in model.object_patches and shift not in (None, schedule.shift):
@@ -567,7 +589,7 @@ class _SamplingRun:
         finite: looks at finished chunks.
 
     Raises:
-        ValueError: a clip that is too long for exact positions, or a model whose rotations are not known.
+        ValueError: a model whose rotations are not known, where the cache moves its keys.
     """
 
     def __init__(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fractions import Fraction
@@ -289,98 +289,184 @@ class Opened:
         )
 
 
-def resume_video(
-    place: Place,
-    options: StreamOptions,
-    plan: ClipPlan,
-    identity: Identity,
-    spec: VideoSpec,
-    stack: contextlib.ExitStack,
-    notes: list[str],
-    prompts: list[LivePrompt],
-) -> Opened | None:
-    """Open what an earlier run of this graph left, None if there is nothing to go on with.
+@dataclass(slots=True, kw_only=True)
+class VideoOpener:
+    """Opens a run's video for writing: what an earlier run of the same graph left, else a new one.
 
-    Of several, it is the one with the most frames, and the newest of those. A video that stopped before its first state
-    is left alone and loses its empty state: begun again in the same file, a run that stops early would leave less than
-    there was. The states of videos of this name that are gone are removed.
-
-    Args:
-        notes: gets a line for people about each unfinished video that this run could seem to go on with, and does not.
-        prompts: gets the live prompts of a video that is left alone, for the one that is begun in its stead.
-
-    Raises:
-        VideoHeldError: there is one, which may not be changed now.
+    Attributes:
+        stack: closes what is open and lets go of its lock.
+        notes: a line for people about each unfinished video that this run could seem to go on with, and does not.
+        prompts: the live prompts of a video that is left alone, for the one that is begun in its stead.
     """
-    changed: list[str] = []
-    found: list[tuple[Path, StreamState]] = []
-    for path, state in find_states(place.folder):
+
+    place: Place
+    options: StreamOptions
+    plan: ClipPlan
+    identity: Identity
+    spec: VideoSpec
+    stack: ExitStack
+    notes: list[str] = field(default_factory=list)
+    prompts: list[LivePrompt] = field(default_factory=list)
+
+    def open(self) -> Opened:
+        """The video, with a state that belongs to it.
+
+        Raises:
+            VideoHeldError: there is one to go on with, which may not be changed now.
+            VideoWriteError: a new one cannot be begun.
+        """
+        return self._resume() or self._begin()
+
+    def _resume(self) -> Opened | None:
+        """What an earlier run left; None if there is nothing to go on with.
+
+        Of several, it is the one with the most frames, and the newest of those. The states of videos of this name that
+        are gone are removed.
+        """
+        changed: list[str] = []
+        found: list[tuple[Path, StreamState]] = []
+        for path, state in find_states(self.place.folder):
+            stem = _stem(path)
+            same = self.identity.owns(state)
+            ours = same or re.fullmatch(re.escape(self.place.filename) + r"_\d+_", stem) is not None
+            if not ours or _remove_left_over(path, state):
+                continue
+            if same:
+                found.append((path, state))
+            elif state.chunk > 0 and not state.ended and path.name.endswith(STATE_SUFFIX) and not self.options.restart:
+                what = self.identity.changed_since(state)
+                if what and not self._lock(stem).is_held():
+                    changed.append(
+                        f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on, or "
+                        f"delete {name_and_size(path)}."
+                    )
+        for path, state in sorted(found, key=lambda item: -item[1].frames):  # the newest stays first among equals
+            if (opened := self._reopen(path, state)) is not None:
+                return opened
+        self.notes += changed[:1]  # the newest
+        return None
+
+    def _reopen(self, path: Path, state: StreamState) -> Opened | None:
+        """The video of a state of this graph; None if this run cannot go on with it, which `notes` may then say.
+
+        A video that stopped before its first state is left alone and loses its empty state: begun again in the same
+        file, a run that stops early would leave less than there was.
+        """
+        options, done = self.options, path.name.endswith(DONE_SUFFIX)
         stem = _stem(path)
-        same = identity.owns(state)
-        ours = same or re.fullmatch(re.escape(place.filename) + r"_\d+_", stem) is not None
-        if not ours or _remove_left_over(path, state):
-            continue
-        if same:
-            found.append((path, state))
-        elif state.chunk > 0 and not state.ended and path.name.endswith(STATE_SUFFIX) and not options.restart:
-            what = identity.changed_since(state)
-            if what and not StreamLock(place.folder / (stem + LOCK_SUFFIX)).is_held():
-                changed.append(
-                    f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on, or delete "
-                    f"{name_and_size(path)}."
-                )
-    for path, state in sorted(found, key=lambda item: -item[1].frames):  # the newest stays first among equals
-        done = path.name.endswith(DONE_SUFFIX)
-        stem = _stem(path)
-        video = place.folder / (stem + _suffix(options.format))
-        if not options.restart and (reason := _does_not_fit(state, plan, options, done)):
+        video = self._video(stem)
+        if not options.restart and (reason := _does_not_fit(state, self.plan, options, done)):
             if not done and not (state.ended and options.frames <= state.frames):
-                notes.append(f"{video.name} is unfinished and is not resumed: {reason}")
-            continue
-        lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
+                self.notes.append(f"{video.name} is unfinished and is not resumed: {reason}")
+            return None
         try:
-            if not lock.acquire():
-                notes.append(f"{video.name} is being written by another ComfyUI; it is left alone.")
-                continue
-            # Another ComfyUI may have gone on with it, or finished it, since the folder was read.
-            if not path.exists() or read_state(path) != state:
-                lock.release()
-                continue
-            without_state = state.chunk == 0 and has_frames(video)
-            if options.restart or without_state:
-                # The video stays; without its state nothing will go on with it by surprise.
-                if not options.restart:
-                    notes.append(f"{video.name} has no state to go on from: it is kept, and a new video is begun.")
-                    prompts[:] = prompts or live_prompts(path, state)
-                remove_file(path)
-                remove_file(_prompts_path(path))
-                lock.release()
-                continue
-            if not video.exists():
-                lock.release()
-                notes.append(f"{video.name} is not there any more; a new video is begun.")
-                continue
-            writer = open_writer(video, spec, Mark(frames=state.frames, size=state.size))
-            if done:
-                unfinished = place.folder / (stem + STATE_SUFFIX)
-                try:
-                    replace_file(path, unfinished)
-                except OSError as error:
-                    writer.abandon()
-                    raise VideoHeldError(path.name, error) if isinstance(error, PermissionError) else error from None
-                path = unfinished
+            with ExitStack() as held:
+                lock = self._lock(stem)
+                if not lock.acquire():
+                    self.notes.append(f"{video.name} is being written by another ComfyUI; it is left alone.")
+                    return None
+                held.callback(lock.release)
+                # Another ComfyUI may have gone on with it, or finished it, since the folder was read.
+                if not path.exists() or read_state(path) != state:
+                    return None
+                without_state = state.chunk == 0 and has_frames(video)
+                if options.restart or without_state:
+                    # The video stays; without its state nothing will go on with it by surprise.
+                    if not options.restart:
+                        self.notes.append(
+                            f"{video.name} has no state to go on from: it is kept, and a new video is begun."
+                        )
+                        self.prompts = self.prompts or live_prompts(path, state)
+                    remove_file(path)
+                    remove_file(_prompts_path(path))
+                    return None
+                if not video.exists():
+                    self.notes.append(f"{video.name} is not there any more; a new video is begun.")
+                    return None
+                writer = open_writer(video, self.spec, Mark(frames=state.frames, size=state.size))
+                held.callback(writer.abandon)
+                if done:
+                    path = self._no_longer_done(path)
+                self.stack.push(held.pop_all())
+                return Opened(video, path, state, writer, self.place.subfolder, again=True, done=done)
         except VideoHeldError:
-            lock.release()
             raise
         except (OSError, VideoWriteError) as error:
-            lock.release()
-            notes.append(f"{video.name} cannot be resumed ({error}); a new video is begun.")
-            continue
-        stack.callback(lock.release)
-        stack.callback(writer.abandon)
-        return Opened(video, path, state, writer, place.subfolder, again=True, done=done)
-    notes += changed[:1]  # the newest
-    return None
+            self.notes.append(f"{video.name} cannot be resumed ({error}); a new video is begun.")
+            return None
+
+    def _no_longer_done(self, path: Path) -> Path:
+        """Give the state of a finished video the name of an unfinished one's, and return it.
+
+        Raises:
+            VideoHeldError: another program has it open.
+            OSError: it cannot be renamed.
+        """
+        unfinished = self._state(_stem(path))
+        try:
+            replace_file(path, unfinished)
+        except PermissionError as error:
+            raise VideoHeldError(path.name, error) from None
+        return unfinished
+
+    def _begin(self) -> Opened:
+        """A new video under the next free number, with a state that says it is empty, and with live prompts."""
+        state = StreamState(
+            digest=self.identity.digest,
+            parts=self.identity.parts,
+            length=self.options.frames,
+            latent_frames=self.plan.shape[2],
+            run=for_people(self.options, self.plan),
+        )
+        counter = self.place.counter
+        while (opened := self._begin_at(counter, state)) is None:
+            counter += 1
+        return opened
+
+    def _begin_at(self, counter: int, state: StreamState) -> Opened | None:
+        """A new video of this number; None if it is not free."""
+        stem = f"{self.place.filename}_{counter:05}_"
+        path, state_path = self._video(stem), self._state(stem)
+        with ExitStack() as held:
+            lock = self._lock(stem)
+            try:
+                if not lock.acquire():
+                    return None
+                held.callback(lock.release)
+                writer = open_writer(path, self.spec)
+            except FileExistsError:  # another process took the number just now
+                return None
+            except OSError as error:
+                raise VideoWriteError(
+                    f"{path.name} cannot be written: {error.strerror or error}. Choose another filename_prefix."
+                ) from error
+            held.callback(writer.abandon)
+            try:
+                remove_file(_prompts_path(state_path))  # of a video of this number that is gone
+            except OSError as error:  # they must not be taken for the new video's: it gets the next number
+                log.warning("%s cannot be removed: %s", _prompts_path(state_path).name, error.strerror or error)
+                writer.abandon()
+                remove_empty(path)
+                return None
+            try:
+                if self.prompts:
+                    save_prompts(_prompts_path(state_path), [asdict(prompt) for prompt in self.prompts])
+                save_state(state_path, state, {})
+            except VideoWriteError:
+                writer.abandon()
+                remove_empty(path)
+                raise
+            self.stack.push(held.pop_all())
+            return Opened(path, state_path, state, writer, self.place.subfolder)
+
+    def _video(self, stem: str) -> Path:
+        return self.place.folder / (stem + _suffix(self.options.format))
+
+    def _state(self, stem: str) -> Path:
+        return self.place.folder / (stem + STATE_SUFFIX)
+
+    def _lock(self, stem: str) -> StreamLock:
+        return StreamLock(self.place.folder / (stem + LOCK_SUFFIX))
 
 
 def _remove_left_over(path: Path, state: StreamState) -> bool:
@@ -432,7 +518,7 @@ def name_and_size(path: Path) -> str:
 def live_prompts(state_path: Path, state: StreamState) -> list[LivePrompt]:
     """Prompts that the runs of a video were given, perhaps after the state."""
     for prompts in (read_prompts(_prompts_path(state_path)), state.live):
-        with contextlib.suppress(TypeError, ValueError):  # nothing there, or not what we wrote
+        with suppress(TypeError, ValueError):  # nothing there, or not what we wrote
             return [_live_prompt(**prompt) for prompt in prompts]
     return []
 
@@ -482,69 +568,9 @@ def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, do
     return ""
 
 
-def begin_video(
-    place: Place,
-    options: StreamOptions,
-    plan: ClipPlan,
-    identity: Identity,
-    spec: VideoSpec,
-    stack: contextlib.ExitStack,
-    prompts: Sequence[LivePrompt] = (),
-) -> Opened:
-    """Open a new video under the next free number, with a state that says it is empty, and with live prompts."""
-    state = StreamState(
-        digest=identity.digest,
-        parts=identity.parts,
-        length=options.frames,
-        latent_frames=plan.shape[2],
-        run=for_people(options, plan),
-    )
-    counter = place.counter
-    while True:
-        stem = f"{place.filename}_{counter:05}_"
-        path = place.folder / (stem + _suffix(options.format))
-        state_path = place.folder / (stem + STATE_SUFFIX)
-        counter += 1
-        lock = StreamLock(place.folder / (stem + LOCK_SUFFIX))
-        try:
-            if not lock.acquire():
-                continue
-            writer = open_writer(path, spec)
-        except FileExistsError:  # another process took the number just now
-            lock.release()
-            continue
-        except OSError as error:
-            raise VideoWriteError(
-                f"{path.name} cannot be written: {error.strerror or error}. Choose another filename_prefix."
-            ) from error
-        except BaseException:
-            lock.release()
-            raise
-        try:
-            remove_file(_prompts_path(state_path))  # of a video of this number that is gone
-        except OSError as error:  # they must not be taken for the new video's: it gets the next number
-            log.warning("%s cannot be removed: %s", _prompts_path(state_path).name, error.strerror or error)
-            writer.abandon()
-            remove_empty(path)
-            lock.release()
-            continue
-        break
-    stack.callback(lock.release)
-    stack.callback(writer.abandon)
-    try:
-        if prompts:
-            save_prompts(_prompts_path(state_path), [asdict(prompt) for prompt in prompts])
-        save_state(state_path, state, {})
-    except VideoWriteError:
-        writer.abandon()
-        remove_empty(path)
-        raise
-    return Opened(path, state_path, state, writer, place.subfolder)
-
-
 def remove_empty(path: Path) -> None:
     """Remove a video without a frame."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         path.rmdir() if path.is_dir() else path.unlink()
 
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..diagonal_sampler.disk import insist, remove_file, replace_file, sync_path
+from ..diagonal_sampler.disk import sync_path, try_lock, whole_file
 from ..diagonal_sampler.safetensors_header import read_header
+from ..diagonal_sampler.weight_files import write_weights
 from .video_containers import VideoWriteError, way_out
 
 log = logging.getLogger(__name__)
@@ -97,19 +97,14 @@ def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) ->
     Raises:
         VideoWriteError: it cannot be written; the state before stays.
     """
-    part = path.with_name(path.name + ".part")
     values = dataclasses.asdict(state)
     # Apart from the others: it is changed in place, and older packs refuse a value that they do not know among them.
     ended = str(int(values.pop("ended")))
     header = {"format": _FORMAT, _HEADER_KEY: json.dumps(values), _ENDED_KEY: ended}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
-        insist(lambda: sync_path(part))
-        replace_file(part, path)
+        write_weights(path, tensors, header)
         sync_path(path.parent)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            remove_file(part)
         raise VideoWriteError(
             f"The state {path.name} cannot be written: {error}. The video and the state before are kept; "
             f"{way_out(error, path.name)}, then queue the same graph again: it goes on from that state, or begins a "
@@ -132,15 +127,11 @@ def mark_ended(path: Path) -> None:
 
 def save_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
     """Replace the list of live prompts at once, on the disk. A full disk is said and does not end the run."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(prompts), encoding="utf-8")
-        insist(lambda: sync_path(part))
-        replace_file(part, path)
+        with whole_file(path) as part:
+            part.write_text(json.dumps(prompts), encoding="utf-8")
         sync_path(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            remove_file(part)
         log.warning("%s cannot be written (%s): a resumed run may not know the newest prompt.", path.name, error)
 
 
@@ -249,14 +240,15 @@ class StreamLock:
         for attempt in range(LOCK_ATTEMPTS):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                _lock(handle)
-            except (BlockingIOError, PermissionError):
+                is_free = try_lock(handle)
+            except OSError as error:
+                log.debug("%s: this file system has no locks: %s", self.path.name, error)
+                is_free = True
+            if not is_free:
                 os.close(handle)
                 if attempt + 1 < LOCK_ATTEMPTS:
                     time.sleep(LOCK_WAIT_S)  # somebody may only look (is_held)
                 continue
-            except OSError as error:
-                log.debug("%s: this file system has no locks: %s", self.path.name, error)
             # Who held it may have removed the file, and another may have a new one by now. At the last attempt the lock
             # counts: a file system may give one file other numbers each time.
             if _is_at(self.path, handle) or attempt + 1 == LOCK_ATTEMPTS:
@@ -272,14 +264,11 @@ class StreamLock:
         except OSError:
             return False
         try:
-            _lock(handle)
-        except (BlockingIOError, PermissionError):
-            return True
+            return not try_lock(handle)
         except OSError:
             return False
         finally:
             os.close(handle)
-        return False
 
     def release(self) -> None:
         if self._handle is None:
@@ -299,19 +288,6 @@ def _is_at(path: Path, handle: int) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-if os.name == "nt":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def digest_of(**parts: Any) -> str:

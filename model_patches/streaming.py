@@ -43,11 +43,10 @@ from .stream_files import (
     Opened,
     Place,
     StreamOptions,
-    begin_video,
+    VideoOpener,
     for_people,
     name_and_size,
     remove_empty,
-    resume_video,
 )
 from .stream_state import (
     DONE_SUFFIX,
@@ -62,10 +61,7 @@ from .stream_state import (
     save_prompts,
     save_state,
 )
-from .video_writer import (
-    VideoSpec,
-    VideoWriteError,
-)
+from .video_containers import VideoSpec, VideoWriteError
 from .writing_thread import StreamProgress, WritingThread
 
 log = logging.getLogger(__name__)
@@ -170,17 +166,15 @@ def stream_video(
     )
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
-        place = Place.find(options)
-        notes: list[str] = []
-        given: list[LivePrompt] = []
-        opened = resume_video(place, options, plan, identity, spec, stack, notes, given) or begin_video(
-            place, options, plan, identity, spec, stack, given
+        opener = VideoOpener(
+            place=Place.find(options), options=options, plan=plan, identity=identity, spec=spec, stack=stack
         )
-        for note in notes:
+        opened = opener.open()
+        for note in opener.notes:
             log.warning(note)
         headline = opened.announcement(options)
         log.info(headline)
-        message = "\n".join([headline, *notes])
+        message = "\n".join([headline, *opener.notes])
         if announce is not None:
             announce(message)
         started = time.perf_counter()
@@ -232,7 +226,7 @@ def stream_video(
     else:
         video = InputImpl.VideoFromFile(str(opened.path))
     return StreamResult(
-        path=opened.path, subfolder=place.subfolder, video=video, context=last, message=message, whole=whole
+        path=opened.path, subfolder=opened.subfolder, video=video, context=last, message=message, whole=whole
     )
 
 

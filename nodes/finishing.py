@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-from server import PromptServer
 
+from .client import asker, send
 from .live_runs import Refused, Run, Runs, read_body
 
 FINISH_ROUTE, FINISH_EVENT = "/diagonal/finish", "diagonal.finish"
@@ -32,8 +32,7 @@ _EARLY: Counter[tuple[str, str]] = Counter()  # how often a node with these widg
 @contextlib.contextmanager
 def finishable(node_id: str) -> Iterator[threading.Event]:
     """While it is open, the client that queued the prompt may ask for the run's end; the event says that it did."""
-    server = PromptServer.instance
-    run = _Finishable(client_id=server.client_id, prompt_id=server.last_prompt_id, node_id=node_id)
+    run = _Finishable(**asker()._asdict(), node_id=node_id)
     _RUNS.add(run)
     try:
         yield run.asked
@@ -56,9 +55,7 @@ def ended_early(node_id: str) -> None:
     while len(_EARLY) >= MOST_NODES:
         del _EARLY[next(iter(_EARLY))]
     _EARLY[node_id, _NEWEST.get(node_id, "")] += 1
-    server = PromptServer.instance
-    if server.client_id is not None:  # without one it would go to every page
-        server.send_sync(FINISH_EVENT, {"prompt_id": server.last_prompt_id, "node": node_id}, server.client_id)
+    send(FINISH_EVENT, {"node": node_id})
 
 
 async def post_finish(request: web.Request) -> web.Response:

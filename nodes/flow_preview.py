@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..model_patches.flow_sources import flow_preview
+from .client import tell
 from .common import CATEGORY, FlowType
 from .flow_conditioning import OpticalFlowModel
-from .live import FRAMES_A_SECOND, tell
+from .live import FRAMES_A_SECOND
 
 MOST_SHOWN, MOST_PIXELS = 120, 1024  # pictures, and their longer side: what the node plays costs a second or two
 WEBP_QUALITY, WEBP_METHOD = 80, 0  # the quickest

@@ -12,24 +12,18 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..diagonal_sampler.frames import pixel_frames
 from ..diagonal_sampler.sampler import Chunk
 from ..model_patches.previews import PIXEL_FRAMES_A_PICTURE, as_address, frame_pictures, preview_of, tell_of_failure
 from ..model_patches.sampling import Progress, uses_negative
+from .client import listens, send
 
 PROGRESS_EVENT, CHUNK_EVENT, WARNINGS_EVENT = "diagonal.progress", "diagonal.chunk", "diagonal.warnings"
 FRAMES_A_SECOND = 16  # that Wan makes; a latent has no rate of its own
 PACK_LOG = logging.getLogger(__name__.removesuffix(".nodes.live"))
 MOST_WARNINGS = 8  # that the canvas is told of; the log has them all
-
-
-def tell(node_id: str | None, text: str) -> None:
-    """Show a text at a node, to the client that queued the prompt; without one it would go to every page."""
-    if node_id and (server := PromptServer.instance).client_id is not None:
-        server.send_progress_text(text, node_id, server.client_id)
 
 
 class _Warnings(logging.Handler):
@@ -108,7 +102,7 @@ class LiveReport:
 
     def chunk(self, chunk: Chunk) -> None:
         """After every finished chunk: the first clip's frames, quickly made."""
-        if PromptServer.instance.client_id is None:  # nobody looks
+        if not listens():
             return
         if self.given is None:
             self.given = pixel_frames(chunk.start_frame)
@@ -126,7 +120,7 @@ class LiveReport:
             made: pixel frames of this run, these included.
             rate: pixel frames a second.
         """
-        if PromptServer.instance.client_id is not None:
+        if listens():
             self._send_pictures(lambda: frame_pictures(images), made, rate)
 
     def _send_pictures(
@@ -151,17 +145,8 @@ class LiveReport:
         )
 
     def _send(self, event: str, **data: Any) -> None:
-        server = PromptServer.instance
-        if server.client_id is None:  # without one it would go to every page
-            return
-        data = {
-            "node": self.node_id,
-            "prompt_id": server.last_prompt_id,
-            "elapsed": time.perf_counter() - self.start,
-            "sampling": self._sampling(),
-            **data,
-        }
-        server.send_sync(event, data, server.client_id)
+        elapsed = time.perf_counter() - self.start
+        send(event, {"node": self.node_id, "elapsed": elapsed, "sampling": self._sampling(), **data})
 
     def _sampling(self) -> float | None:
         """Seconds of all forwards so far, without the loading before them; None before there are two to tell it by.

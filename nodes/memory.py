@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
 import folder_paths
 from aiohttp import web
 
+from ..diagonal_sampler.checkpoints import inspect_checkpoint
 from ..diagonal_sampler.frames import latent_frames
 from ..diagonal_sampler.memory import FP8, Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import CausalSettings
 from ..diagonal_sampler.weight_files import printable
-from ..model_patches.memory import available_memory, decoder_facts, file_facts, float8_works, weights_kept
+from ..model_patches.flow_control import ADAPTER_AND_BLEND, REFERENCE
+from ..model_patches.memory import (
+    available_memory,
+    carrier_facts,
+    decoder_facts,
+    file_facts,
+    float8_works,
+    weights_kept,
+)
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
 from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
 
@@ -35,6 +45,8 @@ MODEL_FOLDERS = {
 }
 """Loader node -> its widget that names the file, and the ComfyUI model folders that it offers files of."""
 DEMO_NODE = "DiagonalDemoLoader"
+ADAPTER_LOADERS = ("DiagonalModelLoader", DEMO_NODE)
+"""Loaders that give a model the optical-flow adapter of its file."""
 LATENT_CELL = 8  # pixels of its side
 TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
 MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 100_000_000, 4096
@@ -62,7 +74,7 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
         query: as text, `node` (the loader's type), `file`, `weights`, `weight_dtype`; `frames_per_chunk`, `window`,
             `sink` of the node that makes the model causal; the schedule's `preset`, where it decides the frames per
             chunk; `width`, `height` in pixels, `length` in pixel frames, `batch`, `cfg`; for a node that decodes too,
-            `vae_node` and `vae`.
+            `vae_node` and `vae`; for optical flow with a VAE, `flow` (its mode), `flow_vae_node` and `flow_vae`.
 
     Returns:
         What `_figures` says, or `error`, in English; with `missing` where that is a `file` that is in none of its
@@ -112,14 +124,20 @@ def _figures(query: Mapping[str, str]) -> dict[str, Any]:
         sink=_setting(query, "sink", SINK_FROM_FILE),
     )
     clip = _clip(query, settings)
-    decoder = _decoder(query, min(settings.frames_per_chunk, clip.frames))
+    frames = min(settings.frames_per_chunk, clip.frames)
+    decoder = _vae_facts(decoder_facts, query, "vae", frames)
+    carrier = _vae_facts(carrier_facts, query, "flow_vae", frames) if _carries(query, path) else None
+    if carrier is not None and decoder is not None and _same_vae(query):
+        carrier = replace(carrier, weight_bytes=0)  # it is loaded once
     available, device, on_gpu = available_memory()
-    needed = forecast(facts.network, clip, decoder)
+    needed = forecast(facts.network, clip, decoder, carrier)
     fits = needed.total <= available
     waiting_helps = on_gpu and needed.working + weights_kept(needed.weights, available) <= available
     without = () if float8_works() else (FP8,)
     changes = (
-        [] if fits else changes_that_fit(facts.network, clip, available, decoder, step=TOKEN_CELLS, without=without)
+        []
+        if fits
+        else changes_that_fit(facts.network, clip, available, decoder, carrier, step=TOKEN_CELLS, without=without)
     )
     return {
         "fits": fits,
@@ -163,12 +181,32 @@ def _listed(folders: tuple[str, ...], name: str, widget: str) -> str:
         raise _Missing(widget, name, folders) from None
 
 
-def _decoder(query: Mapping[str, str], frames: int) -> DecoderFacts | None:
-    if query.get("vae_node") == DEMO_NODE:
-        return decoder_facts(DEMO_DIRECTORY / DEMO_VAE, frames, demo=True)
-    if query.get("vae"):
-        return decoder_facts(_listed(("vae", "vae_approx"), query["vae"], "vae_name"), frames)
+def _vae_facts(
+    facts: Callable[..., DecoderFacts], query: Mapping[str, str], name: str, frames: int
+) -> DecoderFacts | None:
+    """`facts` of the VAE that the query has under a name; None where it has none."""
+    if query.get(f"{name}_node") == DEMO_NODE:
+        return facts(DEMO_DIRECTORY / DEMO_VAE, frames, demo=True)
+    if query.get(name):
+        return facts(_listed(("vae", "vae_approx"), query[name], "vae_name"), frames)
     return None
+
+
+def _same_vae(query: Mapping[str, str]) -> bool:
+    return all(query.get(name) == query.get(f"flow_{name}") for name in ("vae", "vae_node"))
+
+
+def _carries(query: Mapping[str, str], path: str) -> bool:
+    """Whether the optical flow's mode carries frames from chunk to chunk; auto does where the model has no adapter."""
+    mode = query.get("flow")
+    if mode != "auto":
+        return mode in (REFERENCE, ADAPTER_AND_BLEND)
+    return query.get("node") not in ADAPTER_LOADERS or not _has_adapter(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _has_adapter(path: str, changed: int) -> bool:
+    return inspect_checkpoint(path).info.dims.flow_adapter
 
 
 def _preset_frames(query: Mapping[str, str]) -> int | None:

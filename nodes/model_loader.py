@@ -8,14 +8,21 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..diagonal_sampler.checkpoints import WEIGHTS, bidirectional_by_name, causality_warning, frame_by_frame
+from ..diagonal_sampler.checkpoints import (
+    WEIGHTS,
+    bidirectional_by_name,
+    causality_warning,
+    frame_by_frame,
+    trained_as,
+)
+from ..diagonal_sampler.lora_files import peft_config
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
 from ..model_patches.causal import make_causal
-from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, load_wan
+from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, is_trained_as, load_wan
+from .client import tell
 from .common import CATEGORY
-from .live import tell
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +150,9 @@ class DiagonalModelLoader(io.ComfyNode):
         """
         names = ((CHECKPOINT_FOLDERS, ckpt_name), (LORA_FOLDERS, lora_name))
         known = [(folders, name) for folders, name in names if name not in (None, NO_LORA)]
-        stats = [os.stat(full_path(folders, name, "file name")) for folders, name in known]
+        paths = [full_path(folders, name, "file name") for folders, name in known]
+        settings = [config for path in paths if (config := peft_config(path)) is not None]
+        stats = [os.stat(path) for path in (*paths, *settings)]
         return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
 
     @classmethod
@@ -162,6 +171,14 @@ class DiagonalModelLoader(io.ComfyNode):
         path = full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
         lora_path = None if lora_name == NO_LORA else full_path(LORA_FOLDERS, lora_name, "lora_name")
         model, info = load_wan(path, weights=weights, weight_dtype=weight_dtype)
+        lora_lines = []
+        by_lora = False
+        if lora_path is not None:
+            model, lora = apply_lora(model, lora_path, lora_strength, info)
+            by_lora = is_trained_as(lora, lora_strength)
+            followed = "; its header says how the model was trained" if by_lora else ""
+            lora_lines = [f"{lora.summary()}, strength {lora_strength:g}{followed}"]
+            info = trained_as(info, lora.provenance) if by_lora else info
         settings, contradictions = causal_settings(
             info.provenance,
             frames_per_chunk=None if frames_per_chunk == FRAMES_FROM_FILE else frames_per_chunk,
@@ -169,12 +186,9 @@ class DiagonalModelLoader(io.ComfyNode):
             sink=None if sink == SINK_FROM_FILE else sink,
             positions=positions,
         )
-        lines = [info.summary()]
-        if lora_path is not None:
-            model, lora = apply_lora(model, lora_path, lora_strength, info)
-            lines.append(f"{lora.summary()}, strength {lora_strength:g}")
+        lines = [info.summary(), *lora_lines]
         unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
-        doubt = causality_warning(info, ckpt_name)
+        doubt = causality_warning(info, ckpt_name, causal_lora=by_lora)
         warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions]
         if lora_path is not None and bidirectional_by_name(lora_name):
             warnings.append(

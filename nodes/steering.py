@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
-from server import PromptServer
 
 from ..diagonal_sampler.prompt_schedule import require_switch
 from ..model_patches.prompts import NotSteerable, PromptBox, PromptNow, PromptRequest, PromptSource, schedule_of
+from .client import Asker, asker, send
 from .live_runs import Refused, Run, Runs, read_body
 
 log = logging.getLogger(__name__)
@@ -42,26 +42,24 @@ def steerable(positive: list) -> Iterator[PromptBox | None]:
     if schedule is None:
         yield None
         return
-    server = PromptServer.instance
-    client_id, prompt_id = server.client_id, server.last_prompt_id
+    to = asker()
     nodes = list(schedule.source.clips)
 
-    def tell(**data: Any) -> None:
-        if client_id is not None:  # without one it would go to every page
-            server.send_sync(PROMPT_EVENT, {"prompt_id": prompt_id, "nodes": nodes, **data}, client_id)
+    def say(**data: Any) -> None:
+        send(PROMPT_EVENT, {"nodes": nodes, **data}, to=to)
 
     def on_chunk(now: PromptNow) -> None:
-        tell(running=True, chunk=now.chunk + 1, chunks=now.chunks, text=now.text)
+        say(running=True, chunk=now.chunk + 1, chunks=now.chunks, text=now.text)
 
     box = PromptBox(on_chunk)
-    run = _Steerable(box=box, source=schedule.source, client_id=client_id, prompt_id=prompt_id)
+    run = _Steerable(box=box, source=schedule.source, **to._asdict())
     _RUNS.add(run)
     try:
         yield box
     finally:
         _RUNS.remove(run)
         box.close()
-        tell(running=False)
+        say(running=False)
 
 
 async def post_prompt(request: web.Request) -> web.Response:
@@ -107,10 +105,8 @@ def _tell_refused(run: _Steerable, node: str, text: str, answer: Future) -> None
     if error is None:
         return
     log.warning("The prompt %r cannot be used: %s", text, error)
-    if run.client_id is None:  # without one it would go to every page
-        return
-    data = {"prompt_id": run.prompt_id, "nodes": [node], "running": True, "refused": str(error), "text": text}
-    PromptServer.instance.send_sync(PROMPT_EVENT, data, run.client_id)
+    data = {"nodes": [node], "running": True, "refused": str(error), "text": text}
+    send(PROMPT_EVENT, data, to=Asker(run.client_id, run.prompt_id))
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

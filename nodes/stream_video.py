@@ -2,7 +2,6 @@
 
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..model_patches.previews import preview_callback
 from ..model_patches.stream_files import MAX_FPS, MAX_SECONDS, StreamOptions
@@ -10,9 +9,10 @@ from ..model_patches.streaming import stream_video
 from ..model_patches.video_containers import MAX_CRF
 from ..model_patches.video_writer import FORMATS, png_name
 from ..model_patches.writing_thread import StreamProgress
+from .client import send, tell
 from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
 from .finishing import early_ends, ended_early, finishable
-from .live import LiveReport, tell
+from .live import LiveReport
 from .steering import steerable
 
 STREAM_EVENT = "diagonal.stream"
@@ -102,8 +102,10 @@ class DiagonalStreamVideo(io.ComfyNode):
                     "restart",
                     default=False,
                     tooltip="Begin a new video even where an unfinished one of this graph could be resumed. The "
-                    "unfinished one stays as a file, but can no longer be resumed. If nothing else changed, a "
-                    "finished video is made again only where this is set in the node itself, not by a link.",
+                    "unfinished one stays as a file, but can no longer be resumed. Whether a finished one is made "
+                    "again is up to ComfyUI's cache: while it knows the graph, only where this is set in the node "
+                    "itself, not by a link; it forgets a graph once another runs or the server restarts, and then the "
+                    "whole video is made again. To work on with a finished video, load its file.",
                 ),
                 io.Boolean.Input(
                     "keep_state",
@@ -137,7 +139,7 @@ class DiagonalStreamVideo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, restart: bool = False, **widgets) -> float | int:
-        """With restart every run begins a new video; otherwise a finished one is not made twice."""
+        """With restart every run begins a new video; without it ComfyUI's cache answers a finished one's graph."""
         return float("nan") if restart else early_ends(cls.hidden.unique_id, widgets)
 
     @classmethod
@@ -235,14 +237,10 @@ class _StreamReporter:
         seconds, length = (float(count / progress.rate) for count in (progress.frames, progress.length))
         self._show(f"{self.headline}\n{seconds:.1f} of {length:.1f} s can be watched.")
         self.live.frames(progress.newest, progress.made, progress.rate)
-        server = PromptServer.instance
-        if server.client_id is None:  # without one it would go to every page
-            return
-        server.send_sync(
+        send(
             STREAM_EVENT,
             {
                 "node": self.node_id,
-                "prompt_id": server.last_prompt_id,
                 "filename": progress.path.name,
                 "subfolder": progress.subfolder,
                 "type": io.FolderType.output.value,
@@ -251,7 +249,6 @@ class _StreamReporter:
                 "resumed_at": progress.resumed_at,
                 "fps": float(progress.rate),
             },
-            server.client_id,
         )
 
     def _show(self, text: str) -> None:

@@ -11,6 +11,18 @@ const DEMO = "DiagonalDemoLoader";
 const LOADERS = ["DiagonalModelLoader", DEMO];
 const STREAM = "DiagonalStreamVideo";
 const CAUSAL = "DiagonalCausalAttention";
+const FLOW = "DiagonalFlowConditioning";
+const BLENDING = "adapter+blend";
+const CARRYING = ["auto", "reference", BLENDING]; // modes of optical flow in which a VAE may work between chunks
+// Beside these a node that is given a latent may make another of it: larger, longer, or more of them.
+const SAME_SIZE = [
+  "SetLatentNoiseMask",
+  "KSampler",
+  "KSamplerAdvanced",
+  "SamplerCustom",
+  "SamplerCustomAdvanced",
+  "DiagonalChunkSampler",
+];
 // Loader -> its widget that names the file.
 const FILES = {
   DiagonalModelLoader: "ckpt_name",
@@ -81,14 +93,18 @@ function value(node, name) {
   throw new Unknown(phrase("from_other_node", { node: node.title, name: shownName(node, name) }));
 }
 
-/** Walks up from an input until `found` says so; other nodes and bypassed ones pass on their input of that type. */
-function walk(node, name, type, found) {
+/**
+ * Walks up from an input until `found` says so. Nodes that are bypassed pass on their input of that type, and of the
+ * others those that `passes` names; all, where it is not given.
+ */
+function walk(node, name, type, found, passes) {
   let at = source(node, name);
   for (let step = 0; at && step < MOST_STEPS; step++) {
     if (at.mode === MUTED) throw new Unknown(phrase("muted", { node: at.title }));
     if (at.mode !== BYPASSED && found(at)) return at;
     // What lies in a subgraph may set the window, or be another model: it is not looked into.
-    if (at.subgraph && at.mode !== BYPASSED) throw new Unknown(phrase("made_by", { node: at.title, type }));
+    const changes = at.subgraph || (passes && !passes.includes(at.type) && !/reroute/i.test(at.type));
+    if (changes && at.mode !== BYPASSED) throw new Unknown(phrase("made_by", { node: at.title, type }));
     const input = at.inputs?.find((entry) => entry.type === type) ?? (/reroute/i.test(at.type) ? at.inputs?.[0] : null);
     if (!input && at.mode === BYPASSED) throw new Unknown(phrase("bypassed", { node: at.title }));
     if (!input) throw new Unknown(phrase("made_by", { node: at.title, type }));
@@ -129,17 +145,36 @@ function scheduleQuery(sampler) {
   }
 }
 
+/** The VAE of a node, under a name. */
+function vaeQuery(node, name) {
+  const vae = walk(node, "vae", "VAE", (found) => widget(found, "vae_name") || found.type === DEMO);
+  const query = { [`${name}_node`]: vae.type };
+  if (widget(vae, "vae_name")) query[name] = value(vae, "vae_name");
+  return query;
+}
+
+/** The VAE that carries frames from chunk to chunk, where optical flow may have it do so. */
+function flowQuery(sampler) {
+  let flow = source(sampler, "optical_flow");
+  for (let step = 0; flow && /reroute/i.test(flow.type) && step < MOST_STEPS; step++)
+    flow = source(flow, flow.inputs?.[0]?.name);
+  if (!flow || flow.mode !== ACTIVE) return {}; // a node that is muted or bypassed gives none
+  if (flow.type !== FLOW) throw new Unknown(phrase("made_by", { node: flow.title, type: "DIAGONAL_OPTICAL_FLOW" }));
+  const mode = value(flow, "mode");
+  if (!CARRYING.includes(mode) || !value(flow, "strength") || !source(flow, "vae")) return {};
+  if (mode === BLENDING && !value(flow, "blend")) return {};
+  return { flow: mode, ...vaeQuery(flow, "flow_vae") };
+}
+
 function sizeQuery(sampler) {
   const [width, height] = ["width", "height"];
   if (sampler.type === STREAM) {
     const length = Math.max(1, Math.floor(value(sampler, "length") * value(sampler, "fps") + 0.5));
     const query = { width: value(sampler, width), height: value(sampler, height), length, cfg: value(sampler, "cfg") };
-    const vae = walk(sampler, "vae", "VAE", (node) => widget(node, "vae_name") || node.type === DEMO);
-    query.vae_node = vae.type;
-    if (widget(vae, "vae_name")) query.vae = value(vae, "vae_name");
-    return query;
+    return { ...query, ...vaeQuery(sampler, "vae") };
   }
-  const latent = walk(sampler, "latent_image", "LATENT", (node) => widget(node, width) && widget(node, "length"));
+  const sized = (node) => widget(node, width) && widget(node, "length");
+  const latent = walk(sampler, "latent_image", "LATENT", sized, SAME_SIZE);
   const query = { cfg: value(sampler, "cfg") };
   for (const name of [width, height, "length"]) query[name] = value(latent, name);
   if (widget(latent, "batch_size")) query.batch = value(latent, "batch_size");
@@ -147,7 +182,12 @@ function sizeQuery(sampler) {
 }
 
 function samplerQuery(sampler) {
-  return { ...modelQuery(...modelOf(sampler)), ...scheduleQuery(sampler), ...sizeQuery(sampler) };
+  return {
+    ...modelQuery(...modelOf(sampler)),
+    ...scheduleQuery(sampler),
+    ...sizeQuery(sampler),
+    ...flowQuery(sampler),
+  };
 }
 
 /** The nodes of a graph, and of the subgraphs in it. */

@@ -375,3 +375,61 @@ def test_a_subgraph_on_the_way_to_the_loader_is_not_looked_into(page, frontend):
     )
     wait_line(page, "DiagonalChunkSampler", "makes the MODEL: its memory is known when it runs.")
     assert frontend.errors == []
+
+
+def test_a_latent_that_another_node_makes_of_the_empty_one_is_not_taken_for_it(page, frontend):
+    """It may be larger, or of more videos; a noise mask leaves it as it is."""
+    wait_lines(page, "Needs ", "64x64")
+    page.evaluate(
+        """() => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            window.between = (type) => {
+                const [node, sampler] = [LiteGraph.createNode(type), find("DiagonalChunkSampler")];
+                app.graph.add(node);
+                find("EmptyARVideoLatent").connect(0, node, node.inputs.findIndex((input) => input.type === "LATENT"));
+                node.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "latent_image"));
+                return node;
+            };
+        }"""
+    )
+    for kind in ("LatentUpscaleBy", "RepeatLatentBatch"):
+        page.evaluate("kind => (window.upscale = between(kind))", kind)
+        wait_line(page, "DiagonalChunkSampler", "makes the LATENT: its memory is known when it runs.")
+        page.evaluate("() => (upscale.mode = 4)")
+        wait_line(page, "DiagonalChunkSampler", "64x64")
+    page.evaluate("() => (upscale.mode = 0)")
+    wait_line(page, "DiagonalChunkSampler", "makes the LATENT")
+    page.evaluate("() => between('SetLatentNoiseMask')")
+    wait_line(page, "DiagonalChunkSampler", "64x64")
+    assert frontend.errors == []
+
+
+def test_the_vae_of_an_optical_flow_that_carries_frames_counts(page, frontend):
+    (plain, _) = wait_lines(page, "Needs ", "64x64")
+    assert "decoding" not in plain
+    page.evaluate(
+        """() => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            const [flow, sampler] = [LiteGraph.createNode("DiagonalFlowConditioning"), find("DiagonalChunkSampler")];
+            app.graph.add(flow);
+            const at = (node, name) => node.inputs.findIndex((input) => input.name === name);
+            find("DiagonalDemoLoader").connect(2, flow, at(flow, "vae"));
+            flow.connect(0, sampler, at(sampler, "optical_flow"));
+        }"""
+    )
+    wait_lines(page, "64x64", "decoding")  # auto: the student has no adapter
+    for name, value, counts in (
+        ("mode", "adapter", False),
+        ("mode", "adapter+blend", True),
+        ("blend", 0, False),
+        ("mode", "reference", True),
+        ("strength", 0, False),
+    ):
+        frontend.set_widget("DiagonalFlowConditioning", name, value)
+        page.wait_for_function(
+            """counts => [...document.querySelectorAll(".diagonal-memory")]
+                .every((line) => line.title.includes("decoding") === counts)""",
+            arg=counts,
+            timeout=20_000,
+        )
+    assert frontend.errors == []

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import threading
 from types import SimpleNamespace
 
 import comfy.conds
@@ -622,6 +623,58 @@ def test_video_to_video_keeps_what_the_mask_protects(tiny_wan, causal, prompt, s
     assert (little - video).abs().mean() < (much - video).abs().mean()
 
 
+@pytest.mark.parametrize("given", [0, 1])
+def test_what_the_mask_protects_is_noised_with_its_own_chunks_noise(
+    tiny_wan, causal, prompt, sample_latent, given_frames, monkeypatch, given
+):
+    inpaint, noises = comfy.samplers.KSamplerX0Inpaint, []
+    real = inpaint.__call__
+
+    def watched(self, x, sigma, denoise_mask, **more):
+        if denoise_mask is not None:
+            noises.append(self.noise)
+        return real(self, x, sigma, denoise_mask, **more)
+
+    monkeypatch.setattr(inpaint, "__call__", watched)
+    counts, steps = (3, 3, 2), (4, 3, 2)
+    video = torch.randn(1, 16, given + sum(counts), 4, 4, generator=torch.Generator().manual_seed(3))
+    latent = {"samples": video, "noise_mask": torch.ones(1, given + sum(counts), 4, 4)}
+    context = given_frames(video[:, :, :given]) if given else None
+    sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=7, context=context)
+    draw = SeededNoise(7, (1, 16, 4, 4))
+    expected = [draw(chunk, INITIAL_STEP, counts[chunk]) for chunk in range(3) for _ in range(steps[chunk])]
+    assert len(noises) == len(expected) and all(map(torch.equal, noises, expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "rests"),
+    [
+        ({}, True),
+        ({"length": 2}, True),
+        ({"length": 33, "width": 63, "height": 47}, True),
+        ({"pan_x": 0.1}, False),
+        ({"rotation": -0.1}, False),
+        ({"mask": torch.arange(64.0).expand(1, 64, 64) / 64}, False),  # to hold still a part is a use of it
+        ({"source": "painted", "painted": torch.ones(1, 64, 64, 3)}, True),
+        ({"source": "tracks", "tracks": {"track_path": torch.tensor([8.0, 8]).expand(33, 1, 2)}}, False),
+        ({"strength": 0.0}, False),
+    ],
+)
+def test_a_motion_that_tells_everything_to_rest_is_warned_of(tiny_wan, causal, pack_module, caplog, change, rests):
+    """As the node does that was just taken from the menu: its camera does not move."""
+    sampling = pack_module("model_patches.sampling")
+    node = pack_module("nodes.flow_conditioning").DiagonalFlowConditioning
+    given = {
+        each.id: each.default for each in node.define_schema().inputs if getattr(each, "default", None) is not None
+    }
+    flow = node.execute(**{**given, "width": 64, "height": 64, "mode": "noise", **change}).args[0]
+    model, seed = causal(tiny_wan), 1
+    plan = sampling.plan_clip(model, (1, 16, 9, 8, 8), DIAGONAL)
+    sampling._flow_run(flow, model, plan, SeededNoise(seed, (1, 16, 8, 8)), seed)
+    told = [record.getMessage() for record in caplog.records if "to rest" in record.getMessage()]
+    assert len(told) == rests and all("Set pan_x, pan_y, zoom or rotation" in line for line in told)
+
+
 def test_denoise_without_a_video_is_refused(tiny_wan, causal, prompt, sample_latent, empty_latent):
     with pytest.raises(ValueError, match="denoise is 0.5 but the latent is empty"):
         sample_latent(causal(tiny_wan), prompt(), [], empty_latent(), DIAGONAL, seed=1, denoise=0.5)
@@ -762,6 +815,30 @@ def test_the_schedules_frames_per_chunk_are_used_and_that_is_said(tiny_wan, caus
     plan = pack_module("model_patches.clip_plan").plan_clip(causal(tiny_wan), (1, 16, 9, 4, 4), schedule)
     assert plan.settings.frames_per_chunk == plan.made_frames[0] == frames
     assert f"asks for {frames} latent frames a chunk, the model was set to 3; the schedule's are used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "frames", "remedy"),
+    [
+        ({"window": -1, "sink": 0}, 21, None),
+        ({"window": -1, "sink": 0}, 22, "Set window 12 and sink 3 on the causal model"),
+        ({"window": 12, "sink": 3}, 300, None),
+        ({"window": 12, "sink": 3, "positions": "absolute"}, 22, "Set positions to auto on the causal model"),
+    ],
+)
+def test_positions_that_the_model_never_saw_are_warned_of(
+    tiny_wan, causal, pack_module, caplog, settings, frames, remedy
+):
+    plan_clip = pack_module("model_patches.clip_plan").plan_clip
+    model = causal(tiny_wan, **settings)
+    plan_clip(model, (1, 16, frames, 4, 4), DIAGONAL)
+    told = [record.getMessage() for record in caplog.records if "Wan 2.1 was trained on 21" in record.getMessage()]
+    assert len(told) == (remedy is not None) and all(f"has {frames} latent frames" in line for line in told)
+    assert all(remedy in line for line in told)
+    caplog.clear()
+    model.set_model_rope_options(1.0, 0.0, 1.0, 0.0, 0.5, 0.0)  # as ScaleROPE: twice as many between the same two
+    plan_clip(model, (1, 16, frames, 4, 4), DIAGONAL)
+    assert "was trained on" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -1175,9 +1252,8 @@ def test_the_samplers_widgets_and_inputs_reach_the_run(pack_module, monkeypatch)
     nodes = pack_module("nodes.chunk_sampler")
     monkeypatch.setattr(nodes.DiagonalChunkSampler, "hidden", SimpleNamespace(unique_id="5"), raising=False)
     monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
-    finishing = pack_module("nodes.finishing")
     server = SimpleNamespace(client_id=None, last_prompt_id="P")
-    monkeypatch.setattr(finishing, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     asked = []
     monkeypatch.setattr(nodes, "sample_latent", lambda *given, **named: asked.append((given, named)) or "latent")
     inputs = {"model": "M", "positive": [], "negative": "N", "latent_image": "L", "schedule": "S"}
@@ -1234,7 +1310,7 @@ def test_the_time_of_a_forward_is_told_without_the_loading_before_the_first(pack
     live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
     sent, now = [], [100.0]
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda _, data, __: sent.append(data))
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(live, "preview_of", lambda model: lambda latents: [])
     monkeypatch.setattr(live.time, "perf_counter", lambda: now[0])
     report = live.LiveReport("5", tiny_wan)
@@ -1251,10 +1327,13 @@ def test_a_warning_behind_the_last_forward_reaches_the_node(pack_module, tiny_wa
     live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
     sent = []
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     for late in ([], ["No state could be saved."]):
         with live.LiveReport("5", tiny_wan) as report:
             live.PACK_LOG.warning("early")
+            of_another_run = threading.Thread(target=live.PACK_LOG.warning, args=("another thread's",))
+            of_another_run.start()
+            of_another_run.join()
             report.progress(progress(chunk=0, chunks=1, step=0, steps=1, forwards=1, total=1))
             for line in late:
                 live.PACK_LOG.warning(line)
@@ -1272,7 +1351,7 @@ def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queu
     live, progress = pack_module("nodes.live"), pack_module("model_patches.sampling").Progress
     sent = []
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(live, "preview_of", lambda model: lambda latents: [])
     report = live.LiveReport("5", tiny_wan)
     for forwards, step in ((83, 0), (84, -2)):
@@ -1289,3 +1368,32 @@ def test_the_canvas_is_told_what_this_run_has_made_and_only_the_client_that_queu
     asks = tiny_wan.clone()
     asks.model_options["disable_cfg1_optimization"] = True  # as nodes do that use the negative prompt at cfg 1
     assert live.LiveReport("5", asks).guided and live.LiveReport("5", tiny_wan, 2.0).guided and not report.guided
+
+
+def test_without_a_client_nothing_is_sent(pack_module, tiny_wan, monkeypatch):
+    """ComfyUI would send it to every open page."""
+    client, live = pack_module("nodes.client"), pack_module("nodes.live")
+    progress = pack_module("model_patches.sampling").Progress
+    sent = []
+
+    def keep(*message):
+        sent.append(message)
+
+    server = SimpleNamespace(last_prompt_id="P", client_id=None, send_sync=keep, send_progress_text=keep)
+    monkeypatch.setattr(client, "PromptServer", SimpleNamespace(instance=server))
+    with live.LiveReport("5", tiny_wan) as report:
+        report.progress(progress(chunk=0, chunks=1, step=0, steps=1, forwards=1, total=1))
+        live.PACK_LOG.warning("late")
+        report.chunk(SimpleNamespace(start_frame=0, latents=torch.zeros(1, 16, 3, 2, 2)))
+        report.frames(torch.zeros(1, 2, 2, 3), 1, 16)
+    pack_module("nodes.finishing").ended_early("5")
+    client.tell("5", "text")
+    assert not client.listens() and sent == []
+    client.send("e", {"a": 1}, to=client.Asker("D", "Q"))
+    server.client_id = "C"
+    client.send("e", {"a": 1})
+    client.send("e", {"a": 1}, to=client.Asker(None, "Q"))
+    client.tell("5", "text")
+    client.tell(None, "text")
+    assert client.listens()
+    assert sent == [("e", {"prompt_id": "Q", "a": 1}, "D"), ("e", {"prompt_id": "P", "a": 1}, "C"), ("text", "5", "C")]

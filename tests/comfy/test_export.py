@@ -14,6 +14,7 @@ from tiny_run import make_inputs, tiny_recipe, train_here
 
 from diagonal_sampler.provenance import causal_settings
 from distillation import export, train
+from distillation.ranks import join_ranks
 from distillation.samples import to_host_scale
 
 EXACT = 1e-4
@@ -33,7 +34,7 @@ def unload():
 def trained(recipe, run: Path):
     """A finished run, and its trainer as it stands at the end."""
     train_here(recipe, run)
-    ranks = train.join_ranks()
+    ranks = join_ranks()
     trainer = train.Trainer(recipe, train.read_all_prompts(recipe, run, ranks), run, ranks)
     train.run_folder.load(train.run_folder.checkpoints(run)[-1][1], trainer.tensors())
     return trainer

@@ -236,7 +236,7 @@ def test_a_float16_tiny_vae_carries_frames_in_wans_scale(tiny_wan, causal, contr
     assert sum("taew2_1" in record.message for record in caplog.records) == 1
     generator = torch.Generator().manual_seed(1)
     latents, frames = torch.randn(1, 16, 3, SIZE, SIZE, generator=generator), torch.rand(1, 3, 5, 64, 64)
-    assert (run._decode(latents) - plain.decode(latents)[:, -1].movedim(-1, 1)).abs().max() < 1e-3
+    assert (run._decode(latents) - plain.decode(latents).movedim(-1, 1)).abs().max() < 1e-3
     assert (run._encode(frames) - plain.encode(frames[0].movedim(0, -1))).abs().max() < 1e-3
 
 
@@ -281,7 +281,7 @@ def demo_coding(demo_vae, scale):
     """FlowReference's decode and encode, by the demo's VAE as ComfyUI holds it."""
 
     def decode(latents):
-        return demo_vae.decode(scale.process_out(latents))[:, -1].movedim(-1, 1)
+        return demo_vae.decode(scale.process_out(latents)).movedim(-1, 1)
 
     def encode(frames):
         return scale.process_in(demo_vae.encode(frames[0].movedim(0, -1)))
@@ -498,8 +498,10 @@ def test_frames_are_carried_on_the_cpu_wherever_the_model_is(tiny_wan, causal, c
     conditioning = control.FlowConditioning(optical_flow=PAN, mode="reference", vae=demo_vae)
     run = control.FlowRun(conditioning, causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2))
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(1, 9, 8 * SIZE, 8 * SIZE, 3, generator=generator)
-    monkeypatch.setattr(control, "decode", lambda vae, latents: pictures)  # of numbers that are not there
+    pictures = torch.rand(1, 13, 8 * SIZE, 8 * SIZE, 3, generator=generator)
+    monkeypatch.setattr(  # of numbers that are not there
+        control, "decode", lambda vae, latents: pictures[:, : 1 + 4 * (latents.shape[2] - 1)]
+    )
     encoded, real = [], control.encode
 
     def encode(vae, images):
@@ -509,9 +511,10 @@ def test_frames_are_carried_on_the_cpu_wherever_the_model_is(tiny_wan, causal, c
     monkeypatch.setattr(control, "encode", encode)
     run.finished(torch.zeros(1, 16, 3, SIZE, SIZE, device="meta"))
     assert run.source(3, 3).device.type == "meta"
-    (images,) = encoded
-    assert images.device.type == "cpu" and torch.equal(images[0], pictures[0, -1])
-    moved = images[4, :-4, 8:] - pictures[0, -1, 4:, :-8]  # 8 pixels to the right and 4 up
+    images, again = encoded
+    assert images.device.type == "cpu" and torch.equal(images[0], pictures[0, 8])
+    assert torch.equal(again, pictures[0]), "what they decode to is encoded, too"
+    moved = images[4, :-4, 8:] - pictures[0, 8, 4:, :-8]  # 8 pixels to the right and 4 up
     assert moved[4:-4, 4:-4].abs().max() < 1e-3
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from wan_files import DIMS, LAYOUTS, tiny_wan
 
+from diagonal_sampler.flow import camera_flow
 from diagonal_sampler.memory import ClipSize, forecast
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.wan_layout import expected_shapes
@@ -234,6 +235,23 @@ def test_a_vaes_format_is_that_of_the_device_that_it_runs_on(memory, tmp_path, m
     assert (2 * on_gpu.weight_bytes, 2 * on_gpu.cell_bytes) == pytest.approx((alone.weight_bytes, alone.cell_bytes))
 
 
+def test_what_carrying_frames_takes_is_what_comfyui_is_asked_for(pack_module, tiny_wan, causal, prompt, sample_latent):
+    loader, control = pack_module("nodes.demo_loader"), pack_module("model_patches.flow_control")
+    path, asked = loader.DEMO_DIRECTORY / loader.DEMO_VAE, []
+    vae = pack_module("model_patches.demo").load_demo_vae(path)
+    for name in ("memory_used_decode", "memory_used_encode"):
+        real = getattr(vae, name)
+        setattr(vae, name, lambda shape, dtype, real=real: asked.append(real(shape, dtype)) or asked[-1])
+    motion = control.FlowConditioning(optical_flow=camera_flow(20, 32, 64, pan=(1, 0)), mode="reference", vae=vae)
+    latent = {"samples": torch.zeros(1, 16, 6, 4, 8)}
+    sample_latent(
+        causal(tiny_wan), prompt(), [], latent, DiagonalSchedule.preset("diagonal 4-3-2"), seed=1, optical_flow=motion
+    )
+    facts = pack_module("model_patches.memory").carrier_facts(path, 3, demo=True)
+    assert len(asked) == 4 and facts.cell_bytes * 4 * 8 == pytest.approx(max(asked))
+    assert facts.weight_bytes == vae.patcher.model_size()
+
+
 @pytest.mark.parametrize(
     "state",
     [{"nothing": (1,)}, {"decoder.22.bias": (12,)}, {"decoder.middle.0.residual.0.gamma": (8, 1, 1, 1)}],
@@ -378,6 +396,23 @@ def test_the_demo_and_its_decoder(predict):
     reply = predict(node="DiagonalDemoLoader", file="student", vae_node="DiagonalDemoLoader", width="64", height="64")
     assert reply["fits"] and reply["parts"]["decoder"] > 0
     assert reply["window"] == 12, "the demo's header says window 12"
+
+
+def test_a_vae_that_carries_frames_counts_where_the_mode_has_it_do_so(predict):
+    vae, flow = ({f"{name}vae_node": "DiagonalDemoLoader"} for name in ("", "flow_"))
+    demo = {"node": "DiagonalDemoLoader", "width": "64", "height": "64"}
+
+    def decoder(**more):
+        return predict(**{**demo, "file": "student", **more})["parts"]["decoder"]
+
+    carries = decoder(flow="reference", **flow)
+    assert carries == decoder(flow="adapter+blend", **flow) == decoder(flow="auto", **flow) > 0
+    assert decoder() == decoder(flow="adapter", **flow) == decoder(flow="noise", **flow) == 0
+    assert decoder(file="follower", flow="auto", **flow) == 0, "its adapter is taken"
+    of_another_loader = predict(width="64", height="64", flow="auto", **flow)["parts"]["decoder"]
+    assert of_another_loader > 0, "which gives the model no adapter"
+    alone, both = decoder(**vae), decoder(flow="reference", **vae, **flow)
+    assert both < alone + carries, "one VAE is loaded once"
 
 
 @pytest.mark.parametrize(

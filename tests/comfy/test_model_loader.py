@@ -21,6 +21,7 @@ import wan_files
 from safetensors.torch import save_file
 from wan_files import CONFIG, DIMS, LAYOUTS, LORA_LAYERS, LORA_LAYOUTS, lora_pairs, prefixed, tiny_wan, write_lora
 
+from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.settings import CausalSettings
 
 PARITY = sorted((Path(__file__).parents[1] / "data").rglob("*.model.safetensors"))
@@ -236,6 +237,55 @@ def test_fp8_files_reach_comfyui_intact(kind, prefix: str, loading, tmp_path: Pa
     assert (expected - exact).abs().mean() < 0.1 * exact.abs().mean()  # the scales were applied
 
 
+def of_another_program(kind: torch.dtype, rows: bool) -> dict[str, torch.Tensor]:
+    """Weights of blocks and their `weight_scale`, of each row or of the layer, and nothing that says so."""
+    most = 127 if kind == torch.int8 else torch.finfo(kind).max
+    out = dict(tiny_wan(0))
+    for key, value in tiny_wan(0).items():
+        if key.startswith("blocks.") and value.ndim == 2:
+            scale = (value.abs().amax(1, keepdim=True) if rows else value.abs().max()) / most
+            out[key] = ((value / scale).round() if kind == torch.int8 else value / scale).to(kind)
+            out[f"{key}_scale"] = scale
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "legacy", "error"),
+    [
+        (torch.int8, True, False, 0.02),
+        (torch.int8, False, False, 0.02),
+        (torch.float8_e4m3fn, True, False, 0.04),
+        (torch.float8_e4m3fn, True, True, 0.04),
+        (torch.float8_e4m3fn, False, False, 0.04),
+        (torch.float8_e5m2, False, False, 0.08),
+        (torch.float8_e5m2, False, True, 0.08),
+    ],
+)
+def test_comfyui_computes_what_other_programs_quantised(
+    kind: torch.dtype, rows: bool, legacy: bool, error: float, node, folders, pack_module
+) -> None:
+    """As LightX2V and WanVideoWrapper do. The error is that of rounding, relative to the product's size."""
+    weights, tensors = tiny_wan(0), of_another_program(kind, rows)
+    if legacy:
+        tensors = {key.replace("weight_scale", "scale_weight"): value for key, value in tensors.items()}
+        tensors["scaled_fp8"] = torch.zeros(0, dtype=kind)
+    path = folders["diffusion_models"] / "self_forcing.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    model, report = node.execute(ckpt_name=path.name, **WIDGETS).args
+    assert "warning" not in report
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    for layer in ("blocks.0.self_attn.q", "blocks.0.ffn.0", "blocks.1.ffn.2"):
+        module = model.model.diffusion_model.get_submodule(layer)
+        inputs = torch.randn(1, 64, module.in_features, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            outputs = module(inputs)
+        expected = torch.nn.functional.linear(inputs, weights[f"{layer}.weight"], weights[f"{layer}.bias"])
+        assert 1e-4 < (outputs - expected).norm() / expected.norm() < error
+    memory = pack_module("model_patches.memory")
+    facts = memory.file_facts(path).network
+    assert facts == memory.network_facts(pack_module("model_patches.loading").load_wan(path)[0])
+
+
 def test_attention_preferences_reach_comfyui(loading, tmp_path: Path, monkeypatch) -> None:
     """ComfyUI after 0.30 applies them; 0.30 says in its log that it does not, as with its own loader."""
     key = "blocks.0.self_attn.comfy_attention.config"
@@ -380,6 +430,36 @@ def test_defaults_come_from_the_file_and_a_contradiction_warns(node, folders, ca
         assert any(sentence in record.getMessage() for record in caplog.records)
 
 
+def test_a_lora_that_says_how_it_was_trained_is_followed(node, folders) -> None:
+    """Its base is of another kind, or an ordinary Wan, which nothing marks as causal."""
+    base = {"window": "12", "sink": "3", "frames_per_chunk": "3", "steps_per_chunk": "4", "context_mode": "clean"}
+    save_file(tiny_wan(0), folders["diffusion_models"] / "wan2.1_t2v.safetensors", metadata=base)
+    provenance = Provenance(frames_per_chunk=1, steps_per_chunk=(4, 2), window=9, sink=1, context_mode="noisy")
+    path, _ = write_lora(folders["loras"], "comfyui, no alpha")
+    named = {"ckpt_name": "wan2.1_t2v.safetensors", "lora_name": path.name}
+
+    def execute(strength: float):
+        model, report = node.execute(**named, lora_strength=strength, **WIDGETS).args
+        settings = settings_of(model)
+        return (settings.frames_per_chunk, settings.window, settings.sink), model, report
+
+    for metadata in ({}, {"recipe": "r"}, {"shift": "8.0"}):
+        save_file(comfy.utils.load_torch_file(str(path)), path, metadata=metadata)
+        settings, model, report = execute(1.0)
+        assert settings == (3, 12, 3) and "preset: self forcing" in report
+        assert model.get_attachment("diagonal_provenance").steps_per_chunk == (4,)
+        assert "its header says" not in report and "warning: nothing in the file says" in report
+    save_file(comfy.utils.load_torch_file(str(path)), path, metadata=provenance.to_metadata())
+    settings, model, report = execute(1.0)
+    assert settings == (1, 9, 1) and "preset" not in report and "warning" not in report
+    assert model.get_attachment("diagonal_provenance") == provenance
+    assert "strength 1; its header says how the model was trained" in report
+    settings, model, _ = execute(0.0)
+    assert settings == (3, 12, 3) and model.get_attachment("diagonal_provenance").window == 12
+    report = node.execute(**named, lora_strength=1.0, **(WIDGETS | {"window": 12})).args[1]
+    assert "warning: window is set to 12, but the file was trained with 9" in report
+
+
 def test_an_unmarked_file_warns(node, folders) -> None:
     LAYOUTS["comfyui, bare without header"](folders["diffusion_models"], tiny_wan(0), {})
     _, report = node.execute(ckpt_name="model.safetensors", **WIDGETS).args
@@ -464,6 +544,24 @@ def test_a_replaced_file_has_another_fingerprint(node, folders) -> None:
     assert before == node.fingerprint_inputs(ckpt_name="model.safetensors", lora_name="none", **WIDGETS)
     os.utime(path, ns=(1, 1))
     assert node.fingerprint_inputs(ckpt_name="model.safetensors", **WIDGETS) != before
+
+
+def test_pefts_settings_beside_a_lora_reach_the_weights_and_the_fingerprint(node, folders) -> None:
+    LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    folder = folders["loras"] / "run"
+    folder.mkdir()
+    save_file(wan_files.peft(lora_pairs()), folder / "adapter_model.safetensors")
+    named = {"ckpt_name": "model.safetensors", "lora_name": str(Path("run", "adapter_model.safetensors")), **WIDGETS}
+    plain = node.fingerprint_inputs(**named)
+    layer, (up, down) = next(iter(lora_pairs().items()))
+    for alpha in (2, 12):
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": alpha}))
+        model = node.execute(**named).args[0]
+        run(model)
+        changed = model.model.diffusion_model.get_submodule(layer).weight - tiny_wan(0)[f"{layer}.weight"]
+        torch.testing.assert_close(changed, alpha / wan_files.LORA_RANK * (up @ down), rtol=0, atol=1e-5)
+        comfy.model_management.unload_all_models()
+    assert node.fingerprint_inputs(**named) != plain
 
 
 def test_a_name_that_comes_by_a_link_does_not_load_the_file_at_every_queue(node, folders) -> None:

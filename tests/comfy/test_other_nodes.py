@@ -253,6 +253,45 @@ def test_cross_attention_that_another_pack_changed_stays_theirs(tiny_wan, causal
     assert difference(before, after) < CLOSE
 
 
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("what", ["ffn", "ffn.1", "a hook"])
+def test_feed_forward_layers_that_another_pack_runs_in_its_own_way_stay_theirs(
+    tiny_wan, causal, run, pack_module, monkeypatch, what
+):
+    """As packs do that run them in pieces. On a GPU the first product would end in GELU without asking them."""
+    lean, calls = pack_module("model_patches.causal"), []
+    feed_forward, hooks = lean._LeanBlock._feed_forward, []
+
+    def on_cuda(self, y):
+        return feed_forward(self, y.as_subclass(OnCuda)).as_subclass(torch.Tensor)
+
+    def own(module, original, x):
+        calls.append(1)
+        return original(x)
+
+    monkeypatch.setattr(lean, "_multiplies_as_it_is", lambda layer, x: True)
+    monkeypatch.setattr(lean._LeanBlock, "_feed_forward", on_cuda)
+    first = tiny_wan.model.diffusion_model.blocks[0].ffn[0]
+    hook = first.register_forward_hook(lambda *args: hooks.append(1))
+    run(causal(tiny_wan))
+    assert not hooks, "without another node the first product ends in GELU"
+    hook.remove()
+    if what == "a hook":
+        for block in tiny_wan.model.diffusion_model.blocks:
+            block.ffn.register_forward_hook(lambda *args: calls.append(1))
+        run(causal(tiny_wan))
+    else:
+        run(replaced(causal(tiny_wan), what, own))
+    assert len(calls) == DIAGONAL.nfe(3) * BLOCKS
+
+
 def test_comfyuis_own_nag_is_said_to_change_nothing(tiny_wan, causal, run, caplog):
     from comfy_extras.nodes_nag import NAGuidance
 
@@ -276,6 +315,24 @@ def test_replaced_self_attention_is_refused(tiny_wan, causal, run):
         return original(*args, **kwargs)
 
     assert torch.equal(run(replaced(causal(tiny_wan), "self_attn", around)), run(causal(tiny_wan)))
+
+
+def test_replaced_self_attention_that_fails_is_named_in_place_of_its_error(tiny_wan, causal, run):
+    def of_the_whole_clip(module, original, x, freqs, transformer_options=None, **kwargs):
+        """As packs do that weigh frames against each other."""
+        return module.o(module.v(x)) * x.view(x.shape[0], 21, -1, x.shape[-1]).mean()
+
+    named = r"replaced the self-attention of block 0, and .* fails there \(RuntimeError: .*\)\. Remove that node"
+    with pytest.raises(ValueError, match=named):
+        run(replaced(causal(tiny_wan), "self_attn", of_the_whole_clip))
+
+    def out_of_memory(module, original, *args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(replaced(causal(tiny_wan), "self_attn", out_of_memory))
+    with pytest.raises(KeyError):  # of something else, behind an attention that wrote
+        run(replaced(causal(tiny_wan), "ffn", lambda module, original, x: {}["theirs"]))
 
 
 def test_a_block_that_another_node_leaves_out_is_not_missed(tiny_wan, causal, run):
@@ -588,6 +645,24 @@ def test_model_sampling_has_no_say_and_that_is_said(tiny_wan, causal, run, caplo
     caplog.clear()
     run(ModelSamplingSD3().patch(model, 5.0)[0])
     assert "shift" not in caplog.text
+
+
+def test_guidance_that_a_node_replaces_acts_at_cfg_1_too_and_that_is_said(tiny_wan, causal, run, caplog):
+    def without_the_first_step(args):
+        levels = args["model_options"]["transformer_options"]["sample_sigmas"]
+        return args["cond"] * (args["timestep"][0] != levels[0])
+
+    model = causal(tiny_wan)
+    plain = run(model)
+    assert "guidance" not in caplog.text
+    changed = model.clone()
+    changed.set_model_sampler_cfg_function(without_the_first_step)
+    assert difference(run(changed), plain) > 0.01
+    (told,) = [line for line in warnings(caplog) if "guidance" in line]
+    assert "cfg is 1" in told and "without_the_first_step" in told and "first step of every chunk" in told
+    caplog.clear()
+    run(changed, cfg=2.0)
+    assert "guidance" not in caplog.text
 
 
 def test_context_of_another_vae_or_batch_is_refused(tiny_wan, causal, run, empty_latent, given_frames, pack_module):

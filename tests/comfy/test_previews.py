@@ -45,6 +45,23 @@ def test_a_previewer_that_gives_no_picture_is_replaced(pack_module, tiny_wan, mo
     assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in expected]
 
 
+def test_a_previewer_that_plays_by_itself_is_shown_no_single_frames(pack_module, tiny_wan, monkeypatch):
+    import functools
+
+    import latent_preview
+
+    previews, theirs = pack_module("model_patches.previews"), PlaysByItself()
+    under = latent_preview.Latent2RGBPreviewer([[1.0, 0.0, 0.0]] * 16)
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda device, latent_format: under)
+    expected = [picture.tobytes() for picture in previews.preview_of(tiny_wan)(LATENTS)]
+    for _ in range(2):  # of two packs, one around the other
+        inner = latent_preview.get_previewer
+        wrapped = functools.update_wrapper(lambda device, latent_format: theirs, inner)
+        monkeypatch.setattr(latent_preview, "get_previewer", wrapped)
+    found = [picture.tobytes() for picture in previews.preview_of(tiny_wan)(LATENTS)]
+    assert found == expected and len(set(found)) == 3 and theirs.shown == 0
+
+
 class OnAGpu(torch.Tensor):
     """Latents that are elsewhere, until they are copied."""
 
@@ -93,7 +110,7 @@ def test_a_preview_that_fails_is_warned_of_once_and_left_out(pack_module, tiny_w
     live = pack_module("nodes.live")
     sent = []
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: sent.append(message))
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     report = live.LiveReport("5", tiny_wan)
     for start in (0, 3, 6):
         report.chunk(SimpleNamespace(start_frame=start, latents=LATENTS))
@@ -107,7 +124,7 @@ def sent(pack_module, monkeypatch):
     """What the canvas is sent of a run's pictures."""
     found = []
     server = SimpleNamespace(last_prompt_id="P", client_id="C", send_sync=lambda *message: found.append(message[1]))
-    monkeypatch.setattr(pack_module("nodes.live"), "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     return found
 
 

@@ -682,7 +682,7 @@ def steering(pack_module, monkeypatch):
     module = pack_module("nodes.steering")
     server = SimpleNamespace(client_id="C", last_prompt_id="P", sent=[])
     server.send_sync = lambda event, data, client: server.sent.append((data, client))
-    monkeypatch.setattr(module, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     return SimpleNamespace(module=module, server=server)
 
 
@@ -760,7 +760,7 @@ def test_a_refusal_after_the_answer_has_gone_reaches_its_page(pack_module, promp
     steering = pack_module("nodes.steering")
     sent = []
     server = SimpleNamespace(client_id=owner, last_prompt_id="P", send_sync=lambda *message: sent.append(message))
-    monkeypatch.setattr(steering, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
     monkeypatch.setattr(steering, "ANSWER_SECONDS", 0.01)
     positive = prompts.schedule_prompts(
         demo[1], "0: a red circle moves right", fps=16.0, switch="recache", blend_chunks=1, node_id="7"

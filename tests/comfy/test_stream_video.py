@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import gc
 import json
 import logging
@@ -595,6 +596,18 @@ def test_prompts_of_an_earlier_video_that_cannot_be_removed_are_not_the_new_ones
     assert files(output) == ["v_00002_.mp4"]
 
 
+def test_a_video_that_cannot_be_opened_leaves_no_lock(stream, options, output, monkeypatch, pack_module, video_writer):
+    """Else the next run would begin under another number."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack_module("model_patches.stream_files"), "open_writer", full)
+    with pytest.raises(video_writer.VideoWriteError, match="v_00001_.mp4 cannot be written: No space left on device"):
+        stream(options())
+    assert files(output) == []
+
+
 @pytest.mark.parametrize("what", ["mp4", "png", "state"])
 def test_a_video_that_another_program_holds_ends_the_run_and_goes_on_later(
     stream, options, output, monkeypatch, pack_module, video_writer, what
@@ -658,11 +671,23 @@ def test_a_file_that_another_program_holds_is_said_and_waited_for(video_writer, 
     with pytest.raises(video_writer.VideoWriteError, match="v cannot be written: in use.*; close the program that"):
         writer.write(torch.zeros(1, 16, 16, 3))
     assert files(tmp_path / "v") == ["00000001.png"]
-    monkeypatch.setattr(stream_state, "replace_file", held)
+    monkeypatch.setattr(disk, "replace_file", held)
     with pytest.raises(video_writer.VideoWriteError, match=r"; close the program that has w.state.safetensors open"):
         stream_state.save_state(
             tmp_path / "w.state.safetensors", stream_state.StreamState(digest="d", length=1, latent_frames=1), {}
         )
+    assert files(tmp_path) == ["v"]
+
+
+def test_whoever_may_read_new_files_may_read_a_state(stream_state, tmp_path):
+    """Two ComfyUIs of different users on one output folder."""
+    plain, state, prompts = (tmp_path / name for name in ("plain", "v.state.safetensors", "v.prompts.json"))
+    plain.touch()
+    for _ in range(2):  # a new one, and one in the place of another
+        stream_state.save_state(state, stream_state.StreamState(digest="d", length=1, latent_frames=1), {})
+        stream_state.save_prompts(prompts, [])
+        assert {path.stat().st_mode for path in tmp_path.iterdir()} == {plain.stat().st_mode}
+    assert files(tmp_path) == ["plain", "v.prompts.json", "v.state.safetensors"]
 
 
 def content(video: Path) -> list[bytes]:
@@ -1165,17 +1190,25 @@ def test_a_lock_has_one_holder_and_a_look_leaves_nothing(stream_state, tmp_path,
     assert not second.is_held() and not path.exists()
     # The holder lets go, and removes the file, between the second's opening it and locking it.
     assert first.acquire()
-    own = stream_state._lock
+    own = stream_state.try_lock
 
     def after_the_release(handle):
-        monkeypatch.setattr(stream_state, "_lock", own)
+        monkeypatch.setattr(stream_state, "try_lock", own)
         first.release()
         assert third.acquire()
-        own(handle)
+        return own(handle)
 
-    monkeypatch.setattr(stream_state, "_lock", after_the_release)
+    monkeypatch.setattr(stream_state, "try_lock", after_the_release)
     assert not second.acquire() and third.is_held()
     third.release()
+
+    def has_no_locks(handle):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(stream_state, "try_lock", has_no_locks)
+    assert not first.is_held() and first.acquire() and not second.is_held()
+    first.release()
+    assert files(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux: tells which files are mapped")
@@ -1980,11 +2013,12 @@ import sys
 sys.path += [{helpers!r}, {root!r}]
 import comfy_host
 comfy_host.put_on_path(comfy_host.find_comfyui())
-import folder_paths, torch
+import folder_paths, math, torch
 torch.set_num_threads({threads})
 folder_paths.set_output_directory({output!r})
 model, clip, vae = comfy_host.pack_module("nodes.demo_loader").DiagonalDemoLoader.execute("teacher").result
 streaming = comfy_host.pack_module("model_patches.streaming")
+streaming.QUICK_SAVE_S = math.inf  # a slow disk is no reason to save less often here
 from diagonal_sampler.schedule import DiagonalSchedule
 encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))
 streaming.stream_video(
@@ -2104,7 +2138,7 @@ def test_a_video_named_by_its_date_is_resumed_under_that_name(stream, options, o
 def quiet_server(pack_module, monkeypatch):
     """ComfyUI's server as the nodes know it, while nobody listens."""
     server = SimpleNamespace(client_id=None, last_prompt_id="P")
-    monkeypatch.setattr(pack_module("nodes.finishing"), "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(pack_module("nodes.client"), "PromptServer", SimpleNamespace(instance=server))
 
 
 @pytest.mark.parametrize("metadata", [True, False])

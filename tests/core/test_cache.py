@@ -11,7 +11,7 @@ from tiny_wan import ListKV, kept_frames, normal, split
 
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import causal_views
-from diagonal_sampler.rope import rotate, rotation_table
+from diagonal_sampler.rope import rotate, rotate_time_, rotation_table
 from diagonal_sampler.settings import CausalSettings
 
 HEADS, HEAD_DIM, TOKENS = 2, 128, 2
@@ -762,6 +762,25 @@ def test_a_condition_that_misses_a_chunk():
     cache.begin(3)
     with pytest.raises(RuntimeError, match="unwritten"):
         condition.update(0, tagged(range(3)), tagged(range(3)))
+
+
+def test_a_history_that_was_half_moved_is_of_no_use(monkeypatch):
+    settings = settings_of(7, 2, 3, "window")
+    cache = KVCache(settings, 20)
+    condition = cache.condition("only")
+    fill(cache, condition, chunks=3)
+    cache.begin(3)
+
+    def break_off(keys, frames):
+        rotate_time_(keys, frames)
+        raise InterruptedError
+
+    monkeypatch.setattr("diagonal_sampler.cache.rotate_time_", break_off)
+    with pytest.raises(InterruptedError):
+        condition.update(0, tagged(range(9, 12)), tagged(range(9, 12)))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="committed unwritten"):
+        cache.snapshot()
 
 
 @torch.no_grad()

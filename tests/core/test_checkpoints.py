@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ from diagonal_sampler.checkpoints import (
     load_checkpoint,
     recognise,
 )
-from diagonal_sampler.lora_files import WANTED_METADATA, convert_lora
+from diagonal_sampler.lora_files import convert_lora, read_lora
 from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance, causal_settings
 from diagonal_sampler.settings import CausalSettings
-from diagonal_sampler.wan_layout import WanDims, expected_shapes
+from diagonal_sampler.wan_layout import WanDims, expected_names, expected_shapes
 from diagonal_sampler.weight_files import (
     MAX_NAME,
     WeightFile,
@@ -45,7 +46,7 @@ def save(folder: Path, tensors: dict, metadata: dict | None = None, name: str = 
 
 
 def load_lora(path: Path):
-    return convert_lora(read_weight_file(path, wanted_metadata=WANTED_METADATA), expected_shapes(DIMS))
+    return convert_lora(read_lora(path), expected_shapes(DIMS))
 
 
 # --- layouts ---
@@ -109,11 +110,39 @@ def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
         ("causvid/bidirectional_checkpoint2/model.pt", (None, "its name says", "its name says")),
         ("lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill/model.pt", (None, "its name says", "its name says")),
         ("noncausal.pt", (None, "usually causal, but", "nothing in the file says")),
+        ("lightx2v/LongLive/longlive_base.pt", (None, None, None)),
+        ("diadistill/model.pt", (None, None, None)),
+        ("diag_distill_1.3b.pt", (None, None, None)),
+        ("Diagonal-Distillation/model.pt", (None, None, None)),
+        ("SFWan2.1-T2V-1.3B-Diffusers/transformer/model.pt", (None, None, None)),
+        ("memflow_base.pt", (None, None, None)),
     ):
         for info, doubt in zip((marked, section, plain), doubts, strict=True):
             found = causality_warning(info, name)
             assert (found is None) == (doubt is None) and (doubt or "") in (found or ""), (name, found)
     assert marked.warnings == section.warnings == plain.warnings == ()
+    assert causality_warning(plain, "Wan2.1-T2V-14B/model.pt", causal_lora=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("CausalWan2.2-I2V-A14B-Preview-Diffusers/transformer/diffusion_pytorch_model.safetensors", True),
+        ("Wan2_2-T2V-A14B-causal_high_noise.safetensors", True),
+        ("wan22_selfforcing.safetensors", True),
+        ("self_forcing_low-noise.pt", True),
+        ("SFWan2.1-T2V-1.3B.pt", False),
+        ("wan_2.25_causal.pt", False),
+        ("self_forcing_data14b.pt", False),
+    ],
+)
+def test_one_of_wan_22s_two_networks_is_told_by_its_name_causal_or_not(name: str, said: bool, tmp_path: Path) -> None:
+    marked = load_checkpoint(save(tmp_path, tiny_wan(), {"config": wan_files.CONFIG})).info
+    plain = load_checkpoint(save(tmp_path, tiny_wan())).info
+    for info in (marked, plain):
+        for causal_lora in (False, True):
+            found = causality_warning(info, name, causal_lora=causal_lora)
+            assert ("Wan 2.2, which has two networks" in (found or "")) == said
 
 
 @pytest.mark.parametrize(
@@ -125,6 +154,10 @@ def test_causal_marker_comes_from_header_or_section(tmp_path: Path) -> None:
         ("self-forcing-plus-plus/model.pt", False),
         ("lightx2v/Wan2.1-T2V-14B-CausVid/model.pt", False),
         ("self_forcing_dmd.pt", False),
+        ("lightx2v/self_forcing_dmd_14b.safetensors", False),
+        ("lightx2v/LongLive/longlive_base.pt", False),
+        ("lightx2v/Wan2.1-T2V-14B/model.pt", True),
+        ("lightx2v/Self-Forcing-Plus/model.pt", True),
         ("Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-dCM-init_SF-DMD_c3-3_step4.pt", False),
     ],
 )
@@ -147,6 +180,34 @@ def test_what_rcm_saves_beside_the_weights_is_named(tmp_path: Path) -> None:
     torch.save(wan_files.rcm(weights | {"patch_embedding.weight": wide}), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="36 in and 16 out.*image-to-video"):
         load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "pipe.dit.", "dit.", "net.transformer."])
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_other_names_of_the_network_before_its_own_are_taken(prefix: str, diffusers: bool, tmp_path: Path) -> None:
+    weights = tiny_wan()
+    name = wan_files.diffusers_name if diffusers else str
+    checkpoint = load_checkpoint(save(tmp_path, {prefix + name(key): value for key, value in weights.items()}))
+    assert checkpoint.info.prefix == prefix and checkpoint.state_dict.keys() == weights.keys()
+    assert all(torch.equal(checkpoint.state_dict[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("prefix", ["fake_score.", "critic.model.", "real_score.net."])
+def test_a_network_under_a_strange_name_is_not_taken_for_the_model(prefix: str, tmp_path: Path) -> None:
+    strange = prefixed(tiny_wan(1), prefix)
+    with pytest.raises(ValueError, match=f"has Wan's names behind {prefix}, which does not say that it is the model"):
+        load_checkpoint(save(tmp_path, strange))
+    path = save(tmp_path, strange | prefixed(tiny_wan(0), "generator_ema.model."))
+    checkpoint = load_checkpoint(path)
+    assert torch.equal(checkpoint.state_dict["head.head.weight"], tiny_wan(0)["head.head.weight"])
+    with pytest.raises(ValueError, match="weights='generator'.*holds only generator_ema"):
+        load_checkpoint(path, weights="generator")
+
+
+@pytest.mark.parametrize("flow_adapter", [False, True])
+def test_the_names_of_a_network_do_not_depend_on_its_sizes(flow_adapter: bool) -> None:
+    dims = replace(DIMS, flow_adapter=flow_adapter)
+    assert expected_names(DIMS.depth, flow_adapter=flow_adapter) == expected_shapes(dims).keys()
 
 
 def test_all_in_one_file_names_the_models_it_leaves(tmp_path: Path) -> None:
@@ -306,24 +367,142 @@ def test_legacy_fp8_passes_through_untouched(prefix: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("most", [448, 57344])
 def test_legacy_e5m2_is_refused_where_comfyui_would_make_nan_of_it(most: float, tmp_path: Path) -> None:
+    """Where it has no format for it."""
     tensors = legacy_fp8(tiny_wan())
     key = "blocks.0.ffn.0.weight"
     weight = tensors[key].float() * (most / 448)
     tensors[key] = (-weight if most == 448 else weight).to(torch.float8_e5m2)
     assert tensors[key].float().abs().max() == most
     path = save(tmp_path, tensors)
+    known = ["float8_e4m3fn"]
     if most == 448:
-        assert load_checkpoint(path).state_dict[key].dtype == torch.float8_e5m2
+        assert load_checkpoint(path, quant_formats=known).state_dict[key].dtype == torch.float8_e5m2
     else:
         with pytest.raises(ValueError, match=f"{key}': scaled float8_e5m2 beyond what ComfyUI can hold"):
-            load_checkpoint(path)
+            load_checkpoint(path, quant_formats=known)
+    checkpoint = load_checkpoint(path, quant_formats=[*known, "float8_e5m2"])
+    assert checkpoint.info.quantization == "float8_e4m3fn (19 layers), float8_e5m2 (1 layers)"
+    marks = [name for name in checkpoint.state_dict if name.endswith(".comfy_quant")]
+    assert len(marks) == 20 and "scaled_fp8" not in checkpoint.state_dict
+    assert mark_of(checkpoint, key)["format"] == "float8_e5m2"
+    assert torch.equal(checkpoint.state_dict["blocks.0.ffn.0.weight_scale"], tensors["blocks.0.ffn.0.scale_weight"])
 
 
-def test_scales_without_the_marker_are_left_over(tmp_path: Path) -> None:
-    tensors = legacy_fp8(tiny_wan())
-    del tensors["scaled_fp8"]
-    with pytest.raises(ValueError, match=r"20 are left over: blocks.0.cross_attn.k.scale_weight.* and 10 more"):
+def mark_of(checkpoint, key: str) -> dict:
+    return json.loads(bytes(checkpoint.state_dict[key.replace(".weight", ".comfy_quant")].tolist()))
+
+
+def of_another_program(kind: torch.dtype, rows: bool, scale_name: str = "weight_scale") -> dict[str, torch.Tensor]:
+    """Weights of blocks and their scales, of each row or of the layer, and nothing that says so."""
+    most = 127 if kind == torch.int8 else torch.finfo(kind).max
+    out = dict(tiny_wan())
+    for key, value in tiny_wan().items():
+        if key.startswith("blocks.") and value.ndim == 2:
+            scale = (value.abs().amax(1, keepdim=True) if rows else value.abs().max()) / most
+            scaled = value / scale
+            out[key] = (scaled.round() if kind == torch.int8 else scaled).to(kind)
+            out[key.replace("weight", scale_name)] = scale
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "scale_name", "chosen"),
+    [
+        (torch.int8, True, "weight_scale", "int8_tensorwise"),
+        (torch.int8, False, "weight_scale", "int8_tensorwise"),
+        (torch.float8_e4m3fn, False, "weight_scale", "float8_e4m3fn"),
+        (torch.float8_e4m3fn, False, "scale_weight", "float8_e4m3fn"),
+        (torch.float8_e5m2, False, "scale_weight", "float8_e5m2"),
+    ],
+)
+def test_quantised_layers_of_other_programs_get_comfyuis_marks(
+    kind: torch.dtype, rows: bool, scale_name: str, chosen: str, tmp_path: Path
+) -> None:
+    tensors, key = of_another_program(kind, rows, scale_name), "blocks.1.ffn.2.weight"
+    path = save(tmp_path, prefixed(tensors, "model."))
+    checkpoint = load_checkpoint(path, quant_formats=[chosen])
+    assert checkpoint.info.quantization == f"{chosen} (20 layers)"
+    assert mark_of(checkpoint, key)["format"] == chosen
+    assert torch.equal(checkpoint.state_dict[key].view(torch.uint8), tensors[key].view(torch.uint8))
+    assert torch.equal(checkpoint.state_dict["blocks.1.ffn.2.weight_scale"], tensors[key.replace("weight", scale_name)])
+    assert inspect_checkpoint(path).info == checkpoint.info
+    with pytest.raises(ValueError, match=f"'{chosen}' is not known to this ComfyUI .it knows nvfp4."):
+        load_checkpoint(path, quant_formats=["nvfp4"])
+
+
+def in_header(tensors: dict) -> dict[str, str]:
+    layers = {key.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for key in tensors if "_scale" in key}
+    return {"_quantization_metadata": json.dumps({"layers": layers})}
+
+
+@pytest.mark.parametrize("said_by", ["nothing", "scaled_fp8", "header"])
+def test_float8_with_a_scale_for_each_row_becomes_bfloat16(said_by: str, tmp_path: Path) -> None:
+    """ComfyUI's kernels for NVIDIA's GPUs take one scale a layer."""
+    legacy = said_by == "scaled_fp8"
+    tensors = of_another_program(torch.float8_e4m3fn, True, "scale_weight" if legacy else "weight_scale")
+    if legacy:
+        tensors["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    path = save(tmp_path, tensors, in_header(tensors) if said_by == "header" else None)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.info.quantization == "bfloat16, from float8 with a scale for each row (20 layers)"
+    assert checkpoint.state_dict.keys() - {"scaled_fp8"} == tiny_wan().keys()
+    weight = checkpoint.state_dict["blocks.1.ffn.2.weight"]
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), tiny_wan()["blocks.1.ffn.2.weight"], rtol=0.08, atol=1e-3)
+    if said_by == "header":
+        assert json.loads(checkpoint.host_metadata["_quantization_metadata"])["layers"] == {}
+    assert inspect_checkpoint(path).info == checkpoint.info
+
+
+@pytest.mark.parametrize("form", ["scaled_fp8", "header", "int8"])
+def test_a_scale_that_is_not_of_the_layer_or_of_its_rows_is_refused(form: str, tmp_path: Path) -> None:
+    name = "scale_weight" if form == "scaled_fp8" else "weight_scale"
+    tensors = of_another_program(torch.int8 if form == "int8" else torch.float8_e4m3fn, True, name)
+    metadata = None
+    if form == "scaled_fp8":
+        tensors["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    elif form == "header":
+        metadata = in_header(tensors)
+    else:
+        mark = json.dumps({"format": "int8_tensorwise"}).encode()
+        tensors["blocks.1.ffn.2.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    tensors[f"blocks.1.ffn.2.{name}"] = tensors[f"blocks.1.ffn.2.{name}"].flatten()
+    match = rf"blocks.1.ffn.2.{name}': expected one scale, or one for each row \[128, 1\], got shape \(128,\)"
+    path = save(tmp_path, tensors, metadata)
+    for read in (load_checkpoint, inspect_checkpoint):
+        with pytest.raises(ValueError, match=f"model.safetensors', key '{match}"):
+            read(path)
+
+
+def test_a_scale_of_the_input_is_one_number(tmp_path: Path) -> None:
+    tensors = legacy_fp8(tiny_wan()) | {"blocks.1.ffn.2.scale_input": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"blocks.1.ffn.2.scale_input': expected one scale, got shape \(2,\)"):
         load_checkpoint(save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_scaled_float8_without_its_scale_is_refused_and_unscaled_is_not(marked: bool, tmp_path: Path) -> None:
+    layer, name = "blocks.1.ffn.2", "weight_scale" if marked else "scale_weight"
+    tensors = of_another_program(torch.float8_e4m3fn, False, name)
+    if not marked:
+        tensors["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    del tensors[f"{layer}.{name}"]
+    metadata = in_header(tensors) if marked else None
+    with pytest.raises(ValueError, match=f"'model.safetensors', key '{layer}.weight': its values fill the range"):
+        load_checkpoint(save(tmp_path, tensors, metadata))
+    tensors[f"{layer}.weight"] = tiny_wan()[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    assert load_checkpoint(save(tmp_path, tensors, metadata)).state_dict[f"{layer}.weight"].dtype.itemsize == 1
+
+
+def test_layers_that_only_another_program_can_unpack_are_refused_as_its_own(tmp_path: Path) -> None:
+    tensors = tiny_wan()
+    rows, columns = tensors["blocks.0.ffn.0.weight"].shape
+    tensors["blocks.0.ffn.0.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    tensors["blocks.0.ffn.0.weight_scale"] = torch.zeros(rows, columns // 16).to(torch.float8_e4m3fn)
+    tensors["blocks.0.ffn.0.alpha"] = tensors["blocks.0.ffn.0.input_global_scale"] = torch.ones(1)
+    match = "3 are left over: blocks.0.ffn.0.alpha.*quantised for another program, such as LightX2V.*use the bf16 file"
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(save(tmp_path, {key: value.clone() for key, value in tensors.items()}))
 
 
 def test_header_layer_names_lose_the_file_prefix(tmp_path: Path) -> None:
@@ -409,9 +588,11 @@ def test_values_are_looked_at_only_where_there_are_any() -> None:
     tensors, key = legacy_fp8(tiny_wan()), "blocks.0.ffn.0.weight"
     tensors[key] = torch.full(tensors[key].shape, 57344.0).to(torch.float8_e5m2)
     file = WeightFile(name="model.safetensors", tree=tensors)
-    assert recognise(file, check_values=False).info.quantization == "scaled float8 (scaled_fp8)"
+    known = ["float8_e4m3fn"]
+    found = recognise(file, check_values=False, quant_formats=known)
+    assert found.info.quantization == "scaled float8 (scaled_fp8)"
     with pytest.raises(ValueError, match=r"scaled float8_e5m2 beyond what ComfyUI can hold \(448\)"):
-        recognise(file)
+        recognise(file, quant_formats=known)
 
 
 def test_a_mark_that_claims_a_terabyte_is_not_unfolded() -> None:
@@ -891,6 +1072,57 @@ def test_alpha_outside_the_tensors_is_used(tmp_path: Path) -> None:
     lora = load_lora(tmp_path / "lora.pt")
     assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 8
     assert "step" in lora.unused
+
+
+def test_a_lora_says_how_it_was_trained(tmp_path: Path) -> None:
+    provenance = Provenance(frames_per_chunk=1, steps_per_chunk=(4, 2), window=9, sink=1, context_mode="noisy")
+    lora = load_lora(save(tmp_path, peft(lora_pairs()), provenance.to_metadata()))
+    assert lora.provenance == provenance and lora.provenance.is_causal
+    for entries in ({"recipe": "r", "data": "d"}, {"shift": "5.0"}, {}):
+        assert not load_lora(save(tmp_path, peft(lora_pairs()), entries)).provenance.is_causal
+    with pytest.raises(ValueError, match="model.safetensors.*'window'"):
+        load_lora(save(tmp_path, peft(lora_pairs()), {"window": "0"}))
+
+
+def with_config(folder: Path, text: str, name: str = "adapter_model.safetensors") -> Path:
+    """A LoRA of rank 4 as PEFT saves it, and its settings beside it."""
+    (folder / "adapter_config.json").write_text(text)
+    return save(folder, peft(lora_pairs()), {"format": "pt"}, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": True}, 12),
+        ({"lora_alpha": 2, "use_rslora": False, "alpha_pattern": {}, "layer_replication": None}, 2),
+        ({"use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": "gaussian"}, 8),
+    ],
+)
+def test_pefts_settings_beside_its_adapter_are_followed(settings: dict, alpha: float, tmp_path: Path) -> None:
+    text = json.dumps(settings)
+    assert set(alphas(with_config(tmp_path, text)).values()) == {alpha}
+    assert alphas(with_config(tmp_path, text, "other.safetensors")) == {}
+    torch.save(peft(lora_pairs()), tmp_path / "adapter_model.bin")
+    assert set(alphas(tmp_path / "adapter_model.bin").values()) == {alpha}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"lora_alpha": 4, "use_dora": true}', "says use_dora, but not all of its layers have a magnitude"),
+        ('{"lora_alpha": 4, "fan_in_fan_out": true}', "says fan_in_fan_out True, which is not followed"),
+        ('{"lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}', "says init_lora_weights 'pissa_niter_16'"),
+        ('{"peft_type": "LOHA"}', "says peft_type 'LOHA'"),
+        ('{"lora_alpha": "much"}', "lora_alpha: expected a number"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"blocks.9.ffn.0": 2}}', "'blocks.9.ffn.0' is no layer"),
+        ("[1]", "adapter_config.json beside it, which decides its strength, is no JSON object"),
+        ("[" * 50_000, "is no JSON object"),
+        ('{"a": "' + "x" * (1 << 20) + '"}', "is no JSON object of up to 1048576 bytes"),
+    ],
+)
+def test_pefts_settings_that_cannot_be_followed_are_refused(text: str, match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"LoRA 'adapter_model.safetensors'.*{match}"):
+        load_lora(with_config(tmp_path, text))
 
 
 def with_settings(folder: Path, settings: dict, tensors: dict | None = None) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagonal_sampler.flow import OpticalFlow, camera_flow, grid
-from diagonal_sampler.flow_noise import FRESH, FlowNoise
+from diagonal_sampler.flow_noise import FRESH, MAPS_KEPT, FlowNoise
 from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, SeededNoise
 
 HEIGHT, WIDTH = 60, 104
@@ -16,6 +16,11 @@ COUNTS = (3, 3, 3)
 
 def shift(x: float, y: float) -> OpticalFlow:
     return OpticalFlow.everywhere(torch.tensor([float(x), float(y)]).expand(8, HEIGHT, WIDTH, 2))
+
+
+def turning(at: int, first: tuple[float, float], then: tuple[float, float]) -> OpticalFlow:
+    """One shift in the steps before `at`, another from there on."""
+    return OpticalFlow.everywhere(torch.cat([shift(*first).flow[:at], shift(*then).flow[at:]]))
 
 
 def folding() -> OpticalFlow:
@@ -101,6 +106,17 @@ def test_noise_is_where_the_motion_carries_it(name):
         assert same.sum() >= 0.8 * expected.sum()
 
 
+def test_each_latent_frame_moves_along_its_own_step():
+    frames = clip(make(turning(4, (2, 0), (-2, 0))))[0]
+    assert torch.equal(frames[:, 0, :, 10:20], frames[:, 4, :, 18:28])
+    assert torch.equal(frames[:, 4, :, 18:28], frames[:, 8, :, 10:20])
+
+
+def test_behind_given_context_the_first_chunk_moves_as_the_clip_does_there():
+    frames = make(turning(2, (5, 0), (2, 0)), start_frame=2)(0, INITIAL_STEP, 3)
+    assert torch.equal(frames[0, :, 0, :, 10:20], frames[0, :, 1, :, 12:22])
+
+
 def test_slow_motion_adds_up():
     frames = clip(make(shift(0.37, 0)))[0]
     scores = [float((frames[:, 0, :, : WIDTH - 4] * frames[:, 6, :, k : k + WIDTH - 4]).mean()) for k in range(5)]
@@ -176,6 +192,15 @@ def test_a_field_that_ends_leaves_fresh_noise():
     ended = OpticalFlow(FLOWS["translation"].flow[:2].clone(), FLOWS["translation"].valid[:2].clone())
     noise = make(ended)
     assert (noise.map(3) == FRESH).all() and not (noise.map(2) == FRESH).all()
+
+
+def test_a_long_clip_keeps_the_maps_of_its_latest_frames_only():
+    chunks = 60
+    flow = OpticalFlow.everywhere(torch.ones(1, 1, 1, 2).expand(3 * chunks, 8, 8, 2))
+    noise = FlowNoise(SeededNoise(5, (1, 1, 8, 8)), flow, [3] * chunks)
+    for chunk in range(chunks):
+        noise(chunk, INITIAL_STEP, 3)
+        assert len(noise._maps) <= MAPS_KEPT
 
 
 def test_degrade_is_checked():

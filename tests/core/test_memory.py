@@ -89,6 +89,18 @@ def test_the_parts_grow_with_what_they_depend_on_and_with_nothing_else():
     assert base.total == base.weights + base.working
 
 
+def test_a_vae_between_forwards_takes_what_it_needs_beyond_one():
+    base, cells = forecast(WAN_1_3B, CLIP), 60 * 104
+    small, large = (DecoderFacts(weight_bytes=100, cell_bytes=x * base.forward / cells) for x in (0.5, 3))
+    assert forecast(WAN_1_3B, CLIP, None, small).total == base.total + 100
+    assert forecast(WAN_1_3B, CLIP, None, large).total == pytest.approx(base.total + 100 + 2 * base.forward)
+    both = forecast(WAN_1_3B, CLIP, small, large)
+    assert both.decoder == pytest.approx(200 + 2.5 * base.forward) and both.forward == base.forward
+    needed = forecast(WAN_1_3B, CLIP, None, large).total
+    assert changes_that_fit(WAN_1_3B, CLIP, needed - 1, None, large)[0] == Change(weights=FP8)
+    assert changes_that_fit(WAN_1_3B, CLIP, needed - WAN_1_3B.weight_bytes, None, large)[0] != Change(weights=FP8)
+
+
 def test_every_suggestion_fits_and_the_next_milder_does_not():
     available = forecast(WAN_1_3B, CLIP).total - 1
     fp8, window, size = changes_that_fit(WAN_1_3B, CLIP, available, step=2)

@@ -172,6 +172,11 @@ def test_description_says_what_it_costs_and_saves():
         assert (cost.chunks, cost.forwards) == (chunks, 5 * chunks)
 
 
+def test_what_is_saved_is_counted_against_the_most_steps_of_a_chunk():
+    cost = DiagonalSchedule.from_steps((2, 4)).cost(7)
+    assert (cost.uniform_steps, cost.uniform_forwards) == (4, 5 * 7)
+
+
 def test_a_context_of_almost_pure_noise_is_warned_of():
     one = DiagonalSchedule.from_steps((1,))
     (warning,) = one.warnings()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distillation import demo_in_minutes, recipes
-from distillation.train import Ranks
+from distillation.ranks import Ranks
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import argparse
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-from distillation.demo_run import Losses, Pace, Training, load_checkpoint, make_adamw, read_run
+from distillation import train_flow, train_follow, train_levels
+from distillation.demo_run import (
+    Ema,
+    Losses,
+    Pace,
+    Training,
+    add_fields,
+    given,
+    load_checkpoint,
+    make_adamw,
+    read_run,
+)
+from distillation.recipes import option
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,18 @@ def test_only_its_own_recipe_goes_on_from_a_checkpoint(tmp_path):
         read_run(tmp_path / "other.pt")
 
 
+def test_averages_are_mostly_the_new_weights_at_first_and_later_the_old_ones():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    ema = Ema(module, 0.75)
+    nn.init.constant_(module.weight, 8.0)
+    ema.update(module, 0)
+    assert float(ema.state["weight"]) == pytest.approx(7.2), "decay 1 / 10"
+    nn.init.zeros_(module.weight)
+    ema.update(module, 1000)
+    assert float(ema.state["weight"]) == pytest.approx(5.4), "decay 0.75"
+
+
 def test_losses_are_means_since_they_were_read():
     losses = Losses("one")
     losses.add(one=torch.tensor(1.0))
@@ -97,3 +123,45 @@ def test_a_run_goes_on_only_from_the_weights_that_it_began_with(tmp_path):
     for others in ([a], [b, a], [a, b, b], []):
         with pytest.raises(ValueError, match="began with other weights"):
             training(path, Recipe(), begun_with=others).resume()
+
+
+@dataclass(frozen=True)
+class Flags:
+    batch: int = option(2, "windows an update")
+    rate: float = option(0.5, "of all weights")
+    levels: str = option("", "to move to")
+    ends: Literal["teacher", "none"] = option("teacher", "who finishes")
+    few: bool = option(False, "no flag")
+
+
+def test_every_field_of_a_recipe_is_a_flag_of_its_type():
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Flags, but=("few",))
+    options = parser.parse_args(["--batch", "3", "--rate", "2", "--ends", "none"])
+    assert Flags(**given(options, Flags)) == Flags(batch=3, rate=2.0, ends="none")
+    assert given(parser.parse_args(["--batch", "0"]), Flags) == {"batch": 0} and not given(parser.parse_args([]), Flags)
+    for words in (["--batch", "2.5"], ["--rate", "much"], ["--ends", "world"], ["--few", "true"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+    with pytest.raises(AssertionError, match="few: a flag cannot be"):
+        add_fields(argparse.ArgumentParser(), Flags)
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe"),
+    [
+        (train_levels, train_levels.LevelsRecipe),
+        (train_flow, train_flow.FlowRecipe),
+        (train_follow, train_follow.FollowRecipe),
+    ],
+)
+def test_a_training_names_and_explains_the_flag_of_every_field(module, recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no word is broken
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for item in fields(recipe):
+        words = " ".join(item.metadata["help"].split())
+        flag = f"--{item.name.replace('_', '-')} "
+        assert item.name == "few_steps" or (flag in shown and words in shown), item.name

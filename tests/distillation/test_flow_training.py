@@ -17,6 +17,7 @@ from distillation import score, sprite_motion, sprites, train
 from distillation.export import export
 from distillation.flow_fields import FlowFields, synthetic_flow
 from distillation.networks import read_wan
+from distillation.ranks import join_ranks
 from distillation.rollout import stream
 
 CAPTION = "a red circle moves left"
@@ -36,7 +37,7 @@ def flow_recipe(inputs: Path, **changes):
 
 def trainer_of(recipe, folder: Path) -> train.Trainer:
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = train.join_ranks()
+    ranks = join_ranks()
     return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 
 

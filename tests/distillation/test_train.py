@@ -43,9 +43,11 @@ from diagonal_sampler.settings import CausalSettings
 from distillation import demo_files, export, recipes, run_folder, train, train_demo
 from distillation.common import generator_at
 from distillation.networks import build_networks, read_wan
-from distillation.prompts import prompts_digest
+from distillation.prompts import PromptSet, prompts_digest
+from distillation.ranks import join_ranks, require_same
 from distillation.recipes import RECIPES, Recipe
 from distillation.rollout import Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
+from distillation.samples import write_samples
 from distillation.trajectories import FILES, MADE_FOR, schedule_sigmas, teacher_settings, trajectory_schedule
 
 TIMEOUT_S = 300
@@ -75,7 +77,7 @@ def changed_command(recipe: Recipe, run: Path, change: str, *, ranks: int = 1) -
 
 def trainer_of(recipe: Recipe, folder: Path) -> train.Trainer:
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = train.join_ranks()
+    ranks = join_ranks()
     return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 
 
@@ -165,6 +167,14 @@ def test_every_clip_of_every_update_of_every_seed_is_another_one():
     seeds = [sample_seed(*place) for place in places]
     assert len(set(seeds)) == len(places) and seeds == [sample_seed(*place) for place in places]
     assert sample_seed(1, 11) != sample_seed(11, 1) and sample_seed(1, 1, 1) != sample_seed(1, 11)
+
+
+def test_seeds_are_those_of_runs_that_have_begun():
+    """Another number would make a resumed run another one."""
+    assert sample_seed(0, 0, "student", 0) == 8237721143116898602
+    assert sample_seed(7, 119, "fake4", 63) == 13788479097439911168
+    assert sample_seed(0, "sample", 3) == 4946278415523235882
+    assert sample_seed(-1, 12, "student", "exit") == 3189109558366685520
 
 
 def test_exit_steps_follow_the_schedule_and_the_seed_alone(inputs):
@@ -359,6 +369,21 @@ def test_a_window_can_be_judged_with_the_rollouts_sink_in_view(inputs, tmp_path)
     for changes in ({"score_attention": "bidirectional"}, {"sink": 1}):
         with pytest.raises(ValueError, match="score_sink needs"):
             replace(recipe, **changes)
+
+
+@pytest.mark.parametrize("changes", ({"stage": "long", "rollout_frames": 12}, {"given_share": 0.5}))
+def test_the_first_chunk_of_a_window_that_begins_inside_a_video_learns_nothing(inputs, tmp_path, changes):
+    """Teacher and fake score take its first latent frame for a video's first."""
+    recipe = tiny_recipe(inputs, frames=6, **changes)
+    trainer = trainer_of(recipe, tmp_path)
+    firsts = [trainer.rollout(update, recipe.fake_score_updates, "student", 0)[0].first_frame for update in range(20)]
+    for update, learns in ((firsts.index(0), 6), (next(n for n, first in enumerate(firsts) if first), 4)):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rollout, "backward", lambda self, network, gradient, seen=seen: seen.append(gradient))
+            values = trainer._student_backward(update, 0)
+        assert [bool(seen[0][:, :, frame].any()) for frame in range(6)] == [False] * (6 - learns) + [True] * learns
+        assert values["dmd"] > 0 and values["motion"] > 0
 
 
 def test_ranks_and_parts_share_a_batch(inputs, tmp_path):
@@ -592,19 +617,28 @@ def test_stage_forcing_asks_for_the_flow_of_clips_as_the_student_sees_them(input
     monkeypatch.setattr(train, "predict_x0", nothing)
     monkeypatch.setattr(trainer.student, "step", lambda update: 0.0)
 
-    def draws(update: int) -> Tensor:
+    def drawn(update: int) -> tuple[Tensor, Tensor]:
+        """A uniform number a chunk, and which chunks are finished ones."""
         seeds = trainer.seeds(update, "clip", 0)
-        return torch.stack([torch.rand(4, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds])[:, 1:]
+        found = torch.stack([torch.rand(4, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds])
+        finished = torch.where(found[:, 0] < 0.5, (2 * found[:, 0] * 3).floor(), 0.0)
+        return found[:, 1:], torch.arange(3) < finished[:, None]
 
-    update = next(update for update in range(999) if draws(update).min() < 0.005)  # of which a level is too low
+    def shows_all(update: int) -> bool:
+        u, behind = drawn(update)
+        return bool(behind.any() and u[~behind].min() < 0.005)  # of which a level is too low
+
+    update = next(filter(shows_all, range(999)))
     loss = trainer.update(update)["forcing"]
     ((x, sigma, settings),) = asked
-    seeds, u = trainer.seeds(update, "clip", 0), draws(update)
-    levels = (3 * u / (1 + 2 * u)).clamp(0.02, 1)
+    seeds, (u, behind) = trainer.seeds(update, "clip", 0), drawn(update)
+    levels = torch.where(behind, 0.0, (3 * u / (1 + 2 * u)).clamp(0.02, 1))
     torch.testing.assert_close(sigma, levels.repeat_interleave(torch.tensor([2, 2, 1]), dim=1))
+    assert not behind.all(1).any(), "every clip is asked for something"
     spread = spread_sigma(sigma)
     clean = (x - spread * trainer.noise(seeds)(0, train.SCORE_STEP, 5)) / (1 - spread)
-    assert settings == recipe.settings and loss == pytest.approx(float((clean / spread).square().mean()), rel=1e-4)
+    errors = torch.where(spread > 0, clean / spread, 0.0)
+    assert settings == recipe.settings and loss == pytest.approx(float(errors.square().mean()), rel=1e-4)
 
 
 def test_the_teachers_steps_are_even_ones_and_every_level_of_the_student(inputs):
@@ -748,6 +782,7 @@ def test_stage_long_draws_whole_chunks_up_to_the_longest_rollout(inputs, tmp_pat
     trainer = trainer_of(recipe, tmp_path)
     lengths = {trainer.rollout(update, 0, "student", 0)[0].frames for update in range(60)}
     assert lengths == {4, 6, 8, 10}
+    assert recipes.long_video().opening_share == 0.1, "there one rollout of 74 would be a beginning"
     trainer.recipe = replace(recipe, opening_share=0.8)
     openings = sum(trainer.rollout(update, 0, "student", 0)[0].frames == 4 for update in range(60))
     assert 40 < openings < 60  # of them 51 are expected: one in four of the others is as short
@@ -811,7 +846,49 @@ def test_scores_see_a_given_chunk_as_the_sink(inputs, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Adapters
+# Sizes and adapters
+
+
+def test_a_larger_teacher_trains_a_student_and_its_fake_score(inputs, tmp_path, caplog):
+    student, fake = str(inputs / "teacher.safetensors"), write_teacher(tmp_path / "fake.safetensors", seed=4)
+    teacher = write_teacher(tmp_path / "large.safetensors", dim=256, num_layers=3)
+    recipe = tiny_recipe(inputs, teacher=str(teacher), student=student, updates=2)
+    trainer = trainer_of(recipe, tmp_path / "run")
+    roles = trainer.networks
+    assert [role.network.config.dim for role in (roles.student, roles.teacher, roles.fake_score)] == [128, 256, 128]
+    assert "large.safetensors is of another size" in caplog.text
+    assert all(torch.equal(value, load_file(student)[name]) for name, value in weights(roles.fake_score).items())
+    before = weights(roles.teacher)
+    trainer._student_backward(0, 0)
+    for role, learns in ((roles.teacher, False), (roles.fake_score, False), (roles.student, True)):
+        assert all((value.grad is not None) is learns for value in role.network.parameters())
+    whole = train_here(recipe, tmp_path / "whole")
+    train_here(replace(recipe, updates=1), tmp_path / "parts")
+    assert largest_difference(whole, train_here(recipe, tmp_path / "parts")) == 0
+    assert changed(before, roles.teacher) == set()
+    caplog.clear()
+    own = build_networks(replace(recipe, fake_score=str(fake)), torch.device("cpu"), None)
+    assert all(torch.equal(value, load_file(fake)[name]) for name, value in weights(own.fake_score).items())
+    assert "of another size" not in caplog.text
+
+
+def test_a_larger_teacher_makes_trajectories(inputs, tmp_path):
+    teacher = write_teacher(tmp_path / "large.safetensors", dim=256)
+    files = {"teacher": str(teacher), "student": str(inputs / "teacher.safetensors"), "clips": str(tmp_path / "clips")}
+    for rank in (0, 2):
+        recipe = tiny_recipe(inputs, stage="ode", ode_clips=1, lora_rank=rank, **files)
+        assert trainer_of(recipe, tmp_path / f"{rank}").update(0)["student_norm"] > 0
+
+
+def test_a_teacher_of_another_size_is_refused_where_a_trained_network_starts_from_it(inputs, tmp_path):
+    large, student = str(write_teacher(tmp_path / "large.safetensors", dim=256)), str(inputs / "teacher.safetensors")
+    for changes in ({"teacher": large}, {"teacher": large, "student": student, "lora_rank": 2}):
+        with pytest.raises(ValueError, match=r"large\.safetensors has dim 256 \(recipe: 128\).*Only a teacher may be"):
+            build_networks(tiny_recipe(inputs, **changes), torch.device("cpu"), None)
+    with pytest.raises(ValueError, match=r"large\.safetensors has dim 256"):
+        build_networks(tiny_recipe(inputs, fake_score=large), torch.device("cpu"), None)
+    with pytest.raises(ValueError, match="fake_score is 'x' and lora_rank 2"):
+        tiny_recipe(inputs, fake_score="x", lora_rank=2)
 
 
 def test_a_file_with_diffusers_names_is_read(tmp_path):
@@ -1029,6 +1106,8 @@ def test_every_recipe_is_valid():
         ({"frames": 1}, "at least 2"),
         ({"frames_per_chunk": 0, "stage": "long"}, "frames_per_chunk is 0; it must be at least 1"),
         ({"sink": -1}, "sink is -1; it must be 0 or more"),
+        ({"stage": "long", "frames": 2}, "the first chunk (2) of a window that begins inside a video learns nothing"),
+        ({"given_share": 0.5, "frames": 3}, "the losses need 2 more: at least 4"),
     ),
 )
 def test_bad_recipes_name_the_field(inputs, change, message):
@@ -1072,14 +1151,15 @@ def test_another_recipe_does_not_resume_a_run(inputs, tmp_path, capsys):
 
 
 def test_another_file_under_the_same_name_does_not_resume_a_run(inputs, tmp_path, caplog):
-    recipe = tiny_recipe(inputs, updates=1, student=str(inputs / "teacher.safetensors"))
+    same = str(inputs / "teacher.safetensors")
+    recipe = tiny_recipe(inputs, updates=1, student=same, fake_score=same)
     train_here(recipe, tmp_path)
     prompts = tmp_path / "other" / "prompts.txt"
     (tmp_path / "other").mkdir()
     other = write_teacher(tmp_path / "other" / "teacher.safetensors", seed=9)
     prompts.write_text(Path(recipe.prompts).read_text())
     run_folder.settle_recipe(tmp_path, replace(recipe, prompts=str(prompts)))
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "fake_score"):
         with pytest.raises(ValueError, match=rf"{name}.*holds something else than when the run began"):
             run_folder.settle_recipe(tmp_path, replace(recipe, **{name: str(other)}))
     prompts.write_text("a blue square moves up\n")
@@ -1153,16 +1233,21 @@ def test_a_run_whose_output_goes_to_a_file_says_every_update(inputs, tmp_path, c
 
 def test_doubtful_runs_are_told(monkeypatch):
     device = torch.device("cpu")
-    assert list(train.doubts(recipes.demo(), device)) == []
-    student, cpu = train.doubts(recipes.wan_1_3b(), device)
+    none, empty, text = (PromptSet(("a",), 9, 4, list, row) for row in (None, torch.ones(1, 4), torch.ones(2, 4)))
+    assert list(train.doubts(recipes.demo(), device, empty)) == []
+    student, cpu = train.doubts(recipes.wan_1_3b(), device, text)
     assert "made causal by stage ode" in student and "no GPU here" in cpu
     student, cuda = recipes.wan_1_3b(student="x"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert list(train.doubts(student, cuda)) == [
+    assert list(train.doubts(student, cuda, text)) == [
         "1 of this machine's 8 GPUs are used; torchrun --nproc-per-node 8 uses all"
     ]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert list(train.doubts(student, cuda)) == []
+    assert list(train.doubts(student, cuda, text)) == []
+    (unlike,) = train.doubts(student, cuda, empty)
+    assert "the negative prompt is empty" in unlike
+    for recipe in (replace(student, cfg=1.0), replace(student, stage="forcing")):
+        assert list(train.doubts(recipe, cuda, empty)) == list(train.doubts(recipe, cuda, none)) == []
 
 
 def test_more_processes_than_gpus_are_one_line(inputs, tmp_path, capsys, monkeypatch):
@@ -1192,6 +1277,14 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path, 
     assert "no sample clips" in caplog.text
 
 
+def test_whoever_may_read_a_samples_prompts_may_read_its_clips(tmp_path):
+    write_samples(tmp_path / "s", torch.zeros(2, 16, 1, 2, 2), ["a", "b"], "")
+    clips = [tmp_path / "s" / f"clip_{index}.latent" for index in range(2)]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [*(path.name for path in clips), "prompts.txt"]
+    assert {path.stat().st_mode for path in clips} == {(tmp_path / "s" / "prompts.txt").stat().st_mode}
+    assert load_file(clips[0])["latent_tensor"].shape == (1, 16, 1, 2, 2)
+
+
 def test_samples_of_stage_long_are_long(inputs, tmp_path):
     trainer = trainer_of(tiny_recipe(inputs, stage="long", micro_batch=2, frames=4), tmp_path)
     clips, captions = trainer.sample(3)
@@ -1216,13 +1309,24 @@ def test_samples_are_made_as_the_export_says(inputs, tmp_path, monkeypatch, stag
     clips = str(tmp_path / "clips")
     ode = trainer_of(tiny_recipe(inputs, stage="ode", clips=clips), tmp_path / "ode")
     trainer = ode if stage == "ode" else trainer_of(replace(ode.recipe, stage=stage), tmp_path / stage)
-    seen = []
-    monkeypatch.setattr(train, "stream", lambda *args, **more: seen.append(args[3]) or stream(*args, **more))
+    seen, guided = [], []
+
+    def watched(*args, cfg, negative, **more):
+        seen.append(args[3])
+        guided.append(cfg)
+        return stream(*args, cfg=cfg, negative=negative, **more)
+
+    monkeypatch.setattr(train, "stream", watched)
     trainer.sample(1)
     file = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata=export.header_of(trainer.recipe, 1, whole=True))
     assert [replace(schedule, shift=5.0) for schedule in seen] == [demo_files.trained_for(file).schedule]
     assert seen[0].fresh_noise is (stage == "ode")
+    assert guided == [1.0 if stage == "ode" else trainer.recipe.cfg]
+    if stage == "forcing":
+        prompts = replace(trainer.prompts, negative_row=None)
+        train.Trainer(trainer.recipe, prompts, tmp_path, trainer.ranks).sample(1)
+        assert guided[1:] == [1.0], "nothing to guide away from"
 
 
 def test_the_readme_lists_every_flag_with_its_default():
@@ -1232,6 +1336,20 @@ def test_the_readme_lists_every_flag_with_its_default():
     for name, item in Recipe.__dataclass_fields__.items():
         if name != "name":
             assert rows[f"--{name.replace('_', '-')}"] == str(item.default), name
+
+
+def test_the_readme_lists_what_the_recipes_set():
+    lines = (Path(train.__file__).parent / "README.md").read_text().splitlines()
+    start = next(row for row, line in enumerate(lines) if line.startswith("| field | demo |"))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start:]]
+    rows = {row[0].strip("`"): row[1:] for row in cells[2 : cells.index([])]}
+    made = [RECIPES[name]() for name in cells[0][1:]]
+    assert {recipe.name for recipe in made} == set(RECIPES)
+    for name, item in Recipe.__dataclass_fields__.items():
+        if name != "name":
+            values = ["" if getattr(recipe, name) == item.default else str(getattr(recipe, name)) for recipe in made]
+            shown = [Path(value).name if str(recipes.DEMO) in value else value for value in values]
+            assert shown == rows.get(name, [""] * len(made)), name
 
 
 def test_flags_are_the_recipes_fields(inputs, tmp_path):
@@ -1261,7 +1379,7 @@ def test_the_teacher_stage_takes_threads_and_seconds_and_refuses_what_it_would_d
 
 
 def test_save_every_0_writes_no_checkpoint_and_the_log_says_where_the_time_went(inputs, tmp_path):
-    ranks = train.join_ranks()
+    ranks = join_ranks()
     train.run(tiny_recipe(inputs, updates=1, save_every=0), tmp_path, ranks)
     assert not run_folder.checkpoints(tmp_path)
     (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -1272,7 +1390,7 @@ def test_save_every_0_writes_no_checkpoint_and_the_log_says_where_the_time_went(
 
 def test_a_run_whose_time_is_up_ends_after_the_update_and_goes_on_later(inputs, tmp_path):
     asked = []
-    ranks = train.join_ranks()
+    ranks = join_ranks()
     recipe = tiny_recipe(inputs, save_every=50)
     train.run(recipe, tmp_path, ranks, time_is_up=lambda: asked.append(None) or len(asked) == 2)
     assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [2]
@@ -1368,7 +1486,7 @@ def test_two_ranks_train_with_compiled_blocks(inputs, tmp_path):
 
 
 def test_ranks_that_see_other_files_all_stop(monkeypatch):
-    run_folder.require_same("clips", 3)  # alone
+    require_same("clips", 3)  # alone
     seen = [3, 3]
 
     def gather(found: list, value: int) -> None:
@@ -1377,10 +1495,10 @@ def test_ranks_that_see_other_files_all_stop(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    run_folder.require_same("clips", 3)
+    require_same("clips", 3)
     seen[1] = 4
     with pytest.raises(ValueError, match="the ranks found different clips: 3, 4; .* see the same files"):
-        run_folder.require_same("clips", 3)
+        require_same("clips", 3)
 
 
 def test_a_message_says_whether_the_same_command_would_go_on(inputs, tmp_path, capsys, monkeypatch):
@@ -1427,8 +1545,9 @@ def test_an_export_says_how_it_was_trained_and_at_which_commit(inputs, tmp_path,
     listed = found["recipe"].split("changed: ")[1]
     assert "--cfg 2.5" in listed and "--steps 3,2" in listed and "--learning-rate 0.001" in listed
     assert not {"--updates", "--keep", "--stage", "--teacher", "--name", "--seed"} & set(listed.split())
-    plain = export.header_of(recipes.wan_1_3b(), 1, whole=True)
+    plain = export.header_of(recipes.wan_1_3b(student="a/s", fake_score="a/f"), 1, whole=True)
     assert "changed" not in plain["recipe"] and "context_sigma" not in plain
+    assert plain["data"].endswith("; student s; fake_score f")
     run_folder.write_json(tmp_path / "run" / "recipe.json", asdict(recipe))  # as runs began before
     assert header()["git_commit"] == "unknown; exported at of the export"
 

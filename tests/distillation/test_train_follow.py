@@ -66,6 +66,15 @@ def test_one_causal_forward_answers_as_the_samplers_cache_did(parts, kept):
     assert {1.0} < seen
 
 
+def test_late_chunks_are_asked_at_the_positions_that_their_rollout_had(parts, kept):
+    """Of 81 frames, which the sampler counts from their start: so rolled out the error would be 0.007, not 0.0016."""
+    dit, encoder, _, trained = parts
+    windows = Sampling(trained, CHUNKS, CPU).draw(kept, 32, generator_at(0, 5), since=CHUNKS - 3)
+    with torch.no_grad(), autocast(CPU):
+        error = window_error(dit, encoder(windows.ids), windows, 3)
+    assert float(error.sum() / windows.weight.sum()) < 3e-3
+
+
 def test_a_window_that_lies_late_begins_with_the_first_chunk(parts, kept):
     sampling = Sampling(parts[3], CHUNKS, CPU)
     windows = sampling.draw(kept, 64, generator_at(0, 9))

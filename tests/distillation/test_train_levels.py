@@ -415,6 +415,8 @@ def test_bad_options_say_what_is_wrong(tmp_path):
         LevelsRecipe(between="1, 0.75")
     with pytest.raises(ValueError, match="must be pool_updates or a multiple of it"):
         LevelsRecipe(save_every=50, pool_updates=8)
+    with pytest.raises(ValueError, match="going_on_chunks is 0; behind given frames at least 1"):
+        LevelsRecipe(going_on_chunks=0)
     with pytest.raises(ValueError, match="give both, or neither"):
         LevelsRecipe(first_batch=8)
     with pytest.raises(ValueError, match="switch_pool is 8 and switch_batch 0; give both"):

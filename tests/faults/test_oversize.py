@@ -59,14 +59,14 @@ def test_row_oversize(asks, output):
     def check(number: int) -> float:
         rng = fault_rows.generator("oversize", number)
         ask = asks[number % len(asks)]
-        began = time.perf_counter()
+        began = time.process_time()  # a busy machine refuses no later
         try:
             ask(rng)
         except ValueError as error:
             message = str(error)
         else:
             raise AssertionError(f"{ask.__name__} was not refused")
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         assert seconds < SECONDS, f"{ask.__name__} took {seconds:.2f} s"
         assert re.search(r"(would fit|nearest that fit|at most|multiple of).*\d", message), message
         assert not list(output.iterdir()), f"{ask.__name__} left {list(output.iterdir())}"

@@ -9,6 +9,7 @@ import torch
 from tiny_run import make_inputs, tiny_recipe
 
 from distillation import run_folder, train
+from distillation.ranks import Ranks
 
 TOLERANCE = 1e-3
 """Relative, of losses and gradient norms: other kernels sum in another order."""
@@ -21,7 +22,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def trainer_on(device: str, folder: Path, inputs: Path, **changes) -> train.Trainer:
     folder.mkdir()
-    ranks = train.Ranks(0, 1, torch.device(device), None)
+    ranks = Ranks(0, 1, torch.device(device), None)
     recipe = tiny_recipe(inputs, **changes)
     return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from diagonal_sampler.captions import CaptionEncoder, CaptionEncoderConfig, save_caption_encoder
 from diagonal_sampler.dit import WanConfig
 from distillation import run_folder, train
+from distillation.ranks import join_ranks
 from distillation.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,8 +116,7 @@ def start(arguments: list[str], **options: Any) -> subprocess.Popen:
 
 def train_here(recipe: Recipe, run: Path) -> dict[str, Tensor]:
     """Trains in this process; the last checkpoint's tensors."""
-    ranks = train.join_ranks()
-    train.run(recipe, run, ranks)
+    train.run(recipe, run, join_ranks())
     return last_tensors(run)
 
 
