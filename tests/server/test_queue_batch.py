@@ -451,8 +451,17 @@ def test_a_resumed_batch_hears_of_the_job_that_a_killed_one_left(probe, tmp_path
     assert time.monotonic() - began < 20 and probe.events("start") == {"0 p": 1}, "by its events, not by a look"
 
 
+@pytest.fixture
+def hangs_up():
+    """Programs that are started end with their terminal, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.parametrize("signals", [["SIGINT"], ["SIGHUP", "SIGHUP"]])
+@pytest.mark.usefixtures("hangs_up")
 def test_ctrl_c_or_a_closed_terminal_ends_the_running_job_of_a_server_that_cannot_cancel_one(probe, tmp_path, signals):
     proxy = Proxy(probe.port)
     proxy.old = True
@@ -736,6 +745,7 @@ def test_a_second_ctrl_c_gives_the_terminal_its_cursor_back(probe, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGHUP and needs a pseudo-terminal")
+@pytest.mark.usefixtures("hangs_up")
 def test_a_terminal_that_is_closed_stops_the_batch_without_a_traceback(tmp_path):
     pytest.importorskip("rich")
     import pty
