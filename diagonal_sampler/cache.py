@@ -2,21 +2,23 @@
 
 Attention does not care about the order of keys that are already rotated, so nothing is ever rolled, cloned or
 concatenated: the current chunk overwrites its own slot at every step, the slot of the oldest chunk becomes the slot
-of the next one, and attention reads one contiguous prefix. All bookkeeping is in Python ints.
+of the next one, and attention reads one contiguous prefix. All bookkeeping is in Python ints. In 8 bits that prefix is
+written out, one layer at a time, in the number format of the attention.
 
 Shape suffixes: B batch, L tokens, N heads, D channels a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .rope import rotate_time_
-from .settings import CausalSettings
+from .kv_buffers import Buffer, buffer_of, bytes_a_token, new_buffer
+from .settings import INT8, CausalSettings
+from .wan_layout import HEAD_DIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,8 @@ class KVCache:
     def snapshot(self) -> dict[str, Tensor]:
         """Keys and values after a committed chunk, by "condition/layer/keys" and ".../values"; copies on the CPU.
 
+        In 8 bits their scales are beside them, in "..._scale".
+
         With `committed`, `dropped`, `moved` and `begun` this is all that a later run needs to go on: see
         `restore`. In an open chunk it is what that chunk sees of those before it, also where a forward was broken off:
         layers that it had not reached are brought to where the others are. The chunk is then to be made from its
@@ -230,12 +234,13 @@ class KVCache:
         segments = self.segments()
         for number, condition in enumerate(self._conditions.values()):
             for index, layer in condition._layers.items():
-                each = layer.keys_BLND.shape[1] // self.capacity
+                each = layer.keys.shape[1] // self.capacity
                 if self.frames:
                     condition._advance(layer, each, segments)
                 tokens = each * filled
-                out[f"{number}/{index}/keys"] = layer.keys_BLND[:, :tokens].to("cpu", copy=True)
-                out[f"{number}/{index}/values"] = layer.values_BLND[:, :tokens].to("cpu", copy=True)
+                for part, buffer in (("keys", layer.keys), ("values", layer.values)):
+                    for ending, tensor in buffer.tensors.items():
+                        out[f"{number}/{index}/{part}{ending}"] = tensor[:, :tokens].to("cpu", copy=True)
         return out
 
     def restore(
@@ -273,22 +278,29 @@ class KVCache:
         if moved is None:
             self.frames = begun
             moved, self.frames = self.moved, 0
-        restored: dict[int, ConditionKV] = {}
+        layers: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
         for name, tensor in snapshot.items() if filled else ():
             number, index, part = name.split("/")
-            condition = restored.setdefault(int(number), ConditionKV(self))
-            tokens, remainder = divmod(tensor.shape[1], filled)
-            if remainder:
+            kind, _, ending = part.partition("_")
+            of_layer = layers.setdefault((int(number), int(index)), {"keys": {}, "values": {}})
+            of_layer[kind][ending and f"_{ending}"] = tensor
+        restored: dict[int, ConditionKV] = {}
+        for (number, index), parts in layers.items():
+            buffers = [self._restored_buffer(f"{number}/{index}/{kind}", parts[kind], device) for kind in parts]
+            condition = restored.setdefault(number, ConditionKV(self))
+            condition._layers[index] = _Layer(*buffers, moved, self.committed)
+        self._restored = [restored[number] for number in sorted(restored)]
+
+    def _restored_buffer(self, name: str, tensors: Mapping[str, Tensor], device: torch.device | str) -> Buffer:
+        """A buffer of this cache's capacity that begins with a snapshot's tokens."""
+        for tensor in tensors.values():
+            if tensor.shape[1] % self.filled:
                 raise ValueError(
-                    f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {filled} latent "
+                    f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {self.filled} latent "
                     "frames in this window: it belongs to other settings or to another length."
                 )
-            buffer = tensor.new_empty(
-                (tensor.shape[0], self.capacity * tokens, *tensor.shape[2:]), device=torch.device(device)
-            )
-            buffer[:, : tensor.shape[1]] = tensor
-            condition._restore(int(index), part, buffer, moved)
-        self._restored = [restored[number] for number in sorted(restored)]
+        tokens = max((tensor.shape[1] for tensor in tensors.values()), default=0) // self.filled
+        return buffer_of(self.settings.kv_cache_dtype, tensors, self.capacity * tokens, torch.device(device))
 
     def forget(self, committed: int) -> None:
         """Drop every buffer and stand behind `committed` latent frames: for a snapshot whose window is written anew."""
@@ -318,24 +330,27 @@ class KVCache:
         element_bytes: int,
         batch: int = 1,
         conditions: int = 1,
+        head_dim: int = HEAD_DIM,
     ) -> int:
-        """Bytes that a clip's cache will take, before anything is allocated.
+        """Bytes that a clip's cache will take, before anything is allocated; in 8 bits with one layer written out.
 
         Args:
             layers: transformer blocks.
             tokens_per_frame: tokens of one latent frame.
             width: channels of a key, heads * head_dim.
-            element_bytes: bytes a channel (2 for bf16).
+            element_bytes: bytes a channel, as it is computed (2 for bf16).
             conditions: 1 without guidance, 2 with.
         """
-        tokens = settings.capacity(total_frames) * tokens_per_frame
-        return 2 * layers * batch * conditions * tokens * width * element_bytes
+        tokens = batch * settings.capacity(total_frames) * tokens_per_frame
+        kept = layers * conditions * bytes_a_token(settings.kv_cache_dtype, width, head_dim, element_bytes)
+        written_out = width * element_bytes if settings.kv_cache_dtype == INT8 else 0
+        return 2 * tokens * (kept + written_out)
 
 
 @dataclass(slots=True)
 class _Layer:
-    keys_BLND: Tensor
-    values_BLND: Tensor
+    keys: Buffer
+    values: Buffer
     # How far this layer's history has been moved in time, and through which chunk it was written.
     shift: int = 0
     written_until: int = 0
@@ -350,17 +365,8 @@ class ConditionKV:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys_BLND.nbytes + layer.values_BLND.nbytes for layer in self._layers.values())
-
-    def _restore(self, index: int, part: str, buffer: Tensor, moved: int) -> None:
-        """Take one buffer of a snapshot; keys and values of a layer come in either order."""
-        layer = self._layers.get(index)
-        if layer is None:
-            layer = self._layers[index] = _Layer(buffer, buffer, moved, self.cache.committed)
-        if part == "keys":
-            layer.keys_BLND = buffer
-        else:
-            layer.values_BLND = buffer
+        buffers = [buffer for layer in self._layers.values() for buffer in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for buffer in buffers for tensor in buffer.tensors.values())
 
     def free(self) -> None:
         """Drop the buffers of every layer."""
@@ -371,9 +377,10 @@ class ConditionKV:
     ) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return everything that it attends to.
 
-        With grad mode off the results are views of the buffer's prefix. With it on they are copies, in which the
-        current chunk keeps its graph and the history is detached: backward may need them after the buffer has been
-        overwritten, even where the queries alone are trained. The buffer receives detached values.
+        With grad mode off the results are views of the buffer's prefix, in 8 bits copies in which the current chunk is
+        exact. With it on they are copies, in which the current chunk keeps its graph and the history is detached:
+        backward may need them after the buffer has been overwritten, even where the queries alone are trained. The
+        buffer receives detached values.
 
         Args:
             index: the layer.
@@ -397,36 +404,51 @@ class ConditionKV:
         segments = cache.segments()
         self._advance(layer, tokens, segments)
 
-        for segment in segments if write else ():
-            rows = slice(segment.slot * tokens, (segment.slot + segment.frames) * tokens)
-            own = slice(segment.source * tokens, (segment.source + segment.frames) * tokens)
-            layer.keys_BLND[:, rows] = keys_BLND[:, own].detach()
-            layer.values_BLND[:, rows] = values_BLND[:, own].detach()
+        for rows, own in _rows(segments, tokens) if write else ():
+            layer.keys.write(rows, keys_BLND[:, own].detach())
+            layer.values.write(rows, values_BLND[:, own].detach())
 
+        pairs = ((layer.keys, keys_BLND), (layer.values, values_BLND))
         if torch.is_grad_enabled() or not write:
             kept = self._kept_runs(segments, tokens)
-            keys = torch.cat([*(layer.keys_BLND[:, run] for run in kept), keys_BLND], dim=1)
-            values = torch.cat([*(layer.values_BLND[:, run] for run in kept), values_BLND], dim=1)
-            return keys, values
-        filled = cache.filled * tokens
-        return layer.keys_BLND[:, :filled], layer.values_BLND[:, :filled]
+            keys, values = (
+                torch.cat([*(buffer.read(run, own.dtype) for run in kept), own], dim=1) for buffer, own in pairs
+            )
+        elif cache.settings.kv_cache_dtype == INT8:
+            keys, values = (self._written_out(buffer, own, segments, tokens) for buffer, own in pairs)
+        else:
+            filled = slice(0, cache.filled * tokens)
+            keys, values = (buffer.read(filled, own.dtype) for buffer, own in pairs)
+        return keys, values
+
+    def _written_out(self, buffer: Buffer, own_BLND: Tensor, segments: list[Segment], tokens: int) -> Tensor:
+        """The buffer's prefix in the format of the current chunk, which is in it as it came."""
+        batch, _, heads, head_dim = own_BLND.shape
+        out = own_BLND.new_empty((batch, self.cache.filled * tokens, heads, head_dim))
+        for run in self._kept_runs(segments, tokens):
+            buffer.copy_to(run, out[:, run])
+        for rows, own in _rows(segments, tokens):
+            out[:, rows] = own_BLND[:, own]
+        return out
 
     def _layer(self, index: int, keys_BLND: Tensor, values_BLND: Tensor, tokens: int) -> _Layer:
         layer = self._layers.get(index)
         batch, _, heads, head_dim = keys_BLND.shape
-        shape = (batch, self.cache.capacity * tokens, heads, head_dim)
+        room = self.cache.capacity * tokens
+        shape = (batch, room, heads, head_dim)
         if layer is None:
             if self.cache._written:
                 raise RuntimeError(
                     f"This condition has no keys for the first {self.cache.committed} latent frames: it must take part "
                     "in every chunk from the first one on."
                 )
-            layer = self._layers[index] = _Layer(
-                keys_BLND.new_empty(shape), values_BLND.new_empty(shape), written_until=self.cache.committed
+            keys, values = (
+                new_buffer(self.cache.settings.kv_cache_dtype, own, room) for own in (keys_BLND, values_BLND)
             )
-        elif layer.keys_BLND.shape != shape:
+            layer = self._layers[index] = _Layer(keys, values, written_until=self.cache.committed)
+        elif layer.keys.shape != shape:
             raise ValueError(
-                f"Layer {index} was opened with keys {tuple(layer.keys_BLND.shape)} and now gets {shape}; one cache "
+                f"Layer {index} was opened with keys {tuple(layer.keys.shape)} and now gets {shape}; one cache "
                 "serves one size and batch."
             )
         return layer
@@ -445,7 +467,7 @@ class ConditionKV:
             for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)
                 if moved.start < moved.stop:
-                    rotate_time_(layer.keys_BLND[:, moved], -delta * cache.time_scale)
+                    layer.keys.move(moved, -delta * cache.time_scale)
             layer.shift = cache.moved
         layer.written_until = cache.committed + cache.frames
 
@@ -461,3 +483,12 @@ class ConditionKV:
         if at < filled:
             runs.append(slice(at, filled))
         return [run for run in runs if run.start < run.stop]
+
+
+def _rows(segments: list[Segment], tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the buffer and of the chunk, for each segment."""
+    for segment in segments:
+        yield (
+            slice(segment.slot * tokens, (segment.slot + segment.frames) * tokens),
+            slice(segment.source * tokens, (segment.source + segment.frames) * tokens),
+        )

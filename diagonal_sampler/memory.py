@@ -9,9 +9,10 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 from .cache import KVCache
-from .settings import CausalSettings
+from .settings import INT8, CausalSettings
 
 TEXT_TOKENS = 512
 """Tokens of a prompt for Wan: its text encoder pads to that."""
@@ -149,11 +150,13 @@ class Change:
 
     Attributes:
         weights: of LIGHTER_FORMATS.
+        kv_cache_dtype: of settings.KV_CACHE_DTYPES.
         window: in latent frames.
         size: (rows, columns) of latent cells.
     """
 
     weights: str | None = None
+    kv_cache_dtype: str | None = None
     window: int | None = None
     size: tuple[int, int] | None = None
 
@@ -188,9 +191,11 @@ def changes_that_fit(
         if fits(lighter, clip):
             found.append(Change(weights=name))
             break
+    if clip.settings.kv_cache_dtype != INT8 and fits(network, _with_settings(clip, kv_cache_dtype=INT8)):
+        found.append(Change(kv_cache_dtype=INT8))
     windows = _smaller_windows(clip)
     # Bytes rise with the window, and a clip of a day has a window a chunk.
-    largest = bisect_left(windows, True, key=lambda window: fits(network, _with_window(clip, window)))
+    largest = bisect_left(windows, True, key=lambda window: fits(network, _with_settings(clip, window=window)))
     if largest < len(windows):
         found.append(Change(window=windows[largest]))
     for smaller in _smaller_sizes(clip, step):
@@ -201,7 +206,7 @@ def changes_that_fit(
         return found
     name, lightest = (formats or [(None, network)])[-1]
     window = windows[-1] if windows else None
-    least = clip if window is None else _with_window(clip, window)
+    least = clip if window is None else _with_settings(clip, window=window)
     for smaller in (least, *_smaller_sizes(least, step)):
         if fits(lightest, smaller):
             size = None if smaller is least else (smaller.rows, smaller.columns)
@@ -224,8 +229,8 @@ def _smaller_windows(clip: ClipSize) -> range:
     return range(largest, smallest - 1, -settings.frames_per_chunk)
 
 
-def _with_window(clip: ClipSize, window: int) -> ClipSize:
-    return replace(clip, settings=replace(clip.settings, window=window))
+def _with_settings(clip: ClipSize, **changed: Any) -> ClipSize:
+    return replace(clip, settings=replace(clip.settings, **changed))
 
 
 def _smaller_sizes(clip: ClipSize, step: int) -> Iterator[ClipSize]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .schedule import CONTEXT_MODES, same_steps
-from .settings import CausalSettings
+from .settings import KV_CACHE_DTYPES, CausalSettings
 from .weight_files import short
 
 
@@ -159,6 +159,7 @@ def causal_settings(
     window: int | None = None,
     sink: int | None = None,
     positions: str = "auto",
+    kv_cache_dtype: str = KV_CACHE_DTYPES[0],
 ) -> tuple[CausalSettings, tuple[str, ...]]:
     """The attention window to use: what is chosen, else what the file says, else the default; and the
     contradictions.
@@ -170,4 +171,5 @@ def causal_settings(
     stated = {key: getattr(provenance, key) for key in chosen}
     merged = {key: chosen[key] if chosen[key] is not None else stated[key] for key in chosen}
     known = {key: value for key, value in merged.items() if value is not None}
-    return CausalSettings(positions=positions, **known), provenance.contradictions(**chosen)
+    settings = CausalSettings(positions=positions, kv_cache_dtype=kv_cache_dtype, **known)
+    return settings, provenance.contradictions(**chosen)

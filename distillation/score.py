@@ -33,7 +33,7 @@ from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, levels_text, parse_steps, same_levels
-from diagonal_sampler.settings import CausalSettings
+from diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from distillation import demo_files, sprites, train_demo
 from distillation.rollout import stream
 from distillation.run_folder import write_json
@@ -448,6 +448,8 @@ def chosen_sampling(
         settings = replace(settings, window=options.window)
     if options.sink is not None:
         settings = replace(settings, sink=options.sink)
+    if options.kv_cache_dtype:
+        settings = replace(settings, kv_cache_dtype=options.kv_cache_dtype)
     return schedule, settings, trained.cfg if options.cfg is None else options.cfg
 
 
@@ -479,6 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context-mode", choices=CONTEXT_MODES, help="default: as trained, or the preset's")
     parser.add_argument("--window", type=int, help="latent frames, -1 for all; default: as trained")
     parser.add_argument("--sink", type=int, help="latent frames; default: as trained")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="number format of the KV cache")
     parser.add_argument(
         "--noise", choices=("kept", "fresh"), help="kept: Euler's method; fresh: as distilled models do"
     )

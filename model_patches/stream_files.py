@@ -199,7 +199,7 @@ def _lies_in(folder: str, path: str) -> bool:
 _GRAPH = "graph"
 _WORDS = {
     "positive": "positive (a text, a time, switch or blend_chunks)",
-    "settings": "the model's frames_per_chunk, window, sink or positions",
+    "settings": "the model's frames_per_chunk, window, sink, positions or kv_cache_dtype",
     "size": "width or height",
     "rate": "fps",
     "optical_flow": "optical_flow (the motion, or a setting)",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.disk import sync_path, try_lock, whole_file
 from ..diagonal_sampler.safetensors_header import read_header
+from ..diagonal_sampler.settings import ADDED_LATER
 from ..diagonal_sampler.weight_files import write_weights
 from .video_containers import VideoWriteError, way_out
 
@@ -331,8 +332,11 @@ def _feed(hasher: Any, value: Any) -> None:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         put(type(value).__qualname__)
         for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            if field.metadata.get(ADDED_LATER) and part == field.default:
+                continue  # the digest of before it was there
             put(field.name)
-            _feed(hasher, getattr(value, field.name))
+            _feed(hasher, part)
     elif isinstance(value, type) or hasattr(value, "__qualname__"):
         put("name", value.__qualname__)
     else:

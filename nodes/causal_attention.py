@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from ..model_patches.causal import make_causal
-from .common import CATEGORY, window_inputs
+from .common import CATEGORY, kv_cache_input, window_inputs
 
 
 class DiagonalCausalAttention(io.ComfyNode):
@@ -31,11 +31,26 @@ class DiagonalCausalAttention(io.ComfyNode):
                     "with: 3 for nearly all, 1 for frame-by-frame Causal Forcing.",
                 ),
                 *window_inputs(),
+                kv_cache_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="A causal MODEL. The input MODEL is not changed.")],
         )
 
     @classmethod
-    def execute(cls, model, frames_per_chunk: int, window: int, sink: int, positions: str) -> io.NodeOutput:
-        settings = CausalSettings(frames_per_chunk=frames_per_chunk, window=window, sink=sink, positions=positions)
+    def execute(
+        cls,
+        model,
+        frames_per_chunk: int,
+        window: int,
+        sink: int,
+        positions: str,
+        kv_cache_dtype: str = KV_CACHE_DTYPES[0],
+    ) -> io.NodeOutput:
+        settings = CausalSettings(
+            frames_per_chunk=frames_per_chunk,
+            window=window,
+            sink=sink,
+            positions=positions,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         return io.NodeOutput(make_causal(model, settings))

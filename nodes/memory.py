@@ -19,7 +19,7 @@ from ..diagonal_sampler.frames import latent_frames
 from ..diagonal_sampler.memory import FP8, Change, ClipSize, DecoderFacts, changes_that_fit, forecast
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
-from ..diagonal_sampler.settings import CausalSettings
+from ..diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from ..diagonal_sampler.weight_files import printable
 from ..model_patches.flow_control import ADAPTER_AND_BLEND, REFERENCE
 from ..model_patches.memory import (
@@ -72,9 +72,10 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         query: as text, `node` (the loader's type), `file`, `weights`, `weight_dtype`; `frames_per_chunk`, `window`,
-            `sink` of the node that makes the model causal; the schedule's `preset`, where it decides the frames per
-            chunk; `width`, `height` in pixels, `length` in pixel frames, `batch`, `cfg`; for a node that decodes too,
-            `vae_node` and `vae`; for optical flow with a VAE, `flow` (its mode), `flow_vae_node` and `flow_vae`.
+            `sink`, `kv_cache_dtype` of the node that makes the model causal; the schedule's `preset`, where it decides
+            the frames per chunk; `width`, `height` in pixels, `length` in pixel frames, `batch`, `cfg`; for a node that
+            decodes too, `vae_node` and `vae`; for optical flow with a VAE, `flow` (its mode), `flow_vae_node` and
+            `flow_vae`.
 
     Returns:
         What `_figures` says, or `error`, in English; with `missing` where that is a `file` that is in none of its
@@ -107,8 +108,8 @@ def _figures(query: Mapping[str, str]) -> dict[str, Any]:
         Figures, which the canvas puts into words of its language: in bytes `parts`, `total` and `available`, and what
         of the weights would have to wait in RAM while the run goes on (`waiting`, 0 where that does not help); `fits`,
         `on_gpu`, `device`; the clip's `width` and `height` in pixels and its `window` in latent frames; and `changes`
-        that fit, each with `weights` (a format), `window` (latent frames) and `size` (width, height in pixels), None
-        for what stays.
+        that fit, each with `weights` and `kv_cache_dtype` (a format), `window` (latent frames) and `size` (width,
+        height in pixels), None for what stays.
 
     Raises:
         ValueError, OSError: what cannot be known, in words.
@@ -122,6 +123,7 @@ def _figures(query: Mapping[str, str]) -> dict[str, Any]:
         frames_per_chunk=_preset_frames(query) or _setting(query, "frames_per_chunk", FRAMES_FROM_FILE),
         window=_setting(query, "window", WINDOW_FROM_FILE),
         sink=_setting(query, "sink", SINK_FROM_FILE),
+        kv_cache_dtype=query.get("kv_cache_dtype") or KV_CACHE_DTYPES[0],
     )
     clip = _clip(query, settings)
     frames = min(settings.frames_per_chunk, clip.frames)

@@ -17,12 +17,12 @@ from ..diagonal_sampler.checkpoints import (
 )
 from ..diagonal_sampler.lora_files import peft_config
 from ..diagonal_sampler.provenance import causal_settings
-from ..diagonal_sampler.settings import POSITIONS, CausalSettings
+from ..diagonal_sampler.settings import INT8, KV_CACHE_DTYPES, POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
 from ..model_patches.causal import make_causal
 from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, is_trained_as, load_wan
 from .client import tell
-from .common import CATEGORY
+from .common import CATEGORY, kv_cache_input
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class DiagonalModelLoader(io.ComfyNode):
                     tooltip="Factor on the LoRA, without a unit: 1 is as trained, 0 is none. No effect without a LoRA.",
                     optional=True,
                 ),
+                kv_cache_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
@@ -167,6 +168,7 @@ class DiagonalModelLoader(io.ComfyNode):
         positions: str,
         lora_name: str = NO_LORA,
         lora_strength: float = 1.0,
+        kv_cache_dtype: str = KV_CACHE_DTYPES[0],
     ) -> io.NodeOutput:
         path = full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
         lora_path = None if lora_name == NO_LORA else full_path(LORA_FOLDERS, lora_name, "lora_name")
@@ -185,6 +187,7 @@ class DiagonalModelLoader(io.ComfyNode):
             window=None if window == WINDOW_FROM_FILE else window,
             sink=None if sink == SINK_FROM_FILE else sink,
             positions=positions,
+            kv_cache_dtype=kv_cache_dtype,
         )
         lines = [info.summary(), *lora_lines]
         unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
@@ -204,7 +207,7 @@ class DiagonalModelLoader(io.ComfyNode):
         lines.append(
             f"attention: {settings.frames_per_chunk} latent frames a chunk"
             f"{' (the usual; the file does not say)' if unsaid else ''}, window {window_text}, sink {settings.sink}, "
-            f"positions {settings.positions}"
+            f"positions {settings.positions}{', KV cache in 8 bits' if settings.kv_cache_dtype == INT8 else ''}"
         )
         for warning in warnings:
             log.warning("%s: %s", info.file, warning)

@@ -128,7 +128,8 @@ function modelQuery(loader, causal) {
   if (!query.file) throw new Unknown(phrase("no_file", { node: loader.title })); // a list without any file
   for (const name of ["weights", "weight_dtype"])
     if (widget(loader, name) && name !== FILES[loader.type]) query[name] = value(loader, name);
-  if (causal) for (const name of ["frames_per_chunk", "window", "sink"]) query[name] = value(causal, name);
+  const of = ["frames_per_chunk", "window", "sink", "kv_cache_dtype"];
+  for (const name of of) if (causal && widget(causal, name)) query[name] = value(causal, name);
   return query;
 }
 
@@ -344,6 +345,7 @@ function inWords({ fits, parts, total, available, waiting, on_gpu, width, height
     const [across, down] = change.size ?? [];
     return list([
       ...(change.weights ? [phrase(change.weights)] : []),
+      ...(change.kv_cache_dtype ? [phrase("kv_cache_dtype", { dtype: change.kv_cache_dtype })] : []),
       ...(change.window ? [phrase("window", { window: change.window })] : []),
       ...(change.size ? [phrase("size", { width: across, height: down })] : []),
     ]);

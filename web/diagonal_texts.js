@@ -62,6 +62,7 @@ const TEXTS = {
   ],
   fp8: ["an fp8 file", " fp8 文件"],
   gguf_q4: ["a 4-bit GGUF file", " 4 位 GGUF 文件"],
+  kv_cache_dtype: ["kv_cache_dtype {dtype}", " kv_cache_dtype {dtype} "],
   window: ["window {window}", "窗口 {window} "],
   size: ["{width}x{height}", " {width}x{height} "],
 

@@ -604,6 +604,21 @@ def test_memory_request_is_one_chunk_and_the_window(tiny_wan, causal, prompt, sa
     assert short[0] == pytest.approx(2 * chunk + cache + text)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_a_kv_cache_in_eight_bits_changes_the_video_by_little(tiny_wan, causal, prompt, sample_latent, cfg):
+    """From the second chunk on: the first sees nothing but itself."""
+
+    def run(**settings):
+        latent = {"samples": torch.zeros(1, 16, 15, 4, 4)}
+        model = causal(tiny_wan, window=6, sink=3, positions="window", **settings)
+        return sample_latent(model, prompt(), prompt(1), latent, DIAGONAL, seed=1, cfg=cfg)["samples"]
+
+    exact, small = run(), run(kv_cache_dtype="int8")
+    assert torch.equal(exact[:, :, :3], small[:, :, :3])
+    error = (exact - small).std() / exact.std()
+    assert 1e-6 < error < 0.01
+
+
 def test_video_to_video_keeps_what_the_mask_protects(tiny_wan, causal, prompt, sample_latent):
     generator = torch.Generator().manual_seed(3)
     video = torch.randn(1, 16, 9, 4, 8, generator=generator)

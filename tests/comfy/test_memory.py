@@ -18,6 +18,7 @@ from wan_files import DIMS, LAYOUTS, tiny_wan
 from diagonal_sampler.flow import camera_flow
 from diagonal_sampler.memory import ClipSize, forecast
 from diagonal_sampler.schedule import DiagonalSchedule
+from diagonal_sampler.settings import KV_CACHE_DTYPES
 from diagonal_sampler.wan_layout import expected_shapes
 
 LEGACY = "old torch format"
@@ -174,11 +175,12 @@ def test_a_gguf_file_keeps_its_weights_packed(memory, load_wan, tmp_path):
 
 @pytest.mark.parametrize("window", [6, -1])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 def test_keys_and_values_are_those_of_a_run(
-    memory, pack_module, tiny_wan_path, tiny_wan, causal, prompt, monkeypatch, window, cfg
+    memory, pack_module, tiny_wan_path, tiny_wan, causal, prompt, monkeypatch, window, cfg, kv_cache_dtype
 ):
     sampling = pack_module("model_patches.sampling")
-    model = causal(tiny_wan, window=window, sink=3 if window > 0 else 0)
+    model = causal(tiny_wan, window=window, sink=3 if window > 0 else 0, kv_cache_dtype=kv_cache_dtype)
     plan = sampling.plan_clip(model, (1, 16, 9, 4, 6), DiagonalSchedule.preset("diagonal 4-3-2"))
     runs, caches = [], []
     real = sampling.CausalRun
@@ -192,8 +194,11 @@ def test_keys_and_values_are_those_of_a_run(
     clip = ClipSize(
         settings=plan.settings, frames=9, rows=4, columns=6, conditions=1 if cfg == 1 else 2, text_tokens=16
     )
-    expected = forecast(memory.file_facts(tiny_wan_path).network, clip)
-    assert caches[-1] == (expected.keys_values, expected.text)
+    network = memory.file_facts(tiny_wan_path).network
+    expected = forecast(network, clip)
+    frames = min(window, 9) if window > 0 else 9
+    written_out = 2 * frames * 2 * 3 * network.width * network.element_bytes if kv_cache_dtype == "int8" else 0
+    assert caches[-1] == (expected.keys_values - written_out, expected.text)
 
 
 def test_a_compute_dtype_counts_whichever_model_ran_last(memory, pack_module, tiny_wan, causal, prompt):

@@ -217,6 +217,31 @@ def test_resumed_latents_are_equal_bit_by_bit(streaming, stream, options, monkey
     assert all(torch.equal(a, b) for a, b in zip(found, whole[:5] + whole[3:], strict=True))
 
 
+def test_a_cache_in_eight_bits_goes_on_bit_by_bit_and_is_of_another_video(
+    streaming, demo, options, monkeypatch, pack_module, output
+):
+    causal = pack_module("model_patches.causal")
+    settings = causal.causal_settings(demo[0])
+    small = causal.make_causal(demo[0], dataclasses.replace(settings, kv_cache_dtype="int8"))
+    found = recorded(streaming, monkeypatch)
+
+    def run(model, **more):
+        found.clear()
+        lines = []
+        wanted = options(format="png", seconds=4.0, state_every=3)
+        streaming.stream_video(model, *demo[1:], SCHEDULE, wanted, announce=lines.append, **more)
+        return found.copy(), "Resumed" in lines[0]
+
+    whole, _ = run(small)
+    with pytest.raises(Stop):
+        run(small, on_progress=stop_at(5))
+    plain, resumed = run(demo[0])
+    assert not resumed and torch.equal(plain[0], whole[0]) and not torch.equal(plain[-1], whole[-1])
+    rest, resumed = run(small)
+    assert resumed and len(rest) == 3
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+
+
 def cancelled_at(forwards: int):
     """An on_progress at which somebody presses ComfyUI's Cancel."""
 
@@ -1487,6 +1512,15 @@ def test_every_value_of_a_motion_counts(stream_state, place):
     assert stream_state.digest_of_whole(motion) != before
     motion[place] = 0
     assert stream_state.digest_of_whole(motion) == before
+
+
+def test_a_setting_that_older_packs_lacked_leaves_their_videos_theirs(stream_state):
+    """Half-made videos of before kv_cache_dtype go on."""
+    known = [field for field in dataclasses.fields(CausalSettings) if field.name != "kv_cache_dtype"]
+    older = dataclasses.make_dataclass("CausalSettings", [(field.name, object, field.default) for field in known])
+    assert stream_state.digest_of(part=CausalSettings()) == stream_state.digest_of(part=older())
+    assert stream_state.digest_of(part=CausalSettings(kv_cache_dtype="int8")) != stream_state.digest_of(part=older())
+    assert stream_state.digest_of(part=CausalSettings(sink=2)) != stream_state.digest_of(part=older())
 
 
 def test_another_lora_is_another_model(demo, stream_state):

@@ -11,8 +11,9 @@ from tiny_wan import ListKV, kept_frames, normal, split
 
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import causal_views
+from diagonal_sampler.kv_buffers import Int8Buffer
 from diagonal_sampler.rope import rotate, rotate_time_, rotation_table
-from diagonal_sampler.settings import CausalSettings
+from diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 
 HEADS, HEAD_DIM, TOKENS = 2, 128, 2
 
@@ -33,8 +34,12 @@ CASES = [
 ]
 
 
-def settings_of(window: int, sink: int, chunk: int, positions: str = "absolute") -> CausalSettings:
-    return CausalSettings(frames_per_chunk=chunk, window=window, sink=sink, positions=positions)
+def settings_of(
+    window: int, sink: int, chunk: int, positions: str = "absolute", kv_cache_dtype: str = "default"
+) -> CausalSettings:
+    return CausalSettings(
+        frames_per_chunk=chunk, window=window, sink=sink, positions=positions, kv_cache_dtype=kv_cache_dtype
+    )
 
 
 def random_settings(rng: random.Random, positions: str = "absolute") -> tuple[CausalSettings, int]:
@@ -163,7 +168,9 @@ def test_auto_counts_in_the_window_only_beyond_the_trained_length():
 
 
 @torch.no_grad()
-def check_against_list(settings: CausalSettings, total: int, scale: float, batch: int, forwards: int) -> None:
+def check_against_list(
+    settings: CausalSettings, total: int, scale: float, batch: int, forwards: int, atol: float = 1e-5
+) -> None:
     """Attention through the cache equals attention over an unrotated list, chunk by chunk."""
     cache = KVCache(settings, total, time_scale=scale)
     reference = ListKV(settings, total, scale)
@@ -180,7 +187,7 @@ def check_against_list(settings: CausalSettings, total: int, scale: float, batch
                 F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, *kv.update(0, k, v))))
                 for kv in (condition, reference)
             )
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol)
         cache.commit()
         reference.commit()
 
@@ -486,6 +493,77 @@ def test_the_buffer_holds_no_graph():
     assert values._base.grad_fn is None and not values._base.requires_grad
 
 
+# In 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_are_off_by_half_a_level_of_each_heads_largest_channel(dtype):
+    sizes = torch.tensor([1e-3, 1.0, 50.0])[None, :, None, None]  # of each token
+    x = (normal(0, 2, 3, HEADS, HEAD_DIM) * sizes).to(dtype)
+    x[0, 1, 1] = 0
+    buffer = Int8Buffer.like(x, 5)
+    buffer.write(slice(1, 4), x)
+    found = buffer.read(slice(1, 4), torch.float32)
+    most = x.float().abs().amax(-1, keepdim=True) / 254
+    assert ((found - x.float()).abs() <= most * 1.001).all()
+    assert ((found - x.float()).abs() > most / 2).any()
+    assert buffer.read(slice(1, 4), dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_eight_bits(value):
+    x = normal(0, 1, 2, HEADS, HEAD_DIM)
+    x[0, 0, 1, 3] = value
+    buffer = Int8Buffer.like(x, 2)
+    buffer.write(slice(0, 2), x)
+    found = buffer.read(slice(0, 2), torch.float32)
+    assert not found[0, 0, 1].isfinite().all()
+    assert found[0, 0, 0].isfinite().all() and found[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+@pytest.mark.parametrize(("window", "sink", "chunk", "total"), CASES)
+def test_attention_over_eight_bits_is_near_that_over_a_list_of_unrotated_keys(window, sink, chunk, total, positions):
+    settings = settings_of(window, sink, chunk, positions, "int8")
+    check_against_list(settings, total, scale=1.0, batch=2, forwards=2, atol=0.04)
+    if total > chunk:
+        with pytest.raises(AssertionError):
+            check_against_list(settings, total, scale=1.0, batch=2, forwards=2, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", [True, False])
+def test_the_current_chunk_sees_itself_exactly(write):
+    cache = KVCache(settings_of(7, 2, 3, "window", "int8"), 20)
+    for _ in range(3):
+        one_chunk(cache, ("only",))
+    cache.begin(3)
+    before = one_forward(cache, ("only",))[0]
+    keys, values = normal(7, 2, 1, 3 * TOKENS, HEADS, HEAD_DIM)
+    for own, found in zip((keys, values), cache.condition("only").update(0, keys, values, write=write), strict=True):
+        assert all((token == found).flatten(2).all(-1).any() for token in own[0].unbind())
+        assert found.shape[1] == cache.filled * TOKENS
+    # The chunk lies in the buffer's ring, so that what is before it stands where it stood.
+    sink = 2 * TOKENS
+    assert torch.equal(cache.condition("only").update(0, keys, values)[0][:, :sink], before[:, :sink])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_eight_bits_are_known_with_one_layer_written_out(dtype):
+    settings = settings_of(12, 3, 3, kv_cache_dtype="int8")
+    cache = KVCache(settings, 21)
+    cache.begin(3)
+    tags = tagged(range(3), batch=2).to(dtype)
+    for name in ("positive", "negative"):
+        for layer in range(3):
+            cache.condition(name).update(layer, tags, tags)
+    width, tokens = HEADS * HEAD_DIM, 12 * TOKENS
+    sizes = dict(layers=3, tokens_per_frame=TOKENS, width=width, element_bytes=dtype.itemsize, batch=2, conditions=2)
+    assert KVCache.bytes_needed(settings, 21, **sizes) == cache.nbytes + 2 * 2 * tokens * width * dtype.itemsize
+    assert cache.nbytes == 2 * 3 * 2 * 2 * tokens * (width + 4 * HEADS)
+
+
 # Snapshots
 
 
@@ -512,9 +590,10 @@ def one_forward(cache: KVCache, names: tuple[str, ...]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("positions", ["absolute", "window"])
 @pytest.mark.parametrize("made", [1, 2, 4])
-def test_a_restored_cache_goes_on_bit_by_bit_whatever_the_order_of_the_snapshot(positions, made):
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_a_restored_cache_goes_on_bit_by_bit_whatever_the_order_of_the_snapshot(positions, made, kv_cache_dtype):
     """A file gives its tensors in an order of its own; and another run calls its conditions by other names."""
-    settings = settings_of(7, 2, 3, positions)
+    settings = settings_of(7, 2, 3, positions, kv_cache_dtype)
     cache = KVCache(settings, 20)
     for _ in range(made):
         one_chunk(cache, ("positive", "negative"))
@@ -533,9 +612,10 @@ def test_a_restored_cache_goes_on_bit_by_bit_whatever_the_order_of_the_snapshot(
 @pytest.mark.parametrize("positions", ["absolute", "window"])
 @pytest.mark.parametrize("forwards", [0, 0.5, 1, 2])
 @pytest.mark.parametrize("made", [1, 2, 4])
-def test_a_snapshot_inside_a_chunk_has_it_made_again_bit_by_bit(positions, forwards, made):
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_a_snapshot_inside_a_chunk_has_it_made_again_bit_by_bit(positions, forwards, made, kv_cache_dtype):
     names = ("positive", "negative")
-    settings = settings_of(7, 2, 3, positions)
+    settings = settings_of(7, 2, 3, positions, kv_cache_dtype)
     whole, stopped = KVCache(settings, 20), KVCache(settings, 20)
     for cache in (whole, stopped):
         for _ in range(made):
@@ -697,6 +777,15 @@ def test_a_snapshot_that_does_not_fit_is_refused(committed, dropped, words):
         KVCache(settings, 20).restore(committed, cache.snapshot(), dropped=dropped)
 
 
+@pytest.mark.parametrize("taken", KV_CACHE_DTYPES)
+def test_a_snapshot_in_another_number_format_is_refused(taken):
+    cache = KVCache(settings_of(7, 2, 3, kv_cache_dtype=taken), 20)
+    fill(cache, cache.condition("only"), chunks=2)
+    (wanted,) = set(KV_CACHE_DTYPES) - {taken}
+    with pytest.raises(ValueError, match=f"kv_cache_dtype '{wanted}' has"):
+        KVCache(settings_of(7, 2, 3, kv_cache_dtype=wanted), 20).restore(6, cache.snapshot())
+
+
 def test_snapshots_are_restored_into_an_unused_cache():
     cache = KVCache(settings_of(7, 2, 3), 20)
     fill(cache, cache.condition("only"), chunks=2)
@@ -775,7 +864,7 @@ def test_a_history_that_was_half_moved_is_of_no_use(monkeypatch):
         rotate_time_(keys, frames)
         raise InterruptedError
 
-    monkeypatch.setattr("diagonal_sampler.cache.rotate_time_", break_off)
+    monkeypatch.setattr("diagonal_sampler.kv_buffers.rotate_time_", break_off)
     with pytest.raises(InterruptedError):
         condition.update(0, tagged(range(9, 12)), tagged(range(9, 12)))
     monkeypatch.undo()

@@ -413,7 +413,11 @@ def test_a_run_with_gradients_commits_what_a_run_without_commits(settings):
         assert b.exit_latents is not None and b.exit_latents.requires_grad
         torch.testing.assert_close(b.exit_latents.detach(), b.latents)
     buffers = [
-        [t for layer in cache.condition("only")._layers.values() for t in (layer.keys_BLND, layer.values_BLND)]
+        [
+            t
+            for layer in cache.condition("only")._layers.values()
+            for t in (layer.keys.tokens_BLND, layer.values.tokens_BLND)
+        ]
         for cache in (plain_cache, trained_cache)
     ]
     for a, b in zip(*buffers, strict=True):

@@ -25,7 +25,7 @@ from diagonal_sampler.memory import (
     forecast,
     keys_values_bytes,
 )
-from diagonal_sampler.settings import CausalSettings
+from diagonal_sampler.settings import INT8, CausalSettings
 from diagonal_sampler.wan_layout import WanDims, expected_shapes
 from diagonal_sampler.weight_files import read_weight_file
 
@@ -103,8 +103,8 @@ def test_a_vae_between_forwards_takes_what_it_needs_beyond_one():
 
 def test_every_suggestion_fits_and_the_next_milder_does_not():
     available = forecast(WAN_1_3B, CLIP).total - 1
-    fp8, window, size = changes_that_fit(WAN_1_3B, CLIP, available, step=2)
-    assert (fp8, window) == (Change(weights=FP8), Change(window=9))
+    fp8, int8, window, size = changes_that_fit(WAN_1_3B, CLIP, available, step=2)
+    assert (fp8, int8, window) == (Change(weights=FP8), Change(kv_cache_dtype=INT8), Change(window=9))
     assert size == Change(size=size.size)
     rows, columns = size.size
     assert rows % 2 == columns % 2 == 0 and rows < 60
@@ -113,6 +113,16 @@ def test_every_suggestion_fits_and_the_next_milder_does_not():
     smallest = replace(CLIP, settings=replace(CLIP.settings, window=6))
     found = changes_that_fit(WAN_1_3B, CLIP, forecast(WAN_1_3B, smallest).total, step=2)
     assert Change(window=6) in found and Change(weights=FP8) not in found
+    assert Change(kv_cache_dtype=INT8) not in found
+
+
+def test_a_cache_in_eight_bits_takes_half_and_is_not_suggested_twice():
+    in_8_bits = replace(CLIP, settings=replace(CLIP.settings, kv_cache_dtype=INT8))
+    full, small = (forecast(WAN_14B, clip).keys_values for clip in (CLIP, in_8_bits))
+    # Of each head 128 channels and 4 bytes of scale; and one of 40 layers written out, in bf16.
+    assert small / full == pytest.approx((128 + 4) / 256 + 1 / 40)
+    found = changes_that_fit(WAN_14B, in_8_bits, forecast(WAN_14B, in_8_bits).total - 1, step=2)
+    assert found and all(change.kv_cache_dtype is None for change in found)
 
 
 def test_a_format_that_the_device_lacks_is_not_suggested():

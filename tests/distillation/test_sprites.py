@@ -169,7 +169,7 @@ def test_a_larger_scale_shows_the_same_world() -> None:
 
 
 def sampled(trained: TrainedFor, **flags: object) -> DiagonalSchedule:
-    names = ("preset", "steps", "shift", "context_mode", "noise", "window", "sink", "cfg")
+    names = ("preset", "steps", "shift", "context_mode", "noise", "window", "sink", "kv_cache_dtype", "cfg")
     return chosen_sampling(SimpleNamespace(**dict.fromkeys(names) | flags), trained)[0]
 
 
