@@ -27,6 +27,7 @@ SLUG_LENGTH = 32
 TEXT_INPUTS = ("text", "prompt", "value", "string")
 SEED_INPUTS = ("seed", "noise_seed")
 PROMPT_TITLES = frozenset({"prompt", "positive", "positive prompt"})
+PROMPT_SCHEDULE = "DiagonalPromptSchedule"
 SEED_TITLES = frozenset({"seed", "noise seed"})
 INTERRUPTED = "interrupted on the server"  # by a person: no failure of the job or the server
 OTHER_FORMATS = {
@@ -189,7 +190,10 @@ def _widget_behind(graph: Graph, node_id: str, names: tuple[str, ...], kind: typ
 
 
 def _text_behind_positive(graph: Graph) -> list[Target]:
-    """Follow each link into an input called ``positive`` up to the text widgets it comes from."""
+    """Follow each link into an input called ``positive`` up to the text widgets it comes from.
+
+    Raises BatchError for a prompt schedule that goes on from another conditioning.
+    """
     found: dict[Target, None] = {}
     seen: set[str] = set()
     todo = [source for node in graph.values() if (source := _link_source(graph, node["inputs"].get("positive")))]
@@ -200,6 +204,7 @@ def _text_behind_positive(graph: Graph) -> list[Target]:
         seen.add(node_id)
         target = _widget_behind(graph, node_id, TEXT_INPUTS, str)
         if target:
+            _refuse_later_rows(graph, node_id)
             found[target] = None
             continue
         inputs = graph[node_id]["inputs"]
@@ -207,6 +212,17 @@ def _text_behind_positive(graph: Graph) -> list[Target]:
         names = ["positive"] if "positive" in inputs else [n for n in inputs if "cond" in n]
         todo += [source for n in names if (source := _link_source(graph, inputs[n]))]
     return list(found)
+
+
+def _refuse_later_rows(graph: Graph, node_id: str) -> None:
+    """Raise BatchError for a prompt schedule whose rows come after others: a prompt alone begins the video."""
+    node = graph[node_id]
+    if node["class_type"] == PROMPT_SCHEDULE and _link_source(graph, node["inputs"].get("previous")):
+        raise BatchError(
+            f"the prompt would go to node {printable(node_id)} ({printable(_title(node))}), which goes on from its "
+            "previous, and a prompt without a time begins the video; choose with --prompt-node ID[.INPUT] (that node, "
+            f"too, where each prompt has a time). Candidates: {_describe(graph, _literals(graph, str))}"
+        )
 
 
 def _behind(graph: Graph, side: str, other: str) -> set[str]:
@@ -257,7 +273,8 @@ def _resolve_override(graph: Graph, flag: str, reference: str, names: tuple[str,
 def find_prompt_targets(graph: Graph, overrides: list[str]) -> list[Target]:
     """Where the prompt goes: as told, else what ``positive`` links to, else by title, else the encoder.
 
-    Raises BatchError where that is no place or more than one; what only ``negative`` links to is none.
+    Raises BatchError where that is no place or more than one, or a prompt schedule that goes on from another; what only
+    ``negative`` links to is none.
     """
     if overrides:
         return [_resolve_override(graph, "--prompt-node", ref, TEXT_INPUTS, str) for ref in overrides]
@@ -280,7 +297,10 @@ def find_prompt_targets(graph: Graph, overrides: list[str]) -> list[Target]:
 
 
 def _texts_of(graph: Graph, node_ids: list[str], usable: set[str]) -> list[Target]:
-    return [t for i in node_ids if i in usable and (t := _widget_behind(graph, i, TEXT_INPUTS, str))]
+    found = {i: t for i in node_ids if i in usable and (t := _widget_behind(graph, i, TEXT_INPUTS, str))}
+    for node_id in found:
+        _refuse_later_rows(graph, node_id)
+    return list(found.values())
 
 
 def find_seed_targets(graph: Graph, overrides: list[str]) -> list[Target]:

@@ -15,7 +15,6 @@ interval over the captions. Needs COMFYUI_DIR, or the host that quickstart.py fe
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import sys
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from models import open_host  # first: it makes the repository importable
+from models import open_host, resident_bytes  # first: it makes the repository importable
 
 from diagonal_sampler.schedule import DEMO_PRESET, DiagonalSchedule, parse_steps
 from distillation import sprites
@@ -42,12 +41,6 @@ PIECE = 81  # pixel frames in which sprites are looked for
 STATE_EVERY = 16
 MEMORY_GOAL = 0.02
 """Largest growth of resident memory after the first minute, as a share."""
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from models import open_host, random_prompt, random_wan  # first: it makes the repository importable
+from models import open_host, random_prompt, random_wan, without_patches  # first: it makes the repository importable
 from timing import interleaved
 from torch import Tensor
 from versus_ar_video import MIN_SECONDS, SEED, SIZES, TEXT_DIM, TEXT_TOKENS, Size, parse_size
@@ -62,38 +62,30 @@ def with_packed_weights(model: Any) -> Any:
     return patched
 
 
-def without_patches(model: Any, chosen: Callable[[str], bool]) -> Any:
-    """A clone of a causal MODEL without some of its object patches."""
-    patched = model.clone()
-    for path in [path for path in patched.object_patches if chosen(path)]:
-        del patched.object_patches[path]
-    return patched
-
-
-def measure(host: Any, size: Size, frames: int, repeats: int) -> None:
-    """Prints the table of one size; `frames` are latent frames."""
-    causal = host.pack_module("model_patches.causal")
+def gains(host: Any, size: Size, frames: int) -> dict[str, Callable[[], Tensor]]:
+    """A clip of `frames` latent frames as shipped, and with one thing put back, by what that is."""
+    attention, causal = host.pack_module("model_patches.attention"), host.pack_module("model_patches.causal")
     sample_latent = host.pack_module("model_patches.sampling").sample_latent
     plain = random_wan(WanConfig(dim=size.dim, ffn_dim=4 * size.dim, num_layers=size.blocks, text_dim=TEXT_DIM))
     model = causal.make_causal(plain, CausalSettings())
     prompt, schedule = random_prompt(TEXT_TOKENS, TEXT_DIM), DiagonalSchedule.preset("diagonal 4-3-2")
 
-    def sample(model: Any = model, length: int = frames) -> Tensor:
-        latent = {"samples": torch.zeros(1, 16, length, size.height, size.width)}
+    def sample(model: Any = model) -> Tensor:
+        latent = {"samples": torch.zeros(1, 16, frames, size.height, size.width)}
         return sample_latent(model, prompt, [], latent, schedule, seed=SEED)["samples"]
 
     def with_text_each_time() -> Tensor:
-        with mock.patch.object(causal.CausalRun, "text", lambda run, key, make: make()):
+        with mock.patch.object(causal.CausalRun, "text", lambda run, part, conditions, shape, make: make()):
             return sample()
 
     def with_comfyuis_attention() -> Tensor:
-        with mock.patch.object(causal, "_attention", causal.optimized_attention):
+        with mock.patch.object(causal, "attend", attention.optimized_attention):
             return sample()
 
     own_modulation = without_patches(model, lambda path: path.count(".") == 3)
     own_rotations = without_patches(model, lambda path: path == causal.ROPE_PATH)
     packed = with_packed_weights(model)
-    runs = {
+    return {
         SHIPPED: sample,
         "modulation in every forward": lambda: sample(own_modulation),
         "rotations in every forward": lambda: sample(own_rotations),
@@ -101,7 +93,12 @@ def measure(host: Any, size: Size, frames: int, repeats: int) -> None:
         "ComfyUI's fallback attention": with_comfyuis_attention,
         PACKED: lambda: sample(packed),
     }
-    sample(length=3)  # what is prepared at first use counts in no row
+
+
+def measure(host: Any, size: Size, frames: int, repeats: int) -> None:
+    """Prints the table of one size; `frames` are latent frames."""
+    runs = gains(host, size, frames)
+    runs[SHIPPED]()  # what is prepared at first use counts in no row
     seconds, results = interleaved(runs, repeats, 2 * MIN_SECONDS)
     base = statistics.median(seconds[SHIPPED])
     tokens = -(-size.height // 2) * -(-size.width // 2)

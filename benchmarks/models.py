@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -93,6 +96,14 @@ def random_wan(
     return comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)
 
 
+def without_patches(model: Any, chosen: Callable[[str], bool]) -> Any:
+    """A clone of a causal MODEL without those of its object patches whose paths are chosen."""
+    patched = model.clone()
+    for path in [path for path in patched.object_patches if chosen(path)]:
+        del patched.object_patches[path]
+    return patched
+
+
 def random_taehv(dtype: torch.dtype = torch.float32):
     """lighttaew2_1's architecture as ComfyUI loads it, with random weights given in `dtype`."""
     import comfy.sd
@@ -109,3 +120,8 @@ def random_taehv(dtype: torch.dtype = torch.float32):
 def random_prompt(tokens: int, text_dim: int) -> list:
     """A CONDITIONING, as a text encoder would give it."""
     return [[torch.randn(1, tokens, text_dim, generator=torch.Generator().manual_seed(2)), {}]]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -12,15 +12,13 @@ over a long clip. Needs COMFYUI_DIR, or the host that quickstart.py fetched, and
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
-from models import open_host, random_prompt, random_wan  # first: it makes the repository importable
+from models import open_host, random_prompt, random_wan, resident_bytes  # first: it makes the repository importable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagonal_sampler.dit import WanConfig
@@ -52,11 +50,6 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=30, help="transformer blocks of the counted network")
@@ -69,14 +62,14 @@ def main() -> None:
     host = open_host()
     import comfy.ldm.modules.attention
     import comfy.ldm.wan.model
-    import comfy.samplers
+    from ar_video import FRAMES_PER_BLOCK, ar_video
 
     causal = host.pack_module("model_patches.causal")
     sampling = host.pack_module("model_patches.sampling")
     # As on a GPU: one kernel for an attention. ComfyUI's default on a CPU is three.
-    for module in (comfy.ldm.wan.model, causal):
+    for module in (comfy.ldm.wan.model, host.pack_module("model_patches.attention")):
         module.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
-    schedule, uniform = DiagonalSchedule.preset("diagonal 4-3-2"), DiagonalSchedule.preset("self forcing")
+    schedule = DiagonalSchedule.preset("diagonal 4-3-2")
     prompt = random_prompt(TEXT_TOKENS, TEXT_DIM)
 
     def network(blocks: int):
@@ -89,17 +82,9 @@ def main() -> None:
     plain = network(arguments.blocks)
     model = causal.make_causal(plain, CausalSettings())
     noise = torch.randn(1, 16, COUNTED_FRAMES, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-    def ar_video() -> None:
-        guider = comfy.samplers.CFGGuider(plain)
-        guider.set_conds(prompt, prompt)
-        sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3})
-        sigmas = torch.tensor([*uniform.chunk_sigmas(0), 0.0])
-        guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=1, disable_pbar=True)
-
-    chunks = COUNTED_FRAMES // 3
+    chunks = COUNTED_FRAMES // FRAMES_PER_BLOCK
     rows = {
-        "SamplerARVideo, 4 steps": (ar_video, 5 * chunks),
+        "SamplerARVideo, 4 steps": (lambda: ar_video(plain, prompt, noise, seed=1), 5 * chunks),
         "Diagonal Chunk Sampler, 4-3-2": (lambda: stream(model, COUNTED_FRAMES, lambda _: None), schedule.nfe(chunks)),
     }
     print(

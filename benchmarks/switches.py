@@ -19,18 +19,17 @@ import torch
 from students import student_parser  # before the repository's: it makes them importable
 from torch import Tensor
 
-from diagonal_sampler.cache import KVCache
 from diagonal_sampler.captions import COLOURS, CaptionEncoder, caption_of, parse_caption
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import TIME_FACTOR, pixel_frames
 from diagonal_sampler.noise import SeededNoise
-from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import levels_text, parse_sigmas
 from distillation import demo_files, sprites
+from distillation.common import PRECISION
 from distillation.evidence.statistics import bootstrap
 from distillation.recipes import DEMO
-from distillation.rollout import predict_x0
+from distillation.rollout import stream
 from distillation.samples import decode_frames
 from distillation.score import SMALLEST_AREA, find_blobs, score_clip
 
@@ -61,8 +60,6 @@ def switched_clips(
     seed: int,
 ) -> Tensor:
     """Latents [B, C, T, 8, 8] of BEFORE chunks of the first captions and BEHIND of the others."""
-    size = trained.settings.frames_per_chunk
-    frames = (BEFORE + BEHIND) * size
     side = sprites.FRAME_SIZE // SPACE_FACTOR
     noise = SeededNoise(seed, (len(first), LATENT_CHANNELS, side, side), torch.device("cpu"))
     text = [encoder.encode(list(captions)) for captions in (first, then)]
@@ -73,18 +70,17 @@ def switched_clips(
         now = int(chunk >= BEFORE)
         return chunk == BEFORE
 
-    cache = KVCache(trained.settings, frames)
-
-    def denoise(x: Tensor, at: Forward) -> Tensor:
-        return predict_x0(dit, x, at.sigma, text[now], torch.bfloat16, cache=cache.condition("positive"))
-
-    try:
-        made = sample_chunks(
-            denoise, noise, trained.schedule, cache, frames=frames, frames_per_chunk=size, recache=recache, history={}
-        )
-        return torch.cat([chunk.latents for chunk in made], dim=2)
-    finally:
-        cache.free()
+    chunks = stream(
+        dit,
+        lambda: text[now],
+        noise,
+        trained.schedule,
+        trained.settings,
+        (BEFORE + BEHIND) * trained.settings.frames_per_chunk,
+        precision=PRECISION,
+        recache=recache,
+    )
+    return torch.cat(list(chunks), dim=2)
 
 
 def old_colours_left(frames: Tensor, old: str, new: str) -> list[float]:

@@ -23,12 +23,10 @@ from models import open_host, random_prompt, random_wan  # first: it makes the r
 from timing import interleaved
 
 from diagonal_sampler.dit import WanConfig
-from diagonal_sampler.noise import INITIAL_STEP
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 
 SEED = 1
-FRAMES_PER_BLOCK = 3
 MIN_SECONDS = 30
 TEXT_TOKENS = 64
 TEXT_DIM = 64
@@ -68,24 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class ArVideoNoise:
-    """SamplerARVideo's noise: the clip's, then a generator seeded for each block and step."""
-
-    def __init__(self, noise: torch.Tensor) -> None:
-        self.noise = noise
-
-    def __call__(self, chunk: int, step: int, frames: int) -> torch.Tensor:
-        start = FRAMES_PER_BLOCK * chunk
-        if step == INITIAL_STEP:
-            return self.noise[:, :, start : start + frames]
-        generator = torch.Generator().manual_seed(SEED + 1000 * chunk + step)
-        return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
-
-
 def compare(host: Any, size: Size, frames: int, repeats: int) -> None:
     """Prints both tables of one size; `frames` are latent frames."""
     import comfy.ldm.modules.attention
-    import comfy.samplers
+    from ar_video import FRAMES_PER_BLOCK, UNIFORM, ArVideoNoise, ar_video
 
     make_causal = host.pack_module("model_patches.causal").make_causal
     sample_latent = host.pack_module("model_patches.sampling").sample_latent
@@ -94,35 +78,28 @@ def compare(host: Any, size: Size, frames: int, repeats: int) -> None:
     model = random_wan(WanConfig(dim=dim, ffn_dim=4 * dim, num_layers=size.blocks, text_dim=TEXT_DIM))
     noise = torch.randn((1, 16, frames, size.height, size.width), generator=torch.Generator().manual_seed(SEED))
     prompt = random_prompt(TEXT_TOKENS, TEXT_DIM)
-    uniform, diagonal = DiagonalSchedule.preset("self forcing"), DiagonalSchedule.preset("diagonal 4-3-2")
+    diagonal = DiagonalSchedule.preset("diagonal 4-3-2")
     chunks = -(-frames // FRAMES_PER_BLOCK)
 
-    def ar_video(noise: torch.Tensor = noise) -> torch.Tensor:
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(prompt, prompt)
-        sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": FRAMES_PER_BLOCK})
-        sigmas = torch.tensor([*uniform.chunk_sigmas(0), 0.0])
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=SEED, disable_pbar=True)
+    def theirs(noise: torch.Tensor = noise) -> torch.Tensor:
+        return ar_video(model, prompt, noise, SEED)
 
-    def ar_video_same_attention(noise: torch.Tensor = noise) -> torch.Tensor:
+    def theirs_with_our_attention(noise: torch.Tensor = noise) -> torch.Tensor:
         # As ComfyUI takes it on a CPU with --use-pytorch-cross-attention. (Its causal class hears no override.)
         with mock.patch("comfy.ldm.wan.ar_model.optimized_attention", comfy.ldm.modules.attention.attention_pytorch):
-            return ar_video(noise)
+            return theirs(noise)
 
     def ours(noise: torch.Tensor, settings: CausalSettings, schedule: DiagonalSchedule) -> torch.Tensor:
-        latent = {"samples": torch.zeros_like(noise)}
+        latent, draws = {"samples": torch.zeros_like(noise)}, ArVideoNoise(noise, SEED)
         causal = make_causal(model, settings)
-        return sample_latent(causal, prompt, [], latent, schedule, seed=SEED, noise=ArVideoNoise(noise))["samples"]
+        return sample_latent(causal, prompt, [], latent, schedule, seed=SEED, noise=draws)["samples"]
 
     rows = {
-        "SamplerARVideo, 4 steps": (ar_video, 5 * chunks),
-        "SamplerARVideo, 4 steps, PyTorch's attention": (
-            ar_video_same_attention,
-            5 * chunks,
-        ),
+        "SamplerARVideo, 4 steps": (theirs, 5 * chunks),
+        "SamplerARVideo, 4 steps, PyTorch's attention": (theirs_with_our_attention, 5 * chunks),
         "Diagonal Chunk Sampler, 4 uniform steps, clean": (
-            lambda noise=noise: ours(noise, CausalSettings(window=-1, sink=0), uniform),
-            uniform.nfe(chunks),
+            lambda noise=noise: ours(noise, CausalSettings(window=-1, sink=0), UNIFORM),
+            UNIFORM.nfe(chunks),
         ),
         "Diagonal Chunk Sampler, 4-3-2": (
             lambda noise=noise: ours(noise, CausalSettings(), diagonal),

@@ -27,7 +27,13 @@ import torch
 if torch.cuda.is_available():
     os.environ["DIAGONAL_TEST_GPU"] = "1"  # the tests' host is a CPU's otherwise
 
-from models import open_host, random_prompt, random_taehv, random_wan  # first: it makes the repository importable
+from models import (  # first: it makes the repository importable
+    open_host,
+    random_prompt,
+    random_taehv,
+    random_wan,
+    without_patches,
+)
 from timing import interleaved
 from torch import Tensor
 
@@ -62,6 +68,7 @@ class Bench:
         host.load_pack()
         self.sampling = host.pack_module("model_patches.sampling")
         self.causal = host.pack_module("model_patches.causal")
+        self.attention = host.pack_module("model_patches.attention")
         self.decode = host.pack_module("model_patches.stream_decode")
         config, dtype = MODELS[arguments.model], WEIGHT_DTYPES[arguments.dtype]
         plain = random_wan(config, weight_dtype=torch.bfloat16, dtype=dtype, fast_fp8=arguments.dtype == "fp8")
@@ -109,13 +116,16 @@ class Bench:
     # -- what is put back, each as a context manager
 
     def flash_first(self) -> Any:
-        return mock.patch.object(self.causal, "_cudnn_is_faster", lambda device: False)
+        return mock.patch.object(self.attention, "_cudnn_is_faster", lambda device: False)
 
     def gelu_apart(self) -> Any:
         return mock.patch.object(self.causal, "_multiplies_as_it_is", lambda layer, x: False)
 
     def waiting_noise(self) -> Any:
         return mock.patch.object(self.sampling, "send", lambda drawn, device: drawn.to(device))
+
+    def text_each_time(self) -> Any:
+        return mock.patch.object(self.causal.CausalRun, "text", lambda run, part, conditions, shape, make: make())
 
     def prompt_on_the_host(self) -> Any:
         return mock.patch.object(self.sampling, "move_texts", lambda model_wrap, device: None)
@@ -154,12 +164,6 @@ class Bench:
 
     def channels_first(self) -> Any:
         return mock.patch.object(self.decode, "TAEHV_LAYOUT", torch.contiguous_format)
-
-    def without_patches(self, chosen: Callable[[str], bool]) -> Any:
-        patched = self.model.clone()
-        for path in [path for path in patched.object_patches if chosen(path)]:
-            del patched.object_patches[path]
-        return patched
 
     def compiled(self) -> Any:
         """The MODEL with its blocks compiled as ComfyUI's node does it."""
@@ -262,12 +266,11 @@ def print_profile(bench: Bench) -> None:
     print(flush=True)
 
 
-def print_gains(bench: Bench, repeats: int) -> None:
-    """A clip as shipped, and with one thing put back, in turns."""
-    plain_blocks = bench.without_patches(lambda path: path.count(".") == 3)
-    own_rotations = bench.without_patches(lambda path: path == bench.causal.ROPE_PATH)
-    own_forward = bench.without_patches(lambda path: path == bench.causal.FORWARD_PATH)
-    text = mock.patch.object(bench.causal.CausalRun, "text", lambda run, key, make: make())
+def gains(bench: Bench) -> dict[str, Callable[[], Tensor]]:
+    """A clip as shipped, and with one thing put back, by what that is."""
+    plain_blocks = without_patches(bench.model, lambda path: path.count(".") == 3)
+    own_rotations = without_patches(bench.model, lambda path: path == bench.causal.ROPE_PATH)
+    own_forward = without_patches(bench.model, lambda path: path == bench.causal.FORWARD_PATH)
     runs = {
         SHIPPED: bench.clip,
         "PyTorch's flash attention first, as ComfyUI has it": lambda: bench.clip(bench.flash_first),
@@ -280,11 +283,11 @@ def print_gains(bench: Bench, repeats: int) -> None:
         "modulation in every forward": lambda: bench.clip(model=plain_blocks),
         "the noise level's and the text's embeddings in every forward": lambda: bench.clip(model=own_forward),
         "rotations in every forward": lambda: bench.clip(model=own_rotations),
-        "the text's keys and values in every forward": lambda: bench.clip(lambda: text),
+        "the text's keys and values in every forward": lambda: bench.clip(bench.text_each_time),
     }
     if not CUDA:
         del runs["decoded on the sampler's own stream"]
-    print_table(runs, repeats)
+    return runs
 
 
 def print_compiled(bench: Bench, repeats: int) -> None:
@@ -346,7 +349,7 @@ def main() -> None:
     if arguments.profile:
         print_profile(bench)
     if arguments.gains:
-        print_gains(bench, arguments.repeats)
+        print_table(gains(bench), arguments.repeats)
     if arguments.compile:
         print_compiled(bench, arguments.repeats)
 

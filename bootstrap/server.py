@@ -27,6 +27,8 @@ BASE = HOST / "base"  # ComfyUI's own folders: input, user, temp, and for a fetc
 LOGS = HOST / "logs"
 START_TIMEOUT_S = 600.0  # generous: a busy machine takes minutes, and a server that dies is noticed at once
 PROBE_NODE = "DiagonalDemoLoader"  # there once ComfyUI has loaded this pack
+# A GPU that is older than this torch is "available", and fails at the first kernel.
+PROBE_GPU = "import torch; (torch.ones(1, device='cuda') + 1).item()"
 _LOCKS: list[IO] = []  # open, and so held, until this process ends
 
 
@@ -96,9 +98,11 @@ def choose_gpu(choice: str) -> bool:
         likely = shutil.which("nvidia-smi") is not None
     if choice == "auto" and not likely:
         return False  # spares the seconds that importing torch takes
-    found = succeeds([PYTHON, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"])
+    found = succeeds([PYTHON, "-c", PROBE_GPU])
     if choice == "on" and not found:
-        raise Problem(f"--gpu on, but torch finds no CUDA GPU. {_gpu_remedy()}, or leave --gpu out for the CPU.")
+        raise Problem(
+            f"--gpu on, but torch finds no CUDA GPU that it can use. {_gpu_remedy()}, or leave --gpu out for the CPU."
+        )
     if not found:
         print(
             f"quickstart: warning: torch cannot use this machine's GPU; using the CPU. {_gpu_remedy()}.",
@@ -113,7 +117,11 @@ def _gpu_remedy() -> str:
             "The torch that is installed from the package index on Windows has no CUDA: use the pack in a ComfyUI of "
             "your own (README)"
         )
-    return "Check the driver"
+    return (
+        "The torch that is installed is NVIDIA's build: with a GPU of AMD or Intel, or one of NVIDIA's that is older "
+        "than it supports (compute capability below 7.5), use the pack in a ComfyUI of your own (README); else check "
+        "the driver"
+    )
 
 
 def command_line(

@@ -10,6 +10,7 @@ Shape suffixes: B batch, L tokens, N heads, D channels a head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,10 @@ from torch import Tensor
 from .kv_buffers import Buffer, buffer_of, bytes_a_token, new_buffer
 from .settings import INT8, CausalSettings
 from .wan_layout import HEAD_DIM
+from .weight_files import printable
+
+_SNAPSHOT_NAME = re.compile(r"([0-9]+)/([0-9]+)/(keys|values)(.*)", re.DOTALL)
+"""condition/layer/what it is and the ending of its buffer's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +55,13 @@ class KVCache:
         self.capacity = settings.capacity(total_frames)
         self.total_frames = total_frames
         self.time_scale = time_scale
-        self.committed = 0
+        self.committed = 0  # latent frames before the current chunk
         self.frames = 0
         self.dropped = 0  # latent frames between sink and history that skip_to left out
         self._begun = 0  # of a restored snapshot
         self._window_positions = settings.window_positions(total_frames)
         self._conditions: dict[Hashable, ConditionKV] = {}
         self._restored: list[ConditionKV] = []
-
-    @property
-    def start_frame(self) -> int:
-        """Latent frames before the current chunk."""
-        return self.committed
 
     @property
     def _written(self) -> int:
@@ -280,10 +280,15 @@ class KVCache:
             moved, self.frames = self.moved, 0
         layers: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
         for name, tensor in snapshot.items() if filled else ():
-            number, index, part = name.split("/")
-            kind, _, ending = part.partition("_")
+            found = _SNAPSHOT_NAME.fullmatch(name)
+            if found is None:
+                raise ValueError(
+                    f"The snapshot's {printable(name)!r} is no layer's keys or values: it belongs to other settings; "
+                    "restart."
+                )
+            number, index, kind, ending = found.groups()
             of_layer = layers.setdefault((int(number), int(index)), {"keys": {}, "values": {}})
-            of_layer[kind][ending and f"_{ending}"] = tensor
+            of_layer[kind][ending] = tensor
         restored: dict[int, ConditionKV] = {}
         for (number, index), parts in layers.items():
             buffers = [self._restored_buffer(f"{number}/{index}/{kind}", parts[kind], device) for kind in parts]
@@ -297,7 +302,7 @@ class KVCache:
             if tensor.shape[1] % self.filled:
                 raise ValueError(
                     f"The snapshot's {name} has {tensor.shape[1]} tokens, no multiple of the {self.filled} latent "
-                    "frames in this window: it belongs to other settings or to another length."
+                    "frames in this window: it belongs to other settings or to another length; restart."
                 )
         tokens = max((tensor.shape[1] for tensor in tensors.values()), default=0) // self.filled
         return buffer_of(self.settings.kv_cache_dtype, tensors, self.capacity * tokens, torch.device(device))

@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .weight_files import write_weights
+from .weight_files import read_described, write_weights
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "cyan", "magenta")
@@ -218,13 +216,7 @@ def load_caption_encoder(path: str | os.PathLike[str]) -> CaptionEncoder:
     Raises:
         ValueError: if the file's header does not name it as a caption encoder.
     """
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get("caption_encoder")
-    if header is None:
-        raise ValueError(
-            f"path={os.fspath(path)!r} has no 'caption_encoder' entry in its safetensors header, so it is not a "
-            "caption encoder; give the demo_text_encoder.safetensors of this pack"
-        )
-    model = CaptionEncoder(CaptionEncoderConfig(**json.loads(header)))
-    model.load_state_dict(load_file(path))
+    config, state = read_described(path, "caption_encoder", "a caption encoder", "demo_text_encoder.safetensors")
+    model = CaptionEncoder(CaptionEncoderConfig(**config))
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)

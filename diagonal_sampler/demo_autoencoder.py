@@ -29,12 +29,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .frames import TIME_FACTOR, latent_frames, pixel_frames
-from .weight_files import write_weights
+from .weight_files import read_described, write_weights
 
 LATENT_CHANNELS = 16
 SPACE_FACTOR = 8
@@ -216,13 +214,7 @@ def load_demo_autoencoder(path: str | os.PathLike[str]) -> DemoAutoencoder:
     Raises:
         ValueError: if the file's header does not name it as a demo autoencoder.
     """
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get("demo_autoencoder")
-    if header is None:
-        raise ValueError(
-            f"path={os.fspath(path)!r} has no 'demo_autoencoder' entry in its safetensors header, so it is not the "
-            "demo's autoencoder; give the demo_autoencoder.safetensors of this pack"
-        )
-    model = DemoAutoencoder(DemoAutoencoderConfig(**json.loads(header)))
-    model.load_state_dict(load_file(path))
+    config, state = read_described(path, "demo_autoencoder", "the demo's autoencoder", "demo_autoencoder.safetensors")
+    model = DemoAutoencoder(DemoAutoencoderConfig(**config))
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import ConditionKV
-from .flow import ADAPTER_CHANNELS, adapter_tokens
+from .flow_adapter import adapter_tokens
 from .rope import rotate, rotation_table
 from .sampler import split_frames
 from .settings import GLOBAL_WINDOW, CausalSettings
-from .wan_layout import FLOW_ADAPTER_KEYS, HEAD_DIM
+from .wan_layout import ADAPTER_CHANNELS, FLOW_ADAPTER_KEYS, HEAD_DIM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,8 +323,8 @@ class WanDiT(nn.Module):
             frames_per_chunk: latent frames a chunk for the causal forward over a whole clip; None sees everything.
             window, sink: latent frames, as in CausalSettings, for that forward.
             cache: the KV cache of this condition for the streaming forward: `x` is then the current chunk.
-            optical_flow: [B or 1, 4, T, H, W] motion of the latent frames of `x`, from `flow.adapter_features`; None
-                adds nothing.
+            optical_flow: [B or 1, 4, T, H, W] motion of the latent frames of `x`, from
+                `flow_adapter.adapter_features`; None adds nothing.
 
         Returns:
             [B, out_channels, T, H, W] flow = noise - x0.

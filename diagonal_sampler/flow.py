@@ -19,17 +19,15 @@ from torch import Tensor
 
 from .frames import TIME_FACTOR
 from .noise import send
+from .wan_layout import WAN_CELL
 
-ADAPTER_CHANNELS = 4
-"""Channels of `adapter_features`: dx, dy, valid, speed."""
 TRACK_RADIUS_SHARE = 1 / 8
 """Reach of a track as a share of the frame's shorter side, where none is given."""
-WAN_CELL = 8
-"""Pixels of a frame, each way, in one pixel of Wan 2.1's latent: a track that reaches as far is seen there."""
+HIDDEN_WEIGHT = 1e-4
+"""What a hidden particle still counts for."""
 
 _LEAST_RADIUS = math.sqrt(0.5)  # pixels: some pixel's centre is always as near
 _HIDDEN_MARGIN = 0.5  # pixels: of two particles in one cell, the one that has moved this much less lies behind
-_HIDDEN_WEIGHT = 1e-4  # what a hidden particle still counts for
 _RESIZED_AT_ONCE = 1 << 20  # numbers of a field that are resized together
 _ONE_WAY = 0.05  # square pixels: ways that differ by less are one
 _KNOWN_WEIGHT = 0.2  # a target pixel that receives less than this share of a pixel is a hole
@@ -69,12 +67,12 @@ class OpticalFlow:
                 f"The mask has shape {tuple(self.valid.shape)} but the optical flow {tuple(self.flow.shape)}; give "
                 f"{tuple(self.flow.shape[:3])}."
             )
-        if not _all_finite(_stored(self.flow)):
+        if not _all_finite(stored(self.flow)):
             raise ValueError(
                 "The optical flow holds NaN or infinite values. Mark unknown places in the mask and set them to 0, or "
                 "check the video that it was estimated from."
             )
-        if not _stored(self.valid).any():
+        if not stored(self.valid).any():
             raise ValueError(
                 "The optical flow's mask is empty: no motion is given anywhere. Draw the mask (white is where the "
                 "motion counts), or leave it out."
@@ -93,6 +91,18 @@ class OpticalFlow:
     def width(self) -> int:
         return self.flow.shape[2]
 
+    @property
+    def is_held(self) -> bool:
+        """Whether one step is in memory, which stands for all of them."""
+        return _is_held(self.flow, self.valid)
+
+    @property
+    def rests(self) -> bool:
+        """Whether everything is told everywhere not to move, as by a camera that was given no movement."""
+        if self.flow[0].any() or not self.valid[0].all():  # nearly all others are found out by this
+            return False
+        return self.is_held or bool(self.valid.all() and not self.flow.any())
+
     @classmethod
     def everywhere(cls, flow: Tensor) -> OpticalFlow:
         """A field that is valid everywhere. flow: [T, H, W, 2] in pixels per pixel frame."""
@@ -103,7 +113,7 @@ class OpticalFlow:
         count = min(count, self.steps - start)
         if count <= 0:
             return 0
-        rows = _stored(self.valid[start : start + count])
+        rows = stored(self.valid[start : start + count])
         return int(rows.flatten(1).any(1).sum()) * (count // len(rows))
 
     def masked(self, mask: Tensor) -> OpticalFlow:
@@ -152,19 +162,16 @@ class OpticalFlow:
             flow, valid = flow.expand(steps, -1, -1, -1), valid.expand(steps, -1, -1)
         flow, valid = flow[:steps], valid[:steps]
         if (height, width) != (self.height, self.width):
-            begun = bool(_stored(valid).any())
-            flow, valid = _resize(flow, valid, height, width)
-            if begun and not _stored(valid).any():
-                raise NothingValid(_too_small(self, height, width))
+            begun = bool(stored(valid).any())
+            flow, valid = resize(flow, valid, height, width)
+            if begun and not stored(valid).any():
+                raise NothingValid(too_small(self, height, width))
         missing = steps - len(flow)
         if missing > 0:
             flow = torch.cat([flow, flow.new_zeros(missing, height, width, 2)])
             valid = torch.cat([valid, valid.new_zeros(missing, height, width)])
-        if not _stored(valid).any():
-            raise NothingValid(
-                f"Nothing of the optical flow's valid part lies in the first {steps} steps; make the clip longer, or "
-                "draw the motion or the mask earlier."
-            )
+        if not stored(valid).any():
+            raise NothingValid(nothing_within(steps))
         return OpticalFlow(flow, valid)
 
     def at(self, step: int, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +184,7 @@ class OpticalFlow:
         Returns:
             motion [..., 2] in pixels, 0 where it is not known; and whether it is known, [...].
         """
-        return _motion_at(self.flow[step].to(points.device), self.valid[step].to(points.device), points)
+        return motion_at(self.flow[step].to(points.device), self.valid[step].to(points.device), points)
 
     def on(self, device: torch.device, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Some steps on a device, sent there together and once where they are all the same.
@@ -191,7 +198,7 @@ class OpticalFlow:
         """
         parts = (part[start : start + count] for part in (self.flow, self.valid))
         # Contiguous, for a part that repeats within a step has no room of its own to be copied to.
-        flow, valid = (send(_stored(part).contiguous(), device).expand_as(part) for part in parts)
+        flow, valid = (send(stored(part).contiguous(), device).expand_as(part) for part in parts)
         return flow, valid
 
     def composed(self, group: int = TIME_FACTOR) -> OpticalFlow:
@@ -204,30 +211,60 @@ class OpticalFlow:
             ValueError: fewer steps than one group; NothingValid where nothing is valid throughout a group.
         """
         count = self.steps // group
-        held = count > 1 and self.flow.stride(0) == 0 and self.valid.stride(0) == 0
-        if held:  # of motion that is the same at all steps one group stands for all
+        if count > 1 and self.is_held:  # one group stands for all
             one = OpticalFlow(self.flow[:group], self.valid[:group]).composed(group)
             return OpticalFlow(one.flow.expand(count, -1, -1, -1), one.valid.expand(count, -1, -1))
-        start = grid(self.height, self.width, self.flow.device)
-        flows, valids = [], []
-        for index in range(count):
-            points, known = start, torch.ones(start.shape[:-1], dtype=torch.bool, device=start.device)
-            for step in range(index * group, (index + 1) * group):
-                motion, here = self.at(step, points)
-                points, known = points + motion, known & here
-            # What leaves the picture on its way was known until then: its motion is the best there is.
-            flows.append(points - start)
-            valids.append(known | (self.valid[index * group] & ~inside(points, self.height, self.width)))
         if not count:
             raise ValueError(f"The optical flow has {self.steps} steps; one latent frame needs {group}.")
-        if not any(bool(valid.any()) for valid in valids):
-            raise NothingValid(f"it is known nowhere through the {group} steps of a latent frame.")
+        origin = grid(self.height, self.width, self.flow.device)
+        followed = [follow(self.at, origin, range(at, at + group)) for at in range(0, count * group, group)]
+        if not any(bool(valid.any()) for _, valid in followed):
+            raise NothingValid(nowhere_through(group))
+        flows, valids = zip(*followed, strict=True)
         return OpticalFlow(torch.stack(flows), torch.stack(valids))
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def follow(at: Callable[[int, Tensor], tuple[Tensor, Tensor]], origin: Tensor, steps: range) -> tuple[Tensor, Tensor]:
+    """Some steps as one: points are followed through them.
+
+    Args:
+        at: as `OpticalFlow.at`.
+        origin: [H, W, 2] the centres of all pixels, see `grid`.
+        steps: at least one.
+
+    Returns:
+        motion [H, W, 2] in pixels, and whether it is known, [H, W].
+    """
+    height, width = origin.shape[:2]
+    motion, begun = at(steps[0], origin)
+    points, known = origin + motion, begun
+    for step in steps[1:]:
+        motion, here = at(step, points)
+        points, known = points + motion, known & here
+    # What leaves the picture on its way was known until then: its motion is the best there is.
+    return points - origin, known | (begun & ~inside(points, height, width))
+
+
+def nowhere_through(group: int) -> str:
+    """The message where `composed` finds nothing."""
+    return f"it is known nowhere through the {group} steps of a latent frame."
+
+
+def nothing_within(steps: int) -> str:
+    """The message where `fit` finds nothing."""
+    return (
+        f"Nothing of the optical flow's valid part lies in the first {steps} steps; make the clip longer, or draw the "
+        "motion or the mask earlier."
+    )
+
+
+def stored(tensor: Tensor) -> Tensor:
     """The part of a tensor that is in memory once, where its first axis only repeats."""
     return tensor[:1] if tensor.stride(0) == 0 else tensor
+
+
+def _is_held(flow: Tensor, valid: Tensor) -> bool:
+    return len(stored(flow)) == len(stored(valid)) == 1
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -235,9 +272,10 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A field, [n, H, W, 2] and bool [n, H, W], stretched to another size; one that is held stays so."""
     steps = len(flow)
-    shares = torch.cat(list(_shares(flow, valid, height, width)))
+    shares = torch.cat(list(shares_of(flow, valid, height, width)))
     known = shares[:, 2:] >= 0.5
     flow = (shares[:, :2] / shares[:, 2:].clamp(min=0.5) * known).movedim(1, -1)
     if len(flow) < steps:
@@ -245,7 +283,8 @@ def _resize(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tenso
     return flow, known[:, 0]
 
 
-def _too_small(optical_flow: OpticalFlow, height: int, width: int) -> str:
+def too_small(optical_flow: OpticalFlow, height: int, width: int) -> str:
+    """The message where nothing of a field is left at another size."""
     reach = math.ceil(max(optical_flow.width / width, optical_flow.height / height))
     return (
         f"The optical flow's valid part is too small: nothing of it is left at {width}x{height}, where a pixel is "
@@ -254,14 +293,14 @@ def _too_small(optical_flow: OpticalFlow, height: int, width: int) -> str:
     )
 
 
-def _shares(flow: Tensor, valid: Tensor, height: int, width: int) -> Iterator[Tensor]:
+def shares_of(flow: Tensor, valid: Tensor, height: int, width: int) -> Iterator[Tensor]:
     """The means of a field over the pixels of another size, what is not valid counted as 0.
 
     Returns:
         [n, 3, height, width] dx and dy, stretched with the picture, and the share of a pixel that is valid, of some
         steps at a time, so that a long clip needs no second copy of itself; of one where it stands for all.
     """
-    if flow.stride(0) == 0 and valid.stride(0) == 0:
+    if _is_held(flow, valid):
         flow, valid = flow[:1], valid[:1]
     at_once = max(1, _RESIZED_AT_ONCE // flow[0].numel())
     for first in range(0, len(flow), at_once):
@@ -311,7 +350,7 @@ def sample(picture: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
     return found.reshape(*batch, channels, *points.shape[len(batch) : -1])
 
 
-def _motion_at(flow: Tensor, valid: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def motion_at(flow: Tensor, valid: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """`OpticalFlow.at` of single steps, [*batch, H, W, 2] and [*batch, H, W], at points [*batch, ..., 2]."""
     height, width = valid.shape[-2:]
     weight = valid.to(points.dtype).unsqueeze(-3)
@@ -460,7 +499,7 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
     flow, valid = optical_flow.on(picture.device, start, count)
     for step in range(count):
         if step < len(flow):
-            motion, known = _motion_at(flow[step], valid[step], points)
+            motion, known = motion_at(flow[step], valid[step], points)
             begun = _one_step_on(begun, flow[step], valid[step], origin)
         else:
             motion, known = torch.zeros_like(points), torch.zeros_like(commanded)
@@ -470,8 +509,8 @@ def carry(picture: Tensor, optical_flow: OpticalFlow, start: int, count: int) ->
         points = points + velocity
         commanded = commanded & (known | away)
         started = commanded if started is None else started
-        hidden = _hidden(points, origin, commanded, height, width)
-        weight = torch.where(hidden, _HIDDEN_WEIGHT, 1.0)
+        hidden = lies_behind(points, origin, commanded, height, width)
+        weight = torch.where(hidden, HIDDEN_WEIGHT, 1.0)
         way = (points - origin).T.to(values.dtype)
         data = torch.cat([values, commanded.to(values.dtype)[None], way, way.square().sum(0, keepdim=True)])
         moved, share = splat(data, points, weight, height, width)
@@ -501,14 +540,14 @@ def _one_step_on(begun: Tensor, flow: Tensor, valid: Tensor, origin: Tensor) -> 
         origin: [H * W, 2] the centres of all pixels.
     """
     corners = origin[0], origin[-1]
-    before = origin - _motion_at(flow, valid, origin)[0]
-    before = origin - _motion_at(flow, valid, before.clamp(*corners))[0]
+    before = origin - motion_at(flow, valid, origin)[0]
+    before = origin - motion_at(flow, valid, before.clamp(*corners))[0]
     # Beyond the edge the map goes on as it does at rest: as far outside as one is.
     outside = before - before.clamp(*corners)
     return sample(begun, before).view_as(begun) + outside.T.reshape(begun.shape)
 
 
-def _hidden(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:
+def lies_behind(points: Tensor, origin: Tensor, commanded: Tensor, height: int, width: int) -> Tensor:
     """[*batch, N] whether another particle in the same pixel lies in front: one that moved further, commanded before
     not.
 
@@ -645,150 +684,3 @@ def tracks_flow(
             "the tracks were made for this width and height."
         )
     return OpticalFlow(flow, valid)
-
-
-# --- what the adapter sees ---
-
-
-def adapter_features(optical_flow: OpticalFlow, latent_frames: int, height: int, width: int) -> Tensor:
-    """The field as the adapter's convolution takes it, for a whole clip: see AdapterField.
-
-    Args:
-        optical_flow: any size; it is fitted to the clip by the rules of `OpticalFlow.fit`.
-        latent_frames: T of the clip.
-        height, width: of the latent.
-
-    Returns:
-        [1, 4, T, H, W] float32.
-
-    Raises:
-        NothingValid: the clip would have no flow.
-    """
-    steps = max(1, TIME_FACTOR * (latent_frames - 1))
-    field = optical_flow.fit(steps, optical_flow.height, optical_flow.width)
-    return AdapterField(field, height, width).features(0, latent_frames)
-
-
-class AdapterField:
-    """What the adapter's convolution takes, for any part of a clip however long.
-
-    Args:
-        optical_flow: any size; it is stretched to the latent's. Where it ends the rest of the clip is free, but for
-            a single step, which is held.
-        height, width: of the latent.
-
-    Raises:
-        NothingValid: no pixel of the latent is ever commanded by half.
-    """
-
-    def __init__(self, optical_flow: OpticalFlow, height: int, width: int) -> None:
-        self.height, self.width = height, width
-        self._flow, self._valid = optical_flow.flow, optical_flow.valid
-        if not any(bool((part[:, 2] >= 0.5).any()) for part in _shares(self._flow, self._valid, height, width)):
-            raise NothingValid(_too_small(optical_flow, height, width))
-        self._repeated: Tensor | None = None  # where all steps are the same, what every four of them tell
-
-    def features(self, start: int, frames: int, device: torch.device | str = "cpu") -> Tensor:
-        """The features of some latent frames.
-
-        Args:
-            start: the first of them, counted in the clip.
-            frames: how many.
-            device: to compute on; `carrying_device` says where that is possible.
-
-        Returns:
-            [1, 4, frames, H, W] float32 there, see `told_motion`.
-        """
-        device = torch.device(device)
-        return torch.stack([self._frame(start + frame, device) for frame in range(frames)], dim=2)
-
-    def _frame(self, frame: int, device: torch.device) -> Tensor:
-        """[1, 4, H, W] the features of a latent frame."""
-        if frame == 0:
-            return self._told(torch.arange(1), device)
-        first, steps = TIME_FACTOR * (frame - 1), len(self._flow)
-        same = len(_stored(self._flow)) == len(_stored(self._valid)) == 1
-        if steps > 1 and not (same and first + TIME_FACTOR <= steps):
-            return self._told(torch.arange(first, first + TIME_FACTOR), device)
-        if self._repeated is None or self._repeated.device != device:
-            self._repeated = self._told(torch.zeros(TIME_FACTOR, dtype=torch.long), device)
-        return self._repeated
-
-    def _told(self, steps: Tensor, device: torch.device) -> Tensor:
-        """What these steps tell, [1, 4, H, W]; those beyond the field nothing."""
-        rows = steps[steps < len(self._flow)]
-        flow, valid = self._flow[rows], self._valid[rows]
-        if not valid.any():
-            return torch.zeros(1, ADAPTER_CHANNELS, self.height, self.width, device=device)
-        flow, valid = send(flow, device), send(valid, device)
-        largest = min(flow.shape[1], WAN_CELL * self.height), min(flow.shape[2], WAN_CELL * self.width)
-        if largest != tuple(flow.shape[1:3]):
-            flow, valid = _resize(flow, valid, *largest)
-        missing = len(steps) - len(rows)
-        flow, valid = F.pad(flow, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(valid, (0, 0, 0, 0, 0, missing))
-        return told_motion(flow[None], valid[None], self.height, self.width)
-
-
-def told_motion(flow: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
-    """What the adapter is told of latent frames: the motion of what is there, and how much of a pixel that is.
-
-    What moves is told where it arrives, at the latent frame's last pixel frame: that decides where a sprite is, also
-    where it turned on its way. How much of a latent's pixel is commanded is kept as it is, and not rounded to all or
-    none: it says where within the pixel the border lies.
-
-    Args:
-        flow, valid: [B, S, H, W, 2] and bool [B, S, H, W], the S = TIME_FACTOR steps that lead to B latent frames. Or a
-            single step, of the clip's first latent frame: none leads to it, and told is the one that leaves it.
-        height, width: of the latent.
-
-    Returns:
-        [B, 4, height, width] float32: the means over a latent's pixel of dx, dy and "valid" of what is there, each its
-        mean over the TIME_FACTOR steps that brought it there, what is not valid counted as 0, dx and dy in latent
-        pixels per latent frame; and the speed |(dx, dy)|.
-    """
-    if flow.shape[1] == 1:
-        known = valid.to(flow.dtype)
-        picture = torch.cat([flow[:, 0].movedim(-1, 1) * known, known], dim=1)
-    else:
-        picture = _arriving(flow, valid)
-    small = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
-    dx = small[:, :1] * (TIME_FACTOR * width / flow.shape[3])
-    dy = small[:, 1:2] * (TIME_FACTOR * height / flow.shape[2])
-    return torch.cat([dx, dy, small[:, 2:], torch.hypot(dx, dy)], dim=1)
-
-
-def _arriving(flow: Tensor, valid: Tensor) -> Tensor:
-    """What came to each place in these steps: [B, 3, H, W], dx, dy and "valid" as means over TIME_FACTOR steps.
-
-    Every pixel is a particle; where the field says nothing it rests.
-    """
-    height, width = valid.shape[-2:]
-    origin = grid(height, width, flow.device).reshape(-1, 2)
-    points = origin.expand(len(flow), -1, -1)
-    times = points.new_zeros(points.shape[:-1])
-    for step in range(flow.shape[1]):
-        motion, known = _motion_at(flow[:, step], valid[:, step], points)
-        points, times = points + motion, times + known
-    told, way = times > 0, (points - origin).transpose(1, 2)
-    weight = torch.where(_hidden(points, origin, told, height, width), _HIDDEN_WEIGHT, 1.0) * told
-    # Where things came from is smooth where they are not: that is carried, and all else is read there.
-    back, _ = splat(torch.cat([way, told[:, None].to(way.dtype)], dim=1), points, weight, height, width)
-    picture = torch.cat([way, times[:, None]], dim=1).unflatten(2, (height, width)) / TIME_FACTOR
-    before = origin.view(height, width, 2) - back[:, :2].movedim(1, -1)
-    return sample(picture, before) * (back[:, 2:] > 0)
-
-
-def adapter_tokens(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What the adapter adds to the patch embedding's output; one function for training and for ComfyUI.
-
-    A latent frame in which nothing is commanded gets exactly nothing: it is a frame without flow.
-
-    Args:
-        features: [B, 4, T, H, W] from `adapter_features`.
-        weight, bias: [dim, 4, 1, h, w] and [dim], of `flow_embedding`.
-
-    Returns:
-        [B, dim, T, H / h, W / w].
-    """
-    commanded = features[:, 2:3].amax(dim=(-2, -1), keepdim=True) > 0
-    return F.conv3d(features, weight, bias, stride=tuple(weight.shape[2:])) * commanded

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .flow import OpticalFlow, grid
+from .flow_timeline import FlowTimeline
 from .noise import CONTEXT_STEP, NoiseSource
 
 FRESH = -1
@@ -129,7 +130,7 @@ class FlowNoise:
     def __init__(
         self,
         inner: NoiseSource,
-        optical_flow: OpticalFlow,
+        optical_flow: OpticalFlow | FlowTimeline,
         counts: Sequence[int],
         *,
         start_frame: int = 0,

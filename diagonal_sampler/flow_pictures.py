@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import OpticalFlow
+from .flow_timeline import FlowTimeline
 
 # The colour wheel of Baker et al. 2011, "A Database and Evaluation Methodology for Optical Flow": six arcs from red
 # through yellow, green, cyan, blue and magenta back to red, as long as eyes tell colours apart in them. Motion to the
@@ -88,8 +89,10 @@ def _require_speed(speed: float) -> None:
         raise ValueError(f"speed is {speed}; it must be a positive number of pixels per frame.")
 
 
-def usual_speed(optical_flow: OpticalFlow, steps: int = 16) -> float:
+def usual_speed(optical_flow: OpticalFlow | FlowTimeline, steps: int = 16) -> float:
     """A scale for `flow_colours`: nearly the fastest valid motion (99%), at least 0.5 pixels per frame."""
+    if isinstance(optical_flow, FlowTimeline):
+        return max(usual_speed(motion, steps) for _, motion in optical_flow.motions)
     rows = torch.linspace(0, optical_flow.steps - 1, min(steps, optical_flow.steps)).round().long().unique()
     speeds = optical_flow.flow[rows].norm(dim=-1)[optical_flow.valid[rows]]
     if not len(speeds):
@@ -137,7 +140,7 @@ def draw_arrows(frame: Tensor, flow: Tensor, valid: Tensor, *, spacing: int, fra
 
 def preview(
     frames: Tensor | None,
-    optical_flow: OpticalFlow,
+    optical_flow: OpticalFlow | FlowTimeline,
     measured: OpticalFlow | None = None,
     *,
     speed: float | None = None,
@@ -152,30 +155,45 @@ def preview(
         nothing_measured: the last panel is black, for a field with nothing valid is none.
 
     Returns:
-        IMAGE [steps, h, n * w, 3]; small frames are enlarged so that arrows can be seen. One picture where there are
-        no frames and one motion is held for all.
+        IMAGE [steps, h, n * w, 3]; small frames are enlarged so that arrows can be seen. Where there are no frames, one
+        picture for each motion that is held, and for each time in which none is.
     """
-    held = optical_flow.flow.stride(0) == optical_flow.valid.stride(0) == 0
-    steps = 1 if held and frames is None else optical_flow.steps
+    timeline = FlowTimeline.of(optical_flow)
+    steps = _each_once(timeline) if frames is None else range(timeline.steps)
     speed = usual_speed(optical_flow) if speed is None else speed
     height, width = optical_flow.height, optical_flow.width
     scale = max(1, round(256 / min(height, width)))
     size = (height * scale, width * scale)
     spacing = max(8, min(size) // 12)
     out = []
-    for step in range(steps):
+    for step in steps:
         frame = torch.full((height, width, 3), 0.35) if frames is None else frames[step, ..., :3].float().cpu()
-        flow, valid = optical_flow.flow[step].cpu(), optical_flow.valid[step].cpu()
+        flow, valid = _of_step(timeline, step)
         arrows, there = _enlarge(flow, size) * scale, _enlarge(valid[..., None], size)[..., 0] > 0.5
         panels = [draw_arrows(_enlarge(frame, size), arrows, there, spacing=spacing)]
-        for field in (optical_flow, measured):
-            if field is not None:
-                colours = flow_colours(field.flow[step].cpu(), field.valid[step].cpu(), speed)
-                panels.append(_enlarge(colours, size))
+        told = [(flow, valid)] if measured is None else [(flow, valid), (measured.flow[step], measured.valid[step])]
+        panels += [_enlarge(flow_colours(flow.cpu(), valid.cpu(), speed), size) for flow, valid in told]
         if nothing_measured:
             panels.append(torch.full_like(panels[0], _UNKNOWN))
         out.append(torch.cat(panels, dim=1))
     return torch.stack(out)
+
+
+def _each_once(timeline: FlowTimeline) -> list[int]:
+    """Steps that show all of a timeline: of what is held, or free, the first."""
+    steps, at = [], 0
+    for count, motion, _ in timeline.pieces(0, timeline.steps):
+        steps += [at] if motion is None or motion.is_held else range(at, at + count)
+        at += count
+    return steps
+
+
+def _of_step(timeline: FlowTimeline, step: int) -> tuple[Tensor, Tensor]:
+    """[H, W, 2] and bool [H, W], the motion from a pixel frame to the next."""
+    flow, valid = timeline.on(torch.device("cpu"), step, 1)
+    if not len(flow):
+        flow, valid = (part.new_zeros(1, *part.shape[1:]) for part in (flow, valid))
+    return flow[0], valid[0]
 
 
 def _enlarge(picture: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import OpticalFlow, carry, carrying_device
+from .flow_timeline import FlowTimeline
 from .frames import TIME_FACTOR
 from .sampler import Forward
 from .schedule import DiagonalSchedule, shift_sigma, unshift_sigma
@@ -115,7 +116,7 @@ class FlowReference:
 
     def __init__(
         self,
-        optical_flow: OpticalFlow,
+        optical_flow: OpticalFlow | FlowTimeline,
         schedule: DiagonalSchedule,
         counts: Sequence[int],
         *,

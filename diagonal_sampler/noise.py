@@ -11,14 +11,30 @@ from torch import Tensor
 
 INITIAL_STEP = -1
 CONTEXT_STEP = -2
+_may_pin = True
+
+
+def allow_pinning(allowed: bool) -> None:
+    """Whether this process may pin memory; it may where nobody says otherwise."""
+    global _may_pin
+    _may_pin = allowed
+
+
+def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A tensor on the CPU in pinned memory, not filled; None where memory may not be pinned, or cannot be."""
+    if not _may_pin:
+        return None
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError:  # a container's limit on locked memory, for instance
+        return None
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`. From a CPU to CUDA through pinned memory, so that the copy queues behind the device's work: any
-    other copy halts the host until all of that is done."""
-    if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    other copy, as where memory cannot be pinned, halts the host until all of that is done."""
+    pinned = pinned_empty(x.shape, x.dtype) if device.type == "cuda" and x.device.type == "cpu" else None
+    return x.to(device) if pinned is None else pinned.copy_(x).to(device, non_blocking=True)
 
 
 class NoiseSource(Protocol):

@@ -234,11 +234,11 @@ def context_at(prompts: Sequence[ChunkPrompt], chunk: int) -> Tensor:
             before `seen_from` may be missing.
     """
     blends: list[tuple[ChunkPrompt, float]] = []  # the newest first
-    prompt = prompts[_latest(prompts, chunk)]
+    prompt = prompts[latest_prompt(prompts, chunk)]
     while _blends_at(prompt, chunk):
         blends.append((prompt, (chunk - prompt.chunk + 1) / (prompt.blend_chunks + 1)))
         chunk = prompt.chunk - 1
-        prompt = prompts[_latest(prompts, chunk)]
+        prompt = prompts[latest_prompt(prompts, chunk)]
     context = prompt.context
     for prompt, weight in reversed(blends):
         require_same_length(context, prompt.context, prompt.text)
@@ -248,14 +248,15 @@ def context_at(prompts: Sequence[ChunkPrompt], chunk: int) -> Tensor:
 
 def seen_from(prompts: Sequence[PromptPlace], chunk: int) -> int:
     """Index of the first prompt that chunk `chunk` or a later one is conditioned on; see `context_at`."""
-    latest = _latest(prompts, chunk)
+    latest = latest_prompt(prompts, chunk)
     while _blends_at(prompts[latest], chunk):
         chunk = prompts[latest].chunk - 1
-        latest = _latest(prompts, chunk)
+        latest = latest_prompt(prompts, chunk)
     return latest
 
 
-def _latest(prompts: Sequence[PromptPlace], chunk: int) -> int:
+def latest_prompt(prompts: Sequence[PromptPlace], chunk: int) -> int:
+    """Index of the last prompt that begins with chunk `chunk` or before it; -1 where none does."""
     return bisect_right(prompts, chunk, key=lambda prompt: prompt.chunk) - 1
 
 

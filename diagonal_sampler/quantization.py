@@ -125,14 +125,47 @@ def read_quantization(
     that Wan does not have, a scale that is none of a layer or of its rows, and float8 weights that lack theirs.
     """
     name, known = file.name, frozenset(known_formats)
-    layers: dict[str, Any] = {}
     header = json_object(file, QUANTIZATION_KEY)
     possible = dict.fromkeys(sorted(linear_layers(count_blocks(bare, name))))
+    bare = dict(bare) if QUANTIZATION_KEY in file.metadata else _marked(bare, possible, known)
+    layers = _stated_layers(file, header, bare, prefix, companions)
+    formats = _checked_formats(layers, possible, known, name)
+    legacy_fp8 = LEGACY_FP8_KEY in bare and QUANTIZATION_KEY not in file.metadata
+    _require_scales_fit(bare, formats, possible if legacy_fp8 else (), name)
+    float8 = [layer for layer in possible if legacy_fp8 or formats.get(layer) in _FLOAT8.values()]
+    if float8 and check_values:
+        _require_scaled(bare, possible, name)
+    unpacked = _unpack_rows(bare, float8, check_values)
+    for layer in unpacked:
+        formats.pop(layer, None)
+        layers.pop(layer, None)
+    if legacy_fp8 and check_values:
+        _require_e4m3_range(bare, name)
+    return bare, Quantization(
+        formats=formats,
+        legacy_fp8=legacy_fp8,
+        host_metadata=json.dumps(header | {"layers": layers}) if QUANTIZATION_KEY in file.metadata else None,
+        unpacked=len(unpacked),
+    )
+
+
+def _stated_layers(
+    file: WeightFile,
+    header: Mapping[str, Any],
+    bare: Mapping[str, torch.Tensor],
+    prefix: str,
+    companions: Iterable[str],
+) -> dict[str, Any]:
+    """Bare layer name -> what the file says of how it is stored: its header first, then its marks.
+
+    header: the entry QUANTIZATION_KEY, {} without one. The others are read_quantization's own, and so are the errors.
+    """
+    layers: dict[str, Any] = {}
     if QUANTIZATION_KEY in file.metadata:
         entries = header.get("layers")
         if not isinstance(entries, dict):
             raise ValueError(
-                f"weight file {name!r}, header key {QUANTIZATION_KEY!r}: 'layers' must be an object, got "
+                f"weight file {file.name!r}, header key {QUANTIZATION_KEY!r}: 'layers' must be an object, got "
                 f"{short(entries)}; download the file again"
             )
         own = {strip_wrappers(layer): entry for layer, entry in entries.items()}
@@ -141,12 +174,16 @@ def read_quantization(
             for layer, entry in own.items()
             if layer.split(".", 1)[0] not in companions
         }
-        bare = dict(bare)
-    else:
-        bare = _marked(bare, possible, known)
     for key in bare:
         if key.endswith(_MARK):
-            layers.setdefault(key.removesuffix(_MARK), read_mark(bare[key], key, name))
+            layers.setdefault(key.removesuffix(_MARK), read_mark(bare[key], key, file.name))
+    return layers
+
+
+def _checked_formats(
+    layers: Mapping[str, Any], possible: Mapping[str, None], known: frozenset[str], name: str
+) -> dict[str, str]:
+    """Layer -> format name. possible: the layers that the network has. known: as `read_quantization`'s; its errors."""
     formats = {}
     for layer, entry in layers.items():
         chosen = entry.get("format") if isinstance(entry, dict) else None
@@ -167,23 +204,7 @@ def read_quantization(
                 "layer; use a bf16 file"
             )
         formats[layer] = chosen
-    legacy_fp8 = LEGACY_FP8_KEY in bare and QUANTIZATION_KEY not in file.metadata
-    _require_scales_fit(bare, formats, possible if legacy_fp8 else (), name)
-    float8 = [layer for layer in possible if legacy_fp8 or formats.get(layer) in _FLOAT8.values()]
-    if float8 and check_values:
-        _require_scaled(bare, possible, name)
-    unpacked = _unpack_rows(bare, float8, check_values)
-    for layer in unpacked:
-        formats.pop(layer, None)
-        layers.pop(layer, None)
-    if legacy_fp8 and check_values:
-        _require_e4m3_range(bare, name)
-    return bare, Quantization(
-        formats=formats,
-        legacy_fp8=legacy_fp8,
-        host_metadata=json.dumps(header | {"layers": layers}) if QUANTIZATION_KEY in file.metadata else None,
-        unpacked=len(unpacked),
-    )
+    return formats
 
 
 def _marked(

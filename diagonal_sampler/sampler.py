@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -238,26 +238,7 @@ def sample_chunks(
             too short, or an exit step that the chunk does not have.
     """
     given = 0 if context is None else context.shape[2]
-    if frames <= given:
-        raise ValueError(f"frames is {frames} and the context has {given} already; ask for more than the context.")
-    if cache.total_frames < frames:
-        raise ValueError(f"The cache was made for {cache.total_frames} latent frames and frames is {frames}.")
-    counts = split_frames(frames - given, frames_per_chunk)
-    if not 0 <= first_chunk < len(counts):
-        raise ValueError(f"first_chunk is {first_chunk}; the clip has chunks 0 to {len(counts) - 1}.")
-    start = given + sum(counts[:first_chunk]) if first_chunk else 0
-    if cache.committed != start:
-        raise ValueError(
-            f"The cache has {cache.committed} latent frames where chunk {first_chunk} begins at {start}; make one "
-            "cache for each clip."
-        )
-    for index in range(len(counts)):
-        if source is None and (first := schedule.chunk_sigmas(index)[0]) < 1:
-            raise ValueError(
-                f"Chunk {index + 1} starts at sigma {first:.3f}, below pure noise, and there is no latent to start "
-                "from; start the schedule at sigma 1 or give a source latent."
-            )
-
+    counts, start = _sound_chunks(schedule, cache, frames, frames_per_chunk, given, first_chunk, source is not None)
     remembered = None if recache is None else {} if history is None else history
     past = _History(
         denoise=denoise,
@@ -284,23 +265,75 @@ def sample_chunks(
         exit_at = None if exit_step is None else exit_step(index)
         if exit_at is not None and not 0 <= exit_at < len(sigmas):
             raise ValueError(f"exit_step of chunk {index} is {exit_at}; it must be in [0, {len(sigmas) - 1}].")
-        exit_latents = None
         cache.begin(count)
-        x = x0 = noise(index, INITIAL_STEP, count)
+        x = noise(index, INITIAL_STEP, count)
         if source is not None and sigmas[0] < 1:
             x = mix(source(start, count), x, sigmas[0])
-        for step, sigma in enumerate(sigmas):
-            at = Forward(chunk=index, start_frame=start, frames=count, step=step, steps=len(sigmas), sigma=sigma)
-            with nullcontext() if exit_at is None or step == exit_at else torch.no_grad():
-                x0 = denoise(x, at)
-            if step == exit_at:
-                exit_latents, x0 = x0, x0.detach()
-            if step + 1 < len(sigmas):
-                kept = None if schedule.fresh_noise else (x - (1.0 - sigma) * x0) / sigma
-                x = mix(x0, noise(index, step, count) if kept is None else kept, sigmas[step + 1])
+        first = Forward(chunk=index, start_frame=start, frames=count, step=0, steps=len(sigmas), sigma=sigmas[0])
+        x0, exit_latents = _denoise_chunk(denoise, noise, x, sigmas, first, exit_at, schedule.fresh_noise)
         if schedule.cache_pass_sigma is not None:
             past.write(x0, index, schedule.cache_pass_sigma, start, index)
         cache.commit()
         past.keep(start, x0)
         yield Chunk(index=index, start_frame=start, latents=x0, exit_latents=exit_latents)
         start += count
+
+
+def _sound_chunks(
+    schedule: DiagonalSchedule,
+    cache: KVCache,
+    frames: int,
+    frames_per_chunk: int,
+    given: int,
+    first_chunk: int,
+    has_source: bool,
+) -> tuple[list[int], int]:
+    """Latent frames of each chunk, and those that the cache has to have. Raises ValueError as `sample_chunks` does.
+
+    given: latent frames of the context. The others are sample_chunks' own.
+    """
+    if frames <= given:
+        raise ValueError(f"frames is {frames} and the context has {given} already; ask for more than the context.")
+    if cache.total_frames < frames:
+        raise ValueError(f"The cache was made for {cache.total_frames} latent frames and frames is {frames}.")
+    counts = split_frames(frames - given, frames_per_chunk)
+    if not 0 <= first_chunk < len(counts):
+        raise ValueError(f"first_chunk is {first_chunk}; the clip has chunks 0 to {len(counts) - 1}.")
+    start = given + sum(counts[:first_chunk]) if first_chunk else 0
+    if cache.committed != start:
+        raise ValueError(
+            f"The cache has {cache.committed} latent frames where chunk {first_chunk} begins at {start}; make one "
+            "cache for each clip."
+        )
+    for index in range(len(counts)):
+        if not has_source and (first := schedule.chunk_sigmas(index)[0]) < 1:
+            raise ValueError(
+                f"Chunk {index + 1} starts at sigma {first:.3f}, below pure noise, and there is no latent to start "
+                "from; start the schedule at sigma 1 or give a source latent."
+            )
+    return counts, start
+
+
+def _denoise_chunk(
+    denoise: Denoise,
+    noise: NoiseSource,
+    x: Tensor,
+    sigmas: tuple[float, ...],
+    first: Forward,
+    exit_at: int | None,
+    fresh_noise: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All steps of the open chunk; its last denoised, and that of step `exit_at` with gradients if one is asked for.
+
+    x: [B, C, frames, H, W] at sigmas[0]. first: the forward of step 0. fresh_noise: of the schedule.
+    """
+    x0, exit_latents = x, None
+    for step, sigma in enumerate(sigmas):
+        with nullcontext() if exit_at is None or step == exit_at else torch.no_grad():
+            x0 = denoise(x, replace(first, step=step, sigma=sigma))
+        if step == exit_at:
+            exit_latents, x0 = x0, x0.detach()
+        if step + 1 < len(sigmas):
+            kept = None if fresh_noise else (x - (1.0 - sigma) * x0) / sigma
+            x = mix(x0, noise(first.chunk, step, first.frames) if kept is None else kept, sigmas[step + 1])
+    return x0, exit_latents

@@ -23,6 +23,7 @@ GIVEN_CONTEXT_SIGMA = 0.1
 MAX_STEPS = 1000
 MAX_LISTED_STEPS = 100_000
 """Of all chunks that a schedule lists: hours of chunks, or a short text that would unfold a thousandfold."""
+COSTED_PIXEL_FRAMES = 81  # five seconds of Wan
 TABLE_STEP = 1 / MAX_STEPS
 """Of Wan's table of timesteps: published sigmas are entries of it."""
 # Beyond this a noisy context is nearly pure noise and tells the next chunk nothing.
@@ -378,13 +379,9 @@ class DiagonalSchedule:
         rows = zip(starts, self.sigmas, strict=True)
         return replace(self, sigmas=tuple((start, *(s for s in row if s < start)) for start, row in rows))
 
-    def cost(self, chunks: int | None = None) -> Cost:
-        """What a clip of `chunks` chunks takes, beside a uniform schedule with a cache pass (Self Forcing's).
-
-        chunks: by default those of 81 pixel frames, five seconds of Wan.
-        """
-        if chunks is None:
-            chunks = -(-latent_frames(81) // (self.frames_per_chunk or 3))
+    def cost(self) -> Cost:
+        """What five seconds of Wan take, beside a uniform schedule with a cache pass (Self Forcing's)."""
+        chunks = -(-latent_frames(COSTED_PIXEL_FRAMES) // (self.frames_per_chunk or 3))
         steps = max(self.steps(chunk) for chunk in range(chunks))
         shown = ",".join(str(self.steps(chunk)) for chunk in range(min(chunks, len(self.sigmas) + 1)))
         return Cost(
@@ -395,9 +392,9 @@ class DiagonalSchedule:
             uniform_forwards=(steps + 1) * chunks,
         )
 
-    def describe(self, chunks: int | None = None) -> str:
+    def describe(self) -> str:
         """One line: the steps, and what they cost; see `cost`."""
-        cost = self.cost(chunks)
+        cost = self.cost()
         uniform = "1 uniform step" if cost.uniform_steps == 1 else f"{cost.uniform_steps} uniform steps"
         return (
             f"{cost.steps} steps, {self.context_mode} context: {cost.forwards} forwards for {cost.chunks} chunks; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 POSITIONS = ("auto", "absolute", "window")
 GLOBAL_WINDOW = -1
@@ -12,6 +13,14 @@ ADDED_LATER = "added_later"
 """In a field's metadata: older files have been written without it, with its default in effect."""
 # Wan 2.1 was trained on clips of 81 pixel frames. Absolute positions beyond were never seen in training.
 TRAINED_LATENT_FRAMES = 21
+
+
+def lasting_fields(value: Any) -> dict[str, Any]:
+    """A dataclass's fields without those that were added later and hold their default: what older files have of it."""
+    found = {each.name: (each, getattr(value, each.name)) for each in fields(value)}
+    return {
+        name: part for name, (each, part) in found.items() if not each.metadata.get(ADDED_LATER) or part != each.default
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .flow import ADAPTER_CHANNELS
-
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net.", "")
 PREFIX_PARTS = frozenset({"model", "diffusion_model", "net", "transformer", "pipe", "dit", "unet"})
 """What other prefixes may be made of: names of the one network that makes video. A critic's, a teacher's or an unknown
@@ -27,6 +25,10 @@ RCM_PREFIX, COUNTER_PREFIX = "net.", "accum_"
 """What NVIDIA's rCM puts before a name, and behind that before its trainer's counters, which it saves as well."""
 FLOW_ADAPTER_KEYS = ("flow_embedding.weight", "flow_embedding.bias")
 """What a model conditioned on optical flow has beside Wan's tensors; ComfyUI's Wan has no place for them."""
+ADAPTER_CHANNELS = 4
+"""Channels of what they are given, `flow_adapter.adapter_features`: dx, dy, valid, speed."""
+WAN_CELL = 8
+"""Pixels of a frame, each way, in one pixel of Wan 2.1's latent: a track that reaches as far is seen there."""
 
 PUBLISHED_SIZES = {1536: ("1.3B", 30, 8960), 5120: ("14B", 40, 13824)}
 """dim -> (name, depth, ffn_dim) of the sizes that Wan 2.1 was published in."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .disk import whole_file
 from .safetensors_header import MAX_HEADER_BYTES, Header, read_header
@@ -41,6 +41,8 @@ MAX_LISTED = 10
 """Names an error spells out before it only counts."""
 MAX_NAME = 200
 """Characters of a name that a message shows."""
+MAX_VALUE = 60
+"""Characters of a value that a message shows."""
 
 MARK_ELEMENTS = 1 << 12
 """The most bytes of a tensor that says how a layer is stored."""
@@ -96,6 +98,11 @@ def printable(text: str, limit: int = MAX_NAME) -> str:
     return shown if len(text) <= limit else f"{shown}..."
 
 
+def first_line(error: BaseException, limit: int = MAX_NAME) -> str:
+    """What an error of another program says first, as `printable`."""
+    return printable((str(error).strip().splitlines() or ["no details"])[0], limit)
+
+
 def listed(names: Iterable[str], limit: int = MAX_LISTED) -> str:
     """Join names for an error: the first `limit` in natural order, each as `printable`, then how many more."""
     ordered = sorted(names, key=_natural)
@@ -110,16 +117,16 @@ class _Bounded(reprlib.Repr):
         super().__init__()
         self.maxlevel = 3
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
-        self.maxstring = self.maxlong = self.maxother = 60
+        self.maxstring = self.maxlong = self.maxother = MAX_VALUE
 
     def repr1(self, x: Any, level: int) -> str:
         return self.repr_dict(x, level) if isinstance(x, dict) else super().repr1(x, level)
 
 
-def short(value: Any, limit: int = 60) -> str:
+def short(value: Any) -> str:
     """A value for an error message, cut where it is long."""
     text = _Bounded().repr(value) if isinstance(value, (dict, list, tuple, set, frozenset)) else repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
@@ -186,7 +193,7 @@ def _read_safetensors(
         raise _unsound(path, error) from error
     except (OSError, RuntimeError) as error:  # torch reports a mapping that the system refuses as RuntimeError
         raise ValueError(
-            f"weight file {path.name!r} cannot be read: {_first_line(error)}; check its permissions, and that the "
+            f"weight file {path.name!r} cannot be read: {first_line(error)}; check its permissions, and that the "
             "system has memory for a file of this size"
         ) from error
     return WeightFile(name=path.name, tree=tensors, metadata=_wanted(header, wanted))
@@ -205,7 +212,7 @@ def _checked_header(path: Path) -> Header:
         raise _unsound(path, error) from None
     except OSError as error:
         raise ValueError(
-            f"weight file {path.name!r} cannot be read: {_first_line(error)}; check its permissions"
+            f"weight file {path.name!r} cannot be read: {first_line(error)}; check its permissions"
         ) from error
     if not header.tensors:
         raise ValueError(f"weight file {path.name!r} holds no tensors; choose a model file")
@@ -362,7 +369,7 @@ def _refuse_compressed(path: Path) -> None:
 
 def _no_torch_file(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"weight file {path.name!r} cannot be read as a torch file ({type(error).__name__}: {_first_line(error)}); it "
+        f"weight file {path.name!r} cannot be read as a torch file ({type(error).__name__}: {first_line(error)}); it "
         "is damaged, cut short or of another kind: download or copy it again"
     )
 
@@ -374,10 +381,6 @@ def _torch_version() -> tuple[int, int]:
         return (0, 0)
     major, minor = int(match.group(1)), int(match.group(2))
     return (major, minor - 1) if match.group(3) else (major, minor)
-
-
-def _first_line(error: BaseException) -> str:
-    return printable((str(error).strip().splitlines() or ["no details"])[0])
 
 
 def json_object(file: WeightFile, key: str) -> dict[str, Any]:
@@ -464,6 +467,29 @@ def _spans(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     for index in range(SAMPLED_SPANS):
         start = last * index // (SAMPLED_SPANS - 1)
         yield flat[start : start + SPAN_ELEMENTS]
+
+
+def read_described(
+    path: str | os.PathLike[str], entry: str, what: str, file_name: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Reads a file of this pack's own that has its configuration in its header.
+
+    entry: the header's, a JSON object. what, file_name: what is wanted, and its name, for the error.
+
+    Returns:
+        the configuration, and the tensors on the CPU by name.
+
+    Raises:
+        ValueError: if the header has no such entry.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        described = (file.metadata() or {}).get(entry)
+    if described is None:
+        raise ValueError(
+            f"path={os.fspath(path)!r} has no {entry!r} entry in its safetensors header, so it is not {what}; give the "
+            f"{file_name} of this pack"
+        )
+    return json.loads(described), load_file(path)
 
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,17 +1,23 @@
-"""What every training program here needs: seeded generators, precision, memory, whole files and provenance."""
+"""What every program here needs: seeded generators, precision, memory, whole files, provenance and plain errors."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from diagonal_sampler.disk import whole_file
+
+PRECISION = torch.bfloat16
+"""Of the matrix products of the demo's networks, where it pays."""
 
 
 def generator_at(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -34,7 +40,7 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
-def autocast(device: torch.device, precision: torch.dtype = torch.bfloat16) -> AbstractContextManager:
+def autocast(device: torch.device, precision: torch.dtype = PRECISION) -> AbstractContextManager:
     """Matrix products in `precision`, bf16 or float32; in float32 where bf16 would be slower."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32 and fast_bf16(device))
 
@@ -106,3 +112,18 @@ def git_commit() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def stops_in_a_line(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """A command that returns its exit status; a wrong value, or a file that cannot be used, is a line on stderr."""
+
+    @functools.wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run

@@ -171,7 +171,7 @@ def make(plan: Plan, out: Path, work: Path, device: torch.device, pool: Executor
 
     path = train_demo.train_autoencoder(autoencoder_recipe, work, device)
     autoencoder = train_demo.load_trained_autoencoder(path, autoencoder_recipe.config)
-    whole, sprite = train_demo.autoencoder_psnr(autoencoder.to(device), scale=plan.scale)
+    whole, sprite = train_demo.autoencoder_psnr(autoencoder.to(device), plan.scale)
     log.info("autoencoder: %.1f dB, %.1f dB on sprites; %.0f s left", whole, sprite, clock.left)
     data = train_demo.encode_latent_set(dit_recipe, autoencoder, None, device, scenes)
     log.info("clips encoded; %.0f s left", clock.left)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -43,9 +43,11 @@ class Orthogonal(torch.optim.Optimizer):
 
     ITERATION = (3.4445, -4.7750, 2.0315)
     STEPS = 5
+    MOMENTUM = 0.95
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        # Checkpoints have the momentum.
+        super().__init__(params, {"lr": lr, "momentum": self.MOMENTUM, "weight_decay": weight_decay})
 
     @classmethod
     def orthogonalise(cls, matrices: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def make_optimizers(
 ) -> Optimizers:
     """Orthogonalised updates for `matrices`, AdamW for the rest."""
     adamw = make_adamw(others, rate, weight_decay=weight_decay)
-    return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay=weight_decay), matrix_rate)]
+    return [(adamw, rate), (Orthogonal(matrices, matrix_rate, weight_decay), matrix_rate)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,29 +166,32 @@ def progress(updates: Iterable[Any], description: str, total: int | None = None)
 class Losses:
     """Means of losses since they were last read; nothing waits for the device in between."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.names, self.count = names, 0
+        self.count = 0
+        self.text = ""
 
     def add(self, **values: Tensor) -> None:
-        """The losses of an update."""
-        for name in self.names:
-            value = values[name].detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        """The losses of an update, the same names in all."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.count += 1
 
     def read(self, update: int) -> str:
-        """The means as text, and begins again.
+        """The means as text, and begins again; what was read last where no update came since.
 
         Raises:
             ValueError: one that is not finite.
         """
+        if not self.sums:
+            return self.text
         means = {name: float(value) / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise ValueError(f"the loss ({name}) is {mean} by update {update}; lower the learning rates")
-        return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        self.text = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        return self.text
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,6 +303,39 @@ class Training:
             value.copy_(saved["ema"][name])
         log.info("resumed %s at update %d", self.path, saved["update"])
         return saved["update"]
+
+    def updates(
+        self,
+        pace: Pace,
+        losses: Losses,
+        first: int,
+        stop: int | None = None,
+        saved: Callable[[dict[str, Tensor], int], None] | None = None,
+    ) -> Iterator[int]:
+        """The updates that are left, as Pace has them; a checkpoint every `save_every` of the recipe, and at the end.
+
+        Args:
+            losses: they are read before.
+            first: the update to begin with.
+            saved: is given the averaged weights and how many updates are done, at every checkpoint.
+
+        Raises:
+            ValueError: a loss that is not finite; there is no checkpoint then.
+        """
+
+        def keep(update: int) -> None:
+            text = losses.read(update)
+            self.save(update + 1)
+            if saved is not None:
+                saved(self.ema.state, update + 1)
+            log.info("%s: update %d, %.0f s: %s", self.path, update + 1, time.perf_counter() - pace.started, text)
+
+        update = first - 1
+        for update in pace.updates_from(first, stop):
+            yield update
+            if (update + 1) % self.recipe.save_every == 0:
+                keep(update)
+        keep(update)
 
     def step(self, update: int) -> None:
         """An update by the gradients that were gathered, which are spent."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import torch
 
 from distillation import demo_files, sprites
+from distillation.common import stops_in_a_line
 from distillation.evidence.measures import Evaluation, Options
 from distillation.evidence.report import build, load_scores
 from distillation.evidence.rows import (
@@ -69,7 +69,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """What the command does, with errors as ValueError."""
+    """What the command does."""
     runs, demo, out = chosen.runs, chosen.demo, chosen.out
     if chosen.commands:
         teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / demo_files.TEACHER_FILE
@@ -103,8 +103,8 @@ def run(chosen: argparse.Namespace) -> None:
     print(f"{len(results)} of {len(NAMES)} rows: {out / 'README.md'}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Evaluates; returns the exit status."""
+@stops_in_a_line
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"), help="scores, tables and plots go here")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="exported weights, NAME.safetensors")
@@ -122,17 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, help="with --commands: the budget; default: the recipe's")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        if chosen.threads is not None:
-            if chosen.threads < 1:
-                raise ValueError(f"threads is {chosen.threads}; it must be at least 1.")
-            torch.set_num_threads(chosen.threads)
-        run(chosen)
-    except (ValueError, OSError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if chosen.threads is not None:
+        if chosen.threads < 1:
+            raise ValueError(f"threads is {chosen.threads}; it must be at least 1.")
+        torch.set_num_threads(chosen.threads)
+    run(chosen)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

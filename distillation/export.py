@@ -13,18 +13,16 @@ import argparse
 import json
 import logging
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from diagonal_sampler.provenance import Provenance
 from diagonal_sampler.weight_files import write_weights
 from distillation import run_folder
-from distillation.common import git_commit
+from distillation.common import git_commit, stops_in_a_line
 from distillation.demo_files import KEPT_NOISE, NOISE_KEY
 from distillation.lora import host_lora
 from distillation.networks import read_wan
@@ -137,8 +135,8 @@ def merged(recipe: Recipe, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exports; returns the exit status."""
+@stops_in_a_line
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder given to train --out")
     parser.add_argument("--to", type=Path, required=True, help=".safetensors file to write")
@@ -146,13 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--merge", action="store_true", help="adapters: write whole weights instead of a LoRA")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -30,7 +30,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -48,14 +47,15 @@ from diagonal_sampler.demo_autoencoder import (
     DemoAutoencoder,
 )
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.flow import OpticalFlow, adapter_features, tracks_flow
+from diagonal_sampler.flow import OpticalFlow, tracks_flow
+from diagonal_sampler.flow_adapter import adapter_features
 from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference
 from diagonal_sampler.frames import TIME_FACTOR, latent_frames, pixel_frames
 from diagonal_sampler.noise import NoiseSource, SeededNoise
 from diagonal_sampler.sampler import split_frames
 from distillation import demo_files, score, sprites
-from distillation.common import write_text
+from distillation.common import PRECISION, stops_in_a_line, write_text
 from distillation.evidence.statistics import CONFIDENCE, Spread, caption_counts
 from distillation.recipes import DEMO
 from distillation.rollout import stream
@@ -91,7 +91,6 @@ TRACK_RADIUS = 11.0
 """Pixels around the track that move with it: the largest sprite, with its corners."""
 ELSEWHERE_SHARE = 0.1
 """Share of a sprite's colour farther than TRACK_RADIUS from its centre, above which there are two copies of it."""
-PRECISION = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,8 +452,8 @@ def page(
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Evaluates; returns the exit status."""
+@stops_in_a_line
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="folder of the demo's three files")
     parser.add_argument("--dit", type=Path, help="a DiT of the demo's size instead of the checkpoint's")
@@ -475,31 +474,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table as a page, docs/evidence/flow.md")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        torch.set_num_threads(chosen.threads)
-        options = Options(
-            scenes=chosen.scenes,
-            length=chosen.length,
-            seed=chosen.seed,
-            start_sigmas=tuple(chosen.start_sigma),
-            blend=chosen.blend,
-            field=chosen.field,
-        )
-        player = Player(chosen.checkpoint, chosen.dit, chosen.device)
-        modes = player.modes if chosen.modes is None else tuple(mode.strip() for mode in chosen.modes.split(","))
-        unknown = [mode for mode in modes if mode not in player.modes]
-        if unknown:
-            raise ValueError(f"modes has {', '.join(unknown)}; this checkpoint allows {', '.join(player.modes)}.")
-        found = evaluate(player, options, chosen.out, modes)
-        print(table(found, options))
-        if chosen.write:
-            chosen.write.parent.mkdir(parents=True, exist_ok=True)
-            write_text(chosen.write, page(found, options, player, chosen.dit, to=chosen.write, modes=chosen.modes))
-    except (ValueError, OSError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    torch.set_num_threads(chosen.threads)
+    options = Options(
+        scenes=chosen.scenes,
+        length=chosen.length,
+        seed=chosen.seed,
+        start_sigmas=tuple(chosen.start_sigma),
+        blend=chosen.blend,
+        field=chosen.field,
+    )
+    player = Player(chosen.checkpoint, chosen.dit, chosen.device)
+    modes = player.modes if chosen.modes is None else tuple(mode.strip() for mode in chosen.modes.split(","))
+    unknown = [mode for mode in modes if mode not in player.modes]
+    if unknown:
+        raise ValueError(f"modes has {', '.join(unknown)}; this checkpoint allows {', '.join(player.modes)}.")
+    found = evaluate(player, options, chosen.out, modes)
+    print(table(found, options))
+    if chosen.write:
+        chosen.write.parent.mkdir(parents=True, exist_ok=True)
+        write_text(chosen.write, page(found, options, player, chosen.dit, to=chosen.write, modes=chosen.modes))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,7 +8,7 @@ Three sources, the values of the recipe's `flow_adapter`:
   per pixel frame, x right, y down) and perhaps `valid` [T, H, W] bool. Any size; `OpticalFlow.fit` says how it is
   fitted. A prompt without a file has no flow.
 
-Whatever the source, `diagonal_sampler.flow.adapter_features` turns the field into what the adapter sees, as it does in
+Whatever the source, `flow_adapter.adapter_features` turns the field into what the adapter sees, as it does in
 ComfyUI.
 """
 
@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diagonal_sampler.captions import parse_caption
-from diagonal_sampler.flow import ADAPTER_CHANNELS, OpticalFlow, camera_flow, tracks_flow
+from diagonal_sampler.flow import OpticalFlow, camera_flow, tracks_flow
 from diagonal_sampler.frames import pixel_frames
+from diagonal_sampler.wan_layout import ADAPTER_CHANNELS
 from distillation import sprite_motion, sprites
 from distillation.common import generator_at
 

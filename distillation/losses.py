@@ -291,17 +291,12 @@ class MotionHeadLosses(NamedTuple):
 
 
 def motion_head_losses(
-    denoised: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    head: MotionHead,
-    teacher_head: MotionHead,
-    target: Tensor | None = None,
+    denoised: Tensor, real: Tensor, fake: Tensor, head: MotionHead, teacher_head: MotionHead
 ) -> MotionHeadLosses:
     """Distribution matching and regression on the motion features F of a head, against its EMA copy F_t.
 
     dmd: `pull` of F(x) along g_F = (F_t(fake) - F_t(real)) / mean|F(x) - F_t(real)|, the mean per sample.
-    regression: mean((F(x) - stop(F_t(target)))^2). METHOD.md section 3.
+    regression: mean((F(x) - stop(F_t(real)))^2), towards the teacher's prediction. METHOD.md section 3.
 
     `teacher_head` gets no gradient and follows by `update_ema_head`. This prevents the short way to a zero loss, the
     collapse: a head on both sides of a difference would learn to answer the same for every clip. A slow target only
@@ -313,17 +308,14 @@ def motion_head_losses(
         fake: the same shape, x0 of the fake score.
         head: F, trained with the generator, or frozen by requires_grad_(False).
         teacher_head: F_t, the EMA copy of `head`.
-        target: the same shape, the clip whose motion is regressed to; None takes `real`, the teacher's prediction.
 
     Raises:
         ValueError: not a latent, shapes differ, T below 2, or a head that does not fit the latents or the other head.
     """
-    target = real if target is None else target
     _require_motion("denoised", denoised)
-    _require_same_shape("denoised", denoised, real=real, fake=fake, target=target)
+    _require_same_shape("denoised", denoised, real=real, fake=fake)
     with torch.no_grad():
         real_features, fake_features = teacher_head(real), teacher_head(fake)
-        target_features = real_features if target is real else teacher_head(target)
     features = head(denoised)
     if features.shape != real_features.shape:
         raise ValueError(
@@ -333,7 +325,7 @@ def motion_head_losses(
     gradient = _matching_direction(features.detach(), real_features, fake_features)
     return MotionHeadLosses(
         dmd=pull(features, gradient),
-        regression=(features - target_features).square().mean(),
+        regression=(features - real_features).square().mean(),
     )
 
 

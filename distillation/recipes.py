@@ -125,6 +125,14 @@ class Recipe:
     tensorboard: bool = option(True, "also log for TensorBoard, if it is installed")
 
     def __post_init__(self) -> None:
+        self._require_ranges()
+        self._require_sources()
+        self._require_windows()
+        # Their own checks, at once rather than after the weights have loaded.
+        _ = self.model, self.settings, self.schedule
+
+    def _require_ranges(self) -> None:
+        """Every field by itself, and those that divide or bound each other."""
         for item in fields(self):
             if item.type == "float" and not math.isfinite(getattr(self, item.name)):
                 raise ValueError(f"{item.name} is {getattr(self, item.name)}; it must be a finite number.")
@@ -167,25 +175,31 @@ class Recipe:
                 f"the latent is {self.height}x{self.width}; both must be even (the patch is 2): "
                 f"{self.height + self.height % 2}x{self.width + self.width % 2} fits."
             )
-        if self.frames < 2 and self.motion_weight:
-            raise ValueError("motion losses compare neighbouring latent frames; frames must be at least 2.")
+
+    def _require_sources(self) -> None:
+        """Where weights and noise levels come from."""
         if not PRESETS[self.preset].fresh_noise and self.stage not in ("teacher", "forcing"):
             few = ", ".join(name for name, preset in PRESETS.items() if preset.fresh_noise)
             raise ValueError(
                 f"preset is {self.preset!r}, whose steps keep their noise; a few-step student is trained for fresh "
                 f"noise at each: choose one of {few}."
             )
+        if self.fake_score and self.lora_rank:
+            raise ValueError(
+                f"fake_score is {self.fake_score!r} and lora_rank {self.lora_rank}: with adapters the fake score is an "
+                "adapter on the teacher; leave one of the two out."
+            )
+
+    def _require_windows(self) -> None:
+        """The latent frames that the losses see."""
+        if self.frames < 2 and self.motion_weight:
+            raise ValueError("motion losses compare neighbouring latent frames; frames must be at least 2.")
         if self.stage == "long" and self.rollout_frames < self.frames:
             raise ValueError(f"rollout_frames is {self.rollout_frames}, less than frames ({self.frames}).")
         if self.window != GLOBAL_WINDOW and self.frames % self.frames_per_chunk and self.stage == "long":
             raise ValueError(
                 f"frames is {self.frames}, no multiple of frames_per_chunk ({self.frames_per_chunk}): stage long "
                 "trains on windows of whole chunks."
-            )
-        if self.fake_score and self.lora_rank:
-            raise ValueError(
-                f"fake_score is {self.fake_score!r} and lora_rank {self.lora_rank}: with adapters the fake score is an "
-                "adapter on the teacher; leave one of the two out."
             )
         follows = self.score_sink and self.sink == self.frames_per_chunk  # the scores see all that was given
         least = self.frames_per_chunk + (2 if self.motion_weight else 1)
@@ -201,8 +215,6 @@ class Recipe:
                 f"score_sink needs score_attention causal (it is {self.score_attention}) and a sink of whole chunks ("
                 f"{self.sink} latent frames, {self.frames_per_chunk} a chunk)."
             )
-        # Their own checks, at once rather than after the weights have loaded.
-        _ = self.model, self.settings, self.schedule
 
     @property
     def model(self) -> WanConfig:

@@ -204,7 +204,7 @@ def predict_x0(
 @torch.no_grad()
 def stream(
     network: WanDiT,
-    context: Tensor,
+    context: Tensor | Callable[[], Tensor],
     noise: NoiseSource,
     schedule: DiagonalSchedule,
     settings: CausalSettings,
@@ -216,15 +216,17 @@ def stream(
     optical_flow: Tensor | None = None,
     watch: Callable[[Tensor, Forward], None] | None = None,
     source: Callable[[int, int], Tensor] | None = None,
+    recache: Callable[[int], bool] | None = None,
     after: Callable[[Tensor, Forward], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Samples a clip as at inference and yields its chunks, [B, C, frames_per_chunk, H, W] each.
 
     Args:
-        context: [B, tokens, text_dim]; negative: [1, tokens, text_dim], needed where cfg is not 1.
+        context: [B, tokens, text_dim], or a function that gives it in every forward.
+        negative: [1, tokens, text_dim], needed where cfg is not 1.
         optical_flow: [B, 4, frames, H, W] what the adapter is given, with both; or None.
         watch: sees the input of every forward.
-        source: of `sample_chunks`.
+        source, recache: of `sample_chunks`.
         after: (x0, forward) -> the x0 to go on with, of every forward.
     """
     cache = KVCache(settings, frames)
@@ -239,16 +241,16 @@ def stream(
             seen = None if alone else cache.condition(name)
             return predict_x0(network, x, at.sigma, text, precision, cache=seen, optical_flow=flow)
 
-        x0 = predict(context, "positive")
+        x0 = predict(context() if callable(context) else context, "positive")
         if cfg != 1:
             assert negative is not None
-            x0 = guided(x0, predict(negative.expand(len(context), -1, -1), "negative"), cfg)
+            x0 = guided(x0, predict(negative.expand(len(x), -1, -1), "negative"), cfg)
         return x0 if after is None else after(x0, at)
 
     size = settings.frames_per_chunk
     try:
         for chunk in sample_chunks(
-            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, source=source
+            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, source=source, recache=recache
         ):
             yield chunk.latents
     finally:

@@ -35,6 +35,7 @@ from diagonal_sampler.noise import SeededNoise
 from diagonal_sampler.schedule import CONTEXT_MODES, PRESETS, DiagonalSchedule, levels_text, parse_steps, same_levels
 from diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from distillation import demo_files, sprites, train_demo
+from distillation.common import PRECISION
 from distillation.rollout import stream
 from distillation.run_folder import write_json
 from distillation.samples import decode_frames
@@ -382,22 +383,24 @@ def sample_latents(
         schedule,
         settings,
         latent_frames(pixel_frames),
-        precision=torch.bfloat16,
+        precision=PRECISION,
         cfg=cfg,
         negative=encoder.encode([""]),
     )
     return torch.cat(list(chunks), dim=2)
 
 
+SHEET_EVERY = 8
+"""Frames of a clip of which a contact sheet shows one."""
 SHEET_GREY = 40
 """Level of the lines between a contact sheet's frames."""
 
 
-def contact_sheet(frames: Tensor, path: Path, every: int = 8, scale: int = 2) -> None:
+def contact_sheet(frames: Tensor, path: Path, scale: int) -> None:
     """Writes rows of clips and columns of frames. frames: [B, T, 3, H, W] in 0..255."""
     from PIL import Image
 
-    picked = F.pad(frames[:, ::every].round().to(torch.uint8), (1, 1, 1, 1), value=SHEET_GREY)
+    picked = F.pad(frames[:, ::SHEET_EVERY].round().to(torch.uint8), (1, 1, 1, 1), value=SHEET_GREY)
     sheet = picked.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray(sheet.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)

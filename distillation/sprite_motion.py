@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from diagonal_sampler.demo_autoencoder import SPACE_FACTOR
-from diagonal_sampler.flow import ADAPTER_CHANNELS, NothingValid, OpticalFlow, adapter_features, told_motion
+from diagonal_sampler.flow import NothingValid, OpticalFlow
+from diagonal_sampler.flow_adapter import adapter_features, told_motion
 from diagonal_sampler.frames import TIME_FACTOR, latent_frames
+from diagonal_sampler.wan_layout import ADAPTER_CHANNELS
 from distillation import sprites
 from distillation.sprites import FRAME_SIZE, Scenes
 

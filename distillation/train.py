@@ -329,7 +329,7 @@ class Trainer:
     def under_noise(self, clip: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A clip at a random noise level each: x, sigma [B], noise."""
         recipe = self.recipe
-        u = torch.stack([torch.rand((), generator=generator_at(seed & 0xFFFFFFFF, 13)) for seed in seeds])
+        u = torch.stack([torch.rand((), generator=generator_at(seed, 13)) for seed in seeds])
         sigma = losses.draw_score_sigmas(u, shift=recipe.score_shift, low=recipe.score_low, high=recipe.score_high).to(
             clip.device
         )
@@ -470,9 +470,7 @@ class Trainer:
             rows = batch_rows(recipe.seed, update, recipe.batch, len(self.clips))
             clean, paths, prompt_rows, flow = self.clips.take([rows[place] for place in self.places(part)])
             seeds = self.seeds(update, "clip", part)
-            draws = torch.stack(
-                [torch.rand(len(self._chunks) + 1, generator=generator_at(seed & 0xFFFFFFFF, 17)) for seed in seeds]
-            )
+            draws = torch.stack([torch.rand(len(self._chunks) + 1, generator=generator_at(seed, 17)) for seed in seeds])
             clean = clean.to(self.ranks.device)
             context = self.prompts.embeddings(prompt_rows).to(self.ranks.device)
             weight = None
@@ -668,28 +666,15 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
             for update in range(first, recipe.updates):
                 started = time.perf_counter()
                 values = trainer.update(update)
-                parts = trainer.stopwatch.take()
-                entry = {"update": update, **values, "seconds": time.perf_counter() - started, **parts}
-                if ranks.device.type == "cuda":
-                    entry["peak_gb"] = torch.cuda.max_memory_allocated(ranks.device) / 1e9
-                if journal:
-                    journal.write(entry)
-                if board:
-                    for name, value in values.items():
-                        board.add_scalar(f"{recipe.stage}/{name}", value, update)
+                seconds = _note_update(trainer, update, values, started, journal, board)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "norm" not in name)
                 bar.update(task, advance=1, losses=shown)
                 if lines:
-                    log.info("update %d of %d, %.1f s: %s", update + 1, recipe.updates, entry["seconds"], shown)
+                    log.info("update %d of %d, %.1f s: %s", update + 1, recipe.updates, seconds, shown)
                 done = update + 1
                 stops = any_rank(told_to_stop() or (time_is_up is not None and time_is_up()), ranks)
                 last = done == recipe.updates or stops
-                if recipe.save_every and (done % recipe.save_every == 0 or last):
-                    run_folder.save(folder, done, trainer.tensors(), recipe.keep)
-                if recipe.sample_every and recipe.sample_prompts and (done % recipe.sample_every == 0 or last):
-                    clips, captions = trainer.sample(recipe.sample_prompts)
-                    if ranks.main:
-                        try_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
+                _keep_what_is_due(trainer, done, last=last)
                 if last:
                     if done < recipe.updates:
                         log.info("stopped after update %d of %d, as it was told", done, recipe.updates)
@@ -699,6 +684,37 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
             journal.close()
         if board:
             board.close()
+
+
+def _note_update(
+    trainer: Trainer,
+    update: int,
+    values: dict[str, float],
+    started: float,
+    journal: run_folder.Log | None,
+    board: Any,
+) -> float:
+    """Writes an update's values and times to log.jsonl and TensorBoard; the seconds since `started`."""
+    parts, device = trainer.stopwatch.take(), trainer.ranks.device
+    seconds = time.perf_counter() - started  # after `take`, which waits for the device
+    if journal:
+        peak = {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+        journal.write({"update": update, **values, "seconds": seconds, **parts, **peak})
+    if board:
+        for name, value in values.items():
+            board.add_scalar(f"{trainer.recipe.stage}/{name}", value, update)
+    return seconds
+
+
+def _keep_what_is_due(trainer: Trainer, done: int, *, last: bool) -> None:
+    """The checkpoint and the sample clips that are due after `done` updates, or after the last one."""
+    recipe, folder = trainer.recipe, trainer.folder
+    if recipe.save_every and (done % recipe.save_every == 0 or last):
+        run_folder.save(folder, done, trainer.tensors(), recipe.keep)
+    if recipe.sample_every and recipe.sample_prompts and (done % recipe.sample_every == 0 or last):
+        clips, captions = trainer.sample(recipe.sample_prompts)
+        if trainer.ranks.main:
+            try_samples(folder / "samples" / f"update_{done:06d}", clips, captions, recipe.autoencoder)
 
 
 SMALLEST_WAN = 1536

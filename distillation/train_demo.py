@@ -187,10 +187,13 @@ def load_trained_autoencoder(path: Path, config: DemoAutoencoderConfig) -> DemoA
     return model.eval().requires_grad_(False)
 
 
+PSNR_SCENES, PSNR_SEED = 16, 9
+
+
 @torch.no_grad()
-def autoencoder_psnr(model: DemoAutoencoder, count: int = 16, seed: int = 9, *, scale: int = 1) -> tuple[float, float]:
+def autoencoder_psnr(model: DemoAutoencoder, scale: int) -> tuple[float, float]:
     """PSNR in dB over whole frames, and over the pixels a sprite touches, on fresh clips."""
-    scenes = sprites.sample_scenes(count, seed).to(model.wan_mean.device)
+    scenes = sprites.sample_scenes(PSNR_SCENES, PSNR_SEED).to(model.wan_mean.device)
     pixels = sprites.to_pixels(sprites.render(scenes, torch.arange(sprites.CLIP_FRAMES), scale))
     error = (model.decode(model.encode(pixels)) - pixels).square()
     gray = (scenes.background / 127.5 - 1).view(-1, 1, 1, 1, 1)
@@ -694,7 +697,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     if options.stage == "autoencoder":
         autoencoder = load_trained_autoencoder(train_autoencoder(recipe, options.out, device), recipe.config)
-        whole, sprite = autoencoder_psnr(autoencoder, scale=options.scale)
+        whole, sprite = autoencoder_psnr(autoencoder, options.scale)
         log.info("autoencoder: %.1f dB, %.1f dB on sprites, %.0f s", whole, sprite, time.perf_counter() - started)
         return
     with nullcontext() if on_cpu else worker_pool(options.threads) as pool:

@@ -18,7 +18,6 @@ that cost. It also goes the other way: what a student learned (distillation.trai
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import time
@@ -38,7 +37,7 @@ from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.schedule import DiagonalSchedule, shift_sigma
 from diagonal_sampler.settings import GLOBAL_WINDOW
 from distillation import sprite_motion, sprites
-from distillation.common import autocast, generator_at
+from distillation.common import autocast, generator_at, stops_in_a_line
 from distillation.demo_files import (
     NETWORK_FILES,
     TrainedFor,
@@ -71,8 +70,6 @@ from distillation.train_demo import (
     encode_latent_set,
     enlarged,
 )
-
-log = logging.getLogger("train_flow")
 
 CHECKPOINT, CLIPS, KEPT_CLIPS = "flow.pt", "flow_clips.pt", "kept_clips.pt"
 READ_EVERY = 20
@@ -426,10 +423,9 @@ def train_flow(
     optimizers = flow_optimizers(dit, recipe)
     training = Training(path, dit, optimizers, recipe, ema_decay=recipe.ema_decay, begun_with=[file, *(learned or ())])
     first = training.resume()
-    losses = Losses("flow", "kept")
+    losses = Losses()
     pace = Pace(recipe.updates, recipe.warmup, None if seconds is None else seconds - (time.perf_counter() - entered))
-    bar = progress(pace.updates_from(first, stop), "flow", total=recipe.updates - first)
-    update = first - 1
+    bar = progress(training.updates(pace, losses, first, stop), "flow", total=recipe.updates - first)
     for update in bar:
         batch = flow_batch(recipe, data, trained, update)
         if own_data is None:
@@ -448,15 +444,8 @@ def train_flow(
             (recipe.kept_weight * other).backward()
         training.step(update)
         losses.add(flow=loss, kept=other)
-        saves = (update + 1) % recipe.save_every == 0
-        if saves or (update + 1) % READ_EVERY == 0:
-            found = losses.read(update)
-            bar.set_postfix_str(found)
-            if saves:
-                training.save(update + 1)
-                log.info("update %d: %s", update + 1, found)
-    losses.read(update)
-    training.save(update + 1)
+        if (update + 1) % READ_EVERY == 0:
+            bar.set_postfix_str(losses.read(update))
     return path
 
 
@@ -488,6 +477,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@stops_in_a_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
@@ -524,4 +514,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

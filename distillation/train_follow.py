@@ -21,7 +21,6 @@ KV cache of noisy context holds.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,17 +33,18 @@ from diagonal_sampler.captions import CaptionEncoder, caption_of, tokenize_capti
 from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import latent_frames
+from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
 from distillation import sprites, train_flow
-from distillation.common import autocast, generator_at
-from distillation.demo_files import NETWORK_FILES, TrainedFor, load_dit, load_models, trained_for, write_changed
+from distillation.common import autocast, generator_at, stops_in_a_line
+from distillation.demo_files import STUDENT_FILE, TrainedFor, load_dit, load_models, trained_for, write_changed
 from distillation.demo_run import Losses, Pace, Training, add_fields, begin, given, read_run
 from distillation.recipes import option
 from distillation.train_flow import FlowClips
 from distillation.windows import DrawnNoise, Sampling, States, Windows, require_whole_pools, roll_out, window_error
 
-log = logging.getLogger("train_follow")
-
 CHECKPOINT, CLIPS = "follow.pt", "flow_clips.pt"
+KEPT_AT_ONCE = 512
+"""Captions that are rolled out together without flow."""
 _CLIP_DRAWS, _KEPT_DRAWS, _BATCH_DRAWS = 41, 42, 43  # positions of this module's random numbers under its seed
 
 
@@ -88,7 +88,6 @@ def kept_states(
     encoder: CaptionEncoder,
     trained: TrainedFor,
     device: torch.device,
-    at_once: int = 512,
 ) -> States:
     """What the network `before` is asked without flow, and what it answers; fp16."""
     captions = [caption_of(sprites.training_specs(recipe.seed, row)) for row in range(recipe.kept_clips)]
@@ -96,8 +95,8 @@ def kept_states(
     chunks = latent_frames(recipe.length) // trained.settings.frames_per_chunk
     side = sprites.FRAME_SIZE // SPACE_FACTOR
     parts = []
-    for first in range(0, len(ids), at_once):
-        rows = ids[first : first + at_once]
+    for first in range(0, len(ids), KEPT_AT_ONCE):
+        rows = ids[first : first + KEPT_AT_ONCE]
         noise = DrawnNoise(
             generator_at(recipe.seed, _KEPT_DRAWS, first, device=device), (len(rows), LATENT_CHANNELS, side, side)
         )
@@ -184,7 +183,6 @@ def train_follow(
     out: Path,
     device: torch.device,
     *,
-    network: str = "student",
     clips: Path | None = None,
     learned: Path | None = None,
     workers: int = 0,
@@ -192,31 +190,30 @@ def train_follow(
     seconds: float | None = None,
     saved_as: Callable[[dict[str, Tensor], int], None] | None = None,
 ) -> Path:
-    """Trains a network of `start`, or resumes, until `stop` updates (default: all); the checkpoint's path.
+    """Trains the student of `start`, or resumes, until `stop` updates (default: all); the checkpoint's path.
 
     Args:
-        start: folder of finished models; without flow the network is to stay what it is there.
-        network: whose file it is; it must be sampled without guidance.
+        start: folder of finished models; without flow the student is to stay what it is there.
         clips: file of encoded clips to share with other runs; default: one in `out`. Made if it is not there.
-        learned: folder of a network that knows flow already, to begin with instead of an adapter of zeros.
+        learned: folder of a student that knows flow already, to begin with instead of an adapter of zeros.
         workers: processes that prepare clips beside this one.
         seconds: end after them, clips counted in, with the cosine; an update then depends on the machine's speed.
         saved_as: is given the averaged weights and the update at every checkpoint.
 
     Raises:
-        ValueError: no models in `start`, a network that is sampled in another way, or a loss that is not finite.
+        ValueError: no models in `start`, a student that is sampled in another way, or a loss that is not finite.
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
-    file = start / NETWORK_FILES[network]
+    file = start / STUDENT_FILE
     _, encoder, autoencoder = load_models(start)
     before, trained = load_dit(file).to(device), trained_for(file)
-    source = before if learned is None else load_dit(learned / NETWORK_FILES[network])
+    source = before if learned is None else load_dit(learned / STUDENT_FILE)
     dit = train_flow.with_adapter(source).to(device)
     encoder = encoder.to(device)
     data = train_flow.encode_flow_clips(recipe, autoencoder, clips or out / CLIPS, device, workers=workers).to(device)
     sampling = Sampling(trained, data.clips.shape[2] // trained.settings.frames_per_chunk, device)
-    begun_with = [file, *([] if learned is None else [learned / NETWORK_FILES[network]])]
+    begun_with = [file, *([] if learned is None else [learned / STUDENT_FILE])]
     training = Training(
         path,
         dit,
@@ -227,17 +224,10 @@ def train_follow(
     )
     first = training.resume()
     kept = kept_states(recipe, before, encoder, trained, device)
-
-    def save(update: int) -> None:
-        training.save(update)
-        if saved_as is not None:
-            saved_as(training.ema.state, update)
-
     pace = Pace(recipe.updates, recipe.warmup, None if seconds is None else seconds - (time.perf_counter() - started))
-    losses = Losses("followed", "kept")
+    losses = Losses()
     followed: States | None = None
-    update = first - 1
-    for update in pace.updates_from(first, stop):
+    for update in training.updates(pace, losses, first, stop, saved_as):
         if followed is None or update % recipe.pool_updates == 0:
             followed = followed_states(recipe, dit, encoder, trained, data, update // recipe.pool_updates)
         pace.set_rates(training.optimizers, update)
@@ -257,34 +247,41 @@ def train_follow(
         (to_follow + recipe.kept_weight * to_keep).backward()
         training.step(update)
         losses.add(followed=to_follow, kept=to_keep)
-        if (update + 1) % recipe.save_every == 0:
-            text_of = losses.read(update)
-            save(update + 1)
-            log.info("update %d, %.0f s: %s", update + 1, time.perf_counter() - started, text_of)
-    losses.read(update)
-    save(update + 1)
     return path
 
 
 def export_follow(
-    state: dict[str, Tensor], recipe: FollowRecipe, update: int, start: Path, folder: Path, *, network: str, note: str
+    state: dict[str, Tensor],
+    recipe: FollowRecipe,
+    update: int,
+    start: Path,
+    folder: Path,
+    note: str,
+    strength: float = 1.0,
 ) -> None:
-    """Writes averaged weights of a run to `folder`; the header is that of the network in `start`, and more."""
+    """Writes averaged weights of a run to `folder`; the header is that of the student in `start`, and more.
+
+    Args:
+        strength: factor on the adapter, as `strength` of Diagonal Flow Conditioning at every use.
+    """
     done = (
         f"distillation.train_follow, seed {recipe.seed}, {update} updates of {recipe.batch} + {recipe.kept_batch} "
         f"windows, {recipe.clips} clips, EMA {recipe.ema_decay}"
     )
-    write_changed(folder / NETWORK_FILES[network], state, start / NETWORK_FILES[network], done, note)
+    done += "" if strength == 1 else f", adapter times {strength:g}"
+    state = {name: x * strength if name in FLOW_ADAPTER_KEYS else x for name, x in state.items()}
+    write_changed(folder / STUDENT_FILE, state, start / STUDENT_FILE, done, note)
 
 
+@stops_in_a_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
-    parser.add_argument("--network", choices=("student",), default="student", help="which learns")
     parser.add_argument("--learned", type=Path, help="folder of a student with an adapter to begin with")
     parser.add_argument("--out", type=Path, default=Path("runs/follow"))
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of --out there, then stop")
     parser.add_argument("--export-each", type=Path, metavar="FOLDER", help="write them there at every checkpoint too")
+    parser.add_argument("--strength", type=float, default=1.0, help="factor on the adapter that --export writes")
     parser.add_argument("--note", default="", help="added to the recipe in the header of what is written")
     train_flow.add_run_flags(parser)
     add_fields(parser, FollowRecipe)
@@ -293,28 +290,19 @@ def main(arguments: list[str] | None = None) -> None:
     if options.export:
         saved = read_run(options.out / CHECKPOINT)
         recipe = FollowRecipe(**saved["recipe"])
-        export_follow(
-            saved["ema"],
-            recipe,
-            saved["update"],
-            options.start,
-            options.export,
-            network=options.network,
-            note=options.note,
-        )
+        state, update = saved["ema"], saved["update"]
+        export_follow(state, recipe, update, options.start, options.export, options.note, options.strength)
         return
     recipe = FollowRecipe(**given(options, FollowRecipe))
 
     def write(state: dict[str, Tensor], update: int) -> None:
-        folder = options.export_each
-        export_follow(state, recipe, update, options.start, folder, network=options.network, note=options.note)
+        export_follow(state, recipe, update, options.start, options.export_each, options.note)
 
     train_follow(
         recipe,
         options.start,
         options.out,
         device,
-        network=options.network,
         clips=options.clips_file,
         learned=options.learned,
         workers=options.workers,
@@ -324,4 +312,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

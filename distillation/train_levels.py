@@ -41,9 +41,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -68,7 +66,7 @@ from diagonal_sampler.schedule import (
     unshift_sigma,
 )
 from distillation import sprites
-from distillation.common import autocast, generator_at
+from distillation.common import PRECISION, autocast, generator_at, stops_in_a_line
 from distillation.copies import remove_copies
 from distillation.demo_files import STUDENT_FILE, TrainedFor, load_dit, load_models, trained_for, write_changed
 from distillation.demo_run import Losses, Pace, Training, add_fields, begin, given, make_adamw, read_run
@@ -78,17 +76,7 @@ from distillation.recipes import option
 from distillation.rollout import predict_x0
 from distillation.samples import decode_groups, encode_frames
 from distillation.switches import switch
-from distillation.windows import (
-    PRECISION,
-    DrawnNoise,
-    Sampling,
-    States,
-    require_whole_pools,
-    roll_out,
-    window_error,
-)
-
-log = logging.getLogger("train_levels")
+from distillation.windows import DrawnNoise, Sampling, States, require_whole_pools, roll_out, window_error
 
 CHECKPOINT = "levels.pt"
 _POOL_DRAWS, _BATCH_DRAWS = 51, 52  # positions of this module's random numbers under its seed
@@ -453,7 +441,6 @@ def train_levels(
         ValueError: no models in `start`, a student whose context is not noisy, sigmas that cannot be read, or a
             loss that is not finite.
     """
-    started = time.perf_counter()
     path = out / CHECKPOINT
     file = student or start / STUDENT_FILE
     teacher, encoder, autoencoder = (model.to(device) for model in load_models(start))
@@ -486,12 +473,11 @@ def train_levels(
     pace = Pace(recipe.updates, recipe.warmup)
     extra = {"first": recipe.first_batch, "switch": recipe.switch_batch}
     names = ("opening", "going_on", *(name for name, batch in extra.items() if batch))
-    losses = Losses(*names)
+    losses = Losses()
     pools: list[States] = []
     switched: tuple[States, int, Sampling] | None = None
     going_on = round(recipe.going_on_share * recipe.batch)
-    update = first - 1
-    for update in pace.updates_from(first, stop):
+    for update in training.updates(pace, losses, first, stop):
         if not pools or update % recipe.pool_updates == 0:
             dit.eval()
             pools = fresh_pools(recipe, networks, trained, update // recipe.pool_updates, chunks)
@@ -522,12 +508,6 @@ def train_levels(
             means.append(mean)
         training.step(update)
         losses.add(**dict(zip(names, means, strict=True)))
-        if (update + 1) % recipe.save_every == 0:
-            text_of = losses.read(update)
-            training.save(update + 1)
-            log.info("update %d, %.0f s: %s", update + 1, time.perf_counter() - started, text_of)
-    losses.read(update)
-    training.save(update + 1)
     return path
 
 
@@ -557,6 +537,7 @@ def export_levels(run: Path, student: Path, target: Path, note: str = "", mean_w
     return write_changed(target, saved["ema"], student, done, note, sigmas=json.dumps(recipe.levels))
 
 
+@stops_in_a_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the finished models to go on from")
@@ -578,4 +559,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,7 +9,7 @@ A folder of `clips-*.safetensors` (trajectories: `clips-FIRST.safetensors`, by t
 
 and, where a recipe has an optical-flow adapter,
 
-    optical_flow [N, 4, T, H, W] what the adapter is given (diagonal_sampler.flow.adapter_features); 0 is no flow
+    optical_flow [N, 4, T, H, W] what the adapter is given (flow_adapter.adapter_features); 0 is no flow
 """
 
 from __future__ import annotations

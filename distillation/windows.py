@@ -18,10 +18,10 @@ from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.sampler import Forward, mix, sample_chunks
 from diagonal_sampler.settings import GLOBAL_WINDOW
+from distillation.common import PRECISION
 from distillation.demo_files import TrainedFor
 from distillation.rollout import flow_of, predict_x0, spread_sigma
 
-PRECISION = torch.bfloat16
 CONTEXT_WEIGHT = 0.3
 """Of a chunk that is there as context, at its last step: a window has several, and places are decided before."""
 

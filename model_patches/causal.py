@@ -9,37 +9,35 @@ Shape suffixes: B batch (conditions times samples), L tokens, N heads, D channel
 
 from __future__ import annotations
 
+import ast
 import functools
+import hashlib
 import inspect
-from collections import Counter
+import logging
+import textwrap
 from collections.abc import Callable, Collection, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
-from comfy.cli_args import args
 from comfy.ldm.flux.math import apply_rope
-from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, optimized_attention, wrap_attn
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock, CausalWanModel
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from comfy.model_patcher import ModelPatcher
 from comfy.ops import disable_weight_init
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diagonal_sampler.cache import KVCache
 from ..diagonal_sampler.dit import timestep_embedding
-from ..diagonal_sampler.flow import adapter_tokens
-from ..diagonal_sampler.noise import send
 from ..diagonal_sampler.rope import axis_dims, axis_frequencies
 from ..diagonal_sampler.settings import CausalSettings
 from ..diagonal_sampler.wan_layout import LATENT_CHANNELS, variant_of
-from ..diagonal_sampler.weight_files import short
+from .attention import attend, cudnn_first, preference
+
+log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "diagonal_causal"
 SETTINGS_KEY = "diagonal_causal_settings"
@@ -49,6 +47,18 @@ ROPE_PATH = "diffusion_model.rope_encode"
 FORWARD_PATH = "diffusion_model.forward_orig"
 NETWORK = -1
 """Beside the numbers of blocks: what belongs to the network as a whole."""
+KNOWN_FORWARDS = frozenset(
+    (
+        # WanModel.forward_orig of ComfyUI 0.24.1, of 0.26.0 and 0.27.0, of 0.30.0
+        "34c5e3f697f1a41d2fd20e5b0cd3348abb9c4ef2153f94aed577106cf0ba42ea",
+        "cad5cbf484d31fd292dcd285649b3d26b5e80240d08e61788e1170ff3a7590ff",
+        "68779ef3aea1c2c038dcdb2e22155f3a6b0f671a37c7cae70b15daebcd91fe15",
+        # WanAttentionBlock.forward and CausalWanAttentionBlock.forward of all four
+        "58a701a7f04b692b8326e34a0521ee0c3eec7437682c1940d5218e401093c6e4",
+        "c41afa19e841f4d3a9e1884fd3059afc7e647172aa2b299e156da35fa374d441",
+    )
+)
+"""Digests of what `_LeanForward` and `_LeanBlock` were written after: see `_digest`."""
 
 
 @dataclass(slots=True)
@@ -232,8 +242,23 @@ def make_causal(model: ModelPatcher, settings: CausalSettings) -> ModelPatcher:
 
 
 def _network(model: ModelPatcher) -> torch.nn.Module:
-    network = model.get_model_object("diffusion_model")
+    return _plain(model.get_model_object("diffusion_model"))
+
+
+def _plain(network: torch.nn.Module) -> torch.nn.Module:
+    """A network without torch.compile around it."""
     return getattr(network, "_orig_mod", network)
+
+
+def _own(model: ModelPatcher, path: str) -> Callable:
+    """What a MODEL has at a path, without our patch around it."""
+    found = model.get_model_object(path)
+    return found.original if isinstance(found, _Patch) else found
+
+
+def _is(original: Callable, function: Callable) -> bool:
+    """Whether a bound method is of this function."""
+    return getattr(original, "__func__", None) is function
 
 
 def _patch_network(model: ModelPatcher) -> None:
@@ -246,10 +271,8 @@ def _patch_network(model: ModelPatcher) -> None:
     for layer in range(len(network.blocks)):
         for name, make in (("self_attn", _CausalSelfAttention), ("cross_attn", _CachedCrossAttention)):
             path = f"diffusion_model.blocks.{layer}.{name}"
-            module, original = model.get_model_object(path), model.get_model_object(f"{path}.forward")
-            if isinstance(original, _Patch):
-                original = original.original
-            if getattr(original, "__func__", None) is not type(module).forward:
+            module, original = model.get_model_object(path), _own(model, f"{path}.forward")
+            if not _is(original, type(module).forward):
                 if name == "cross_attn":
                     continue  # another node's, which ours would hide; all that ours does is to save time
                 raise ValueError(
@@ -258,18 +281,56 @@ def _patch_network(model: ModelPatcher) -> None:
                 )
             model.add_object_patch(f"{path}.forward", make(module, original, layer))
         path = f"diffusion_model.blocks.{layer}"
-        block, original = model.get_model_object(path), model.get_model_object(f"{path}.forward")
-        original = original.original if isinstance(original, _LeanBlock) else original
-        known = type(block) in (WanAttentionBlock, CausalWanAttentionBlock)
-        if known and getattr(original, "__func__", None) is type(block).forward:  # nobody else has changed it
+        block, original = model.get_model_object(path), _own(model, f"{path}.forward")
+        kind = type(block)
+        if kind in (WanAttentionBlock, CausalWanAttentionBlock) and _is_known(original, kind.forward):
             model.add_object_patch(f"{path}.forward", _LeanBlock(block, original, layer))
-    original = model.get_model_object(FORWARD_PATH)
-    original = original.original if isinstance(original, _LeanForward) else original
-    if getattr(original, "__func__", None) is WanModel.forward_orig:
+    original = _own(model, FORWARD_PATH)
+    if _is_known(original, WanModel.forward_orig):
         model.add_object_patch(FORWARD_PATH, _LeanForward(network, original))
-    original = model.get_model_object(ROPE_PATH)
-    original = original.original if isinstance(original, _KnownRotations) else original
-    model.add_object_patch(ROPE_PATH, _KnownRotations(original))
+    model.add_object_patch(ROPE_PATH, _KnownRotations(_own(model, ROPE_PATH)))
+
+
+def _is_known(original: Callable, function: Callable) -> bool:
+    """Whether a forward is ComfyUI's `function`, which nobody changed, with a body that ours repeats."""
+    return _is(original, function) and _has_known_body(function)
+
+
+@functools.cache
+def _has_known_body(function: Callable) -> bool:
+    try:
+        known = _digest(function) in KNOWN_FORWARDS
+    except Exception:  # no Python function, or one whose source is not there: only speed depends on it
+        known = False
+    if not known:
+        log.info(
+            "%s is not as this pack knows it (of another version of ComfyUI, or replaced): it runs as it is, and the "
+            "faster form of it is not used.",
+            getattr(function, "__qualname__", function),
+        )
+    return known
+
+
+def _digest(function: Callable) -> str:
+    """sha256 of what a Python function says: of its syntax tree, without the docstring and the fields left empty.
+
+    Comments and layout do not count, nor does the version of Python (3.10 to 3.13 were compared), as it does in
+    ast.dump and ast.unparse.
+    """
+    # Of its code: of a function inspect would give the source of the one that it says it wraps.
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return hashlib.sha256(repr(_tree(definition)).encode()).hexdigest()
+
+
+def _tree(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_tree(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = sorted((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return type(node).__name__, *((name, _tree(value)) for name, value in fields)
 
 
 def _follow_clone(old: ModelPatcher, new: ModelPatcher) -> None:
@@ -281,10 +342,10 @@ def _follow_clone(old: ModelPatcher, new: ModelPatcher) -> None:
     if new.model is old.model:
         return
     for path, patch in list(new.object_patches.items()):
-        if isinstance(patch, (_Patch, _LeanBlock, _LeanForward, _KnownRotations)):
+        if isinstance(patch, _Patch):
             del new.object_patches[path]
             # Only rotations are ever put around another node's function.
-            if path == ROPE_PATH and getattr(patch.original, "__func__", None) is not WanModel.rope_encode:
+            if path == ROPE_PATH and not _is(patch.original, WanModel.rope_encode):
                 new.object_patches[path] = patch.original
     _patch_network(new)
 
@@ -353,7 +414,7 @@ def _prepare_forward(executor, x, t, c_concat=None, c_crossattn=None, control=No
     options[FORWARD_KEY] = ForwardInfo(run, conditions, freqs, again=frozenset(run.seen.intersection(conditions)))
     run.seen.update(conditions)
     try:
-        with _cudnn_first(x.device, dtype):
+        with cudnn_first(x.device, dtype):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     except Exception as error:
         _name_replaced_attention(network, run, error)
@@ -373,7 +434,7 @@ def _name_replaced_attention(network: torch.nn.Module, run: CausalRun, error: Ex
     if isinstance(error, (comfy.model_management.OOM_EXCEPTION, comfy.model_management.InterruptProcessingException)):
         return
     wrote = {layer for _, layer in run.wrote}
-    blocks = getattr(network, "_orig_mod", network).blocks
+    blocks = _plain(network).blocks
     failed = next((layer for layer in range(len(blocks)) if layer not in wrote), None)
     if failed is None or isinstance(blocks[failed].self_attn.forward, _CausalSelfAttention):
         return
@@ -384,18 +445,29 @@ def _name_replaced_attention(network: torch.nn.Module, run: CausalRun, error: Ex
 
 
 class _Patch:
-    """A replacement for one module's forward. `original` is what it replaced."""
+    """A replacement for one function of the network. `original` is what it replaced."""
+
+    def __init__(self, original: Callable) -> None:
+        self.original = original
+
+    @staticmethod
+    def forward_of(transformer_options: dict | None) -> tuple[dict, ForwardInfo | None]:
+        """The options, and what the layers need of this forward: None where it is of no run of ours."""
+        options = {} if transformer_options is None else transformer_options
+        return options, options.get(FORWARD_KEY)
+
+
+class _AttentionPatch(_Patch):
+    """A replacement for an attention layer's forward."""
 
     def __init__(self, module: torch.nn.Module, original: Callable, layer: int) -> None:
-        self.module = module
-        self.original = original
-        self.layer = layer
+        super().__init__(original)
+        self.module, self.layer = module, layer
 
     # Always eager: see _prepare_forward. The graph breaks here and goes on after it.
     @torch.compiler.disable
     def __call__(self, x: Tensor, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
-        options = {} if transformer_options is None else transformer_options
-        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        options, forward = self.forward_of(transformer_options)
         if forward is None:
             return self.original(x, *args, transformer_options=options, **kwargs)
         return self.cached(x, *args, forward=forward, transformer_options=options)
@@ -404,7 +476,7 @@ class _Patch:
         raise NotImplementedError
 
 
-class _LeanForward:
+class _LeanForward(_Patch):
     """The network's forward with the embeddings of noise level and text kept.
 
     ComfyUI makes a table for the noise level on the CPU in every forward, and copying it has the host wait for the GPU:
@@ -412,7 +484,8 @@ class _LeanForward:
     """
 
     def __init__(self, network: WanModel, original: Callable) -> None:
-        self.network, self.original = network, original
+        super().__init__(original)
+        self.network = network
 
     def __call__(
         self,
@@ -424,8 +497,7 @@ class _LeanForward:
         transformer_options: dict | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        options = {} if transformer_options is None else transformer_options
-        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        options, forward = self.forward_of(transformer_options)
         plain = (
             forward is not None
             and forward.keeps_levels
@@ -459,7 +531,7 @@ class _LeanForward:
         return e, network.time_projection(e).unflatten(2, (6, network.dim))
 
 
-class _LeanBlock:
+class _LeanBlock(_Patch):
     """A block's forward with its modulation kept and put into the norms: five kernels fewer of 28.
 
     norm(x)*(1 + scale) + shift is one layer norm whose weight and bias are 1 + scale and shift, and those follow from
@@ -467,7 +539,8 @@ class _LeanBlock:
     """
 
     def __init__(self, block: WanAttentionBlock, original: Callable, layer: int) -> None:
-        self.block, self.original, self.layer = block, original, layer
+        super().__init__(original)
+        self.block, self.layer = block, layer
 
     def __call__(
         self,
@@ -479,8 +552,7 @@ class _LeanBlock:
         transformer_options: dict | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        options = {} if transformer_options is None else transformer_options
-        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        options, forward = self.forward_of(transformer_options)
         keeps = forward is not None and forward.keeps_levels
         one_level = e.ndim == 4 and e.shape[1] == 1 and e.dtype == x_BLC.dtype
         if not keeps or not one_level or torch.compiler.is_compiling():
@@ -544,18 +616,14 @@ def _multiplies_as_it_is(layer: torch.nn.Module, x: Tensor) -> bool:
     )
 
 
-class _KnownRotations:
+class _KnownRotations(_Patch):
     """Stands in for `rope_encode`, which ComfyUI calls in every forward: the rotations that the forward has already.
 
     Inside a compiled graph the original stays, whose result no layer of ours reads: see `_prepare_forward`.
     """
 
-    def __init__(self, original: Callable) -> None:
-        self.original = original
-
     def __call__(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
-        options = {} if transformer_options is None else transformer_options
-        forward: ForwardInfo | None = options.get(FORWARD_KEY)
+        options, forward = self.forward_of(transformer_options)
         if forward is None or kwargs.get("source_id") or torch.compiler.is_compiling():
             return self.original(*args, transformer_options=options, **kwargs)
         return forward.freqs
@@ -568,14 +636,14 @@ def require_known_rotations(network: torch.nn.Module) -> None:
         ValueError: another node gave the network other ones.
     """
     encode = network.rope_encode
-    encode = encode.original if isinstance(encode, _KnownRotations) else encode
+    encode = encode.original if isinstance(encode, _Patch) else encode
     time_dim, position = axis_dims(network.dim // network.num_heads)[0], 16.0
     turns = (
         network.rope_embedder(torch.tensor([[[position, 0.0, 0.0]]])).reshape(-1, 2, 2)[: time_dim // 2, :, 0].double()
     )
     angles = axis_frequencies(time_dim) * position
     known = torch.allclose(turns.cpu(), torch.stack([angles.cos(), angles.sin()], dim=-1), atol=1e-3)
-    if not known or getattr(encode, "__func__", None) is not WanModel.rope_encode:
+    if not known or not _is(encode, WanModel.rope_encode):
         raise ValueError(
             "Another node changed the rotations of positions (RifleX or the like), and with positions in the window "
             "the keys in the cache are moved by Wan's own. Remove the node: in a window no position comes up that the "
@@ -583,133 +651,7 @@ def require_known_rotations(network: torch.nn.Module) -> None:
         )
 
 
-class FlowEmbedding:
-    """Stands in for `patch_embedding.forward` during one run and adds the current chunk's motion to its tokens.
-
-    Args:
-        original: what it replaces.
-        weight, bias: [dim, 4, *patch] and [dim], of the checkpoint's `flow_embedding`.
-        strength: factor on what is added.
-    """
-
-    def __init__(self, original: Callable, weight: Tensor, bias: Tensor, strength: float) -> None:
-        self.original = original
-        self.weight, self.bias, self.strength = weight, bias, strength
-        self._tokens: Tensor | None = None
-
-    def set(self, features: Tensor | None) -> None:
-        """The motion of the chunk that comes next: [1, 4, frames, H, W] from `adapter_features`; None adds nothing."""
-        if features is None:
-            self._tokens = None
-            return
-        # Moved once: a run has an instance of its own.
-        self.weight, self.bias = (send(tensor.float(), features.device) for tensor in (self.weight, self.bias))
-        self._tokens = self.strength * adapter_tokens(features, self.weight, self.bias)
-
-    # Always eager, as the attention is: a compiled graph would keep the first chunk's motion.
-    @torch.compiler.disable
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = self.original(x, *args, **kwargs)
-        if self._tokens is None:
-            return out
-        if out.shape[2:] != self._tokens.shape[2:]:
-            raise ValueError(
-                f"The optical-flow adapter has motion for {tuple(self._tokens.shape[2:])} tokens and the model was "
-                f"given {tuple(out.shape[2:])}: an area of the picture cannot follow it. Remove ConditioningSetArea, "
-                "or use mode reference."
-            )
-        return out + self._tokens.to(out)
-
-
-CUDNN_FIRST = [
-    getattr(SDPBackend, name)
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    if hasattr(SDPBackend, name)  # an old torch has not all of them
-]
-CUDNN_CAPABILITIES = (9,)
-"""Major compute capabilities on which cuDNN's kernel was measured to be faster than PyTorch's flash: Hopper."""
-
-
-@functools.cache
-def _cudnn_is_faster(device: torch.device) -> bool:
-    ordered = "set_priority" in inspect.signature(sdpa_kernel).parameters and len(CUDNN_FIRST) == 4
-    known = torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITIES
-    return ordered and known
-
-
-def _takes_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
-    plain = optimized_attention is attention_pytorch and dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and plain and _cudnn_is_faster(device)
-
-
-def _cudnn_first(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """In it PyTorch's attention takes cuDNN's kernel where `_attention` leaves that to it: once for a whole forward."""
-    return sdpa_kernel(CUDNN_FIRST, set_priority=True) if _takes_cudnn(device, dtype) else nullcontext()
-
-
-_NOT_PLAIN = ("mask", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa")
-"""Arguments of ComfyUI's attention that `_attention_plain` leaves to it."""
-
-
-@wrap_attn
-def _attention_plain(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's attention with whatever kernel it takes; q, k, v and the result are [B, L, heads * D].
-
-    Another node's override may call it with a mask, other shapes or a scale: that is ComfyUI's to do.
-    """
-    if args or any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NOT_PLAIN):
-        return attention_pytorch(q, k, v, heads, *args, **kwargs)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    """ComfyUI's attention, but where it takes a slower one of PyTorch's kernels because nobody chose another.
-
-    On a CPU in float32 that is its own fallback: PyTorch's takes half the time there; in bfloat16 it takes twice as
-    long, and the fallback stays. On Hopper it is PyTorch's flash attention, which ComfyUI puts before cuDNN's.
-    """
-    if q.device.type == "cuda":
-        return (_attention_plain if _takes_cudnn(q.device, q.dtype) else optimized_attention)(q, k, v, **kwargs)
-    fallback = optimized_attention is attention_sub_quad and not args.use_quad_cross_attention
-    faster = fallback and q.device.type == "cpu" and q.dtype == torch.float32
-    return (attention_pytorch if faster else optimized_attention)(q, k, v, **kwargs)
-
-
-_INT8 = getattr(comfy.ldm.modules.attention, "attention_comfy_kitchen_int8", None)  # not in ComfyUI 0.30
-DENSE_PREFERENCES = () if _INT8 is None else (_INT8,)
-"""Kinds of attention that a file may ask for and that only change the arithmetic of the dense one: any number of keys
-goes with any number of queries. Sparse ones (Sol-Attn) need as many of both."""
-
-
-def _preference(module: torch.nn.Module) -> dict[str, Any]:
-    """The keyword by which a layer of ComfyUI's (after 0.30) tells its attention what the file asks for, if we can."""
-    preference = getattr(module, "comfy_attention", None)
-    return {"preferred_attention": preference} if _attention_of(preference) in DENSE_PREFERENCES else {}
-
-
-def _attention_of(preference: Any) -> Callable | None:
-    """The function that a preference names; None where a newer ComfyUI keeps it elsewhere, and chunks do without."""
-    return getattr(preference, "function", None)
-
-
-def ignored_preferences(model: ModelPatcher) -> dict[str, int]:
-    """Kinds of attention that a MODEL's file or LoRA asks for, and that chunks go without -> in how many layers.
-
-    Where `function` is None ComfyUI itself goes without: there is no such kernel for the device.
-    """
-    found: Counter[str] = Counter()
-    for index, block in enumerate(_network(model).blocks):
-        for name in ("self_attn", "cross_attn"):
-            if hasattr(getattr(block, name), "comfy_attention"):
-                # A LoRA puts another in its place, as an object patch.
-                preference = model.get_model_object(f"diffusion_model.blocks.{index}.{name}.comfy_attention")
-                if _attention_of(preference) not in (None, *DENSE_PREFERENCES):
-                    found[short(getattr(preference, "config", preference))] += 1
-    return dict(found)
-
-
-class _CausalSelfAttention(_Patch):
+class _CausalSelfAttention(_AttentionPatch):
     """Writes the chunk's keys and values to the cache and attends to everything in it."""
 
     def cached(self, x_BLC: Tensor, freqs: Tensor, *, forward: ForwardInfo, transformer_options: dict) -> Tensor:
@@ -721,7 +663,7 @@ class _CausalSelfAttention(_Patch):
         q, k = apply_rope(q, k, forward.freqs)
         v = module.v(x_BLC).view(split)
 
-        preference = _preference(module)
+        wish = preference(module)
         samples = x_BLC.shape[0] // len(forward.conditions)
         outputs = []
         for index, condition in enumerate(forward.conditions):
@@ -731,13 +673,13 @@ class _CausalSelfAttention(_Patch):
                 forward.run.wrote.add((condition, self.layer))
             keys, values = cache.condition(condition).update(self.layer, k[rows], v[rows], write=write)
             outputs.append(
-                _attention(
+                attend(
                     q[rows].flatten(2),
                     keys.flatten(2),
                     values.flatten(2),
                     heads=heads,
                     transformer_options=transformer_options,
-                    **preference,
+                    **wish,
                 )
             )
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -761,7 +703,7 @@ def _require_wan_patch(patch: Callable) -> None:
         ) from None
 
 
-class _CachedCrossAttention(_Patch):
+class _CachedCrossAttention(_AttentionPatch):
     """Computes the text's keys and values once per prompt and clip."""
 
     def cached(
@@ -777,5 +719,5 @@ class _CachedCrossAttention(_Patch):
             self.layer, context_BLC.shape, lambda: (module.norm_k(module.k(context_BLC)), module.v(context_BLC))
         )
         q = module.norm_q(module.q(x_BLC))
-        options = {"transformer_options": transformer_options, **_preference(module)}
-        return module.o(_attention(q, k, v, heads=module.num_heads, **options))
+        options = {"transformer_options": transformer_options, **preference(module)}
+        return module.o(attend(q, k, v, heads=module.num_heads, **options))

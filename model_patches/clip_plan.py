@@ -64,7 +64,7 @@ class ClipPlan:
 
     def cache_bytes(self, model: ModelPatcher, text_tokens: Sequence[int]) -> int:
         """Bytes of keys and values, of the window and of the text. text_tokens: of each condition's prompt."""
-        network = network_facts(model)
+        network = network_facts(model, count_weights=False)
         batch, _, frames, rows, columns = self.shape
         clip = ClipSize(settings=self.settings, frames=frames, rows=rows, columns=columns, batch=batch)
         window = keys_values_bytes(network, replace(clip, conditions=len(text_tokens)))
@@ -182,7 +182,7 @@ def _warn_beyond_training(model: ModelPatcher, plan: ClipPlan) -> None:
 
 def _require_memory(model: ModelPatcher, plan: ClipPlan) -> None:
     """Refuse at once what could never be held: the KV cache stays on the device for the whole run."""
-    if comfy.model_management.directml_enabled:  # ComfyUI says 1 GiB of any such device
+    if getattr(comfy.model_management, "directml_enabled", False):  # ComfyUI says 1 GiB of any such device
         return
     has = comfy.model_management.get_total_memory(model.load_device)
     needs = plan.cache_bytes(model, text_tokens=(0,))

@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
-from .causal import ignored_preferences
+from .attention import ignored_preferences
 from .prompts import check_prompts
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -15,14 +16,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..diagonal_sampler.flow import AdapterField, NothingValid, OpticalFlow, carrying_device
+from ..diagonal_sampler.flow import NothingValid, OpticalFlow, carrying_device
+from ..diagonal_sampler.flow_adapter import AdapterField, adapter_tokens
 from ..diagonal_sampler.flow_noise import FlowNoise
 from ..diagonal_sampler.flow_reference import DEFAULT_START_SIGMA, FlowReference, weaker_start
+from ..diagonal_sampler.flow_timeline import FlowTimeline
 from ..diagonal_sampler.frames import TIME_FACTOR
-from ..diagonal_sampler.noise import NoiseSource, SeededNoise
+from ..diagonal_sampler.noise import NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Forward
 from ..diagonal_sampler.schedule import DiagonalSchedule
-from .causal import FlowEmbedding
 from .loading import FLOW_ADAPTER_ATTACHMENT
 from .vae_scale import decode, encode, require_fitting, warn_if_mistaken
 
@@ -39,7 +41,7 @@ _OTHER_SEED = 0x9E37_79B9_7F4A_7C15
 
 
 SETTINGS = ("mode", "strength", "start_sigma", "blend", "first_chunk", "last_chunk", "degrade")
-"""What a FlowConditioning holds beside the field and the VAE."""
+"""What a FlowConditioning holds beside the motions and the VAE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,9 +60,11 @@ class FlowConditioning:
         first_chunk, last_chunk: that follow it, counted from 1; LAST_CHUNK is to the end.
         degrade: in [0, 1], share of unmoved noise in mode noise.
         vae: of the model, for modes reference and adapter+blend.
+        start: pixel frame of the video that `optical_flow` begins at; before it is what `earlier` says, or nothing.
+        earlier: (start, motion) of those that come before it, each until the next begins; see FlowTimeline.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or starts that do not rise.
     """
 
     optical_flow: OpticalFlow
@@ -72,8 +76,11 @@ class FlowConditioning:
     last_chunk: int = LAST_CHUNK
     degrade: float = 0.0
     vae: comfy.sd.VAE | None = None
+    start: int = 0
+    earlier: Sequence[tuple[int, OpticalFlow]] = ()
 
     def __post_init__(self) -> None:
+        FlowTimeline(self.motions)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}.")
         for name in ("strength", "blend", "degrade"):
@@ -87,6 +94,58 @@ class FlowConditioning:
                 f"first_chunk is {self.first_chunk} and last_chunk {self.last_chunk}; chunks are counted from 1, the "
                 "last must not come before the first, and last_chunk 0 is to the end."
             )
+
+    @property
+    def motions(self) -> list[tuple[int, OpticalFlow]]:
+        """(start, motion) of all, the last one's included."""
+        return [*self.earlier, (self.start, self.optical_flow)]
+
+    @property
+    def timeline(self) -> FlowTimeline:
+        """All motions as one."""
+        return FlowTimeline(self.motions)
+
+    def get_models(self) -> list[ModelPatcher]:
+        """What ComfyUI is to keep in memory while a prompt runs that has this among its results."""
+        return [] if self.vae is None else [self.vae.patcher]
+
+
+class FlowEmbedding:
+    """Stands in for `patch_embedding.forward` during one run and adds the current chunk's motion to its tokens.
+
+    Args:
+        original: what it replaces.
+        weight, bias: [dim, 4, *patch] and [dim], of the checkpoint's `flow_embedding`.
+        strength: factor on what is added.
+    """
+
+    def __init__(self, original: Callable, weight: Tensor, bias: Tensor, strength: float) -> None:
+        self.original = original
+        self.weight, self.bias, self.strength = weight, bias, strength
+        self._tokens: Tensor | None = None
+
+    def set(self, features: Tensor | None) -> None:
+        """The motion of the chunk that comes next: [1, 4, frames, H, W] from `adapter_features`; None adds nothing."""
+        if features is None:
+            self._tokens = None
+            return
+        # Moved once: a run has an instance of its own.
+        self.weight, self.bias = (send(tensor.float(), features.device) for tensor in (self.weight, self.bias))
+        self._tokens = self.strength * adapter_tokens(features, self.weight, self.bias)
+
+    # Always eager, as the attention is: a compiled graph would keep the first chunk's motion.
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.original(x, *args, **kwargs)
+        if self._tokens is None:
+            return out
+        if out.shape[2:] != self._tokens.shape[2:]:
+            raise ValueError(
+                f"The optical-flow adapter has motion for {tuple(self._tokens.shape[2:])} tokens and the model was "
+                f"given {tuple(out.shape[2:])}: an area of the picture cannot follow it. Remove ConditioningSetArea, "
+                "or use mode reference."
+            )
+        return out + self._tokens.to(out)
 
 
 class FlowRun:
@@ -120,7 +179,7 @@ class FlowRun:
         given_frames: int = 0,
         denoise: float = 1.0,
     ) -> None:
-        self._settings, self._model = conditioning, model
+        self._settings, self._model, self._motion = conditioning, model, conditioning.timeline
         self._shape, self._counts, self._given = tuple(shape), list(counts), given_frames
         adapter = model.get_attachment(FLOW_ADAPTER_ATTACHMENT)
         self.mode = _choose_mode(conditioning, adapter is not None)
@@ -145,10 +204,8 @@ class FlowRun:
                 f"chunk{'s' * (len(counts) > 1)}, so that none follows the motion; use {len(counts)} at most, or a "
                 "longer video."
             )
-        field, steps = conditioning.optical_flow, TIME_FACTOR * (frames - 1)
-        _warn_about_fit(field, steps, height * ratio, width * ratio)
-        # By the rule of OpticalFlow.fit, but without writing out what is free: a stream may last for hours.
-        self._steps = steps if field.steps == 1 else min(steps, field.steps)
+        self._steps = TIME_FACTOR * (frames - 1)
+        _warn_about_fit(self._motion, self._steps, height * ratio, width * ratio)
         if self.mode == REFERENCE:
             if denoise < 1:
                 raise ValueError(
@@ -167,7 +224,7 @@ class FlowRun:
             warn_if_mistaken(conditioning.vae)
             start_sigma = weaker_start(conditioning.start_sigma, conditioning.strength, schedule.shift)
             self._reference = FlowReference(
-                field.fit(self._steps, height * ratio, width * ratio),
+                self._motion.fit(self._steps, height * ratio, width * ratio),
                 schedule,
                 counts,
                 decode=self._decode,
@@ -181,7 +238,7 @@ class FlowRun:
             if self.starts_chunks:
                 self.schedule = self._reference.schedule
         if adapter is not None and self.mode in (ADAPTER, ADAPTER_AND_BLEND):
-            self._adapter_field = AdapterField(field.fit(self._steps, field.height, field.width), height, width)
+            self._adapter_field = AdapterField(self._motion.fit(self._steps), height, width)
             original = model.get_model_object(_EMBEDDING_PATH)
             while isinstance(original, FlowEmbedding):  # of an earlier run
                 original = original.original
@@ -193,12 +250,10 @@ class FlowRun:
     def _any_follows(self) -> bool:
         if self._reference is not None and self.mode == REFERENCE:
             return self._reference.follows
-        field = self._settings.optical_flow
-        field = field.fit(self._steps, field.height, field.width)  # a single step is held
         starts = accumulate(self._counts, initial=self._given)
         for chunk, (start, count) in enumerate(zip(starts, self._counts, strict=False)):
             first, end = max(0, TIME_FACTOR * (start - 1)), max(1, TIME_FACTOR * (start + count - 1))
-            if self._first <= chunk <= self._last and field.told(first, end - first):
+            if self._first <= chunk <= self._last and self._motion.told(first, end - first):
                 return True
         return False
 
@@ -215,7 +270,7 @@ class FlowRun:
             )
         least = "half of a chunk" if self.mode == REFERENCE else "a step"
         return (
-            f"it has {self._settings.optical_flow.steps} steps, and commands not even {least} where chunks may follow. "
+            f"it has {self._motion.steps} steps, and commands not even {least} where chunks may follow. "
             "Give a longer motion or mask, or look at first_chunk and last_chunk."
         )
 
@@ -228,8 +283,7 @@ class FlowRun:
             "hardly follows it. Use mode reference instead."
         )
         batch, channels, frames, height, width = self._shape
-        whole = max(TIME_FACTOR, self._steps)  # at least one latent frame's motion
-        small = self._settings.optical_flow.fit(whole, height, width)
+        small = self._motion.fit(self._steps, height, width)
         try:
             small = small.composed()
         except NothingValid as error:
@@ -371,16 +425,24 @@ def _choose_mode(conditioning: FlowConditioning, has_adapter: bool) -> str:
     return mode
 
 
-def _warn_about_fit(field: OpticalFlow, steps: int, height: int, width: int) -> None:
+def _warn_about_fit(timeline: FlowTimeline, steps: int, height: int, width: int) -> None:
+    used = [(start, motion) for start, motion in timeline.motions if start < steps]
+    for start, _ in timeline.motions[len(used) :]:
+        log.warning("The motion that begins at pixel frame %d is not used: the video has %d.", start, steps + 1)
+    if not used:
+        return
+    start, last = used[-1]
+    end = start + last.steps
     # A mask or a painting a pixel frame has one more than there are motions, and none too many.
-    if 1 < field.steps not in (steps, steps + 1):
-        what = "the rest of it is not used" if field.steps > steps else "the end of the video is free"
-        log.warning("The optical flow has %d steps and the video %d; %s.", field.steps, steps, what)
-    if field.height * width != field.width * height:
-        log.warning(
-            "The optical flow is %dx%d and the video %dx%d, of another shape; its motion is stretched with it.",
-            field.width,
-            field.height,
-            width,
-            height,
-        )
+    if last.steps > 1 and end not in (steps, steps + 1):
+        what = "the rest of it is not used" if end > steps else "the end of the video is free"
+        log.warning("The optical flow has %d steps and the video %d; %s.", end, steps, what)
+    for size in dict.fromkeys((motion.height, motion.width) for _, motion in used):
+        if size[0] * width != size[1] * height:
+            log.warning(
+                "The optical flow is %dx%d and the video %dx%d, of another shape; its motion is stretched with it.",
+                size[1],
+                size[0],
+                width,
+                height,
+            )

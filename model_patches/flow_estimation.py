@@ -69,7 +69,8 @@ def estimate_flow(images: Tensor, estimator: ModelPatcher | None = None, *, keep
         raise ValueError(f"The video has {len(images)} frame; motion needs at least 2.")
     if not torch.isfinite(torch.stack(images.aminmax())).all():
         raise ValueError("The video holds NaN or infinite values; check the node that made it.")
-    totals = tuple(float(frame.sum(dtype=torch.float64)) for frame in images) if keep else ()
+    # On the CPU: with --gpu-only images lie on the GPU, and Apple's has no float64.
+    totals = tuple(float(frame.cpu().sum(dtype=torch.float64)) for frame in images) if keep else ()
     known = _measured.get(images) if keep else None
     if known is not None and known.totals == totals and _same(known.estimator, estimator):
         return known.optical_flow

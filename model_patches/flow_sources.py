@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.flow import NothingValid, OpticalFlow, camera_flow, tracks_flow
 from ..diagonal_sampler.flow_pictures import painted_flow, preview
+from ..diagonal_sampler.flow_timeline import FlowTimeline
 from .flow_estimation import estimate_flow
 
 FIELD_BYTES = 9
@@ -117,13 +118,18 @@ def make_flow(source: str, inputs: FlowInputs) -> OpticalFlow:
 
 
 def flow_preview(
-    field: OpticalFlow, images: Tensor | None, estimator: ModelPatcher | None, *, measure: bool, speed: float | None
+    field: OpticalFlow | FlowTimeline,
+    images: Tensor | None,
+    estimator: ModelPatcher | None,
+    *,
+    measure: bool,
+    speed: float | None,
 ) -> tuple[Tensor, str]:
-    """The field over a video, and the video's own motion beside it.
+    """The motion over a video, and the video's own beside it.
 
     Args:
-        images: IMAGE [T, H, W, 3] of the video that followed it, or None for the field alone. A single image is held
-            for all of the field's steps.
+        images: IMAGE [T, H, W, 3] of the video that followed it, or None for the motion alone. A single image is held
+            for all of the motion's steps.
         measure: estimate the images' motion too.
         speed: pixels per frame of the full colour; None finds one.
 
@@ -134,8 +140,14 @@ def flow_preview(
     Raises:
         ValueError, ImportError: see estimate_flow; a single image cannot be measured.
     """
+    field = FlowTimeline.of(field)
     if images is None:
-        return preview(None, field, speed=speed), f"{field.steps} steps at {field.width}x{field.height}"
+        field = field.fit(field.steps, field.height, field.width)
+        text = f"{field.steps} steps at {field.width}x{field.height}"
+        starts = [str(start) for start, _ in field.motions]
+        if starts != ["0"]:
+            text += f"; motions begin at pixel frames: {', '.join(starts)}"
+        return preview(None, field, speed=speed), text
     if not len(images) or (measure and len(images) < 2):
         raise ValueError(
             f"images has {len(images)} frame; motion needs at least 2 to be measured. Connect the whole video, or turn "
@@ -150,12 +162,13 @@ def flow_preview(
         measured = estimate_flow(images, estimator)
     except NothingValid as error:
         return preview(images, fitted, speed=speed, nothing_measured=True), str(error)
-    both = fitted.valid & measured.valid
+    flow, valid = fitted.on(torch.device("cpu"), 0, fitted.steps)
+    both = valid & measured.valid[: len(valid)]
     if bool(both.any()):
-        error = (fitted.flow - measured.flow).norm(dim=-1)[both]
-        ranked = error.sort().values
+        error = (flow - measured.flow[: len(flow)]).norm(dim=-1)[both]
+        ranked, share = error.sort().values, int(both.sum()) / measured.valid.numel()
         text = (
-            f"end-point error over {float(both.float().mean()):.0%} of the pixels: mean {float(error.mean()):.2f}, "
+            f"end-point error over {share:.0%} of the pixels: mean {float(error.mean()):.2f}, "
             f"median {float(ranked[len(ranked) // 2]):.2f} px per frame"
         )
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -80,6 +82,33 @@ def load_wan(
     # its results is the MODEL.
     model.cached_patcher_init = (partial(load_wan, weights=weights, weight_dtype=weight_dtype), (path,), 0)
     return model, checkpoint.info
+
+
+_last_base: dict[tuple, tuple[weakref.ref[ModelPatcher], CheckpointInfo]] = {}
+"""What `base_wan` gave last, at most one. Its clones hold it, as their `parent`; this does not."""
+
+
+def base_wan(
+    path: str | Path, *, weights: str = "auto", weight_dtype: str = "default"
+) -> tuple[ModelPatcher, CheckpointInfo]:
+    """As `load_wan`, but where a MODEL of the same unchanged file is still in use, that one, without reading it again.
+
+    For a caller that hands out clones only: what other nodes do to a clone is the clone's own, and patched weights are
+    put back by ComfyUI before another clone's are made.
+
+    Raises OSError for a file that is gone, and ValueError as `load_wan` does.
+    """
+    stat = os.stat(path)
+    key = (str(path), os.path.realpath(path), stat.st_mtime_ns, stat.st_size, weights, weight_dtype)
+    held, info = _last_base.get(key, (None, None))
+    model = None if held is None else held()
+    if model is None or info is None:
+        _last_base.clear()
+        model, info = load_wan(path, weights=weights, weight_dtype=weight_dtype)
+        _last_base[key] = (weakref.ref(model), info)
+    else:
+        log.info("%s: in memory already", info.file)
+    return model, info
 
 
 def apply_lora(

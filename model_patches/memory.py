@@ -49,15 +49,20 @@ class FileFacts:
     provenance: Provenance
 
 
-def network_facts(model: ModelPatcher) -> NetworkFacts:
-    """Sizes of a Wan MODEL, loaded or on the meta device."""
+def network_facts(model: ModelPatcher, *, count_weights: bool = True) -> NetworkFacts:
+    """Sizes of a Wan MODEL, loaded or on the meta device.
+
+    Args:
+        count_weights: else `weight_bytes` and `parameters` are 0. Counting goes through all modules, and keys and
+            values take as much whatever the weights are.
+    """
     network = model.get_model_object("diffusion_model")
     network = getattr(network, "_orig_mod", network)
     # A compute dtype is a patch of this MODEL's (ModelComputeDtype): what the network says is that of the last one run.
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     return NetworkFacts(
-        weight_bytes=_weight_bytes(model),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        weight_bytes=_weight_bytes(model) if count_weights else 0,
+        parameters=sum(parameter.numel() for parameter in network.parameters()) if count_weights else 0,
         layers=len(network.blocks),
         width=network.dim,
         patch=tuple(network.patch_size[1:]),
@@ -120,7 +125,7 @@ def available_memory() -> tuple[int, int, bool]:
     Raises:
         ValueError: ComfyUI does not know (DirectML): of any such device it says 1 GiB.
     """
-    if comfy.model_management.directml_enabled:
+    if getattr(comfy.model_management, "directml_enabled", False):
         raise ValueError("How much memory this GPU has is not known: ComfyUI cannot ask DirectML.")
     device = comfy.model_management.get_torch_device()
     # An entry of ComfyUI's list does not keep its MODEL: it may be gone, or go while this thread looks.

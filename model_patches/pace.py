@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 
+from ..diagonal_sampler.noise import allow_pinning, pinned_empty
 from ..diagonal_sampler.sampler import Chunk, Forward
+
+allow_pinning(not args.disable_pinned_memory)
 
 
 class Pace:
@@ -54,8 +58,9 @@ class FiniteLook:
             self._waiting = (chunk, steps, finite, None)
             self.settle()
             return
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(finite, non_blocking=True)
+        answer = pinned_empty((), torch.bool)
+        # Without pinned memory it stays on the GPU until it is asked for, and is then behind what is queued by then.
+        answer = finite if answer is None else answer.copy_(finite, non_blocking=True)
         self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
 
     def settle(self) -> None:

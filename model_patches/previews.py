@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.latent_formats
@@ -15,6 +16,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from torch import Tensor
+
+from ..diagonal_sampler.noise import pinned_empty
 
 PREVIEW_ATTACHMENT = "diagonal_preview"
 """ModelPatcher attachment: a function from latents [T, 16, h, w] in the model's space to frames [T, 3, H, W] in
@@ -58,9 +61,41 @@ def tell_of_failure(error: Exception) -> None:
     )
 
 
-def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]] | None:
-    """How a chunk's latents [B, 16, T, h, w] in the model's space become pictures of the first sample; None where
-    nothing is known of them.
+@dataclass(frozen=True, slots=True)
+class PictureMaker:
+    """Makes pictures of a chunk's latents [B, 16, T, h, w] in the model's space: T of the first sample.
+
+    Attributes:
+        make: does so.
+        on_cpu: it computes there alone, so that another thread may use it while the model samples. What computes on the
+            model's device may have ComfyUI load something, whose memory management is not made for two threads.
+    """
+
+    make: Callable[[Tensor], Iterable[Image.Image]]
+    on_cpu: bool
+
+    def __call__(self, latents: Tensor) -> Iterable[Image.Image]:
+        return self.make(latents)
+
+
+def on_its_way(latents: Tensor) -> tuple[Tensor, Callable[[], None]] | None:
+    """A copy of the first sample of latents [B, ...] that is on its way from CUDA to the CPU, and what waits for it.
+
+    None for latents of another device, and where memory cannot be pinned: the copy would halt the host until then.
+    """
+    if latents.device.type != "cuda":
+        return None
+    copy = pinned_empty(latents[:1].shape, latents.dtype)
+    if copy is None:
+        return None
+    copy.copy_(latents[:1], non_blocking=True)
+    there = torch.cuda.Event(blocking=True)  # what waits for it is to sleep, not to keep a core busy
+    there.record(torch.cuda.current_stream(latents.device))
+    return copy, there.synchronize
+
+
+def preview_of(model: ModelPatcher) -> PictureMaker | None:
+    """How a model's latents become pictures; None where nothing is known of them.
 
     The method that the user chose in ComfyUI where there is one, else the cheap one: a linear map to colours.
     """
@@ -71,7 +106,7 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
             pixels = decode(latents[0].movedim(1, 0).float().cpu()).add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
             return (Image.fromarray(frame.movedim(0, -1).numpy()) for frame in pixels)
 
-        return decoded
+        return PictureMaker(decoded, on_cpu=True)
     latent_format = model.model.latent_format
     linear = None
     if latent_format.latent_rgb_factors is not None:
@@ -94,7 +129,7 @@ def preview_of(model: ModelPatcher) -> Callable[[Tensor], Iterable[Image.Image]]
             if made is not None:
                 yield made[1]
 
-    return pictures
+    return PictureMaker(pictures, on_cpu=isinstance(chosen, latent_preview.Latent2RGBPreviewer))
 
 
 def _chosen(device: torch.device, latent_format: comfy.latent_formats.LatentFormat) -> Any:

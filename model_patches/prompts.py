@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..diagonal_sampler.disk import sync_path, whole_file
 from ..diagonal_sampler.prompt_schedule import (
     ChunkPrompt,
     PromptTime,
     context_at,
+    latest_prompt,
     parse_prompts,
     recached_chunks,
     require_order,
@@ -39,13 +42,25 @@ log = logging.getLogger(__name__)
 SCHEDULE_KEY = "diagonal_prompt_schedule"
 MAX_WAITING = 16  # prompts that have not been read yet; more are a loop gone wrong
 MAX_ROWS = 20  # of the prompts in a result's message, which a node shows
+ROWS_SUFFIX = ".prompts.txt"
+"""Of the prompts that a video was given while it was made, as rows, beside it."""
+ROWS_HEAD = "# Prompts given meanwhile, as rows of Diagonal Prompt Schedule:"
+"""How they begin; a file that begins otherwise is a person's."""
+ENDED, CANCELLED = "The run ended before it could take the prompt.", "The run was cancelled."
 
 
 class PromptSource:
-    """The CLIPs that made a schedule, by node id; the newest last. Not a dataclass: it says nothing of the result."""
+    """The nodes that made a schedule, by id; the newest last. Not a dataclass: it says nothing of the result.
 
-    def __init__(self, clips: Mapping[str, comfy.sd.CLIP]) -> None:
-        self.clips = dict(clips)
+    Attributes:
+        clips: the CLIP of each.
+        switches: switch and blend_chunks of each.
+    """
+
+    def __init__(
+        self, clips: Mapping[str, comfy.sd.CLIP], switches: Mapping[str, tuple[str, int]] | None = None
+    ) -> None:
+        self.clips, self.switches = dict(clips), dict(switches or {})
 
     def find(self, node: str | None) -> str | None:
         """The node that a request means: the last one if it names none; None if it names none of these."""
@@ -80,6 +95,11 @@ class PromptSchedule:
     entries: tuple[PromptEntry, ...]
     source: PromptSource
 
+    def get_models(self) -> list[ModelPatcher]:
+        """Those of its CLIPs. ComfyUI asks every value of a graph, to know which models its run has in use."""
+        patchers = (getattr(clip, "patcher", None) for clip in self.source.clips.values())
+        return [patcher for patcher in patchers if isinstance(patcher, ModelPatcher)]
+
 
 def schedule_prompts(
     clip: comfy.sd.CLIP,
@@ -112,9 +132,9 @@ def schedule_prompts(
     rows = parse_prompts(text)
     extra: dict[str, Any] = {}
     before: tuple[PromptEntry, ...] = ()
-    clips: dict[str, comfy.sd.CLIP] = {}
+    source = PromptSource({})
     if previous is not None:
-        before, extra, clips = _open(previous, fps)
+        before, extra, source = _open(previous, fps)
     elif not rows[0].at.is_start:
         raise ValueError(
             f"Row {rows[0].row} begins at {rows[0].at} and nothing comes before it; begin with a row '0: ...', or "
@@ -140,13 +160,15 @@ def schedule_prompts(
         entries.append(
             PromptEntry(at=row.at, text=row.text, context=context, fps=fps, switch=switch, blend_chunks=blend_chunks)
         )
-    clips = {name: known for name, known in clips.items() if name != node_id} | {str(node_id): clip}
-    schedule = PromptSchedule(entries=tuple(entries), source=PromptSource(clips))
+    name = str(node_id)
+    clips = {known: its for known, its in source.clips.items() if known != name} | {name: clip}
+    source = PromptSource(clips, {**source.switches, name: (switch, blend_chunks)})
+    schedule = PromptSchedule(entries=tuple(entries), source=source)
     return [[entries[0].context, {**extra, SCHEDULE_KEY: schedule}]]
 
 
-def _open(previous: list, fps: float) -> tuple[tuple[PromptEntry, ...], dict[str, Any], dict[str, comfy.sd.CLIP]]:
-    """Prompts, first entry's dict and CLIPs of a CONDITIONING that is gone on from."""
+def _open(previous: list, fps: float) -> tuple[tuple[PromptEntry, ...], dict[str, Any], PromptSource]:
+    """Prompts, first entry's dict and nodes of a CONDITIONING that is gone on from."""
     if len(previous) != 1:
         raise ValueError(
             f"previous holds {len(previous)} prompts that apply at the same time; a schedule goes on from one. Combine "
@@ -156,11 +178,11 @@ def _open(previous: list, fps: float) -> tuple[tuple[PromptEntry, ...], dict[str
     context, extra = previous[0]
     extra = {key: value for key, value in extra.items() if key != SCHEDULE_KEY}
     if found is not None:
-        return found.entries, extra, found.source.clips
+        return found.entries, extra, found.source
     first = PromptEntry(
         at=PromptTime(0), text="(from previous)", context=context, fps=fps, switch="keep", blend_chunks=1
     )
-    return (first,), extra, {}
+    return (first,), extra, PromptSource({})
 
 
 def encode(clip: comfy.sd.CLIP, text: str) -> tuple[Tensor, dict[str, Any]]:
@@ -233,33 +255,65 @@ class LivePrompt:
     blend_chunks: int
 
 
-def schedule_rows(live: Sequence[LivePrompt]) -> str:
-    """Prompts as rows of Diagonal Prompt Schedule, below a comment that says how they switch; empty for none.
+def schedule_rows(live: Sequence[LivePrompt], most: int | None = MAX_ROWS) -> str:
+    """Prompts as rows of Diagonal Prompt Schedule, with a comment before those that switch in one way; empty for none.
 
-    Of those of one chunk the last counts; behind MAX_ROWS chunks a comment says how many more there are.
+    Of those of one chunk the last counts.
+
+    Args:
+        most: rows; a comment says how many more there are. None is all.
     """
     prompts = sorted({prompt.chunk: prompt for prompt in live}.values(), key=lambda prompt: prompt.chunk)
     if not prompts:
         return ""
-    switches = dict.fromkeys(
-        f"blend over {prompt.blend_chunks} chunks" if prompt.switch == "blend" else prompt.switch for prompt in prompts
-    )
-    rows = [f"# Prompts given meanwhile, as rows of Diagonal Prompt Schedule (switch: {', '.join(switches)}):"]
-    # A row is one line, whatever was sent.
-    rows += [f"chunk {prompt.chunk + 1}: {' '.join(prompt.text.split())}" for prompt in prompts[:MAX_ROWS]]
-    if len(prompts) > MAX_ROWS:
-        rows.append(f"# and {len(prompts) - MAX_ROWS} more")
-    return "\n".join(rows)
+    lines = [ROWS_HEAD]
+    for switch, group in groupby(prompts[:most], _switch_text):
+        # A row is one line, whatever was sent.
+        rows = (f"chunk {prompt.chunk + 1}: {' '.join(prompt.text.split())}" for prompt in group)
+        lines += [f"# switch: {switch}", *rows]
+    if most is not None and len(prompts) > most:
+        lines.append(f"# and {len(prompts) - most} more, in the file {ROWS_SUFFIX} beside the video")
+    return "\n".join(lines)
+
+
+def _switch_text(prompt: LivePrompt) -> str:
+    """The widgets of a node that switches so."""
+    return f"blend, blend_chunks: {prompt.blend_chunks}" if prompt.switch == "blend" else prompt.switch
+
+
+def save_rows(path: Path, live: Sequence[LivePrompt]) -> bool:
+    """Write all prompts that a video was given as rows, on the disk; whether nothing of them is lost.
+
+    A file of this name that does not begin with ROWS_HEAD stays. That, and what the disk refuses, is said.
+    """
+    if not live:
+        return True
+    try:
+        if path.exists() and not _is_rows(path):
+            log.warning("%s is no list of prompts of ours and stays as it is: this video's are not written.", path.name)
+            return False
+        with whole_file(path) as part:
+            part.write_text(schedule_rows(live, most=None) + "\n", encoding="utf-8", errors="replace")
+        sync_path(path.parent)
+    except OSError as error:
+        log.warning("The prompts %s cannot be written: %s", path.name, error)
+        return False
+    return True
+
+
+def _is_rows(path: Path) -> bool:
+    """Whether a file is one of save_rows. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(ROWS_HEAD)) == ROWS_HEAD.encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptNow:
-    """What chunk `chunk` (from 0) of `chunks` is conditioned on; `nodes` are those of the schedule."""
+    """What chunk `chunk` (from 0) of `chunks` is conditioned on."""
 
     chunk: int
     chunks: int
     text: str
-    nodes: tuple[str, ...]
 
 
 class NotSteerable(RuntimeError):
@@ -318,7 +372,7 @@ class PromptBox:
             self._closed = True
             taken, self._waiting = self._waiting, []
         for request in taken:
-            request.answer.set_exception(NotSteerable("The run ended before it could take the prompt."))
+            request.answer.set_exception(NotSteerable(ENDED))
 
 
 class ConditionSetter(Protocol):
@@ -371,6 +425,8 @@ class PromptRun:
         # The chunk before the first is what a live prompt would blend from.
         seen = known[seen_from(known, max(0, first_chunk - 1)) :]
         self._prompts = [self._encode(prompt) if isinstance(prompt, LivePrompt) else prompt for prompt in seen]
+        if any(isinstance(prompt, LivePrompt) for prompt in seen):
+            self._after_encoding()
         self._behind_given = context_frames > 0
         if self._behind_given and first_chunk == 0 and recached_chunks(known, 0)[:1] == [0]:
             # The given frames are written before the first chunk begins: at once under what it shows.
@@ -405,8 +461,7 @@ class PromptRun:
                 PromptNow(
                     chunk=chunk,
                     chunks=self._chunks,
-                    text=[prompt.text for prompt in self._prompts if prompt.chunk <= chunk][-1],
-                    nodes=tuple(self.schedule.source.clips),
+                    text=self._prompts[latest_prompt(self._prompts, chunk)].text,
                 )
             )
         return chunk in self._recached
@@ -419,33 +474,50 @@ class PromptRun:
             self._current = context
 
     def listen(self) -> None:
-        """Take live prompts; they begin with the next chunk."""
+        """Take live prompts; they begin with the next chunk.
+
+        Whatever a tokenizer or a text encoder raises is about its text: the run goes on without it. What ends the run
+        (a Cancel, a model that cannot be loaded again) answers all that wait.
+        """
         requests = [] if self.box is None else self.box.take()
         for number, request in enumerate(requests):
-            last = self.schedule.entries[-1]
-            prompt = LivePrompt(
-                chunk=self._next,
-                text=request.text,
-                node=request.node,
-                switch=request.switch or last.switch,
-                blend_chunks=request.blend_chunks or last.blend_chunks,
-            )
             try:
-                if prompt.chunk >= self._chunks:
-                    raise NotSteerable("The last chunk is being made: nothing comes after it.")
-                self._add(prompt)
-                if self.box.on_taken is not None:
-                    self.box.on_taken(self.live)
-            except comfy.model_management.InterruptProcessingException:
+                self._take(request)
+            except BaseException as error:
+                cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
                 for unanswered in requests[number:]:
-                    unanswered.answer.set_exception(NotSteerable("The run was cancelled."))
+                    unanswered.answer.set_exception(NotSteerable(CANCELLED if cancelled else ENDED))
                 raise
-            # Whatever a tokenizer or a text encoder raises is about this text; the run goes on without it.
-            except Exception as error:
-                request.answer.set_exception(error)
-            else:
-                log.info("From chunk %d of %d: %s", prompt.chunk + 1, self._chunks, prompt.text)
-                request.answer.set_result(prompt)
+
+    def _take(self, request: PromptRequest) -> None:
+        """Take a live prompt and answer it. What is raised ends the run, and it is not answered yet."""
+        if self._next >= self._chunks:
+            request.answer.set_exception(NotSteerable("The last chunk is being made: nothing comes after it."))
+            return
+        last, source = self.schedule.entries[-1], self.schedule.source
+        switch, blend_chunks = source.switches.get(request.node, (last.switch, last.blend_chunks))
+        prompt = LivePrompt(
+            chunk=self._next,
+            text=request.text,
+            node=request.node,
+            switch=request.switch or switch,
+            blend_chunks=request.blend_chunks or blend_chunks,
+        )
+        refused: Exception | None = None
+        try:
+            self._add(prompt)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            refused = error
+        self._after_encoding()  # also where it failed, which may have been behind the loading of the text encoder
+        if refused is not None:
+            request.answer.set_exception(refused)
+            return
+        if self.box.on_taken is not None:
+            self.box.on_taken(self.live)
+        log.info("From chunk %d of %d: %s", prompt.chunk + 1, self._chunks, prompt.text)
+        request.answer.set_result(prompt)
 
     def _add(self, prompt: LivePrompt) -> None:
         added = self._encode(prompt)
@@ -462,10 +534,7 @@ class PromptRun:
 
     def _encode(self, prompt: LivePrompt) -> ChunkPrompt:
         clip = self.schedule.source.clips.get(prompt.node, list(self.schedule.source.clips.values())[-1])
-        try:
-            context, _ = encode(clip, prompt.text)
-        finally:
-            self._after_encoding()
+        context, _ = encode(clip, prompt.text)
         return ChunkPrompt(
             chunk=prompt.chunk,
             text=prompt.text,
@@ -477,7 +546,7 @@ class PromptRun:
     def _forget_before(self, chunk: int) -> None:
         """Drop embeddings that no chunk from `chunk` on shows: a run may be given thousands of prompts."""
         prompts = self._prompts[seen_from(self._prompts, chunk) :]
-        latest = bisect_right(prompts, chunk, key=lambda prompt: prompt.chunk) - 1
+        latest = latest_prompt(prompts, chunk)
         if latest > 1:  # blends that began within blends: what the newest of them goes over from is one embedding
             before = prompts[latest].chunk - 1
             context = context_at(prompts, before)

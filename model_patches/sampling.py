@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import comfy.conds
@@ -26,7 +26,6 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..diagonal_sampler.cache import KVCache
-from ..diagonal_sampler.flow import OpticalFlow
 from ..diagonal_sampler.joins import meet
 from ..diagonal_sampler.noise import INITIAL_STEP, NoiseSource, SeededNoise, send
 from ..diagonal_sampler.sampler import Chunk, Forward, count_forwards, count_recache, sample_chunks
@@ -48,7 +47,7 @@ from .flow_control import FlowConditioning, FlowRun, load_for_chunk
 from .loading import PROVENANCE_ATTACHMENT
 from .pace import FiniteLook, Pace
 from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, schedule_of
-from .stream_decode import on_device
+from .vae_scale import on_device
 
 log = logging.getLogger(__name__)
 
@@ -266,20 +265,12 @@ def _flow_run(
         given_frames=plan.context_frames,
         denoise=denoise,
     )
-    if _rests(optical_flow.optical_flow):
+    if optical_flow.timeline.rests:
         log.warning(
             "The optical flow tells the whole picture to rest, so that nothing in the video moves. Set pan_x, pan_y, "
             "zoom or rotation in Diagonal Flow Conditioning, or choose another source."
         )
     return flow_run, replace(plan, schedule=flow_run.schedule), flow_run.noise(draws, seed, rows)
-
-
-def _rests(field: OpticalFlow) -> bool:
-    """Whether a field commands everything everywhere not to move, as a camera does that was given no movement."""
-    if field.flow[0].any() or not field.valid[0].all():  # nearly all others are found out by this
-        return False
-    once = field.flow.stride(0) == field.valid.stride(0) == 0  # a step that stands for all of a long clip's
-    return once or bool(field.valid.all() and not field.flow.any())
 
 
 def stream_latent(
@@ -471,6 +462,7 @@ def _only_more_steps(levels: Levels, trained: Levels) -> bool:
     return True
 
 
+@dataclass(eq=False)
 class DiagonalSampler(comfy.samplers.Sampler):
     """The loop over chunks as a ComfyUI sampler; one instance serves one run.
 
@@ -485,35 +477,23 @@ class DiagonalSampler(comfy.samplers.Sampler):
             `sample` returns is zero behind them.
     """
 
-    def __init__(
-        self,
-        plan: ClipPlan,
-        noise: NoiseSource,
-        *,
-        starts_from_latent: bool = False,
-        on_progress: Callable[[Progress], None] | None = None,
-        on_chunk: Callable[[Chunk], None] | None = None,
-        stream: Callable[[StreamedChunk], None] | None = None,
-        resume: Resume | None = None,
-        live: Sequence[LivePrompt] = (),
-        flow_run: FlowRun | None = None,
-        prompts: PromptBox | None = None,
-        on_stop: Callable[[], None] | None = None,
-        finish: Callable[[], bool] | None = None,
-    ) -> None:
-        self.frames = plan.shape[2]
-        self.on_stop = on_stop
-        self.finish = finish
-        self.starts_from_latent = starts_from_latent
-        self.flow_run = flow_run
-        self.prompts = prompts
-        self.plan = plan
-        self.noise = noise
-        self.on_progress = on_progress
-        self.on_chunk = on_chunk
-        self.stream = stream
-        self.resume = resume
-        self.live = live
+    plan: ClipPlan
+    noise: NoiseSource
+    _: KW_ONLY
+    starts_from_latent: bool = False
+    on_progress: Callable[[Progress], None] | None = None
+    on_chunk: Callable[[Chunk], None] | None = None
+    stream: Callable[[StreamedChunk], None] | None = None
+    resume: Resume | None = None
+    live: Sequence[LivePrompt] = ()
+    flow_run: FlowRun | None = None
+    prompts: PromptBox | None = None
+    on_stop: Callable[[], None] | None = None
+    finish: Callable[[], bool] | None = None
+    frames: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frames = self.plan.shape[2]
 
     def sample(
         self,

@@ -14,7 +14,6 @@ All state lives in the `StreamDecoder`, never in the VAE: other decoders and VAE
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,13 +25,13 @@ import comfy.model_management
 import comfy.sd
 import torch
 import torch.nn.functional as F
-from comfy.latent_formats import LatentFormat
 from comfy.ldm.wan.vae import CACHE_T, WanVAE, count_cache_layers
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
 from torch import Tensor, nn
 
 from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
+from ..diagonal_sampler.noise import pinned_empty
 from .vae_scale import into_decoder, warn_if_mistaken
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,8 @@ TAEHV_LAYOUT = torch.channels_last
 """How TAEHV's activations lie on CUDA: as cuDNN's convolutions for tensor cores want them."""
 MOST_KEPT_BYTES = 256 << 20
 """Of a decoder's memory that is kept while the next chunk is decoded, in case that is broken off: Wan's is larger."""
+FIRST = -1
+"""Priority of the stream that decodes, above the usual 0 (on ROCm too); what it gains was not measured on a card."""
 WINDOW_CONTEXT_FRAMES = 4
 """Latent frames decoded again before the new ones where the decoder's own memory is not known."""
 
@@ -294,7 +295,7 @@ class StreamDecoder:
             images [B, T_pix, H, W, 3] on the CPU, contiguous: the pixel frames that this chunk completes, 4 T of them,
             or 4 T - 3 in the first chunk, for decoders of Wan's geometry. Float32 (float16 if ComfyUI runs with
             --fp16-intermediates). In [0, 1], but for a TAEHV, which ComfyUI does not clamp and which may leave that
-            range a little; so do VAEDecode's images. On a GPU they lie in pinned memory.
+            range a little; so do VAEDecode's images. On CUDA they lie in pinned memory, if it may be had.
 
         Raises:
             ValueError: latents of another shape than this clip's, or than the VAE takes. The clip can go on.
@@ -305,10 +306,10 @@ class StreamDecoder:
     def submit(self, latents: Tensor) -> DecodeHandle:
         """Begin to decode the next chunk; arguments, result and errors as in `decode`.
 
-        On CUDA this returns while the GPU decodes, on a stream of its own. If ComfyUI holds the VAE fully and
-        statically on the GPU, what is queued next runs beside it; else it runs behind it, because ComfyUI shares the
-        buffers that weights are copied to. If anything fails, or the person cancels, a decoder with a small
-        state (MOST_KEPT_BYTES) stays as it was before this chunk; a larger one is freed at once.
+        On CUDA this returns while the GPU decodes, on a stream of its own (without pinned memory it waits). If ComfyUI
+        holds the VAE fully and statically on the GPU, what is queued next runs beside it; else it runs behind it,
+        because ComfyUI shares the buffers that weights are copied to. If anything fails, or the person cancels, a
+        decoder with a small state (MOST_KEPT_BYTES) stays as it was before this chunk; a larger one is freed at once.
         """
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
@@ -392,8 +393,8 @@ class StreamDecoder:
         batch, height, width = size
         clips = [self._architecture.new_clip() for _ in range(batch)]
         device = self.vae.device
-        if device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        if device.type == "cuda":
+            self._open_stream()
         # Copied by the stream that decodes: memory belongs to the stream that it was taken on.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for number, clip in enumerate(clips):
@@ -482,20 +483,24 @@ class StreamDecoder:
         latents = latents.to(device=device, dtype=self.vae.vae_dtype, copy=True)
         if device.type != "cuda":
             return DecodeHandle(self._images(latents).to("cpu"))
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        self._open_stream()
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             images = self._images(latents)
-            host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
-            host.copy_(images, non_blocking=True)
+            host = pinned_empty(images.shape, images.dtype)
+            host = images.to("cpu") if host is None else host.copy_(images, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._stream)
         latents.record_stream(self._stream)
         if self.vae.patcher.is_dynamic() or not self._resident():
             current.wait_stream(self._stream)
         return DecodeHandle(host, done)
+
+    def _open_stream(self) -> None:
+        """Its work goes before that of a model that samples meanwhile: frames are not to wait for the next chunk."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.vae.device, priority=FIRST)
 
     def _images(self, latents: Tensor) -> Tensor:
         """Latents on the VAE's device, in its dtype -> images [B, T_pix, H, W, C] there, scaled as VAE.decode does."""
@@ -529,29 +534,13 @@ def stream_decoder(vae: comfy.sd.VAE) -> StreamDecoder:
     return StreamDecoder(vae, _recognise(vae))
 
 
-def on_device(latent_format: LatentFormat, device: torch.device) -> LatentFormat:
-    """A latent format whose means and deviations lie on the device: its own are on the CPU, and copying them there in
-    every call has the host wait for a GPU. The one that is given stays as it is."""
-    moved = copy.copy(latent_format)
-    for name, value in vars(latent_format).items():
-        if isinstance(value, Tensor):
-            setattr(moved, name, value.to(device))
-    return moved
-
-
-def _scale_on(scale: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`scale` with its numbers on the device, where it is a latent format's."""
-    owner = getattr(scale, "__self__", None)
-    return getattr(on_device(owner, device), scale.__name__) if isinstance(owner, LatentFormat) else scale
-
-
 def _recognise(vae: comfy.sd.VAE) -> _Architecture:
     model = vae.first_stage_model
     if isinstance(model, WanVAE):
         return _Architecture(lambda: _WanClip(model), lambda frames: max(frames, WAN_ESTIMATE_FRAMES))
     if isinstance(model, TAEHV):
         warn_if_mistaken(vae)
-        scale = _scale_on(into_decoder(model), vae.device)
+        scale = into_decoder(model, vae.device)
         return _Architecture(lambda: _TaehvClip(model, scale), lambda frames: frames)
     if isinstance(model, DemoAutoencoder):
         return _Architecture(lambda: _DemoClip(model), lambda frames: frames)

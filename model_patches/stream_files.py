@@ -17,7 +17,7 @@ from typing import Any
 import folder_paths
 
 from ..diagonal_sampler.disk import remove_file, replace_file
-from ..diagonal_sampler.frames import TIME_FACTOR
+from ..diagonal_sampler.frames import TIME_FACTOR, pixel_frames
 from ..diagonal_sampler.prompt_schedule import require_switch
 from .clip_plan import ClipPlan
 from .prompts import LivePrompt
@@ -56,7 +56,7 @@ class StreamOptions:
 
     Attributes:
         width, height: pixels.
-        seconds: length of the video; it is rounded to whole frames.
+        seconds: length of the video, context included; it is rounded to whole frames.
         fps: frames a second, kept to a thousandth.
         seed: of the noise.
         cfg: guidance scale, 1 is off.
@@ -66,6 +66,7 @@ class StreamOptions:
         state_every: chunks between two states.
         restart: begin a new video even where one could be resumed.
         keep_state: leave the state of a finished video, so that a longer length goes on with it.
+        write_context: the file has the frames that the video begins with, too; else it is shorter by them.
 
     Raises:
         ValueError: a value out of range.
@@ -83,6 +84,7 @@ class StreamOptions:
     state_every: int = 20
     restart: bool = False
     keep_state: bool = False
+    write_context: bool = True
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -108,13 +110,21 @@ class StreamOptions:
 
     @property
     def frames(self) -> int:
-        """Pixel frames of the video."""
+        """Pixel frames of the video, context included."""
         return math.floor(Fraction(self.seconds) * self.rate + Fraction(1, 2))
 
     @property
     def latent_frames(self) -> int:
         """Latent frames that hold them; the last one's surplus is not written."""
         return -(-(self.frames - 1) // TIME_FACTOR) + 1
+
+    def written_context(self, plan: ClipPlan) -> int:
+        """Pixel frames of the context that the file has."""
+        return pixel_frames(plan.context_frames) if self.write_context else 0
+
+    def file_frames(self, plan: ClipPlan) -> int:
+        """Pixel frames of the file: of the video without what of its context is not written."""
+        return self.frames - pixel_frames(plan.context_frames) + self.written_context(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,7 @@ def _lies_in(folder: str, path: str) -> bool:
         return False
 
 
-_GRAPH = "graph"
+_GRAPH, _SEED = "graph", "seed"
 _WORDS = {
     "positive": "positive (a text, a time, switch or blend_chunks)",
     "settings": "the model's frames_per_chunk, window, sink, positions or kv_cache_dtype",
@@ -230,24 +240,34 @@ class Identity:
         return state.digest in (digest_of(**{**self.parts, **self.older}), self.digest)
 
     def changed_since(self, state: StreamState) -> str:
-        """What a person changed since another video was begun; empty if that is so much that it is another one."""
-        names = [name for name, digest in self.parts.items() if state.parts.get(name) != digest]
+        """What a person changed since another video was begun; empty if that is so much that it is another one.
+
+        A video that a person ended is another one already where more than one part changed, or the seed.
+        """
+        known = dict.fromkeys([*self.parts, *state.parts])
+        names = [name for name in known if self.parts.get(name) != state.parts.get(name)]
         if not state.parts or len(names) > 1:
             names = [name for name in names if name != _GRAPH]
         if not state.parts or len(names) > _MOST_CHANGED:
+            return ""
+        if state.ended and (len(names) > 1 or names == [_SEED]):
             return ""
         return " and ".join(_WORDS.get(name, name) for name in names)
 
 
 @dataclass(slots=True)
 class Opened:
-    """A video open for writing: a new one, or (`again`) an unfinished or (`done`) a finished one at its last state."""
+    """A video open for writing: a new one, or (`again`) an unfinished or (`done`) a finished one at its last state.
+
+    `length` is in frames of the file, as all numbers of frames are in the state.
+    """
 
     path: Path
     state_path: Path
     state: StreamState
     writer: VideoWriter
     subfolder: str
+    length: int
     again: bool = False
     done: bool = False
 
@@ -282,9 +302,9 @@ class Opened:
         at, name = self.state.frames, self.path.name
         if not self.resumed:
             again = " Begun again: it had stopped before its first frame." if self.again else ""
-            return f"{name}: {options.frames} frames at {options.fps:g} a second.{again}"
+            return f"{name}: {self.length} frames at {options.fps:g} a second.{again}"
         return (
-            f"Resumed {name} at {float(at / options.rate):.1f} s (frame {at} of {options.frames}, after chunk "
+            f"Resumed {name} at {float(at / options.rate):.1f} s (frame {at} of {self.length}, after chunk "
             f"{self.state.chunk}). Set restart to begin a new video instead."
         )
 
@@ -307,6 +327,11 @@ class VideoOpener:
     stack: ExitStack
     notes: list[str] = field(default_factory=list)
     prompts: list[LivePrompt] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Frames that the file is to have."""
+        return self.options.file_frames(self.plan)
 
     def open(self) -> Opened:
         """The video, with a state that belongs to it.
@@ -333,12 +358,13 @@ class VideoOpener:
                 continue
             if same:
                 found.append((path, state))
-            elif state.chunk > 0 and not state.ended and path.name.endswith(STATE_SUFFIX) and not self.options.restart:
+            elif state.chunk > 0 and path.name.endswith(STATE_SUFFIX) and not self.options.restart:
                 what = self.identity.changed_since(state)
                 if what and not self._lock(stem).is_held():
+                    how = "was finished early" if state.ended else "is unfinished"
                     changed.append(
-                        f"{stem} is unfinished and is not gone on with: {what} changed. Put it back to go on, or "
-                        f"delete {name_and_size(path)}."
+                        f"{stem} {how} and is not gone on with: {what} changed. Put it back to go on, or delete "
+                        f"{name_and_size(path)}."
                     )
         for path, state in sorted(found, key=lambda item: -item[1].frames):  # the newest stays first among equals
             if (opened := self._reopen(path, state)) is not None:
@@ -349,14 +375,17 @@ class VideoOpener:
     def _reopen(self, path: Path, state: StreamState) -> Opened | None:
         """The video of a state of this graph; None if this run cannot go on with it, which `notes` may then say.
 
+        With `restart` an unfinished one loses its state, and a finished one keeps it: its person asked for that.
         A video that stopped before its first state is left alone and loses its empty state: begun again in the same
         file, a run that stops early would leave less than there was.
         """
         options, done = self.options, path.name.endswith(DONE_SUFFIX)
+        if options.restart and done:
+            return None
         stem = _stem(path)
         video = self._video(stem)
-        if not options.restart and (reason := _does_not_fit(state, self.plan, options, done)):
-            if not done and not (state.ended and options.frames <= state.frames):
+        if not options.restart and (reason := _does_not_fit(state, self.plan, self.length, done)):
+            if not done and not (state.ended and self.length <= state.frames):
                 self.notes.append(f"{video.name} is unfinished and is not resumed: {reason}")
             return None
         try:
@@ -388,7 +417,7 @@ class VideoOpener:
                 if done:
                     path = self._no_longer_done(path)
                 self.stack.push(held.pop_all())
-                return Opened(video, path, state, writer, self.place.subfolder, again=True, done=done)
+                return Opened(video, path, state, writer, self.place.subfolder, self.length, again=True, done=done)
         except VideoHeldError:
             raise
         except (OSError, VideoWriteError) as error:
@@ -414,7 +443,7 @@ class VideoOpener:
         state = StreamState(
             digest=self.identity.digest,
             parts=self.identity.parts,
-            length=self.options.frames,
+            length=self.length,
             latent_frames=self.plan.shape[2],
             run=for_people(self.options, self.plan),
         )
@@ -457,7 +486,7 @@ class VideoOpener:
                 remove_empty(path)
                 raise
             self.stack.push(held.pop_all())
-            return Opened(path, state_path, state, writer, self.place.subfolder)
+            return Opened(path, state_path, state, writer, self.place.subfolder, self.length)
 
     def _video(self, stem: str) -> Path:
         return self.place.folder / (stem + _suffix(self.options.format))
@@ -546,10 +575,10 @@ def _suffix(format: str) -> str:
     return "" if format == "png" else f".{format}"
 
 
-def _does_not_fit(state: StreamState, plan: ClipPlan, options: StreamOptions, done: bool) -> str:
-    """Why this run cannot go on from a state of the same graph; empty if it can."""
-    if options.frames <= state.frames or (done and options.frames <= state.length):
-        return f"it has {state.frames} frames already, and {options.frames} are asked for."
+def _does_not_fit(state: StreamState, plan: ClipPlan, length: int, done: bool) -> str:
+    """Why this run cannot go on from a state of the same graph; empty if it can. length: frames of the file."""
+    if length <= state.frames or (done and length <= state.length):
+        return f"it has {state.frames} frames already, and {length} are asked for."
     begun = plan.context_frames + state.chunk * plan.settings.frames_per_chunk
     if state.chunk and (state.committed != begun or state.chunk >= plan.chunks):
         return "its chunks are others than this length's."

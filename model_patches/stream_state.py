@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..diagonal_sampler.disk import sync_path, try_lock, whole_file
 from ..diagonal_sampler.safetensors_header import read_header
-from ..diagonal_sampler.settings import ADDED_LATER
+from ..diagonal_sampler.settings import KV_CACHE_DTYPES, lasting_fields
 from ..diagonal_sampler.weight_files import write_weights
 from .video_containers import VideoWriteError, way_out
 
@@ -49,6 +49,12 @@ HEADER_LENGTH_BYTES = 8
 WHOLE_TENSOR_ELEMENTS = 1 << 22
 """Larger tensors, and weights of any size, are told apart by a sample of their values."""
 SAMPLE_ELEMENTS = 64
+INPUTS_ADDED_LATER = {
+    ("DiagonalModelLoader", "kv_cache_dtype"): KV_CACHE_DTYPES[0],
+    ("DiagonalCausalAttention", "kv_cache_dtype"): KV_CACHE_DTYPES[0],
+    ("DiagonalStreamVideo", "write_context"): True,
+}
+"""Inputs that a node got later, and their defaults: ComfyUI's page puts those into every graph that it queues."""
 _COUNTS = dict(length=1, latent_frames=1) | dict.fromkeys(
     ("chunk", "committed", "frames", "size", "forwards", "dropped", "moved", "begun"), 0
 )
@@ -331,11 +337,8 @@ def _feed(hasher: Any, value: Any) -> None:
             _feed(hasher, item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         put(type(value).__qualname__)
-        for field in dataclasses.fields(value):
-            part = getattr(value, field.name)
-            if field.metadata.get(ADDED_LATER) and part == field.default:
-                continue  # the digest of before it was there
-            put(field.name)
+        for name, part in lasting_fields(value).items():
+            put(name)
             _feed(hasher, part)
     elif isinstance(value, type) or hasattr(value, "__qualname__"):
         put("name", value.__qualname__)
@@ -392,7 +395,10 @@ def _lasting_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
 
 
 def graph_digest(prompt: Mapping[str, Any] | None, node: str | None, inputs: Sequence[str]) -> str:
-    """Of the nodes that feed some inputs of a node, and all of theirs; node numbers and titles do not count.
+    """Of the nodes that feed some inputs of a node, and all of theirs.
+
+    Node numbers and titles do not count, nor does an input that was added later where it has its default: what an older
+    pack left unfinished goes on.
 
     Args:
         prompt: an API graph; None gives an empty digest.
@@ -405,8 +411,13 @@ def graph_digest(prompt: Mapping[str, Any] | None, node: str | None, inputs: Seq
         if identity not in known:
             known[identity] = ""  # a loop is no graph, but it must not hang
             entry = prompt[identity]
-            values = {name: of_value(value) for name, value in entry.get("inputs", {}).items()}
-            known[identity] = digest_of(kind=entry.get("class_type"), inputs=values)
+            kind = entry.get("class_type")
+            values = {
+                name: of_value(value)
+                for name, value in entry.get("inputs", {}).items()
+                if (kind, name) not in INPUTS_ADDED_LATER or value != INPUTS_ADDED_LATER[kind, name]
+            }
+            known[identity] = digest_of(kind=kind, inputs=values)
         return known[identity]
 
     def of_value(value: Any) -> Any:

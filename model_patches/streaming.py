@@ -21,6 +21,7 @@ from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
 from ..diagonal_sampler.disk import remove_file, replace_file
+from ..diagonal_sampler.flow import stored
 from ..diagonal_sampler.frames import nearest_sizes
 from ..diagonal_sampler.schedule import DiagonalSchedule
 from .clip_plan import ClipPlan, plan_clip
@@ -29,7 +30,7 @@ from .flow_control import SETTINGS as FLOW_SETTINGS
 from .flow_control import FlowConditioning
 from .loading import FLOW_ADAPTER_ATTACHMENT
 from .png_video import PngVideo
-from .prompts import LivePrompt, PromptBox, schedule_of, schedule_rows
+from .prompts import ROWS_SUFFIX, LivePrompt, PromptBox, save_rows, schedule_of, schedule_rows
 from .sampling import CONTEXT, Progress, StreamedChunk, stream_latent, uses_negative
 from .stream_decode import StreamDecoder, stream_decoder
 from .stream_files import (
@@ -50,6 +51,7 @@ from .stream_files import (
 )
 from .stream_state import (
     DONE_SUFFIX,
+    PROMPTS_SUFFIX,
     STATE_SUFFIX,
     StreamState,
     digest_of,
@@ -121,7 +123,8 @@ def stream_video(
         model, positive, negative, schedule, callback, on_progress, prompts: as in sampling.sample_latent. Prompts
             that came while it ran are in the state.
         vae: decodes; it also encodes the last frames for `context`.
-        context: frames that the video begins with (see clip_plan.plan_clip); they count in its length.
+        context: frames that the video begins with (see clip_plan.plan_clip); they count in its length, whether the
+            file has them or not.
         optical_flow: motion to follow, counted from the video's first frame; what is shorter than the video leaves its
             rest free, except a single step, which is held.
         metadata: what the file carries, by name.
@@ -140,29 +143,17 @@ def stream_video(
     spec = VideoSpec(
         width=options.width, height=options.height, rate=options.rate, crf=options.crf, metadata=metadata or {}
     )
-    flow = _flow_parts(optical_flow, model)
-    in_use = {"negative": uses_negative(model, options.cfg), "optical_flow": bool(flow)}
-    parts = dict(
-        model=model,
-        vae=vae.patcher,
-        positive=positive,
-        negative=negative if in_use["negative"] else None,
-        schedule=schedule,
-        settings=plan.settings,
-        context=plan.given,
-        **flow,
-        size=plan.shape[3:],
-        seed=options.seed,
-        cfg=options.cfg,
-        rate=str(options.rate),
-        format=options.format,
-        crf=options.crf,
-        filename_prefix=options.filename_prefix,
-        graph=graph_digest(prompt, node_id, [name for name in GRAPH_INPUTS if in_use.get(name, True)]),
-    )
-    identity = Identity(
-        {name: digest_of(part=part) for name, part in parts.items()},
-        older={"graph": digest_of(part=graph_digest(prompt, node_id, GRAPH_INPUTS))},  # counted what is not used, too
+    identity = _identity(
+        model,
+        positive,
+        negative,
+        vae,
+        schedule,
+        options,
+        plan=plan,
+        optical_flow=optical_flow,
+        prompt=prompt,
+        node_id=node_id,
     )
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
@@ -213,11 +204,7 @@ def stream_video(
             raise
         seconds = time.perf_counter() - started
     made = run.made
-    length = float(frames / options.rate)
-    done = "Done" if whole else "Finished early, and queued again it goes on"
-    message += f"\n{done}: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
-    if not whole and opened.state_path.exists():
-        message += f" To go on it needs {name_and_size(opened.state_path)}; if you will not, delete that."
+    message += f"\n{_ending(opened, options, frames, made, seconds, whole)}"
     if rows := schedule_rows(run.live or live):
         message += f"\n{rows}"
     log.info("%s: %d frames, %d of them made now in %.0f s.", opened.path.name, frames, made, seconds)
@@ -230,17 +217,71 @@ def stream_video(
     )
 
 
+def _identity(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    vae: comfy.sd.VAE,
+    schedule: DiagonalSchedule,
+    options: StreamOptions,
+    *,
+    plan: ClipPlan,
+    optical_flow: FlowConditioning | None,
+    prompt: Mapping[str, Any] | None,
+    node_id: str | None,
+) -> Identity:
+    """What decides the video's frames; the arguments are stream_video's."""
+    flow = _flow_parts(optical_flow, model)
+    in_use = {"negative": uses_negative(model, options.cfg), "optical_flow": bool(flow)}
+    parts = dict(
+        model=model,
+        vae=vae.patcher,
+        positive=positive,
+        negative=negative if in_use["negative"] else None,
+        schedule=schedule,
+        settings=plan.settings,
+        context=plan.given,
+        **flow,
+        **({} if options.write_context or plan.given is None else {"write_context": False}),
+        size=plan.shape[3:],
+        seed=options.seed,
+        cfg=options.cfg,
+        rate=str(options.rate),
+        format=options.format,
+        crf=options.crf,
+        filename_prefix=options.filename_prefix,
+        graph=graph_digest(prompt, node_id, [name for name in GRAPH_INPUTS if in_use.get(name, True)]),
+    )
+    return Identity(
+        {name: digest_of(part=part) for name, part in parts.items()},
+        older={"graph": digest_of(part=graph_digest(prompt, node_id, GRAPH_INPUTS))},  # counted what is not used, too
+    )
+
+
+def _ending(opened: Opened, options: StreamOptions, frames: int, made: int, seconds: float, whole: bool) -> str:
+    """A line for people: what was done in so many seconds, and what going on needs; `made` are this run's frames."""
+    length = float(frames / options.rate)
+    done = "Done" if whole else "Finished early, and queued again it goes on"
+    said = f"{done}: {frames} frames ({length:.1f} s of video), {made} of them made now, in {seconds:.0f} s."
+    if not whole and opened.state_path.exists():
+        said += f" To go on it needs {name_and_size(opened.state_path)}; if you will not, delete that."
+    return said
+
+
 def _flow_parts(optical_flow: FlowConditioning | None, model: ModelPatcher) -> dict[str, Any]:
     """What optical flow adds to a video's digest: all of it, and nothing where there is none (or none that counts)."""
     if optical_flow is None or optical_flow.strength == 0:
         return {}
-    field = optical_flow.optical_flow
-    # A motion that is held has one step in memory, however many it stands for.
-    stored = [tensor[:1] if tensor.stride(0) == 0 else tensor for tensor in (field.flow, field.valid)]
+    motions: list[list[Any]] = [
+        [start, field.steps, *(digest_of_whole(stored(tensor)) for tensor in (field.flow, field.valid))]
+        for start, field in optical_flow.motions
+    ]
+    if len(motions) == 1 and motions[0][0] == 0:  # the digest of unfinished videos that know of no start
+        motions = motions[0][1:]
     values = {name: getattr(optical_flow, name) for name in FLOW_SETTINGS}
     vae = None if optical_flow.vae is None else optical_flow.vae.patcher
     adapter = model.get_attachment(FLOW_ADAPTER_ATTACHMENT)
-    return {"optical_flow": [field.steps, *(digest_of_whole(tensor) for tensor in stored), values, vae, adapter]}
+    return {"optical_flow": [*motions, values, vae, adapter]}
 
 
 def _warn_about_rate(positive: list, options: StreamOptions) -> None:
@@ -344,7 +385,8 @@ class _Run:
         self._decoder.keep_loaded([chunk.patcher])
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         settles = self._settles(chunk.index + 1)
-        self._thread.put(self._decoder.submit(chunk.latents), name, settle=settles)
+        written = self.options.write_context or chunk.index != CONTEXT
+        self._thread.put(self._decoder.submit(chunk.latents), name, settle=settles, written=written)
         self._newest = None
         if chunk.index == CONTEXT or chunk.index + 1 == self.plan.chunks:
             return
@@ -423,7 +465,7 @@ class _Run:
         state = StreamState(
             digest=before.digest,
             parts=before.parts,
-            length=self.options.frames,
+            length=self.opened.length,
             latent_frames=self.plan.shape[2],
             chunk=chunk.index + 1,
             committed=self._committed(chunk),
@@ -452,11 +494,12 @@ class _Run:
 
     def put_state_away(self) -> None:
         """What a finished video needs no more, or under another name. What cannot be put away is said: the video is."""
+        written = self._save_rows()
         try:
             if self.options.keep_state:
                 self._name_done()
             else:
-                self._remove_state()
+                self._remove_state(with_prompts=written)
         except OSError as error:
             log.warning(
                 "%s is finished, but its state %s cannot be put away (%s; perhaps another program has it open). Remove "
@@ -468,6 +511,7 @@ class _Run:
 
     def mark_ended(self) -> None:
         """Note in the state that a person ended the video: later runs do not say again that it is unfinished."""
+        self._save_rows()
         try:
             mark_ended(self.opened.state_path)
         except OSError as error:
@@ -477,9 +521,16 @@ class _Run:
         state_path = self.opened.state_path
         replace_file(state_path, state_path.with_name(state_path.name.removesuffix(STATE_SUFFIX) + DONE_SUFFIX))
 
-    def _remove_state(self) -> None:
+    def _remove_state(self, *, with_prompts: bool = True) -> None:
         remove_file(self.opened.state_path)
-        remove_file(self.opened.prompts_path)
+        if with_prompts:
+            remove_file(self.opened.prompts_path)
+
+    def _save_rows(self) -> bool:
+        """Write the live prompts of all runs beside the video, for people; False where they are not there then."""
+        path = self.opened.prompts_path
+        path = path.with_name(path.name.removesuffix(PROMPTS_SUFFIX) + ROWS_SUFFIX)
+        return save_rows(path, self.live or self.opened.live())
 
     def stop(self) -> None:
         """End early: write what was decoded, so that the file plays to its end. The state stays as it was.
@@ -490,6 +541,7 @@ class _Run:
         with contextlib.suppress(VideoWriteError):  # the reason for stopping is what is reported
             self.opened.writer.close()
         if self.opened.writer.frames:
+            self._save_rows()
             if self.opened.done and self.opened.writer.untouched:
                 with contextlib.suppress(OSError):
                     self._name_done()

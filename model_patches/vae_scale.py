@@ -7,11 +7,14 @@ never changed.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 
 import comfy.latent_formats
 import comfy.sd
+import torch
+from comfy.latent_formats import LatentFormat
 from comfy.taesd.taehv import TAEHV
 from torch import Tensor, nn
 
@@ -39,9 +42,21 @@ def warn_if_mistaken(vae: comfy.sd.VAE) -> None:
         )
 
 
-def into_decoder(model: TAEHV) -> Callable[[Tensor], Tensor]:
-    """What turns latents in LATENT scale into those that a tiny decoder's layers take."""
-    return comfy.latent_formats.Wan21().process_in if taken_for_hunyuan(model) else model.process_in
+def on_device(latent_format: LatentFormat, device: torch.device) -> LatentFormat:
+    """A latent format whose means and deviations lie on the device: its own are on the CPU, and copying them there in
+    every call has the host wait for a GPU. The one that is given stays as it is."""
+    moved = copy.copy(latent_format)
+    for name, value in vars(latent_format).items():
+        if isinstance(value, Tensor):
+            setattr(moved, name, value.to(device))
+    return moved
+
+
+def into_decoder(model: TAEHV, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What turns latents in LATENT scale, on the device, into those that a tiny decoder's layers take."""
+    scale = comfy.latent_formats.Wan21().process_in if taken_for_hunyuan(model) else model.process_in
+    owner = getattr(scale, "__self__", None)
+    return getattr(on_device(owner, device), scale.__name__) if isinstance(owner, LatentFormat) else scale
 
 
 def encode(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
@@ -61,7 +76,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor) -> Tensor:
     return vae.decode(latents)
 
 
-def require_fitting(vae: comfy.sd.VAE, latent_format: comfy.latent_formats.LatentFormat) -> None:
+def require_fitting(vae: comfy.sd.VAE, latent_format: LatentFormat) -> None:
     """Refuses a VAE that is of no video, or whose latents are not the model's.
 
     Args:

@@ -8,9 +8,11 @@ the head of an mdat that holds all fragments: from then on it is a plain MP4, it
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,9 @@ KEYFRAME_SECONDS = 2
 MAX_CRF = 51
 VP9_MAX_CRF = 63
 MIN_TICKS_PER_SECOND = 10_000
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_RUST = (112,) if os.name == "nt" else _FULL
+"""The numbers of a full disk in a SafetensorError, which has them in its text alone; on Windows they are its own."""
 
 
 class VideoWriteError(RuntimeError):
@@ -47,7 +52,11 @@ def way_out(error: Exception, name: str) -> str:
     """What helps where a file could not be written, as a part of a sentence."""
     if isinstance(error, PermissionError):
         return f"close the program that has {name} open, or allow that it is written if it is read-only"
-    return "free some space"
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    full = error.errno in _FULL if isinstance(error, OSError) else said is not None and int(said[1]) in _FULL_IN_RUST
+    if full:
+        return "free some space"
+    return "mend that, or begin anew on another disk (filename_prefix, or ComfyUI's --output-directory)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

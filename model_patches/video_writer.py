@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -40,6 +41,8 @@ END_TIMEOUT_S = 120.0
 """An encoder that is still not done this long after its last frame is stuck."""
 LEAST_FFMPEG = 5, 1
 """The first that knows -fps_mode."""
+GET_FFMPEG = f'"{sys.executable}" -m pip install -U "imageio-ffmpeg>=0.6.0"'
+"""The version of requirements.txt, for the Python that runs ComfyUI."""
 READ_BYTES = 1 << 16
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -125,7 +128,7 @@ def has_frames(path: Path) -> bool:
 
 def find_ffmpeg() -> str:
     """The ffmpeg that imageio-ffmpeg brings. Raises VideoWriteError where there is none, or one that is too old."""
-    remedy = "Install this pack's requirements (pip install -r requirements.txt), or choose the format png."
+    remedy = f"Run {GET_FFMPEG}, or choose the format png."
     try:
         import imageio_ffmpeg
 
@@ -136,7 +139,7 @@ def find_ffmpeg() -> str:
     if version is not None and version < LEAST_FFMPEG:
         raise VideoWriteError(
             f"ffmpeg {version[0]}.{version[1]} ({found}) is too old to write a video: "
-            f"{LEAST_FFMPEG[0]}.{LEAST_FFMPEG[1]} or newer is needed. Run pip install -U imageio-ffmpeg, set the "
+            f"{LEAST_FFMPEG[0]}.{LEAST_FFMPEG[1]} or newer is needed. Run {GET_FFMPEG}, set the "
             "environment variable IMAGEIO_FFMPEG_EXE to a newer one, or choose the format png. Then start ComfyUI "
             "again."
         )
@@ -166,10 +169,7 @@ def _version_of(ffmpeg: str) -> tuple[int, int] | None:
 
 
 def _no_start(error: OSError) -> VideoWriteError:
-    return VideoWriteError(
-        f"ffmpeg could not be started ({error}). Install this pack's requirements again "
-        "(pip install -r requirements.txt), or choose the format png."
-    )
+    return VideoWriteError(f"ffmpeg could not be started ({error}). Run {GET_FFMPEG}, or choose the format png.")
 
 
 class FrameValueError(ValueError):

@@ -26,7 +26,7 @@ REPORT_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamProgress:
-    """Frames that can be watched: `frames` of `length`, in `path`; the run began at frame `resumed_at`.
+    """Frames of the file that can be watched: `frames` of `length`, in `path`; the run began at frame `resumed_at`.
 
     `made` of them are this run's own: neither given nor an earlier run's. `subfolder` is the one of ComfyUI's output
     folder that the path lies in. `newest` are those written since the last such call, [n, H, W, 3] in [0, 1].
@@ -57,13 +57,13 @@ class WritingThread:
         self.options = options
         self.tail = torch.empty(0, options.height, options.width, 3) if tail is None else tail
         self._tail_frames = pixel_frames(CONTEXT_LATENT_FRAMES)
-        self._before = max(opened.state.frames, pixel_frames(plan.context_frames))
+        self._before = max(opened.state.frames, options.written_context(plan))
         self._on_frames = on_frames
         self._newest = self.tail[:0]
         self._reported = opened.state.frames
         self._reporting = threading.Lock()  # the caller's thread reports, too
         self._error: Exception | None = None
-        self._chunks: queue.Queue[tuple[DecodeHandle, str, bool] | None] = queue.Queue(maxsize=1)
+        self._chunks: queue.Queue[tuple[DecodeHandle, str, bool, bool] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="diagonal-stream", daemon=True)
         self._thread.start()
 
@@ -72,14 +72,15 @@ class WritingThread:
         """Frames of this run that can be watched; see StreamProgress."""
         return max(0, self.opened.writer.frames - self._before)
 
-    def put(self, chunk: DecodeHandle, name: str, *, settle: bool = False) -> None:
+    def put(self, chunk: DecodeHandle, name: str, *, settle: bool = False, written: bool = True) -> None:
         """Hand over a chunk, with its name for an error; waits while the one before the last is still being written.
 
         Args:
             settle: the writer settles behind it.
+            written: it comes into the file; else it is only a part of `tail`.
         """
         self.check()
-        self._chunks.put((chunk, name, settle))
+        self._chunks.put((chunk, name, settle, written))
 
     def check(self) -> None:
         """Raise what went wrong, if something did."""
@@ -112,7 +113,7 @@ class WritingThread:
                         subfolder=self.opened.subfolder,
                         frames=frames,
                         made=self.made,
-                        length=self.options.frames,
+                        length=self.opened.length,
                         resumed_at=self.opened.state.frames,
                         rate=self.options.rate,
                         newest=newest,
@@ -140,10 +141,20 @@ class WritingThread:
             except Exception as error:
                 self._error = error
 
-    def _write(self, chunk: DecodeHandle, name: str, settle: bool) -> None:
+    def _write(self, chunk: DecodeHandle, name: str, settle: bool, written: bool) -> None:
         writer = self.opened.writer
         images = chunk.result()[0]
-        images = images[: self.options.frames - writer.submitted]
+        if written:
+            images = images[: self.opened.length - writer.submitted]
+            self._append(images, name)
+        self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
+        self.report()
+        if settle:
+            writer.settle()
+            self.report()
+
+    def _append(self, images: Tensor, name: str) -> None:
+        writer = self.opened.writer
         try:
             writer.write(images)
         except FrameValueError as error:
@@ -153,8 +164,3 @@ class WritingThread:
             ) from error
         with self._reporting:
             self._newest = torch.cat([self._newest, images[..., :3].float()])
-        self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
-        self.report()
-        if settle:
-            writer.settle()
-            self.report()

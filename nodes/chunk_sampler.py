@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model_patches.previews import preview_callback
 from ..model_patches.sampling import sample_latent
-from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
+from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, own_id, sampled_inputs, seed_input
 from .finishing import early_ends, ended_early, finishable
 from .live import LiveReport
 from .steering import steerable
@@ -23,16 +23,7 @@ class DiagonalChunkSampler(io.ComfyNode):
             "ones before it. Memory depends on the window, not on the length.",
             search_aliases=["causal sampler", "autoregressive video sampler", "streaming video"],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A causal MODEL, from Diagonal Model Loader, Diagonal Causal Attention or Diagonal Demo "
-                    "Loader.",
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="What the video shows. With Diagonal Prompt Schedule it can change over time.",
-                ),
-                io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
+                *sampled_inputs(),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="An empty video latent sets size and length; a video's latent with denoise below 1 is "
@@ -86,7 +77,7 @@ class DiagonalChunkSampler(io.ComfyNode):
         context=None,
         optical_flow=None,
     ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id
+        node_id = own_id(cls)
         with (
             LiveReport(node_id, model, cfg) as live,
             steerable(positive) as prompts,

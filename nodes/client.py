@@ -1,6 +1,7 @@
 """What a node sends to the canvas: to the client that queued the prompt, and to nobody where there is none.
 
 ComfyUI sends a message without a client to every open page: one person's frames and prompts would reach all others.
+Where a program runs the nodes itself there is no server, or one that has run no prompt.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ class Asker(NamedTuple):
 
 
 def asker() -> Asker:
-    """Of the prompt that runs."""
-    server = PromptServer.instance
-    return Asker(server.client_id, server.last_prompt_id)
+    """Of the prompt that runs; nobody where no server runs it."""
+    server = getattr(PromptServer, "instance", None)
+    return Asker(getattr(server, "client_id", None), getattr(server, "last_prompt_id", None))
 
 
 def listens() -> bool:
     """Whether the prompt that runs has a client."""
-    return PromptServer.instance.client_id is not None
+    return asker().client_id is not None
 
 
 def send(event: str, data: dict[str, Any], *, to: Asker | None = None) -> None:
@@ -41,5 +42,5 @@ def send(event: str, data: dict[str, Any], *, to: Asker | None = None) -> None:
 
 def tell(node_id: str | None, text: str) -> None:
     """Show a text at a node; without a node there is nobody to tell."""
-    if node_id and (client_id := PromptServer.instance.client_id) is not None:
+    if node_id and (client_id := asker().client_id) is not None:
         PromptServer.instance.send_progress_text(text, node_id, client_id)

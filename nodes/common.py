@@ -15,6 +15,26 @@ CATEGORY = "Diagonal"
 _DEFAULTS = CausalSettings()
 
 
+def own_id(node: type[io.ComfyNode]) -> str | None:
+    """The id that a running node has in its graph; None in a call by hand."""
+    return None if node.hidden is None else node.hidden.unique_id
+
+
+def sampled_inputs() -> list[io.Input]:
+    """What is sampled, and from which conditionings."""
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="A causal MODEL, from Diagonal Model Loader, Diagonal Causal Attention or Diagonal Demo Loader.",
+        ),
+        io.Conditioning.Input(
+            "positive",
+            tooltip="What the video shows. With Diagonal Prompt Schedule it can change over time.",
+        ),
+        io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
+    ]
+
+
 def window_inputs() -> list[io.Input]:
     """Widgets of CausalSettings' window, sink and positions."""
     return [

@@ -11,6 +11,7 @@ OpticalFlowModel = io.Custom("OPTICAL_FLOW")
 
 _DEFAULTS = {field: FlowConditioning.__dataclass_fields__[field].default for field in ("start_sigma", "blend")}
 _MAX_CHUNK = 1_000_000
+_MAX_START = 12 * _MAX_CHUNK  # of the last chunk's first pixel frame, at three latent frames each
 _MAX_SIDE = 16384
 _MAX_LENGTH = 65536
 
@@ -187,8 +188,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
                 OpticalFlowModel.Input(
                     "estimator",
                     optional=True,
-                    tooltip="Source video: RAFT, from Load Optical Flow Model. Without it OpenCV measures (DIS; pip "
-                    "install opencv-python-headless).",
+                    tooltip="Source video: RAFT, from Load Optical Flow Model. Without it OpenCV measures (DIS; only "
+                    "where ComfyUI's Python has no OpenCV yet: pip install opencv-python-headless).",
                 ),
                 io.Tracks.Input(
                     "tracks",
@@ -209,6 +210,23 @@ class DiagonalFlowConditioning(io.ComfyNode):
                     "given once, such as one painted image, then lasts as long as the mask.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, for modes reference and adapter+blend."),
+                FlowType.Input(
+                    "previous",
+                    optional=True,
+                    tooltip="Motion that holds until start, from another Diagonal Flow Conditioning, which may have "
+                    "one before it, too. Mode, strength, vae and all else that says how motion is followed are those "
+                    "of the last node, the one at the sampler.",
+                ),
+                io.Int.Input(
+                    "start",
+                    default=0,
+                    min=0,
+                    max=_MAX_START,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pixel frame of the video that this motion begins at, counted from 0; behind the start of "
+                    "previous. It lasts until the next motion begins. Without previous nothing is commanded before.",
+                ),
             ],
             outputs=[
                 FlowType.Output(
@@ -243,6 +261,8 @@ class DiagonalFlowConditioning(io.ComfyNode):
         painted=None,
         mask=None,
         vae=None,
+        previous=None,
+        start: int = 0,
     ) -> io.NodeOutput:
         inputs = FlowInputs(
             width=width,
@@ -269,5 +289,7 @@ class DiagonalFlowConditioning(io.ComfyNode):
             last_chunk=last_chunk,
             degrade=degrade,
             vae=vae,
+            start=start,
+            earlier=[] if previous is None else previous.motions,
         )
         return io.NodeOutput(conditioning)

@@ -6,7 +6,7 @@ from torch.nn.functional import interpolate
 
 from ..model_patches.flow_sources import flow_preview
 from .client import tell
-from .common import CATEGORY, FlowType
+from .common import CATEGORY, FlowType, own_id
 from .flow_conditioning import OpticalFlowModel
 from .live import FRAMES_A_SECOND
 
@@ -69,11 +69,11 @@ class DiagonalFlowPreview(io.ComfyNode):
     @classmethod
     def execute(cls, optical_flow, measure: bool, speed: float, images=None, estimator=None) -> io.NodeOutput:
         panels, info = flow_preview(
-            optical_flow.optical_flow, images, estimator, measure=measure, speed=speed if speed > 0 else None
+            optical_flow.timeline, images, estimator, measure=measure, speed=speed if speed > 0 else None
         )
         played, count = _played(panels)
         shown = info if count == len(panels) else f"{info}\n{count} of the {len(panels)} pictures are played here"
-        tell(None if cls.hidden is None else cls.hidden.unique_id, shown)
+        tell(own_id(cls), shown)
         return io.NodeOutput(panels, info, ui={**played.as_dict(), "text": (shown,)})
 
 

@@ -20,7 +20,7 @@ from ..diagonal_sampler.memory import FP8, Change, ClipSize, DecoderFacts, chang
 from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.schedule import PRESETS
 from ..diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
-from ..diagonal_sampler.weight_files import printable
+from ..diagonal_sampler.weight_files import first_line
 from ..model_patches.flow_control import ADAPTER_AND_BLEND, REFERENCE
 from ..model_patches.memory import (
     available_memory,
@@ -31,7 +31,14 @@ from ..model_patches.memory import (
     weights_kept,
 )
 from .demo_loader import DEMO_DIRECTORY, DEMO_VAE, WEIGHTS
-from .model_loader import CHECKPOINT_FOLDERS, FRAMES_FROM_FILE, SINK_FROM_FILE, WINDOW_FROM_FILE, full_path
+from .model_loader import (
+    CHECKPOINT_FOLDERS,
+    FRAMES_FROM_FILE,
+    SINK_FROM_FILE,
+    WINDOW_FROM_FILE,
+    MissingFile,
+    full_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +57,6 @@ ADAPTER_LOADERS = ("DiagonalModelLoader", DEMO_NODE)
 LATENT_CELL = 8  # pixels of its side
 TOKEN_CELLS = 2  # rows and columns of latent cells that are a token of Wan
 MAX_PIXELS, MAX_LENGTH, MAX_BATCH = 16384, 100_000_000, 4096
-
-
-class _Missing(ValueError):
-    """A file that ComfyUI does not list in the folders."""
-
-    def __init__(self, widget: str, file: str, folders: tuple[str, ...]) -> None:
-        where = " or models/".join(folders)
-        super().__init__(f"{widget}={file!r} is not in models/{where}; put the file there and press R in the page.")
-        self.file, self.folders = file, folders
 
 
 async def get_memory(request: web.Request) -> web.Response:
@@ -83,13 +81,12 @@ def prediction(query: Mapping[str, str]) -> dict[str, Any]:
     """
     try:
         return _figures(query)
-    except _Missing as error:
+    except MissingFile as error:
         return {"error": f"{error}", "missing": {"file": error.file, "folders": error.folders}}
     except (ValueError, OSError) as error:
         return {"error": f"{error}"}
     except Exception as error:  # of ComfyUI's, on a file that it takes for one of its own
-        reason = printable((f"{error}".splitlines() or [""])[0])
-        return {"error": _unforeseen(query.get("file", ""), f"{type(error).__name__}: {reason}")}
+        return {"error": _unforeseen(query.get("file", ""), f"{type(error).__name__}: {first_line(error)}")}
 
 
 @lru_cache(maxsize=64)
@@ -177,10 +174,7 @@ def _model_path(query: Mapping[str, str]) -> str:
 def _listed(folders: tuple[str, ...], name: str, widget: str) -> str:
     if not name:
         raise ValueError(f"{widget} is empty; choose a file.")
-    try:
-        return full_path(folders, name, widget)
-    except ValueError:
-        raise _Missing(widget, name, folders) from None
+    return full_path(folders, name, widget)
 
 
 def _vae_facts(

@@ -20,9 +20,9 @@ from ..diagonal_sampler.provenance import causal_settings
 from ..diagonal_sampler.settings import INT8, KV_CACHE_DTYPES, POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
 from ..model_patches.causal import make_causal
-from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, is_trained_as, load_wan
+from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, base_wan, is_trained_as
 from .client import tell
-from .common import CATEGORY, kv_cache_input
+from .common import CATEGORY, kv_cache_input, own_id
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class DiagonalModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = full_path(CHECKPOINT_FOLDERS, ckpt_name, "ckpt_name")
         lora_path = None if lora_name == NO_LORA else full_path(LORA_FOLDERS, lora_name, "lora_name")
-        model, info = load_wan(path, weights=weights, weight_dtype=weight_dtype)
+        model, info = base_wan(path, weights=weights, weight_dtype=weight_dtype)
         lora_lines = []
         by_lora = False
         if lora_path is not None:
@@ -189,32 +189,16 @@ class DiagonalModelLoader(io.ComfyNode):
             positions=positions,
             kv_cache_dtype=kv_cache_dtype,
         )
-        lines = [info.summary(), *lora_lines]
         unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
         doubt = causality_warning(info, ckpt_name, causal_lora=by_lora)
-        warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions]
-        if lora_path is not None and bidirectional_by_name(lora_name):
-            warnings.append(
-                f"{lora_name}: its name says that it was made for a bidirectional Wan, which denoises all frames at "
-                "once; it makes no model causal, and a causal one has its own few steps"
-            )
-        if unsaid and frame_by_frame(ckpt_name):
-            warnings.append(
-                "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "
-                "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
-            )
-        window_text = "all" if settings.window < 0 else settings.window
-        lines.append(
-            f"attention: {settings.frames_per_chunk} latent frames a chunk"
-            f"{' (the usual; the file does not say)' if unsaid else ''}, window {window_text}, sink {settings.sink}, "
-            f"positions {settings.positions}{', KV cache in 8 bits' if settings.kv_cache_dtype == INT8 else ''}"
-        )
+        by_name = _heard_in_names(ckpt_name, lora_name, unsaid=unsaid)
+        warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions, *by_name]
         for warning in warnings:
             log.warning("%s: %s", info.file, warning)
-            lines.append(f"warning: {warning}")
+        lines = [info.summary(), *lora_lines, _in_words(settings, unsaid), *(f"warning: {each}" for each in warnings)]
         report = "\n".join(lines)
         log.info("%s", report)
-        tell(None if cls.hidden is None else cls.hidden.unique_id, report)
+        tell(own_id(cls), report)
         return io.NodeOutput(make_causal(model, settings), report, ui=ui.PreviewText(report))
 
 
@@ -224,11 +208,44 @@ def _file_names(folders: tuple[str, ...]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.lower().endswith(READABLE_SUFFIXES)]
 
 
+def _heard_in_names(ckpt_name: str, lora_name: str, *, unsaid: bool) -> list[str]:
+    """What the names of the files warn of. unsaid: neither file nor widget says the frames per chunk."""
+    warnings = []
+    if bidirectional_by_name(lora_name):
+        warnings.append(
+            f"{lora_name}: its name says that it was made for a bidirectional Wan, which denoises all frames at "
+            "once; it makes no model causal, and a causal one has its own few steps"
+        )
+    if unsaid and frame_by_frame(ckpt_name):
+        warnings.append(
+            "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "
+            "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
+        )
+    return warnings
+
+
+def _in_words(settings: CausalSettings, unsaid: bool) -> str:
+    """The causal attention, for a person. unsaid: as of `_heard_in_names`."""
+    window = "all" if settings.window < 0 else settings.window
+    return (
+        f"attention: {settings.frames_per_chunk} latent frames a chunk"
+        f"{' (the usual; the file does not say)' if unsaid else ''}, window {window}, sink {settings.sink}, "
+        f"positions {settings.positions}{', KV cache in 8 bits' if settings.kv_cache_dtype == INT8 else ''}"
+    )
+
+
+class MissingFile(ValueError):
+    """A file that ComfyUI does not list in the folders."""
+
+    def __init__(self, widget: str, file: str, folders: tuple[str, ...]) -> None:
+        where = " or models/".join(folders)
+        super().__init__(f"{widget}={file!r} is not in models/{where}; put the file there and press R in the page")
+        self.file, self.folders = file, folders
+
+
 def full_path(folders: tuple[str, ...], name: str, widget: str) -> str:
-    """The path of a name that ComfyUI lists. A name from a workflow is never used as a path of its own."""
+    """The path of a name that ComfyUI lists, else MissingFile. A name from a workflow is never a path of its own."""
     for folder in folders:
         if name in folder_paths.get_filename_list(folder):
             return folder_paths.get_full_path_or_raise(folder, name)
-    raise ValueError(
-        f"{widget}={name!r} is not in models/{' or models/'.join(folders)}; put the file there and press R in the page"
-    )
+    raise MissingFile(widget, name, folders)

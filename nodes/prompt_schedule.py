@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..diagonal_sampler.prompt_schedule import SWITCHES
 from ..model_patches.prompts import schedule_prompts
-from .common import CATEGORY
+from .common import CATEGORY, own_id
 
 WAN_FPS = 16.0
 
@@ -89,6 +89,6 @@ class DiagonalPromptSchedule(io.ComfyNode):
                 switch=switch,
                 blend_chunks=blend_chunks,
                 previous=previous,
-                node_id=cls.hidden.unique_id,
+                node_id=own_id(cls),
             )
         )

@@ -8,11 +8,10 @@ from server import PromptServer
 from .finishing import FINISH_ROUTE, post_finish
 from .live_runs import Refused, read_body
 from .memory import MEMORY_ROUTE, get_memory
-from .schedule import drawing
+from .schedule import WIDGETS, drawing
 from .steering import PROMPT_ROUTE, post_prompt
 
 SCHEDULE_ROUTE = "/diagonal/schedule"
-WIDGETS = ("preset", "steps", "context_mode", "context_sigma", "shift", "frames_per_chunk", "sigmas")
 
 
 def add_routes() -> None:

@@ -1,5 +1,6 @@
 """DiagonalSchedule: how many steps each chunk takes, and what the next chunk sees of it."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -97,17 +98,9 @@ class DiagonalScheduleNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        preset: str,
-        steps: str,
-        context_mode: str,
-        context_sigma: float,
-        shift: float,
-        frames_per_chunk: int,
-        sigmas: str = "",
-    ) -> io.NodeOutput:
-        schedule = build_schedule(preset, steps, context_mode, context_sigma, shift, frames_per_chunk, sigmas)
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """widgets: those of `build_schedule`."""
+        schedule = build_schedule(**widgets)
         info = "\n".join([schedule.describe(), *schedule.warnings()])
         return io.NodeOutput(schedule, info, ui=ui.PreviewText(info))
 
@@ -140,6 +133,7 @@ def build_schedule(
     )
 
 
+WIDGETS = inspect.signature(build_schedule).parameters
 MIN_DRAWN_CHUNKS, MAX_DRAWN_CHUNKS = 7, 24
 
 
@@ -154,18 +148,13 @@ def drawing(widgets: Mapping[str, str]) -> dict[str, Any]:
         chunk sees of it (`context_sigma`); whether `steps` decides (`editable`), how many chunks the schedule lists
         (`listed`), the cost of a clip, and what is to be warned of; or `error`.
     """
+    missing = [name for name, each in WIDGETS.items() if each.default is each.empty and name not in widgets]
+    if missing:
+        return {"error": f"{missing[0]} is missing; reload the page."}
     try:
         schedule = build_schedule(
-            widgets["preset"],
-            widgets["steps"],
-            widgets["context_mode"],
-            float(widgets["context_sigma"]),
-            float(widgets["shift"]),
-            int(widgets["frames_per_chunk"]),
-            widgets.get("sigmas", ""),
+            **{name: each.annotation(widgets[name]) for name, each in WIDGETS.items() if name in widgets}
         )
-    except KeyError as error:
-        return {"error": f"{error.args[0]} is missing; reload the page."}
     except ValueError as error:
         return {"error": str(error)}
     chunks = min(max(MIN_DRAWN_CHUNKS, len(schedule.sigmas)), MAX_DRAWN_CHUNKS)

@@ -1,5 +1,8 @@
 """DiagonalStreamVideo: samples, decodes and saves a video chunk by chunk."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
@@ -10,7 +13,7 @@ from ..model_patches.video_containers import MAX_CRF
 from ..model_patches.video_writer import FORMATS, png_name
 from ..model_patches.writing_thread import StreamProgress
 from .client import send, tell
-from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, seed_input
+from .common import CATEGORY, ContextType, FlowType, ScheduleType, cfg_input, sampled_inputs, seed_input
 from .finishing import early_ends, ended_early, finishable
 from .live import LiveReport
 from .steering import steerable
@@ -32,16 +35,7 @@ class DiagonalStreamVideo(io.ComfyNode):
             "not depend on the length, and the same graph run again goes on where a crash or Cancel left it.",
             search_aliases=["save video", "long video", "endless video", "resume video", "stream to disk"],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A causal MODEL, from Diagonal Model Loader, Diagonal Causal Attention or Diagonal Demo "
-                    "Loader.",
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="What the video shows. With Diagonal Prompt Schedule it can change over time.",
-                ),
-                io.Conditioning.Input("negative", tooltip="What it must not show. Ignored at cfg 1."),
+                *sampled_inputs(),
                 io.Vae.Input("vae", tooltip="The VAE of the model: Wan 2.1, lighttaew2_1, or the demo's."),
                 ScheduleType.Input("schedule", tooltip="From Diagonal Schedule."),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width in pixels."),
@@ -53,8 +47,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                     max=MAX_SECONDS,
                     step=0.5,
                     round=0.001,
-                    tooltip="Length in seconds, context frames included. A longer length continues an unfinished "
-                    "video of the same graph.",
+                    tooltip="Length in seconds, context frames included, also where write_context leaves them out of "
+                    "the file. A longer length continues an unfinished video of the same graph.",
                 ),
                 io.Float.Input(
                     "fps",
@@ -104,8 +98,9 @@ class DiagonalStreamVideo(io.ComfyNode):
                     tooltip="Begin a new video even where an unfinished one of this graph could be resumed. The "
                     "unfinished one stays as a file, but can no longer be resumed. Whether a finished one is made "
                     "again is up to ComfyUI's cache: while it knows the graph, only where this is set in the node "
-                    "itself, not by a link; it forgets a graph once another runs or the server restarts, and then the "
-                    "whole video is made again. To work on with a finished video, load its file.",
+                    "itself, not by a link; it may forget a graph when memory is short (on most machines once another "
+                    "runs), does so when the server restarts, and then the whole video is made again. To work on with "
+                    "a finished video, load its file.",
                 ),
                 io.Boolean.Input(
                     "keep_state",
@@ -125,6 +120,15 @@ class DiagonalStreamVideo(io.ComfyNode):
                     optional=True,
                     tooltip="Motion that the video is to follow, from Diagonal Flow Conditioning, in pixels per pixel "
                     "frame. Where it is shorter than the video, the rest is left to the model.",
+                ),
+                io.Boolean.Input(
+                    "write_context",
+                    default=True,
+                    optional=True,
+                    tooltip="Write the frames of context to the file, too. Off: the file begins with the first new "
+                    "frame, so that it joins what the context is the end of without trimming, and is shorter than "
+                    "length by them: 6 latent frames are 21 frames.",
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -164,6 +168,7 @@ class DiagonalStreamVideo(io.ComfyNode):
         keep_state: bool,
         context=None,
         optical_flow=None,
+        write_context: bool = True,
     ) -> io.NodeOutput:
         options = StreamOptions(
             width=width,
@@ -178,12 +183,14 @@ class DiagonalStreamVideo(io.ComfyNode):
             state_every=state_every,
             restart=restart,
             keep_state=keep_state,
+            write_context=write_context,
         )
-        prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id
+        hidden = cls.hidden or io.HiddenHolder.from_v3_data(None)
+        prompt, node_id = hidden.prompt, hidden.unique_id
         metadata = {}
         if not args.disable_metadata:
-            metadata |= cls.hidden.extra_pnginfo or {}
-            metadata |= {} if prompt is None else {"prompt": prompt}
+            metadata |= hidden.extra_pnginfo or {}
+            metadata |= {} if prompt is None else {"prompt": _as_queued(prompt)}
         live = LiveReport(node_id, model, cfg)
         reporter = _StreamReporter(node_id, live)
         with live, steerable(positive) as prompts, finishable(node_id) as finish:
@@ -218,6 +225,12 @@ class DiagonalStreamVideo(io.ComfyNode):
             saved = ui.SavedResult(result.path.name, result.subfolder, io.FolderType.output)
             shown = ui.PreviewVideo([saved]).as_dict()
         return io.NodeOutput(result.video, result.context, ui={**shown, "text": (result.message,)})
+
+
+def _as_queued(prompt: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A graph without the fingerprints that ComfyUI notes in its nodes: queued again it would take those for new ones,
+    and one that is NaN is no JSON."""
+    return {name: {key: node[key] for key in node if key != "is_changed"} for name, node in prompt.items()}
 
 
 class _StreamReporter:

@@ -24,7 +24,7 @@ from diagonal_sampler.demo_autoencoder import LATENT_CHANNELS, SPACE_FACTOR, Dem
 from diagonal_sampler.dit import WanDiT
 from diagonal_sampler.frames import latent_frames, pixel_frames
 from distillation import demo_files, score, sprites
-from distillation.common import git_commit
+from distillation.common import PRECISION, git_commit
 from distillation.evidence.rows import Control, Row, check_header, find_checkpoint
 from distillation.evidence.statistics import FEATURES, ClipFeatures, frechet_spread
 from distillation.rollout import BatchNoise, sample_seed, stream
@@ -299,7 +299,7 @@ def _latents(
         row.schedule,
         row.settings_for(frames),
         frames,
-        precision=torch.bfloat16,
+        precision=PRECISION,
         cfg=row.cfg,
         negative=parts.encoder.encode([""]),
     )

@@ -23,7 +23,7 @@ from diagonal_sampler.schedule import (
     DiagonalSchedule,
     parse_steps,
 )
-from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings
+from diagonal_sampler.settings import GLOBAL_WINDOW, CausalSettings, lasting_fields
 from distillation import demo_files
 from distillation.export import changed_fields
 from distillation.recipes import ATTENTIONS, Recipe, parse_field
@@ -99,7 +99,7 @@ class Row:
         """All that decides how it is sampled, as one line that changes when any of it does."""
         chosen = {
             "schedule": asdict(self.schedule),
-            "settings": asdict(self.settings),
+            "settings": lasting_fields(self.settings),
             "cfg": self.cfg,
             "attention": self.attention,
         }
@@ -426,15 +426,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         name=FOLLOWER,
-        text=f"the demo's follower, without flow: {SHIPPED} with an adapter for optical flow, 1,017 updates more",
+        text=f"the demo's follower, without flow: {SHIPPED} with an adapter for optical flow, 1,832 updates more",
         checkpoint=demo_files.FOLLOWER_FILE,
         schedule=DEMO_SCHEDULE,
         reference=SHIPPED,
-        training="--clips 16384 --length 81 --seed 91 --updates 1017 --batch 80 --kept-batch 64 --kept-weight 4 "
-        "--pool 96 --kept-clips 2048 --save-every 96 --warmup 20 --matrix-learning-rate 8e-4 --learning-rate 1.5e-4 "
-        "--adapter-learning-rate 5e-3",
+        training="--clips 16384 --length 81 --seed 93 --updates 815 --batch 96 --kept-batch 96 --kept-weight 6 "
+        "--pool 96 --kept-clips 3072 --save-every 96 --warmup 20 --matrix-learning-rate 7e-4 --learning-rate 1.5e-4 "
+        "--adapter-learning-rate 4e-3",
         trainer=FOLLOW,
-        start="sum_files",
+        start="more_files",
     ),
 )
 CONTROLS: tuple[Control, ...] = (
@@ -487,7 +487,8 @@ def training_command(row: Row, runs: Path, *, teacher: Path, demo: Path, updates
             f"{row.training}"
         )
         return (
-            f'# {start}: demo/README.md, "The follower"\n{command} && \\\n{command} --export {folder} && \\\n'
+            f'# {start}: demo/README.md, "The follower"\n{command} && \\\n'
+            f"{command} --export {folder} --strength 1.15 && \\\n"
             f"mv {folder}/{demo_files.STUDENT_FILE} {target}"
         )
     if row.trainer == LEVELS:

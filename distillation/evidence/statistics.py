@@ -117,8 +117,8 @@ class ClipFeatures:
 
     KERNELS = ((3, 5), (FEATURE_CHANNELS, 3))  # input channels, side
 
-    def __init__(self, seed: int = FEATURE_SEED) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(FEATURE_SEED)
         self.branches = [
             [
                 torch.randn(FEATURE_CHANNELS, inputs, side, side, generator=generator) * (2 / (inputs * side**2)) ** 0.5

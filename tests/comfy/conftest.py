@@ -14,6 +14,12 @@ TEXT_TOKENS = 16
 TEXT_DIM = 64
 
 
+def _unload() -> None:
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+
+
 @pytest.fixture(scope="session")
 def tiny_wan_path(request):
     """A Wan file of 2 blocks, width 128: random weights in the true layout."""
@@ -37,6 +43,20 @@ def causal(pack_module):
         return make_causal(model, CausalSettings(**{"window": -1, "sink": 0, **settings}))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def demo_vae(pack_module):
+    demo = pack_module("nodes.demo_loader").DEMO_DIRECTORY
+    yield pack_module("model_patches.demo").load_demo_vae(demo / "demo_autoencoder.safetensors")
+    _unload()
+
+
+@pytest.fixture
+def unload():
+    """Leaves no model loaded."""
+    yield
+    _unload()
 
 
 @pytest.fixture

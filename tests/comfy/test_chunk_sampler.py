@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import functools
+import importlib.util
+import logging
 import math
 import threading
 from types import SimpleNamespace
@@ -16,8 +19,12 @@ import comfy.utils
 import node_helpers
 import pytest
 import torch
+from ar_video import ArVideoNoise, ar_video
+from comfy.ldm.wan.ar_model import CausalWanAttentionBlock
+from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from safetensors.torch import load_file
 
+from diagonal_sampler import noise as noise_module
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
 from diagonal_sampler.flow import camera_flow
@@ -38,28 +45,6 @@ TINY_TEXT = {"config": '{"transformer": {"text_dim": 64}}'}
 ONE_KEYFRAME, TWO_KEYFRAMES = (
     SimpleNamespace(hook_keyframe=SimpleNamespace(keyframes=[None] * count)) for count in (1, 2)
 )
-
-
-class ArVideoNoise:
-    """The noise of ComfyUI's own sampler: the clip's noise, then a generator seeded for each block and step."""
-
-    def __init__(self, noise, seed):
-        self.noise, self.seed = noise, seed
-
-    def __call__(self, chunk, step, frames):
-        start = 3 * chunk
-        if step == INITIAL_STEP:
-            return self.noise[:, :, start : start + frames]
-        generator = torch.Generator().manual_seed(self.seed + 1000 * chunk + step)
-        return torch.randn((*self.noise.shape[:2], frames, *self.noise.shape[3:]), generator=generator)
-
-
-def ar_video(model, conditioning, noise, seed, schedule=UNIFORM):
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(conditioning, conditioning)
-    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3})
-    sigmas = torch.tensor([*schedule.chunk_sigmas(0), 0.0])
-    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=seed, disable_pbar=True)
 
 
 def test_equals_comfyuis_own_ar_sampler(tiny_wan, causal, prompt, sample_latent):
@@ -1107,6 +1092,66 @@ def test_a_forward_that_another_pack_changed_stays_theirs(tiny_wan, causal, prom
         assert (plain - other).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("of", ["block", "network"])
+def test_a_forward_with_another_body_is_left_to_comfyui(
+    tiny_wan, tiny_wan_path, causal, prompt, sample_latent, empty_latent, monkeypatch, caplog, of
+):
+    """As a later ComfyUI's may be, or one that another pack put into the class: ours would leave out what is new."""
+    calls = []
+    kind = WanModel if of == "network" else type(tiny_wan.model.diffusion_model.blocks[0])
+    name = "forward_orig" if of == "network" else "forward"
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def changed(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+        patch.setattr(kind, name, changed)
+        found = sample_latent(causal(causal(tiny_wan)), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert len(calls) == DIAGONAL.nfe(3) * (1 if of == "network" else 2)
+    (told,) = [line for line in caplog.messages if "not as this pack knows it" in line]
+    assert told.startswith(f"{kind.__name__}.{name} is not")
+    fresh = comfy.sd.load_diffusion_model(str(tiny_wan_path), model_options={"dtype": torch.float32})
+    plain = sample_latent(causal(fresh), prompt(), [], empty_latent(), DIAGONAL, seed=1)["samples"]
+    assert (found - plain).abs().max() < EXACT
+
+
+def test_the_forwards_of_this_comfyui_are_known(pack_module):
+    ours = pack_module("model_patches.causal")
+    for function in (WanModel.forward_orig, WanAttentionBlock.forward, CausalWanAttentionBlock.forward):
+        assert ours._digest(function) in ours.KNOWN_FORWARDS, "look whether ours still does the same, then add it"
+    assert not ours._has_known_body(torch.relu), "no Python function"
+
+
+def test_a_digest_is_of_what_a_function_says(pack_module):
+    def of(number):
+        if number == 0:
+
+            def function(x):
+                """It has a docstring."""
+                # and a comment
+                return max(
+                    x,
+                    1,
+                )
+
+        elif number == 1:
+
+            def function(x):
+                return max(x, 1)
+
+        else:
+
+            def function(x):
+                return max(x, 2)
+
+        return pack_module("model_patches.causal")._digest(function)
+
+    assert of(0) == of(1) != of(2)
+
+
 def test_rotations_are_computed_once_a_chunk(tiny_wan, causal, prompt, sample_latent, empty_latent):
     path, calls = "diffusion_model.rope_encode", []
     counted = tiny_wan.clone()
@@ -1125,9 +1170,9 @@ def test_rotations_are_computed_once_a_chunk(tiny_wan, causal, prompt, sample_la
 def test_float32_on_a_cpu_takes_pytorchs_attention_where_comfyui_falls_back(pack_module, monkeypatch, dtype, chosen):
     from comfy.ldm.modules import attention
 
-    causal = pack_module("model_patches.causal")
-    monkeypatch.setattr(causal.args, "use_quad_cross_attention", chosen)
-    monkeypatch.setattr(causal, "optimized_attention", attention.attention_sub_quad)
+    ours = pack_module("model_patches.attention")
+    monkeypatch.setattr(ours.args, "use_quad_cross_attention", chosen)
+    monkeypatch.setattr(ours, "optimized_attention", attention.attention_sub_quad)
     taken = []
 
     def override(function, *args, **kwargs):
@@ -1135,7 +1180,7 @@ def test_float32_on_a_cpu_takes_pytorchs_attention_where_comfyui_falls_back(pack
         return function(*args, **kwargs)
 
     q, k, v = torch.randn((3, 1, 12, 64), generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = causal._attention(q, k, v, heads=2, transformer_options={"optimized_attention_override": override})
+    out = ours.attend(q, k, v, heads=2, transformer_options={"optimized_attention_override": override})
     assert taken == ["attention_pytorch" if dtype == torch.float32 and not chosen else "attention_sub_quad"]
     expected = attention.attention_basic(q.float(), k.float(), v.float(), heads=2)
     assert (out.float() - expected).abs().max() < (EXACT if dtype == torch.float32 else 0.02)
@@ -1284,6 +1329,44 @@ def test_the_samplers_widgets_and_inputs_reach_the_run(pack_module, monkeypatch)
     assert named["callback"] == "preview" and named["prompts"] is None
     live = named["on_progress"].__self__
     assert (live.node_id, live.model, named["on_chunk"].__self__) == ("5", "M", live)
+
+
+def test_the_nodes_run_where_no_server_runs_them(pack, pack_module, output, monkeypatch):
+    """As a program does that calls them itself: no queue, no hidden inputs, and no server or one without a prompt."""
+    from server import PromptServer
+
+    monkeypatch.delattr(PromptServer, "instance", raising=False)
+    node = {kind.__name__: kind for kind in pack_module("nodes").NODES}
+    assert all(kind.hidden is None for kind in node.values())
+    model, clip, vae = node["DiagonalDemoLoader"].EXECUTE_NORMALIZED("student").result
+    text = {"text": "a red circle moves right", "switch": "recache", "blend_chunks": 4, "fps": 16.0}
+    (prompts,) = node["DiagonalPromptSchedule"].EXECUTE_NORMALIZED(clip, **text).result
+    schedule = pack_module("nodes.schedule").build_schedule(
+        preset="demo 4-3-2", frames_per_chunk=0, steps="1", context_mode="from preset", context_sigma=0.0, shift=0.0
+    )
+    latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
+    sampled = {"schedule": schedule, "seed": 7, "cfg": 1.0}
+    both = (model, prompts, prompts)
+    (made,) = node["DiagonalChunkSampler"].EXECUTE_NORMALIZED(*both, latent, denoise=1.0, **sampled).result
+    assert made["samples"].shape == latent["samples"].shape and made["samples"].std() > 0.1
+    monkeypatch.setattr(PromptServer, "instance", SimpleNamespace(client_id=None), raising=False)
+    saved = node["DiagonalStreamVideo"].EXECUTE_NORMALIZED(
+        *both, vae, width=64, height=64, length=0.5, fps=16.0, filename_prefix="v", format="mp4", crf=20.0,
+        state_every=20, restart=False, keep_state=False, **sampled,
+    )  # fmt: skip
+    assert saved.result[0].get_frame_count() == 8 and (output / "v_00001_.mp4").exists()
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_no_memory_is_pinned_where_comfyui_was_told_not_to(pack_module, monkeypatch, disabled):
+    import comfy.cli_args
+
+    monkeypatch.setattr(noise_module, "_may_pin", disabled)
+    monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", disabled)
+    pace = pack_module("model_patches.pace")
+    spec = importlib.util.spec_from_file_location(f"{pace.__name__}_again", pace.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # as when ComfyUI starts
+    assert noise_module._may_pin == (not disabled)
 
 
 def test_the_causal_nodes_widgets_are_the_models_settings(pack_module, tiny_wan):

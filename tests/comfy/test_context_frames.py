@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import comfy.model_management
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,14 +22,6 @@ SETTINGS = {"window": 6, "sink": 3}
 @pytest.fixture(scope="module")
 def context_frames(pack_module):
     return pack_module("model_patches.context_frames")
-
-
-@pytest.fixture(scope="module")
-def demo_vae(pack_module):
-    demo = pack_module("nodes.demo_loader").DEMO_DIRECTORY
-    vae = pack_module("model_patches.demo").load_demo_vae(demo / "demo_autoencoder.safetensors")
-    yield vae
-    comfy.model_management.unload_all_models()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.model_management
 import comfy.samplers
 import comfy.sd
 import pytest
@@ -18,17 +17,12 @@ from distillation.ranks import join_ranks
 from distillation.samples import to_host_scale
 
 EXACT = 1e-4
+pytestmark = pytest.mark.usefixtures("unload")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(autouse=True)
-def unload():
-    yield
-    comfy.model_management.unload_all_models()
 
 
 def trained(recipe, run: Path):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig, WanDiT
-from diagonal_sampler.flow import OpticalFlow, adapter_features, camera_flow
+from diagonal_sampler.flow import OpticalFlow, camera_flow
+from diagonal_sampler.flow_adapter import adapter_features
 from diagonal_sampler.flow_noise import FlowNoise
 from diagonal_sampler.flow_reference import FlowReference, weaker_start
 from diagonal_sampler.noise import SeededNoise
@@ -455,11 +456,106 @@ def test_what_cannot_be_combined_is_refused(
         ({"blend": float("nan")}, "blend is nan"),
         ({"start_sigma": 0.0}, "start_sigma is 0.0"),
         ({"first_chunk": 3, "last_chunk": 2}, "must not come before"),
+        ({"start": -1}, "start is -1; pixel frames are counted from 0"),
+        ({"start": 8, "earlier": [(0, PAN), (8, PAN)]}, "before it .previous. begins at pixel frame 8; give .* 9 or"),
     ],
 )
 def test_settings_are_checked(control, change, message):
     with pytest.raises(ValueError, match=message):
         control.FlowConditioning(optical_flow=PAN, **change)
+
+
+LATER = camera_flow(1, 8 * SIZE, 8 * SIZE, pan=(1, 0), zoom=1.0)
+"""Given once, so that it is held."""
+BENDS = 10  # its pixel frame, within a latent frame of the second chunk
+
+
+def bent() -> OpticalFlow:
+    """PAN up to the pixel frame BENDS, then LATER, step by step."""
+    flow = torch.cat([PAN.flow[:BENDS], LATER.flow.expand(PAN.steps - BENDS, -1, -1, -1)])
+    return OpticalFlow.everywhere(flow)
+
+
+@pytest.mark.parametrize("mode", ["reference", "noise", "adapter+blend"])
+def test_motions_that_follow_each_other_are_one_motion(tiny_wan, with_adapter, causal, sample, control, demo_vae, mode):
+    model = causal(with_adapter(0.5)[0] if "adapter" in mode else tiny_wan, **SETTINGS)
+    one, two, only = (
+        sample(model, control.FlowConditioning(mode=mode, vae=demo_vae, **motion))
+        for motion in (
+            {"optical_flow": bent()},
+            {"optical_flow": LATER, "start": BENDS, "earlier": [(0, PAN)]},
+            {"optical_flow": PAN},
+        )
+    )
+    assert torch.equal(one, two)
+    assert (one - only)[:, :, 3:].abs().max() > 0.02
+
+
+@pytest.mark.parametrize("mode", ["reference", "noise"])
+def test_a_run_goes_on_in_the_middle_of_a_later_motion(tiny_wan, causal, control, demo_vae, mode):
+    conditioning = control.FlowConditioning(
+        optical_flow=PAN, start=22, earlier=[(3, PAN), (BENDS, LATER)], mode=mode, vae=demo_vae
+    )
+    latents = torch.randn(1, 16, 6, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+    def begun():
+        run = control.FlowRun(conditioning, causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2))
+        return run, run.noise(SeededNoise(3, SHAPE[:2] + SHAPE[3:]), 3)
+
+    run, noise = begun()
+    for chunk in (0, 1):
+        run.finished(latents[:, :, 3 * chunk : 3 * chunk + 3])
+        noise(chunk, -1, 3)
+    state = {name: tensor.clone() for name, tensor in run.snapshot().items()}
+    again, its_noise = begun()
+    again.restore(state, torch.device("cpu"))
+    assert state and torch.equal(its_noise(2, -1, 2), noise(2, -1, 2))
+    if mode == "reference":
+        assert torch.equal(again.source(6, 2), run.source(6, 2))
+
+
+def test_a_videos_digest_has_every_motion_and_of_a_single_one_what_it_always_had(tiny_wan, control, pack_module):
+    parts = pack_module("model_patches.streaming")._flow_parts
+    whole = pack_module("model_patches.stream_state").digest_of_whole
+
+    def found(**motion):
+        return parts(control.FlowConditioning(**motion), tiny_wan)["optical_flow"]
+
+    single = found(optical_flow=PAN)
+    values = {name: getattr(control.FlowConditioning(optical_flow=PAN), name) for name in control.SETTINGS}
+    assert single == [28, whole(PAN.flow[:1]), whole(PAN.valid[:1]), values, None, None] and "start" not in values
+    later = {"optical_flow": LATER, "start": BENDS}
+    others = [
+        found(**later),
+        found(**later, earlier=[(0, PAN)]),
+        found(**later, earlier=[(1, PAN)]),
+        found(**later, earlier=[(0, LATER)]),
+        found(optical_flow=LATER, start=BENDS + 1, earlier=[(0, PAN)]),
+        single,
+    ]
+    assert len({repr(other) for other in others}) == len(others)
+
+
+def test_a_motion_that_begins_behind_the_video_is_told_of(tiny_wan, causal, control, caplog):
+    def warned(**motion):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            conditioning = control.FlowConditioning(mode="noise", **motion)
+            control.FlowRun(conditioning, causal(tiny_wan), SHAPE, DIAGONAL, (3, 3, 2))
+        return caplog.text
+
+    behind = "The motion that begins at pixel frame 28 is not used: the video has 29"
+    assert not warned(optical_flow=LATER, start=27, earlier=[(0, PAN)])
+    text = warned(optical_flow=LATER, start=28, earlier=[(0, camera_flow(10, 64, 64, pan=(1, 0)))])
+    assert behind in text and "has 10 steps and the video 28; the end of the video is free" in text
+    text = warned(optical_flow=LATER, start=28)
+    assert behind in text and "changes nothing in this video" in text
+    assert "has 33 steps and the video 28; the rest of it is not used" in warned(optical_flow=PAN, start=5)
+
+
+def test_comfyui_is_told_of_the_vae_that_a_motion_holds(control, demo_vae):
+    assert control.FlowConditioning(optical_flow=PAN, vae=demo_vae).get_models() == [demo_vae.patcher]
+    assert control.FlowConditioning(optical_flow=PAN).get_models() == []
 
 
 def test_another_size_and_length_are_fitted_with_a_word(tiny_wan, causal, sample, control, demo_vae, caplog):
@@ -671,6 +767,26 @@ def test_the_nodes_widgets_reach_the_motion_and_the_run(conditioning_node, demo_
     settings = found.mode, found.strength, found.start_sigma, found.blend, found.degrade
     assert settings == ("reference", 0.9, 0.8, 0.7, 0.1)
     assert (found.first_chunk, found.last_chunk, found.vae) == (2, 3, demo_vae)
+
+
+def test_nodes_in_a_chain_are_one_motion_and_the_last_ones_settings(conditioning_node, demo_vae, pack_module):
+    size = {"width": 64, "height": 48}
+    pan = conditioning_node(length=2, pan_x=2.0, strength=0.5, **size)
+    rest = conditioning_node(length=2, previous=pan, start=40, **size)
+    zoom = conditioning_node(length=9, zoom=1.0, mode="reference", vae=demo_vae, previous=rest, start=80, **size)
+    assert [start for start, _ in zoom.motions] == [0, 40, 80] and pan.start == 0
+    assert [motion for _, motion in zoom.motions] == [pan.optical_flow, rest.optical_flow, zoom.optical_flow]
+    assert (zoom.strength, zoom.mode, zoom.vae) == (1.0, "reference", demo_vae)
+    with pytest.raises(ValueError, match="start is 40, and the motion before it .previous. begins at pixel frame 80"):
+        conditioning_node(previous=zoom, start=40)
+    node = pack_module("nodes.flow_preview").DiagonalFlowPreview
+    panels, info = node.execute(zoom, False, 0.0).result
+    assert len(panels) == 3, "what is held is drawn once"
+    assert info == "88 steps at 64x48; motions begin at pixel frames: 0, 40, 80"
+    image = torch.rand(1, 48, 64, 3)
+    over = node.execute(zoom, False, 0.0, images=image).result[0]
+    assert len(over) == 88 and torch.equal(over[0], over[39]) and not torch.equal(over[39], over[40])
+    assert torch.equal(over[40], over[79]) and not torch.equal(over[79], over[80])
 
 
 def test_the_error_of_a_result_is_taken_where_both_motions_are_known(pack_module, monkeypatch):

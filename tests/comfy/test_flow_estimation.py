@@ -95,6 +95,27 @@ def test_a_fast_pan_is_no_cut(estimation, speed):
     assert found.flow[found.valid][:, 0].median() == pytest.approx(-speed, abs=0.5)
 
 
+class OnAppleGpu(torch.Tensor):
+    """Images as --gpu-only leaves them there: float64 is refused until they are on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if (kwargs or {}).get("dtype") is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_images_on_a_gpu_without_float64_are_measured_and_known_again(estimation, monkeypatch):
+    made = []
+    still = torch.zeros(HEIGHT, WIDTH, 2)
+    monkeypatch.setattr(estimation, "_dis", lambda: made.append(1) or (lambda first, second: still))
+    images = torch.rand(3, HEIGHT, WIDTH, 3).as_subclass(OnAppleGpu)
+    found = estimation.estimate_flow(images, keep=True)
+    assert found.valid.all() and estimation.estimate_flow(images, keep=True) is found and len(made) == 1
+
+
 def test_what_is_covered_is_not_trusted(estimation):
     pytest.importorskip("cv2")
     back, front = texture(1), texture(2)

@@ -18,7 +18,7 @@ def shown(pack_module, monkeypatch, tmp_path):
 
     def show(panels: torch.Tensor) -> tuple[dict, Path]:
         monkeypatch.setattr(module, "flow_preview", lambda *inputs, **options: (panels, "its error"))
-        made = module.DiagonalFlowPreview.execute(type("Flow", (), {"optical_flow": None}), False, 0.0)
+        made = module.DiagonalFlowPreview.execute(type("Flow", (), {"timeline": None}), False, 0.0)
         assert made.result[0] is panels and made.result[1] == "its error", "the outputs have all pictures"
         (item,) = made.ui["images"]
         assert item["type"] == "temp" and list(made.ui["animated"] if len(panels) > 1 else [True]) == [True]

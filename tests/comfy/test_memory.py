@@ -240,6 +240,14 @@ def test_a_vaes_format_is_that_of_the_device_that_it_runs_on(memory, tmp_path, m
     assert (2 * on_gpu.weight_bytes, 2 * on_gpu.cell_bytes) == pytest.approx((alone.weight_bytes, alone.cell_bytes))
 
 
+def test_no_run_counts_its_weights(memory, pack_module, tiny_wan, causal, prompt, monkeypatch):
+    """That goes through all modules, while a person waits for the first chunk."""
+    monkeypatch.setattr(memory, "_weight_bytes", lambda model: pytest.fail("they were counted"))
+    sampling, model = pack_module("model_patches.sampling"), causal(tiny_wan)
+    plan = sampling.plan_clip(model, (1, 16, 3, 4, 4), DiagonalSchedule.preset("diagonal 4-3-2"))
+    sampling.stream_latent(model, prompt(), [], plan, lambda chunk: None, seed=0)
+
+
 def test_what_carrying_frames_takes_is_what_comfyui_is_asked_for(pack_module, tiny_wan, causal, prompt, sample_latent):
     loader, control = pack_module("nodes.demo_loader"), pack_module("model_patches.flow_control")
     path, asked = loader.DEMO_DIRECTORY / loader.DEMO_VAE, []
@@ -460,6 +468,23 @@ def test_directml_whose_memory_comfyui_does_not_know_refuses_no_clip(
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(pack_module("nodes.memory"), "available_memory", memory.available_memory)
     assert predict()["error"] == "How much memory this GPU has is not known: ComfyUI cannot ask DirectML."
+
+
+def test_a_comfyui_without_directml_is_asked_as_any_other(memory, pack_module, tiny_wan, causal, monkeypatch):
+    """Its own module still needs the flag here, so that the flag is hidden from ours alone."""
+    real, clip_plan = comfy.model_management, pack_module("model_patches.clip_plan")
+
+    class Without:
+        def __getattr__(self, name):
+            if name == "directml_enabled":
+                raise AttributeError(name)
+            return getattr(real, name)
+
+    for module in (memory, clip_plan):
+        monkeypatch.setattr(module, "comfy", SimpleNamespace(model_management=Without()))
+    clip_plan.plan_clip(causal(tiny_wan), (1, 16, 9, 4, 4), DiagonalSchedule.preset("diagonal 4-3-2"))
+    available, total, _ = memory.available_memory()
+    assert 0 < available <= total
 
 
 def test_what_comfyui_has_loaded_can_be_had(memory, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,10 +53,7 @@ def folders(tmp_path: Path, monkeypatch) -> dict[str, Path]:
     folder_paths.filename_list_cache.clear()
 
 
-@pytest.fixture(autouse=True)
-def unload():
-    yield
-    comfy.model_management.unload_all_models()
+pytestmark = pytest.mark.usefixtures("unload")
 
 
 def run(model) -> torch.Tensor:
@@ -544,6 +543,83 @@ def test_a_replaced_file_has_another_fingerprint(node, folders) -> None:
     assert before == node.fingerprint_inputs(ckpt_name="model.safetensors", lora_name="none", **WIDGETS)
     os.utime(path, ns=(1, 1))
     assert node.fingerprint_inputs(ckpt_name="model.safetensors", **WIDGETS) != before
+
+
+@pytest.fixture
+def read(loading, monkeypatch) -> list[str]:
+    """Names of the weight files that were read, LoRAs apart."""
+    names, load = [], loading.load_checkpoint
+
+    def noted(path, **options):
+        names.append(Path(path).name)
+        return load(path, **options)
+
+    monkeypatch.setattr(loading, "load_checkpoint", noted)
+    return names
+
+
+def test_other_settings_use_the_weights_that_are_held_and_do_not_read_them_again(node, folders, loading, read) -> None:
+    path = LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    lora, _ = write_lora(folders["loras"], "comfyui, no alpha")
+    named = {"ckpt_name": path.name, **WIDGETS}
+    first = node.execute(**named, lora_name=lora.name, lora_strength=1.0).args[0]
+    patched = run(first)  # its weights are in the shared network now
+    for changes in (
+        {"window": -1, "sink": 0},
+        {"frames_per_chunk": 1},
+        {"kv_cache_dtype": "int8"},
+        {"positions": "window"},
+    ):
+        model, report = node.execute(**named | changes).args
+        assert model.model is first.model and not model.patches
+        assert report.startswith("model.safetensors: Wan text-to-video")
+        assert settings_of(model) == replace(settings_of(first), **changes)
+    other = node.execute(**named, lora_name=lora.name, lora_strength=0.5).args[0]
+    assert read == ["model.safetensors"]
+    plain, info = loading.load_wan(path)
+    for found, expected in (
+        (model, run(plain)),
+        (other, run(loading.apply_lora(plain, lora, 0.5, info)[0])),
+        (first, patched),
+    ):
+        assert torch.equal(run(found), expected)
+
+
+def test_another_file_or_form_of_the_weights_is_read(node, folders, read) -> None:
+    folder = folders["diffusion_models"]
+    path = LAYOUTS["self forcing, ema and generator"](folder, tiny_wan(0), tiny_wan(1))
+    named = {"ckpt_name": path.name, **WIDGETS}
+    held = [node.execute(**named).args[0]]
+
+    def reads(**changes) -> bool:
+        before = len(read)
+        held.append(node.execute(**named | changes).args[0])
+        return len(read) > before and all(model.model is not held[-1].model for model in held[:-1])
+
+    assert reads(weights="generator")
+    assert torch.equal(held[-1].model.diffusion_model.blocks[0].ffn[0].weight, tiny_wan(1)["blocks.0.ffn.0.weight"])
+    assert reads() and reads(weight_dtype="bf16") and reads()
+    os.utime(path, ns=(1, 1))
+    assert reads() and not reads()
+    save_file(tiny_wan(2), folder / "other.safetensors")
+    assert reads(ckpt_name="other.safetensors")
+
+
+def test_a_model_that_nobody_holds_is_gone_and_read_again(node, folders, read) -> None:
+    path = LAYOUTS["comfyui, bare"](folders["diffusion_models"], tiny_wan(0), {})
+    model = node.execute(ckpt_name=path.name, **WIDGETS).args[0]
+    run(model)
+    clone, network = model.clone(), weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert (
+        node.execute(ckpt_name=path.name, **WIDGETS).args[0].model is network() and len(read) == 1
+    )  # a clone holds it
+    del clone
+    gc.collect()
+    assert network() is None
+    node.execute(ckpt_name=path.name, **WIDGETS)
+    assert len(read) == 2
 
 
 def test_pefts_settings_beside_a_lora_reach_the_weights_and_the_fingerprint(node, folders) -> None:

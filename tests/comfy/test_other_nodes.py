@@ -111,7 +111,7 @@ class Preference(torch.nn.Module):
 @pytest.fixture
 def wished(pack_module, monkeypatch):
     """`wished(model, preference)`: puts it on every layer and lists what those layers ask ComfyUI's attention for."""
-    module = pack_module("model_patches.causal")
+    module = pack_module("model_patches.attention")
 
     def make(model, preference):
         asked, attention = [], module.attention_pytorch
@@ -135,7 +135,7 @@ def test_a_dense_kind_of_attention_is_passed_on(pack_module, monkeypatch, tiny_w
         raise AssertionError("ComfyUI's own dispatcher calls it")
 
     plain = run(causal(tiny_wan))
-    monkeypatch.setattr(pack_module("model_patches.causal"), "DENSE_PREFERENCES", (int8,))
+    monkeypatch.setattr(pack_module("model_patches.attention"), "DENSE_PREFERENCES", (int8,))
     preference = Preference({"attention": "comfy_kitchen_int8"}, int8)
     asked = wished(tiny_wan, preference)
     assert difference(run(causal(tiny_wan)), plain) < CLOSE
@@ -185,7 +185,7 @@ def test_an_override_may_call_our_attention_in_its_own_shapes(pack_module, given
         out = function(q, k, v, heads, **kwargs, **options)
         return out.transpose(1, 2).flatten(2) if "skip_output_reshape" in options else out
 
-    plain = pack_module("model_patches.causal")._attention_plain
+    plain = pack_module("model_patches.attention")._attention_plain
     found = plain(q, k, v, heads=2, transformer_options={"optimized_attention_override": override})
     assert difference(found, attention_pytorch(q, k, v, 2, mask=options.get("mask"))) < 1e-6
 

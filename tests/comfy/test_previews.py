@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -148,6 +150,132 @@ def test_a_picture_that_cannot_be_made_of_decoded_frames_ends_no_run(pack_module
         report.frames(torch.rand(9, 16, 16, 3), made, Fraction(16))
     assert [(data["frames"], data["pixel_frames"]) for data in sent] == [([], 9), ([], 21)]
     assert caplog.text.count("without previews, which failed: OSError: encoder error -2") == 1
+
+
+# Pictures of a GPU's chunks, which are made in another thread
+
+
+@pytest.fixture
+def on_its_way(pack_module, monkeypatch):
+    """`on_its_way(wait)`: every chunk's latents seem to come from a GPU; `wait` is called where they are waited for."""
+
+    def use(wait):
+        monkeypatch.setattr(pack_module("nodes.live"), "on_its_way", lambda latents: (latents, wait))
+
+    return use
+
+
+def chunk_at(start):
+    return SimpleNamespace(start_frame=start, latents=LATENTS * (1 + start))
+
+
+def makes_pictures():
+    return any(thread.name.startswith("diagonal-pictures") for thread in threading.enumerate())
+
+
+def test_a_gpus_pictures_are_waited_for_and_sent_behind_the_sampling_in_order(pack_module, tiny_wan, sent, on_its_way):
+    live, there = pack_module("nodes.live"), threading.Event()
+    with live.LiveReport("5", tiny_wan) as report:
+        for start in (0, 3, 6):
+            report.chunk(chunk_at(start))
+    expected = [(data["pixel_frames"], data["frames"]) for data in sent]
+    assert [count for count, _ in expected] == [9, 21, 33] and len({frames[0] for _, frames in expected}) == 3
+    sent.clear()
+    on_its_way(lambda: there.wait(20))
+    with live.LiveReport("5", tiny_wan) as report:
+        for start in (0, 3, 6):
+            report.chunk(chunk_at(start))
+        assert sent == [] and makes_pictures()
+        there.set()
+    assert [(data["pixel_frames"], data["frames"]) for data in sent] == expected
+    assert not makes_pictures()
+
+
+def test_a_cancel_ends_the_pictures_thread_behind_what_it_was_given(pack_module, tiny_wan, sent, on_its_way):
+    import comfy.model_management
+
+    live = pack_module("nodes.live")
+    on_its_way(lambda: time.sleep(0.05))
+    with pytest.raises(comfy.model_management.InterruptProcessingException), live.LiveReport("5", tiny_wan) as report:
+        report.chunk(chunk_at(0))
+        raise comfy.model_management.InterruptProcessingException
+    assert [len(data["frames"]) for data in sent] == [3] and not makes_pictures()
+
+
+def test_pictures_that_fail_in_their_thread_are_left_out_and_the_node_says_so(
+    pack_module, tiny_wan, sent, on_its_way, caplog
+):
+    def no_room():
+        raise RuntimeError("no room")
+
+    on_its_way(no_room)
+    with pack_module("nodes.live").LiveReport("5", tiny_wan) as report:
+        for start in (0, 3):
+            report.chunk(chunk_at(start))
+    assert [(data["frames"], data["pixel_frames"]) for data in sent] == [([], 9), ([], 21)]
+    assert caplog.text.count("without previews, which failed: RuntimeError: no room") == 1
+    assert len(report.warnings.lines) == 1 and "no room" in report.warnings.lines[0]
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_cancel_that_the_pictures_thread_sees_ends_the_run(pack_module, tiny_wan, sent, on_its_way, at_the_end):
+    """ComfyUI tells of it once."""
+    import comfy.model_management
+
+    def interrupted():
+        raise comfy.model_management.InterruptProcessingException
+
+    on_its_way(interrupted)
+    progress = pack_module("model_patches.sampling").Progress(forwards=1, total=9, chunk=0, chunks=3, step=0, steps=2)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        with pack_module("nodes.live").LiveReport("5", tiny_wan) as report:
+            report.chunk(chunk_at(0))
+            for _ in range(0 if at_the_end else 400):
+                report.progress(progress)
+                time.sleep(0.05)
+            assert at_the_end
+    assert not makes_pictures()
+
+
+def test_few_chunks_wait_for_a_cpu_that_is_slower_than_the_gpu(pack_module, tiny_wan, sent, monkeypatch):
+    live, behind = pack_module("nodes.live"), []
+
+    def on_its_way(latents):
+        behind.append(len(behind) - len(sent))
+        return latents, lambda: time.sleep(0.03)
+
+    monkeypatch.setattr(live, "on_its_way", on_its_way)
+    with live.LiveReport("5", tiny_wan) as report:
+        for chunk in range(10):
+            report.chunk(chunk_at(3 * chunk))
+    assert len(sent) == 10 and 1 < max(behind) <= live.MOST_WAITING
+
+
+def test_a_previewer_that_may_need_the_device_stays_in_the_sampling_thread(
+    pack_module, tiny_wan, sent, on_its_way, monkeypatch
+):
+    """As one of ComfyUI's small VAEs does: it loads it."""
+    import latent_preview
+
+    previews, seen = pack_module("model_patches.previews"), []
+
+    class Vae(PlaysByItself):
+        def decode_latent_to_preview_image(self, preview_format, latents):
+            seen.append(threading.get_ident())
+
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *given: Vae())
+    assert not previews.preview_of(tiny_wan).on_cpu
+    on_its_way(lambda: None)
+    with pack_module("nodes.live").LiveReport("5", tiny_wan) as report:
+        report.chunk(chunk_at(0))
+        assert seen == [threading.get_ident()] * 3 and len(sent) == 1
+    own = tiny_wan.clone()
+    own.set_attachments(previews.PREVIEW_ATTACHMENT, lambda latents: latents[:, :3])
+    assert previews.preview_of(own).on_cpu
+
+
+def test_latents_of_the_cpu_are_on_no_way(pack_module):
+    assert pack_module("model_patches.previews").on_its_way(LATENTS) is None
 
 
 def test_a_cancel_within_a_preview_still_cancels(pack_module, tiny_wan, monkeypatch):

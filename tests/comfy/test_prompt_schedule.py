@@ -167,7 +167,7 @@ def test_a_blend_goes_over_in_equal_steps(tiny_wan, sample, clip, schedule):
         torch.testing.assert_close(found, text)
 
 
-def test_every_forward_is_counted(sample, clip, schedule):
+def test_every_forward_is_counted(sample, schedule):
     seen = []
     sample(schedule("0: a\nchunk 2: b\nchunk 5: c"), on_progress=seen.append)
     plain = count_forwards(CLEAN, FRAMES, 3)
@@ -177,7 +177,7 @@ def test_every_forward_is_counted(sample, clip, schedule):
     assert [p.chunk for p in seen] == sorted(p.chunk for p in seen)
 
 
-def test_steps_begin_anew_at_a_recache(sample, clip, schedule):
+def test_steps_begin_anew_at_a_recache(sample, schedule):
     def seen(text, switch, **more):
         steps, found = {}, []
         sample(
@@ -281,13 +281,13 @@ def test_conditionings_that_cannot_follow_are_refused(sample, clip, schedule):
 # While it runs
 
 
-def post(prompts, box, text, **more):
+def post(prompts, box, text, node="7", **more):
     answer = Future()
-    box.post(prompts.PromptRequest(text=text, node="7", answer=answer, **more))
+    box.post(prompts.PromptRequest(text=text, node=node, answer=answer, **more))
     return answer
 
 
-def test_a_live_prompt_begins_with_the_next_chunk(sample, clip, schedule, prompts):
+def test_a_live_prompt_begins_with_the_next_chunk(sample, schedule, prompts):
     now, answers = [], []
     box = prompts.PromptBox(now.append)
 
@@ -302,7 +302,7 @@ def test_a_live_prompt_begins_with_the_next_chunk(sample, clip, schedule, prompt
     with pytest.raises(ValueError, match="known words are cat"):
         answers[1].result()
     assert [(p.chunk, p.text) for p in now] == [(0, "a"), (1, "a"), *((k, "b") for k in range(2, 6))]
-    assert now[0].chunks == 6 and now[0].nodes == ("7",)
+    assert now[0].chunks == 6
 
 
 def test_behind_a_text_encoder_the_model_is_loaded_with_memory_for_a_chunk(
@@ -326,7 +326,7 @@ def test_behind_a_text_encoder_the_model_is_loaded_with_memory_for_a_chunk(
     assert asked == [{"memory_required": 2 * chunk, "minimum_memory_required": chunk}]
 
 
-def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, clip, schedule, prompts):
+def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, schedule, prompts):
     box, totals = prompts.PromptBox(), []
 
     def steer(progress):
@@ -342,8 +342,8 @@ def test_a_live_prompt_counts_its_recache_and_the_schedule_goes_on(sample, clip,
 def test_a_cancel_while_a_prompt_is_encoded_answers_all_that_wait(prompt_run, prompts, monkeypatch):
     import comfy.model_management
 
-    box = prompts.PromptBox()
-    run, _ = prompt_run("0: a", "keep", box=box)
+    box, reloaded = prompts.PromptBox(), []
+    run, _ = prompt_run("0: a", "keep", box=box, after_encoding=lambda: reloaded.append(True))
     answers = [post(prompts, box, text) for text in "bcd"]
 
     def cancelled(*_):
@@ -355,9 +355,59 @@ def test_a_cancel_while_a_prompt_is_encoded_answers_all_that_wait(prompt_run, pr
     for answer in answers:
         with pytest.raises(prompts.NotSteerable, match="was cancelled"):
             answer.result(timeout=1)
+    assert not reloaded
 
 
-def test_a_live_prompt_that_a_later_one_could_not_blend_from_is_refused(sample, clip, schedule, prompts):
+def test_a_model_that_cannot_be_loaded_behind_a_text_encoder_ends_the_run(prompt_run, prompts):
+    """It is no fault of the text, and nothing can be sampled without it."""
+
+    def no_room():
+        raise torch.OutOfMemoryError("no room for the model")
+
+    box = prompts.PromptBox()
+    run, _ = prompt_run("0: a", "keep", box=box, after_encoding=no_room)
+    answers = [post(prompts, box, text) for text in ("b", "c")]
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        run.begin(1)
+    for answer in answers:
+        with pytest.raises(prompts.NotSteerable, match="run ended before"):
+            answer.result(timeout=1)
+
+
+def test_behind_a_text_that_is_refused_the_model_is_loaded_again_too(prompt_run, prompts):
+    box, reloaded = prompts.PromptBox(), []
+    run, _ = prompt_run("0: a", "keep", box=box, after_encoding=lambda: reloaded.append(True))
+    answers = [post(prompts, box, text) for text in ("a dog", "b")]
+    run.begin(1)
+    with pytest.raises(ValueError, match="dog is unknown"):
+        answers[0].result(timeout=1)
+    assert answers[1].result(timeout=1).text == "b" and len(reloaded) == 2
+
+
+def test_a_live_prompt_switches_as_the_node_does_that_it_names(prompts, schedule, pack_module):
+    def chain(first="3", second="7"):
+        return schedule("chunk 9: b", "blend", 3, previous=schedule("0: a", "keep", node=first), node=second)
+
+    box = prompts.PromptBox()
+    run = prompts.PromptRun(
+        prompts.schedule_of(chain()),
+        chunks=20,
+        frames_per_chunk=3,
+        context_frames=0,
+        set_context=lambda context: None,
+        recache_forwards=lambda chunk: 1,
+        box=box,
+    )
+    answers = [post(prompts, box, "c", node) for node in ("3", "7")]
+    answers.append(post(prompts, box, "c", "3", switch="recache", blend_chunks=5))
+    run.begin(1)
+    found = [answer.result(timeout=1) for answer in answers]
+    assert [(prompt.switch, prompt.blend_chunks) for prompt in found] == [("keep", 2), ("blend", 3), ("recache", 5)]
+    digest_of = pack_module("model_patches.stream_state").digest_of
+    assert digest_of(positive=chain()) == digest_of(positive=chain("4", "5")), "a node's number makes no other video"
+
+
+def test_a_live_prompt_that_a_later_one_could_not_blend_from_is_refused(sample, schedule, prompts):
     box, answers = prompts.PromptBox(), []
 
     def steer(progress):
@@ -484,12 +534,14 @@ def demo(pack_module):
 
 @pytest.fixture
 def stream(pack_module, demo, prompts, output, monkeypatch):
-    """`stream(text, **more)`: latents of every chunk that was made of a video of 7 chunks, states after each."""
+    """`stream(text, **more)`: latents of every chunk that was made of a video of 7 chunks, states after each.
+
+    `then`: rows of schedules behind it, and the switch of each."""
     streaming = pack_module("model_patches.streaming")
     model, clip, vae = demo
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    def run(text, switch="recache", schedule=CLEAN, state_every=1, fps=16.0, **more):
+    def run(text, switch="recache", schedule=CLEAN, state_every=1, fps=16.0, then=(), **more):
         found = []
         submit = streaming.StreamDecoder.submit
         with monkeypatch.context() as patch:
@@ -497,6 +549,10 @@ def stream(pack_module, demo, prompts, output, monkeypatch):
                 streaming.StreamDecoder, "submit", lambda self, x: (found.append(x.clone()), submit(self, x))[1]
             )
             positive = prompts.schedule_prompts(clip, text, fps=fps, switch=switch, blend_chunks=2, node_id="7")
+            for rows, its in then:
+                positive = prompts.schedule_prompts(
+                    clip, rows, fps=fps, switch=its, blend_chunks=2, previous=positive, node_id="8"
+                )
             options = streaming.StreamOptions(
                 width=64,
                 height=64,
@@ -609,13 +665,70 @@ def test_live_prompts_are_rows_of_a_schedule(prompts):
 
     assert rows_of() == ""
     rows = rows_of((25, "first", "keep"), (25, "a green\nsquare: up", "keep"), (3, "#1, 5s: a dog", "blend"))
-    assert rows.splitlines()[0].endswith("(switch: blend over 3 chunks, keep):")
     assert [(str(row.at), row.text) for row in prompts.parse_prompts(rows)] == [
         ("chunk 4", "#1, 5s: a dog"),
         ("chunk 26", "a green square: up"),
     ]
+    rows = rows_of((1, "a", "keep"), (2, "b", "keep"), (3, "c", "blend"), (4, "d", "keep"))
+    kept, blended = ["# switch: keep", "chunk 2: a", "chunk 3: b"], ["# switch: blend, blend_chunks: 3", "chunk 4: c"]
+    assert rows.splitlines()[1:] == [*kept, *blended, "# switch: keep", "chunk 5: d"]
     many = rows_of(*((chunk, "a", "keep") for chunk in range(30)))
-    assert len(prompts.parse_prompts(many)) == 20 and many.endswith("\n# and 10 more")
+    assert len(prompts.parse_prompts(many)) == 20
+    assert many.endswith("\n# and 10 more, in the file .prompts.txt beside the video")
+
+
+def test_a_steered_video_is_made_again_from_the_file_beside_it(stream, prompts, output):
+    given = {1: ("a blue square moves up", "keep"), 2: ("a green cross moves up", "recache")}
+    given[4] = ("a red circle moves up", "recache")
+    box, answers = prompts.PromptBox(), []
+
+    def steer(progress):
+        if progress.step == 0 and progress.chunk in given:
+            text, switch = given.pop(progress.chunk)
+            answers.append(post(prompts, box, text, switch=switch))
+
+    steered = stream("0: a red circle moves right", prompts=box, on_progress=steer)
+    assert [answer.result(timeout=1).chunk for answer in answers] == [2, 3, 5]
+    assert not list(output.glob("*.prompts.json"))
+    text = (output / "v_00001_.prompts.txt").read_text(encoding="utf-8")
+    groups = [group.partition("\n") for group in text.split("# switch: ")[1:]]
+    then = [(rows, switch) for switch, _, rows in groups]
+    assert [(switch, rows.count("chunk")) for rows, switch in then] == [("keep", 1), ("recache", 2)]
+    again = stream("0: a red circle moves right", then=then)
+    assert all(torch.equal(a, b) for a, b in zip(again, steered, strict=True))
+
+
+def test_a_cancelled_streams_prompts_are_rows_beside_it_too(stream, prompts, output):
+    box = prompts.PromptBox()
+    stream("0: a red circle moves right", prompts=box, on_progress=stop_at(3, box=box, prompts=prompts, at=1))
+    text = (output / "v_00001_.prompts.txt").read_text(encoding="utf-8")
+    assert text.endswith("\n# switch: recache\nchunk 3: a blue square moves up\n")
+    assert (output / "v_00001_.prompts.json").exists(), "to go on with"
+
+
+def test_a_persons_file_of_that_name_stays_and_the_prompts_are_kept(stream, prompts, output, caplog):
+    notes, box = output / "v_00001_.prompts.txt", prompts.PromptBox()
+    steer = stop_at(99, box=box, prompts=prompts, at=1)
+
+    def write(progress):
+        notes.write_text("mine", encoding="utf-8")
+        steer(progress)
+
+    stream("0: a red circle moves right", prompts=box, on_progress=write)
+    assert notes.read_text(encoding="utf-8") == "mine" and "v_00001_.prompts.txt is no list" in caplog.text
+    assert (output / "v_00001_.prompts.json").exists() and not list(output.glob("*.state.safetensors"))
+
+
+def test_a_list_of_prompts_is_replaced_by_a_longer_one(prompts, tmp_path):
+    given = [
+        prompts.LivePrompt(chunk=k, text=f"a \ud800 {k}", node="7", switch="keep", blend_chunks=1) for k in range(30)
+    ]
+    path = tmp_path / "v.prompts.txt"
+    assert prompts.save_rows(path, ()) and not path.exists()
+    for number in (1, 30):
+        assert prompts.save_rows(path, given[:number])
+        assert len(prompts.parse_prompts(path.read_text(encoding="utf-8"))) == number
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_finished_stream_says_its_live_prompts(stream, prompts, pack_module, monkeypatch):
@@ -660,6 +773,16 @@ def test_a_prompt_accepted_after_the_last_state_is_not_lost(stream, prompts, out
     rest = stream(text, announce=lines.append, state_every=2)
     assert "after chunk 2" in lines[0]
     assert len(rest) == 5 and all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+
+
+def test_comfyui_sees_the_text_encoders_of_a_schedule_among_the_models_in_use(prompts, demo, schedule):
+    loader = demo[1].clone()
+    before = schedule("0: a", node="3")
+    found = prompts.schedule_prompts(
+        loader, "3s: a red circle moves right", fps=16.0, switch="keep", blend_chunks=1, previous=before, node_id="7"
+    )
+    assert prompts.schedule_of(found).get_models() == [loader.patcher]
+    assert prompts.schedule_of(before).get_models() == [], "a text encoder of another pack may have none"
 
 
 def test_the_nodes_widgets_reach_the_schedule(pack_module, clip, schedule, monkeypatch):
@@ -709,7 +832,7 @@ def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedu
         refused(403, "belongs to another client", client_id="D")
         refused(403, "belongs to another client", client_id="D", prompt_id="P")
         refused(404, "prompt_id 'Q' does not run now", prompt_id="Q")
-        first.on_chunk(prompts.PromptNow(chunk=1, chunks=6, text="a", nodes=("5:7",)))
+        first.on_chunk(prompts.PromptNow(chunk=1, chunks=6, text="a"))
         raise KeyError
     usual = {"prompt_id": "P", "nodes": ["5:7"]}
     running = {**usual, "running": True, "chunk": 2, "chunks": 6, "text": "a"}

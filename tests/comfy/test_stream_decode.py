@@ -453,13 +453,14 @@ def test_a_float16_tiny_vae_is_wans(streaming, whole, caplog):
     assert difference(whole(half, latents), wanted) > 100 * TOLERANCE
 
 
-def test_the_numbers_of_a_scale_go_to_the_device_once(streaming, monkeypatch):
+def test_the_numbers_of_a_scale_go_to_the_device_once(streaming, pack_module, monkeypatch):
     """The device "meta" stands for any other."""
     own, meta = comfy.latent_formats.Wan21(), torch.device("meta")
-    moved, latents = streaming.on_device(own, meta), latents_of(1)
+    on_device = pack_module("model_patches.vae_scale").on_device
+    moved, latents = on_device(own, meta), latents_of(1)
     assert moved.latents_mean.device == moved.latents_std.device == meta
     assert own.latents_mean.device == own.latents_std.device == latents.device
-    here = streaming.on_device(own, latents.device)
+    here = on_device(own, latents.device)
     assert torch.equal(here.process_in(latents), own.process_in(latents))
     assert torch.equal(here.process_out(latents), own.process_out(latents))
     for dtype, is_moved in ((torch.float16, True), (torch.float32, False)):
@@ -468,6 +469,19 @@ def test_the_numbers_of_a_scale_go_to_the_device_once(streaming, monkeypatch):
         scale = streaming.stream_decoder(vae)._architecture.new_clip().scale
         assert hasattr(scale, "__self__") == is_moved
         assert not is_moved or scale.__self__.latents_mean.device == meta
+
+
+def test_the_stream_that_decodes_goes_before_the_one_that_samples(streaming, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: made.append((device, priority)) or "a stream")
+    vae = taehv_vae()
+    decoder = streaming.stream_decoder(vae)
+    decoder.decode(latents_of(1))
+    assert not made, "on the CPU there is none"
+    monkeypatch.setattr(vae, "device", torch.device("cuda"))
+    decoder._open_stream()
+    decoder._open_stream()
+    assert made == [(torch.device("cuda"), -1)]
 
 
 def test_everywhere_a_float16_tiny_vae_is_wans(pack_module, whole, caplog):

@@ -28,6 +28,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import still_running
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diagonal_sampler import disk
@@ -888,8 +889,9 @@ def test_an_ffmpeg_that_is_too_old_is_refused_before_anything_is_made(
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
     if refused:
         seen = []
-        with pytest.raises(video_writer.VideoWriteError, match="too old.*pip install -U imageio-ffmpeg.*FFMPEG_EXE"):
+        with pytest.raises(video_writer.VideoWriteError, match="too old.*FFMPEG_EXE") as error:
             stream(options(), on_progress=seen.append)
+        assert f'Run "{sys.executable}" -m pip install -U "imageio-ffmpeg>=0.6.0", set' in str(error.value)
         assert not seen and files(output) == []
     for _ in range(2):
         if not refused:
@@ -1024,8 +1026,8 @@ def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_
         return SimpleNamespace(result=lambda: pixels)
 
     state = SimpleNamespace(frames=0)
-    opened = SimpleNamespace(state=state, writer=Writer(), path=Path("v"), subfolder="")
-    options = SimpleNamespace(frames=11, width=1, height=1, rate=Fraction(16))
+    opened = SimpleNamespace(state=state, writer=Writer(), path=Path("v"), subfolder="", length=11)
+    options = SimpleNamespace(width=1, height=1, rate=Fraction(16), written_context=lambda plan: 5)
     plan = SimpleNamespace(settings=CausalSettings(frames_per_chunk=2), context_frames=2)
     thread = writing.WritingThread(opened, options, None, plan, shown.append)
     try:
@@ -1036,7 +1038,7 @@ def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_
         assert thread.tail[:, 0, 0].tolist() == [[float(frame)] * 3 for frame in range(6, 11)], "two latent frames"
         assert [(progress.frames, progress.made) for progress in shown] == [(5, 0), (9, 4), (11, 6)]
         assert [len(progress.newest) for progress in shown] == [5, 4, 2]
-        options.frames = 99
+        opened.length = 99
         thread.put(SimpleNamespace(result=lambda: torch.full((1, 1, 1, 1, 3), math.nan)), "Chunk 4")
         with pytest.raises(ValueError, match="Chunk 4: its decoded frames hold NaN at the step of decoding"):
             thread.drain()
@@ -1523,6 +1525,25 @@ def test_a_setting_that_older_packs_lacked_leaves_their_videos_theirs(stream_sta
     assert stream_state.digest_of(part=CausalSettings(sink=2)) != stream_state.digest_of(part=older())
 
 
+def test_an_input_that_older_packs_lacked_leaves_their_videos_theirs(stream_state, pack_module):
+    """ComfyUI's page queues an older workflow with the defaults of all inputs that its nodes have now."""
+    nodes = {node.define_schema().node_id: node.define_schema() for node in pack_module("nodes").NODES}
+
+    def digest(kind, **later):
+        graph = {
+            "model": {"class_type": kind, "inputs": {"window": 12, **later}},
+            "1": {"class_type": "DiagonalStreamVideo", "inputs": {"model": ["model", 0]}},
+        }
+        return stream_state.graph_digest(graph, "1", ["model"])
+
+    for (kind, name), default in stream_state.INPUTS_ADDED_LATER.items():
+        (there,) = [item for item in nodes[kind].inputs if item.id == name]
+        assert there.optional and there.default == default, (kind, name)
+        assert digest(kind, **{name: default}) == digest(kind), (kind, name)
+        assert len({digest(kind), digest(kind, **{name: "other"}), digest(kind, **{name: ["model", 0]})}) == 3
+        assert digest("AnotherNode", **{name: default}) != digest("AnotherNode")
+
+
 def test_another_lora_is_another_model(demo, stream_state):
     """ComfyUI keeps a LoRA's tensors in an object of its own."""
     import comfy.sd
@@ -1589,6 +1610,12 @@ def test_what_a_person_changed_is_said_by_name(pack_module, stream_state, change
     now = {name: "now" if name in changed else "before" for name in names}
     identity = pack_module("model_patches.stream_files").Identity(now)
     assert identity.changed_since(state) == said
+    ended = dataclasses.replace(state, ended=True)
+    assert identity.changed_since(ended) == ("" if said == "seed" or " and " in said else said)
+    more = dataclasses.replace(state, parts={**state.parts, "write_context": "before"})
+    one_more = " and ".join(filter(None, [said, "write_context"])) if len(changed - {"graph"}) < 2 else ""
+    if changed != {"graph"}:
+        assert identity.changed_since(more) == one_more, "a part that only the state has"
     assert identity.changed_since(dataclasses.replace(state, parts={})) == "", "a state of an older version"
 
 
@@ -1621,6 +1648,14 @@ def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, optio
     third = stream(options()).path
     assert third.name == "v_00003_.mp4" and third.read_bytes() == second.read_bytes()
     assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
+
+
+def test_restart_leaves_the_kept_state_of_a_finished_video(stream, options, output):
+    stream(options(keep_state=True))
+    assert stream(options(restart=True)).path.name == "v_00002_.mp4"
+    lines = []
+    assert "v_00001_.done.safetensors" in files(output)
+    assert stream(options(seconds=3.0), announce=lines.append).path.name == "v_00001_.mp4" and "Resumed" in lines[0]
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "foreign", "state"])
@@ -1697,6 +1732,11 @@ def test_an_unfinished_video_is_said_with_what_its_state_takes_and_one_that_was_
         stream(options(format="png"), announce=lines.append, on_progress=stop_at(2))
     assert "Resumed" in lines[-1] and not stream_state.read_state(output / name).ended
     assert f"seed changed. Put it back to go on, or delete {name} (" in queue(seed=4)
+    # Ended by a person, and with one thing changed other than the seed: that one may want to go on.
+    stream_state.mark_ended(output / name)
+    said = f"v_00001_ was finished early and is not gone on with: crf changed. Put it back to go on, or delete {name} ("
+    assert said in queue(crf=21.0)
+    assert "finished early" not in queue(seed=4) and "finished early" not in queue(seed=4, crf=21.0)
 
 
 @pytest.mark.parametrize(("size", "said"), [(3_521_000_000, "(3.5 GB)"), (2_000_001, "(3 MB)"), (None, "")])
@@ -1896,6 +1936,74 @@ def test_a_start_image_begins_the_video(stream, options, demo, sample_latent, pa
     assert [at.made for at in seen] == [at.frames - 1 for at in seen]
 
 
+@pytest.fixture(scope="module")
+def nine_frames(demo, pack_module):
+    """9 frames that a video may begin with, as 3 latent frames."""
+    images = torch.rand(9, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1))
+    return pack_module("model_patches.context_frames").encode_context(demo[3], images, 3)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_file_without_its_context_begins_with_the_first_new_frame(stream, options, format, nine_frames):
+    """48 frames, of which 9 are given; two chunks, a stop, and the other two."""
+    wanted = options(format=format, seconds=3.0, crf=1.0)
+    short = dataclasses.replace(wanted, write_context=False)
+    whole = stream(wanted, context=nine_frames)
+    unstopped = stream(short, context=nine_frames)
+    with pytest.raises(Stop):
+        stream(short, context=nine_frames, on_progress=stop_at(2))
+    lines, seen = [], []
+    result = stream(short, context=nine_frames, announce=lines.append, on_frames=seen.append)
+    assert "Resumed" in lines[0] and "at 1.5 s (frame 24 of 39, after chunk 2)" in lines[0]
+    assert "39 frames (2.4 s of video), 15 of them made now" in result.message
+    assert "39 frames (2.4 s of video), 39 of them made now" in unstopped.message
+    assert {(at.length, at.resumed_at) for at in seen} == {(39, 24)}
+    assert [at.made for at in seen] == [at.frames - 24 for at in seen] and seen[-1].frames == 39
+    frames = [decoded(video.path) for video in (whole, unstopped, result)]
+    assert [len(each) for each in frames] == [48, 39, 39]
+    assert all(torch.equal(a, b) for a, b in zip(frames[1], frames[2], strict=True))
+    away = [(a.float() - b.float()).abs().mean() for a, b in zip(frames[0][9:], frames[2], strict=True)]
+    assert max(away) == 0 if format == "png" else max(away) < 2, "an encoder's frames depend on those before them"
+    assert torch.equal(whole.context.latent, result.context.latent)
+    assert torch.equal(whole.context.latent, unstopped.context.latent)
+
+
+def test_a_file_without_its_context_counts_its_own_frames(stream, options, output, nine_frames):
+    def queue(seconds=2.0, write_context=False, **more):
+        lines = []
+        wanted = options(format="png", seconds=seconds, write_context=write_context, keep_state=True)
+        return stream(wanted, announce=lines.append, **more), lines[0]
+
+    with pytest.raises(Stop):  # the given frames alone are no video
+        queue(context=nine_frames, on_progress=stop_at(0))
+    assert files(output) == []
+    first, _ = queue(context=nine_frames)
+    again, line = queue(context=nine_frames)
+    assert "Resumed" not in line and again.path != first.path, "a finished video of this length is left alone"
+    longer, line = queue(3.0, context=nine_frames)
+    assert "frame 12 of 39, after chunk 1" in line and len(decoded(longer.path)) == 39
+    # 13 frames: what goes on behind them begins with given ones.
+    contexts = [queue(13 / FPS, written, context=nine_frames)[0].context.latent for written in (False, True)]
+    assert torch.equal(*contexts) and contexts[0].shape[2] == 4
+
+
+def test_a_file_with_and_one_without_its_context_are_two_videos(stream, options, nine_frames):
+    lines = []
+
+    def queue(**more):
+        with pytest.raises(Stop):
+            stream(options(write_context=more.pop("write_context", True)), announce=lines.append, **more)
+        return lines[-1]
+
+    queue(context=nine_frames, on_progress=stop_at(1))
+    left_alone = "is not gone on with: write_context changed."
+    assert left_alone in queue(context=nine_frames, write_context=False, on_progress=stop_at(1))
+    assert "Resumed v_00001_" in queue(context=nine_frames, on_progress=stop_at(1))
+    assert "Resumed v_00002_" in queue(context=nine_frames, write_context=False, on_progress=stop_at(1))
+    queue(on_progress=stop_at(1))
+    assert "Resumed v_00003_" in queue(write_context=False, on_progress=stop_at(1)), "it means nothing without context"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -1937,7 +2045,7 @@ def test_numbers_and_names_follow_comfyui(stream, options, output):
 
 
 @needs_posix
-def test_a_full_disk_is_one_line_and_the_video_stays(stream, options, output, video_writer):
+def test_a_file_that_gets_too_large_is_one_line_and_the_video_stays(stream, options, output, video_writer):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1948,13 +2056,35 @@ def test_a_full_disk_is_one_line_and_the_video_stays(stream, options, output, vi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
-    assert "v_00001_.mp4 cannot be written: File too large" in str(error.value) and "free some space" in str(
-        error.value
-    )
+    assert "v_00001_.mp4 cannot be written: File too large" in str(error.value)
+    assert "on another disk (filename_prefix" in str(error.value) and "free some space" not in str(error.value)
     assert files(output) == ["v_00001_.mp4", "v_00001_.state.safetensors"]
     there = len(decoded(output / "v_00001_.mp4"))
     assert there > 5 and f"The {there} frames before are kept" in str(error.value)
     assert not children()
+
+
+IN_RUST = "Error while serializing: I/O error: as the system says (os error {})"
+FULL_IN_RUST = 112 if sys.platform == "win32" else errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space"),
+        (SafetensorError(IN_RUST.format(FULL_IN_RUST)), "free some space"),
+        (OSError(errno.EFBIG, "File too large"), "on another disk"),
+        (OSError(errno.EROFS, "Read-only file system"), "on another disk"),
+        (OSError(errno.EIO, "Input/output error"), "on another disk"),
+        (SafetensorError(IN_RUST.format(errno.EFBIG)), "on another disk"),
+        (SafetensorError("Error while serializing: header too large"), "on another disk"),
+        (PermissionError(errno.EACCES, "in use"), "close the program that has v.mp4 open"),
+    ],
+    ids=str,
+)
+def test_only_a_full_disk_needs_space(pack_module, error, way_out):
+    assert way_out in pack_module("model_patches.video_containers").way_out(error, "v.mp4")
 
 
 @needs_posix
@@ -1985,11 +2115,11 @@ def test_a_missing_or_broken_ffmpeg_is_one_line(stream, options, output, video_w
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", fail)
-    with pytest.raises(video_writer.VideoWriteError, match="ffmpeg is needed.*pip install.*format png"):
+    with pytest.raises(video_writer.VideoWriteError, match='ffmpeg is needed.*Run ".*" -m pip install.*format png'):
         stream(options())
     assert files(output) == []
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(output / "none"))
-    with pytest.raises(video_writer.VideoWriteError, match="could not be started"):
+    with pytest.raises(video_writer.VideoWriteError, match='could not be started.*Run ".*" -m pip install.*format png'):
         stream(options())
     assert files(output) == []
     if sys.platform != "win32":
@@ -2178,7 +2308,8 @@ def quiet_server(pack_module, monkeypatch):
 @pytest.mark.parametrize("metadata", [True, False])
 def test_the_nodes_widgets_and_inputs_reach_the_stream(pack_module, monkeypatch, options, metadata):
     nodes = pack_module("nodes.stream_video")
-    hidden = SimpleNamespace(unique_id="", prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    queued = {"1": {"inputs": {"seed": 7}, "is_changed": [math.nan]}}  # ComfyUI notes a fingerprint there
+    hidden = SimpleNamespace(unique_id="", prompt=queued, extra_pnginfo={"workflow": {"nodes": []}})
     monkeypatch.setattr(nodes.DiagonalStreamVideo, "hidden", hidden, raising=False)
     monkeypatch.setattr(nodes, "preview_callback", lambda model: "preview")
     monkeypatch.setattr(nodes.args, "disable_metadata", not metadata)
@@ -2195,16 +2326,17 @@ def test_the_nodes_widgets_and_inputs_reach_the_stream(pack_module, monkeypatch,
     monkeypatch.setattr(nodes, "stream_video", lambda *given, **named: asked.append((given, named)) or result)
     widgets = {
         "width": 96, "height": 64, "fps": 12.0, "seed": 7, "cfg": 2.0, "filename_prefix": "a/v", "format": "png",
-        "crf": 30.0, "state_every": 4, "restart": True, "keep_state": True,
+        "crf": 30.0, "state_every": 4, "restart": True, "keep_state": True, "write_context": False,
     }  # fmt: skip
     output = nodes.DiagonalStreamVideo.execute(
         "M", [], "N", "V", "S", length=3.0, context="C", optical_flow="F", **widgets
     )
     ((given, named),) = asked
     assert given == ("M", [], "N", "V", "S", options(seconds=3.0, **widgets))
-    told = {"context": "C", "optical_flow": "F", "prompt": {"1": {}}, "node_id": "", "prompts": None}
+    told = {"context": "C", "optical_flow": "F", "prompt": queued, "node_id": "", "prompts": None}
     assert {name: named[name] for name in told} == told
-    assert named["metadata"] == ({"workflow": {"nodes": []}, "prompt": {"1": {}}} if metadata else {})
+    saved = {"workflow": {"nodes": []}, "prompt": {"1": {"inputs": {"seed": 7}}}}
+    assert named["metadata"] == (saved if metadata else {})
     assert output.result == (result.video, "X")
     (shown,) = output.ui["images"]
     assert (shown["filename"], shown["subfolder"], shown["in_sequence"]) == ("00000009.png", "a/v_00001_", True)

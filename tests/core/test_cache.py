@@ -70,7 +70,7 @@ def fill(cache: KVCache, condition: ConditionKV, chunks: int, chunk: int = 3, la
     """Commit `chunks` tagged chunks."""
     for _ in range(chunks):
         cache.begin(chunk)
-        tags = tagged(range(cache.start_frame, cache.start_frame + chunk))
+        tags = tagged(range(cache.committed, cache.committed + chunk))
         for layer in range(layers):
             condition.update(layer, tags, tags)
         cache.commit()
@@ -89,11 +89,11 @@ def check_kept_frames(settings: CausalSettings, total: int) -> None:
         tags = tagged(range(start, stop))
         _, values = condition.update(0, tags, tags)
         assert attended_frames(values) == kept
-        assert cache.start_frame == start
+        assert cache.committed == start
         assert cache.filled == len(kept)
         assert cache.evicted == stop - len(kept)
         cache.commit()
-        assert cache.start_frame == stop
+        assert cache.committed == stop
     # A clip inside the window takes its own length, not the window's.
     assert cache.nbytes == 2 * len(kept) * TOKENS * HEADS * HEAD_DIM * 4
 
@@ -330,7 +330,7 @@ def test_a_window_can_be_written_again_any_number_of_times(positions):
         for run in cache.rewind(3):
             cache.skip_to(run.start)
             fill(cache, condition, chunks=len(run), chunk=1)
-        start = cache.start_frame
+        start = cache.committed
         cache.begin(3)
         tags = tagged(range(start, start + 3))
         _, values = condition.update(0, tags, tags)
@@ -784,6 +784,28 @@ def test_a_snapshot_in_another_number_format_is_refused(taken):
     (wanted,) = set(KV_CACHE_DTYPES) - {taken}
     with pytest.raises(ValueError, match=f"kv_cache_dtype '{wanted}' has"):
         KVCache(settings_of(7, 2, 3, kv_cache_dtype=wanted), 20).restore(6, cache.snapshot())
+
+
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("0/0/keys_zero", "kv_cache_dtype '.*belong to other settings"),
+        ("0/0/keys_scale_zero", "kv_cache_dtype '.*belong to other settings"),
+        ("0/0/queries", "'0/0/queries' is no layer's keys or values.*other settings; restart"),
+        ("positive/0/keys", "'positive/0/keys' is no layer's keys"),
+        ("0/keys", "'0/keys' is no layer's keys"),
+        ("1/0/values", "kv_cache_dtype '.*belong to other settings"),
+    ],
+)
+def test_tensors_that_are_no_keys_and_values_of_a_cache_are_refused(name, words, kv_cache_dtype):
+    settings = settings_of(7, 2, 3, kv_cache_dtype=kv_cache_dtype)
+    cache = KVCache(settings, 20)
+    fill(cache, cache.condition("only"), chunks=2)
+    snapshot = cache.snapshot()
+    KVCache(settings, 20).restore(6, snapshot)
+    with pytest.raises(ValueError, match=words):
+        KVCache(settings, 20).restore(6, snapshot | {name: snapshot["0/0/keys"]})
 
 
 def test_snapshots_are_restored_into_an_unused_cache():

@@ -31,6 +31,7 @@ from diagonal_sampler.wan_layout import WanDims, expected_names, expected_shapes
 from diagonal_sampler.weight_files import (
     MAX_NAME,
     WeightFile,
+    first_line,
     is_finite,
     listed,
     read_weight_file,
@@ -994,6 +995,11 @@ def test_dicts_that_share_their_insides_are_looked_at_once(tmp_path: Path) -> No
     assert read["t"].shape == (2, 3)
     assert short(shared({"t": Counted()})).startswith("{'a': {'a': ") and Counted.times < 10
     assert short({"t": [Counted()]}) == "{'t': [counted]}"
+
+
+def test_an_errors_first_line_is_fit_for_a_message() -> None:
+    assert first_line(OSError("\n a\x1bb\nsecond")) == "a\\x1bb"
+    assert first_line(ValueError("seventh"), 5) == "seven..." and first_line(ValueError("\n")) == "no details"
 
 
 def test_one_dict_under_many_names_is_each_of_them_and_read_once(tmp_path: Path, monkeypatch) -> None:

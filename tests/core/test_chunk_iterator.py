@@ -178,7 +178,7 @@ def test_given_context_is_cached_with_little_noise_of_its_own(mode):
         assert all((noises[0] - other).abs().max() > 0.5 for other in others)
         assert (noises[0][: len(noises[1])] - noises[1]).abs().max() > 0.5
     assert chunks[0].start_frame == 4
-    assert cache.start_frame == 10
+    assert cache.committed == 10
 
 
 def test_video_to_video_starts_from_the_source():
@@ -491,7 +491,7 @@ def test_an_interrupt_stops_at_once_and_leaves_the_cache_to_its_owner():
     with pytest.raises(KeyboardInterrupt):
         for chunk in sample_chunks(denoise, draw, DIAGONAL, cache, frames=9, frames_per_chunk=3):
             made.append(chunk)
-    assert (len(model.calls), len(made), cache.start_frame) == (5, 1, 3)
+    assert (len(model.calls), len(made), cache.committed) == (5, 1, 3)
     assert torch.is_grad_enabled()
     cache.free()
 

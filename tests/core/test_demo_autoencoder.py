@@ -107,5 +107,5 @@ def test_another_file_is_refused(tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="not the demo's autoencoder"):
+    with pytest.raises(ValueError, match="no 'demo_autoencoder' entry .* not the demo's autoencoder; give the demo_a"):
         load_demo_autoencoder(tmp_path / "x.safetensors")

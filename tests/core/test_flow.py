@@ -9,10 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diagonal_sampler.flow
 from diagonal_sampler.flow import (
-    WAN_CELL,
     NothingValid,
     OpticalFlow,
-    adapter_features,
     camera_flow,
     carry,
     fill_holes,
@@ -22,7 +20,9 @@ from diagonal_sampler.flow import (
     splat,
     tracks_flow,
 )
+from diagonal_sampler.flow_adapter import adapter_features
 from diagonal_sampler.flow_pictures import flow_colours, painted_flow, preview, usual_speed
+from diagonal_sampler.wan_layout import WAN_CELL
 
 
 def uniform(x: float, y: float, steps: int = 4, height: int = 12, width: int = 16) -> OpticalFlow:
@@ -427,7 +427,7 @@ def test_nothing_is_asked_of_a_device_that_carries_and_a_chunks_motion_goes_ther
         assert len(frames) == 8
         assert sent == [((steps, 12, 16, 2), True), ((steps, 12, 16), True)]
     with Unasked():
-        flow._resize(held.flow, held.valid, 6, 5)
+        flow.resize(held.flow, held.valid, 6, 5)
     with pytest.raises(AssertionError, match="__bool__"), Unasked():
         bool(picture.any())
 

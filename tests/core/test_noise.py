@@ -1,11 +1,13 @@
 """Seeded noise: a function of seed, chunk and step alone, and really Gaussian."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, SeededNoise
+from diagonal_sampler import noise as noise_module
+from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP, SeededNoise, allow_pinning, pinned_empty, send
 
 SHAPE = (2, 16, 6, 8)
 
@@ -98,3 +100,28 @@ def test_samples_taken_from_a_batch_keep_their_noise():
     for rows in ([0], [0, 1, 2], [0, -1], []):
         with pytest.raises(ValueError, match="2 samples need as many numbers from 0 on"):
             SeededNoise(5, SHAPE, rows=rows)
+
+
+def test_memory_is_pinned_only_where_it_may_and_can_be(monkeypatch):
+    """Else a copy to the GPU is a plain one; the tensor is a stand-in, for there may be no GPU here."""
+    cuda, host = torch.device("cuda"), torch.ones(2)
+    x = SimpleNamespace(shape=(2,), dtype=torch.float32, device=torch.device("cpu"), to=lambda *given, **named: named)
+    empty = torch.empty
+
+    def pinned(*given, pin_memory, **named):
+        found.append(empty(*given, **named))
+        return found[-1]
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    found = []
+    monkeypatch.setattr(noise_module, "_may_pin", True)
+    monkeypatch.setattr(torch, "empty", pinned)
+    assert pinned_empty((2, 3), torch.bool) is found[0] and found[0].shape == (2, 3) and found[0].dtype == torch.bool
+    assert send(host, torch.device("cpu")) is host and len(found) == 1
+    allow_pinning(False)
+    assert pinned_empty((2,), torch.bool) is None and send(x, cuda) == {} and len(found) == 1
+    allow_pinning(True)
+    monkeypatch.setattr(torch, "empty", refused)
+    assert pinned_empty((2,), torch.bool) is None and send(x, cuda) == {}

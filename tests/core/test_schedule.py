@@ -160,12 +160,13 @@ def test_a_chunk_that_begins_below_the_start_is_not_raised_to_it():
 
 
 def test_description_says_what_it_costs_and_saves():
-    text = DiagonalSchedule.preset("diagonal 4-3-2").describe(7)
+    text = DiagonalSchedule.preset("diagonal 4-3-2").describe()
     for part in ("4,3,2,2,...", "17 forwards", "7 chunks", "35", "2.06x", "noisy"):
         assert part in text, text
-    assert "..." not in DiagonalSchedule.preset("diagonal 4-3-2").describe(3)
-    assert DiagonalSchedule.preset("diagonal 4-3-2").describe(4).startswith("4,3,2,2 steps")
-    assert "1.00x" in DiagonalSchedule.preset("self forcing").describe(7)
+    for frames, steps in ((7, "4,3,2"), (6, "4,3,2,2")):  # of 3 and 4 chunks
+        short = replace(DiagonalSchedule.preset("diagonal 4-3-2"), frames_per_chunk=frames)
+        assert short.describe().startswith(f"{steps} steps")
+    assert "1.00x" in DiagonalSchedule.preset("self forcing").describe()
     # Five seconds of Wan, whatever a chunk holds.
     for frames, chunks in ((None, 7), (3, 7), (1, 21), (4, 6), (64, 1)):
         cost = replace(DiagonalSchedule.preset("self forcing"), frames_per_chunk=frames).cost()
@@ -173,7 +174,7 @@ def test_description_says_what_it_costs_and_saves():
 
 
 def test_what_is_saved_is_counted_against_the_most_steps_of_a_chunk():
-    cost = DiagonalSchedule.from_steps((2, 4)).cost(7)
+    cost = DiagonalSchedule.from_steps((2, 4)).cost()
     assert (cost.uniform_steps, cost.uniform_forwards) == (4, 5 * 7)
 
 

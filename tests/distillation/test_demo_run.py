@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import pytest
 import torch
+from tiny_run import same
 from torch import nn
 
 from distillation import train_flow, train_follow, train_levels
@@ -22,13 +24,14 @@ from distillation.demo_run import (
     make_adamw,
     read_run,
 )
-from distillation.recipes import option
+from distillation.recipes import DEMO, option
 
 
 @dataclass(frozen=True)
 class Recipe:
     updates: int = 4
     batch: int = 2
+    save_every: int = 2
 
 
 def training(path, recipe, **options) -> Training:
@@ -75,8 +78,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
         step(second, pace, update)
     second.save(4)
     one, other = load_checkpoint(whole.path), load_checkpoint(second.path)
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    assert same(one, other)
     assert not torch.equal(one["ema"]["weight"], one["model"]["weight"])
 
 
@@ -103,13 +105,36 @@ def test_averages_are_mostly_the_new_weights_at_first_and_later_the_old_ones():
 
 
 def test_losses_are_means_since_they_were_read():
-    losses = Losses("one")
-    losses.add(one=torch.tensor(1.0))
-    losses.add(one=torch.tensor(2.0))
-    assert losses.read(2) == "one 1.5000" and losses.read(2) == ""
+    losses = Losses()
+    assert losses.read(0) == ""
+    losses.add(one=torch.tensor(1.0), two=torch.tensor(4.0))
+    losses.add(one=torch.tensor(2.0), two=torch.tensor(4.0))
+    assert losses.read(2) == "one 1.5000, two 4.0000" == losses.read(2)
     losses.add(one=torch.tensor(float("nan")))
     with pytest.raises(ValueError, match=r"the loss \(one\) is nan by update 3"):
         losses.read(3)
+
+
+def test_checkpoints_come_when_they_are_due_and_at_the_end_and_none_of_a_loss_that_is_not_finite(tmp_path):
+    run, pace, kept = training(tmp_path / "run.pt", Recipe()), Pace(4, warmup=1), []
+
+    def saved(weights, done: int) -> None:
+        assert weights is run.ema.state
+        kept.append((done, read_run(run.path)["update"]))
+
+    def make(first: int, stop: int | None, loss: float) -> None:
+        losses = Losses()
+        for update in run.updates(pace, losses, first, stop, saved):
+            step(run, pace, update)
+            losses.add(loss=torch.tensor(loss))
+
+    make(0, 3, 1.0)
+    assert kept == [(2, 2), (3, 3)]
+    with pytest.raises(ValueError, match=r"the loss \(loss\) is nan by update 3"):
+        make(3, None, math.nan)
+    assert read_run(run.path)["update"] == 3
+    make(4, None, 1.0)
+    assert kept[2:] == [(4, 4)], "a run that is done is saved as it is"
 
 
 def test_a_run_goes_on_only_from_the_weights_that_it_began_with(tmp_path):
@@ -145,6 +170,13 @@ def test_every_field_of_a_recipe_is_a_flag_of_its_type():
             parser.parse_args(words)
     with pytest.raises(AssertionError, match="few: a flag cannot be"):
         add_fields(argparse.ArgumentParser(), Flags)
+
+
+@pytest.mark.parametrize("module", [train_levels, train_flow, train_follow])
+def test_a_run_that_is_not_there_is_a_line(module, tmp_path, capsys):
+    folders = ["--start", str(DEMO), "--out", str(tmp_path), "--export", str(tmp_path / "to")]
+    assert module.main([*folders, "--threads", "1"]) == 1
+    assert f"stopped: out={str(tmp_path)!r} holds no {module.CHECKPOINT}; train it first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_scenes_are_held_out_and_commands_are_what_they_say() -> None:
         assert commands["caption"][1] != sprites.PIXELS_PER_FRAME[spec.speed]
 
 
-def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path, capsys) -> None:
+def test_a_run_goes_on_and_its_table_says_who_obeys(tmp_path) -> None:
     options = Options(scenes=2, length=33, start_sigmas=(0.6, 0.5))
     first, second = Obedient(), Obedient()
     found = evaluate(first, options, tmp_path, first.modes)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import largest_difference, make_inputs, tiny_recipe, train_here, write_teacher
+from tiny_run import largest_difference, make_inputs, tiny_recipe, train_here, trainer_of, write_teacher
 from torch import Tensor
 
-from diagonal_sampler.flow import adapter_features, camera_flow
+from diagonal_sampler.flow import camera_flow
+from diagonal_sampler.flow_adapter import adapter_features
 from diagonal_sampler.wan_layout import FLOW_ADAPTER_KEYS
 from distillation import score, sprite_motion, sprites, train
 from distillation.export import export
 from distillation.flow_fields import FlowFields, synthetic_flow
 from distillation.networks import read_wan
-from distillation.ranks import join_ranks
 from distillation.rollout import stream
 
 CAPTION = "a red circle moves left"
@@ -33,12 +33,6 @@ def inputs(tmp_path_factory) -> Path:
 def flow_recipe(inputs: Path, **changes):
     usual = {"teacher": str(inputs / "teacher_flow.safetensors"), "flow_adapter": "sprites", "flow_dropout": 0.0}
     return tiny_recipe(inputs, **{**usual, **changes})
-
-
-def trainer_of(recipe, folder: Path) -> train.Trainer:
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = join_ranks()
-    return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------

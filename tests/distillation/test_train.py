@@ -30,6 +30,7 @@ from tiny_run import (
     start,
     tiny_recipe,
     train_here,
+    trainer_of,
     write_teacher,
 )
 from torch import Tensor, nn
@@ -73,12 +74,6 @@ def changed_command(recipe: Recipe, run: Path, change: str, *, ranks: int = 1) -
     usual = command(recipe, run, ranks=ranks)
     at = len(usual) - 1 - usual[::-1].index("-m")
     return [*usual[:at], str(script), *usual[at + 2 :]]
-
-
-def trainer_of(recipe: Recipe, folder: Path) -> train.Trainer:
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = join_ranks()
-    return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
 
 
 def rollout_of(trainer: train.Trainer, **changes) -> Rollout:
@@ -239,6 +234,30 @@ def test_guidance_keeps_the_keys_of_both_prompts_apart(inputs, tmp_path):
         negative=trainer.negative,
     )  # fmt: skip
     torch.testing.assert_close(torch.cat(list(clip), dim=2), expected)
+
+
+def test_a_prompt_can_change_in_mid_stream_and_what_was_made_be_cached_under_it(inputs, tmp_path):
+    trainer = trainer_of(tiny_recipe(inputs), tmp_path)
+    recipe, rollout, network = trainer.recipe, rollout_of(trainer), trainer.networks.student.network
+
+    def clip(context, **options) -> Tensor:
+        made = (context, rollout.noise, recipe.schedule, recipe.settings, 5)
+        return torch.cat(list(stream(network, *made, precision=torch.float32, **options)), dim=2)
+
+    def switched(again: bool) -> Tensor:
+        texts = [rollout.context]
+
+        def recache(chunk: int) -> bool:
+            if chunk == 1:
+                texts.append(-rollout.context)
+            return again and chunk == 1
+
+        return clip(lambda: texts[-1], recache=recache)
+
+    clips = clip(rollout.context), switched(False), switched(True)
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert torch.equal(clips[one][:, :, :2], clips[other][:, :, :2])
+        assert (clips[one][:, :, 2:] - clips[other][:, :, 2:]).abs().max() > 1e-3
 
 
 def test_memory_of_a_rollout_does_not_grow_with_its_length(inputs, tmp_path, monkeypatch):
@@ -1398,7 +1417,7 @@ def test_a_run_whose_time_is_up_ends_after_the_update_and_goes_on_later(inputs, 
     assert [update for update, _ in run_folder.checkpoints(tmp_path)] == [2, 3]
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(inputs, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(inputs, tmp_path, monkeypatch):
     """By a signal or after --seconds: after the update, with a checkpoint that no save_every asked for."""
     update, done = train.Trainer.update, []
 

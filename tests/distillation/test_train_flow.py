@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_run import same
 
 from diagonal_sampler.captions import tokenize_captions
 from diagonal_sampler.provenance import Provenance
@@ -27,16 +28,6 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train_flow.train_flow(TINY, DEMO, folder, CPU)
     return folder
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_two_updates_resumed_for_two_more_equal_four(run, tmp_path):

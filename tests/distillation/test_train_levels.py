@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_run import same
 
 from diagonal_sampler.frames import latent_frames
 from diagonal_sampler.schedule import parse_sigmas
@@ -35,6 +36,7 @@ TINY = LevelsRecipe(
     save_every=1,
 )
 OWN_ENDS = replace(TINY, ends="student", copies="removed", first_pool=5, first_batch=4)
+ALL_KINDS = replace(OWN_ENDS, switch_pool=6, switch_batch=5, switch_length=57)
 SWITCHING = replace(TINY, ends="none", switch_pool=6, switch_batch=5, switch_length=57)
 
 
@@ -65,7 +67,7 @@ def make_opening(recipe: LevelsRecipe, networks: Networks, trained: demo_files.T
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train_levels.train_levels(OWN_ENDS, DEMO, folder, CPU)
+    train_levels.train_levels(ALL_KINDS, DEMO, folder, CPU)
     return folder
 
 
@@ -343,27 +345,11 @@ def test_where_a_sprite_appears_pure_noise_is_answered_as_before(networks, train
     assert float(error[asked & new[:, None]].max()) < 1e-3 < float(error[asked & ~new[:, None]].mean())
 
 
-def test_a_resumed_run_with_switches_is_the_run_that_was_not_stopped(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_levels.train_levels(SWITCHING, DEMO, whole, CPU)
-    train_levels.train_levels(SWITCHING, DEMO, parts, CPU, stop=1)
-    train_levels.train_levels(SWITCHING, DEMO, parts, CPU)
-    one, other = (demo_run.load_checkpoint(folder / train_levels.CHECKPOINT)["model"] for folder in (whole, parts))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    train_levels.main(["--start", str(DEMO), "--out", str(whole), "--export", str(tmp_path / "f"), "--threads", "1"])
-    with safe_open(tmp_path / "f", framework="pt") as opened:
-        assert "2 updates of 8 windows, 5 windows with a switch among them" in opened.metadata()["recipe"]
-
-
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path):
-    train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU, stop=1)
-    path = train_levels.train_levels(OWN_ENDS, DEMO, tmp_path, CPU)
-    one, other = (demo_run.load_checkpoint(folder / train_levels.CHECKPOINT) for folder in (path.parent, run))
-    assert one["update"] == other["update"] == 2
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
-    started = demo_files.load_dit(STUDENT).state_dict()
-    assert any(not torch.equal(value, started[name]) for name, value in one["model"].items())
+    train_levels.train_levels(ALL_KINDS, DEMO, tmp_path, CPU, stop=1)
+    found = demo_run.load_checkpoint(train_levels.train_levels(ALL_KINDS, DEMO, tmp_path, CPU))
+    assert found["update"] == 2 and same(found, demo_run.load_checkpoint(run / train_levels.CHECKPOINT))
+    assert not same(found["model"], demo_files.load_dit(STUDENT).state_dict())
 
 
 def test_a_run_can_begin_with_the_mean_of_two(tmp_path):
@@ -400,7 +386,8 @@ def test_what_is_written_is_sampled_at_the_new_levels(run, tmp_path):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     made = "sigmas 1, 0.8, 0.6, 0.3; 1, 0.8, 0.3; 1, 0.3, student's ends, copies removed, seed 7"
-    assert f"distillation.train_levels, {made}, 2 updates of 7 windows" in header["recipe"]
+    counts = "2 updates of 12 windows, 5 windows with a switch among them"
+    assert f"distillation.train_levels, {made}, {counts}" in header["recipe"]
     assert header["recipe"].endswith(". note")
     assert demo_files.trained_for(file).schedule.sigmas == TINY.levels == parse_sigmas(TINY.sigmas)
     assert demo_files.trained_for(file).settings == demo_files.trained_for(STUDENT).settings
@@ -425,7 +412,5 @@ def test_bad_options_say_what_is_wrong(tmp_path):
         LevelsRecipe(switch_pool=8, switch_batch=8, switch_length=33)
     with pytest.raises(ValueError, match="Write numbers"):
         train_levels.train_levels(replace(TINY, sigmas="none"), DEMO, tmp_path, CPU)
-    with pytest.raises(ValueError, match="holds no levels.pt"):
-        train_levels.main(["--start", str(DEMO), "--out", str(tmp_path), "--export", str(tmp_path / "a.safetensors")])
     with pytest.raises(ValueError, match="sampled with clean context"):
         train_levels.train_levels(TINY, DEMO, tmp_path, CPU, student=DEMO / demo_files.TEACHER_FILE)

@@ -4,7 +4,8 @@ every run."""
 import pytest
 import torch
 
-from diagonal_sampler.flow import AdapterField, OpticalFlow, camera_flow, carry, tracks_flow
+from diagonal_sampler.flow import OpticalFlow, camera_flow, carry, tracks_flow
+from diagonal_sampler.flow_adapter import AdapterField
 from diagonal_sampler.schedule import DiagonalSchedule
 
 DIAGONAL = DiagonalSchedule.preset("diagonal 4-3-2")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import make_inputs, tiny_recipe
+from tiny_run import make_inputs, tiny_recipe, trainer_of
 
 from distillation import run_folder, train
 from distillation.ranks import Ranks
@@ -21,10 +21,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def trainer_on(device: str, folder: Path, inputs: Path, **changes) -> train.Trainer:
-    folder.mkdir()
-    ranks = Ranks(0, 1, torch.device(device), None)
-    recipe = tiny_recipe(inputs, **changes)
-    return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
+    return trainer_of(tiny_recipe(inputs, **changes), folder, Ranks(0, 1, torch.device(device), None))
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])

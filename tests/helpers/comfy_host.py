@@ -167,9 +167,7 @@ class ComfyServer:
         log_path: everything it printed.
     """
 
-    def __init__(
-        self, comfyui: Path, base_dir: Path, *, port: int | None = None, extra_args: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, comfyui: Path, base_dir: Path, *, port: int | None = None) -> None:
         self.output_dir = base_dir / "output"
         self.input_dir = base_dir / "input"
         self.log_path = base_dir / "server.log"
@@ -179,7 +177,7 @@ class ComfyServer:
         if not picture.exists():
             Image.new("RGB", (96, 64), (40, 90, 160)).save(picture)
         link_pack(base_dir / "custom_nodes")
-        self._comfyui, self._base_dir, self._asked_port, self._extra_args = comfyui, base_dir, port, extra_args
+        self._comfyui, self._base_dir, self._asked_port = comfyui, base_dir, port
         self._environment = dict(os.environ)
         self._start()
 
@@ -188,21 +186,21 @@ class ComfyServer:
         self.url = f"http://127.0.0.1:{port}"
         folders = {"base": self._base_dir, "output": self.output_dir}
         command = command_line(sys.executable, self._comfyui, **folders, port=port, gpu=USE_GPU)
-        command += ["--base-directory", str(self._base_dir), *self._extra_args]
+        command += ["--base-directory", str(self._base_dir)]
         if OTHER_FRONTEND:
             command += ["--front-end-root", OTHER_FRONTEND]
         with self.log_path.open("wb") as log:
             options = {"cwd": self._base_dir, "env": self._environment}
             self.process = CHILDREN.start(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
-    def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
+    def wait_ready(self) -> None:
         """Wait until the server answers. Raises RuntimeError with the log's end on failure."""
-        give_up = time.monotonic() + timeout
+        give_up = time.monotonic() + START_TIMEOUT_S
         again = True
         while time.monotonic() < give_up:
             if self.process.poll() is not None:
                 # Another program took the port between free_port and here.
-                if again and "--port" not in self._extra_args and PORT_IS_TAKEN.search(self.log_tail()):
+                if again and PORT_IS_TAKEN.search(self.log_tail()):
                     again = False
                     self._start()
                     continue
@@ -212,7 +210,7 @@ class ComfyServer:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise RuntimeError(f"ComfyUI did not answer within {timeout:.0f} s:\n{self.log_tail()}")
+        raise RuntimeError(f"ComfyUI did not answer within {START_TIMEOUT_S:.0f} s:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 60) -> str:
         """Return the last lines the server printed."""

@@ -24,7 +24,7 @@ LINKS: dict[str, list] = {
 SMALL: dict[str, dict[str, Any]] = {
     "DiagonalStreamVideo": {"width": 64, "height": 64, "length": 0.5, "context": None},
     "DiagonalChunkSampler": {"context": None, "optical_flow": None},
-    "DiagonalFlowConditioning": {"width": 64, "height": 64, "length": 9, "pan_x": 1.0},
+    "DiagonalFlowConditioning": {"width": 64, "height": 64, "length": 9, "pan_x": 1.0, "previous": None},
     "DiagonalPromptSchedule": {"previous": None},
     "DiagonalContextFrames": {"latent_frames": 1},
     "DiagonalModelLoader": {"ckpt_name": CHECKPOINT},

@@ -16,7 +16,7 @@ from torch import Tensor
 from diagonal_sampler.captions import CaptionEncoder, CaptionEncoderConfig, save_caption_encoder
 from diagonal_sampler.dit import WanConfig
 from distillation import run_folder, train
-from distillation.ranks import join_ranks
+from distillation.ranks import Ranks, join_ranks
 from distillation.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,13 @@ def tiny_recipe(inputs: Path, **changes: Any) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
+def trainer_of(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> train.Trainer:
+    """The trainer of a run in `folder`; `ranks` are those of this process by default."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = join_ranks() if ranks is None else ranks
+    return train.Trainer(recipe, train.read_all_prompts(recipe, folder, ranks), folder, ranks)
+
+
 def flags(recipe: Recipe) -> list[str]:
     """The command line that gives this recipe."""
     out = ["--recipe", recipe.name]
@@ -129,3 +136,14 @@ def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> flo
     """Over all tensors of two checkpoints, which must have the same names."""
     assert left.keys() == right.keys()
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values of checkpoints are equal, bit for bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other

@@ -13,7 +13,6 @@ from diagonal_sampler.settings import CausalSettings
 
 CONFIG = WanConfig(dim=128, ffn_dim=64, num_layers=2, text_dim=8, in_channels=4, out_channels=4, freq_dim=16)
 LATENT_SIZE = 4
-TOKENS_PER_FRAME = (LATENT_SIZE // 2) ** 2
 
 
 def tiny_dit(seed: int = 0, config: WanConfig = CONFIG) -> WanDiT:

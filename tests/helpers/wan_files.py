@@ -145,12 +145,12 @@ LORA_LAYERS = (
 LORA_RANK = 4
 
 
-def lora_pairs(seed: int = 7, layers: tuple[str, ...] = LORA_LAYERS) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def lora_pairs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """layer -> (up [out, rank], down [rank, in])."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(7)
     shapes = expected_shapes(DIMS)
     pairs = {}
-    for layer in layers:
+    for layer in LORA_LAYERS:
         out_features, in_features = shapes[f"{layer}.weight"]
         up = torch.randn(out_features, LORA_RANK, generator=generator) * 0.1
         pairs[layer] = (up, torch.randn(LORA_RANK, in_features, generator=generator) * 0.1)
@@ -212,11 +212,11 @@ LORA_LAYOUTS: dict[str, tuple[Callable[[dict], dict], str, float]] = {
 }
 
 
-def write_lora(folder: Path, layout: str, pairs: dict | None = None) -> tuple[Path, float]:
+def write_lora(folder: Path, layout: str) -> tuple[Path, float]:
     """Write a LoRA in this layout; returns its path and alpha / rank."""
     tree, suffix, scale = LORA_LAYOUTS[layout]
     path = folder / f"lora{suffix}"
-    content = tree(lora_pairs() if pairs is None else pairs)
+    content = tree(lora_pairs())
     if suffix == ".safetensors":
         save_file(content, path)
     else:

@@ -7,6 +7,8 @@ import json
 import pytest
 from wan_files import LAYOUTS, tiny_wan, write_lora
 
+pytestmark = pytest.mark.usefixtures("models")
+
 
 def graph(ckpt_name: str, lora_name: str = "none") -> dict:
     return {
@@ -39,12 +41,12 @@ def models(comfy_server):
         write_lora(folder / "loras", "longlive, generator_lora")[0],
         write_lora(folder / "diffusion_models", "peft, bare keys")[0],
     ]
-    yield folder
+    yield
     for file in made:
         file.unlink()
 
 
-def test_a_pickle_with_a_lora_loads_and_reports(comfy_server, models) -> None:
+def test_a_pickle_with_a_lora_loads_and_reports(comfy_server) -> None:
     outputs = comfy_server.run(graph("model.pt", "lora.pt"))
     report = outputs["2"]["text"][0]
     assert "model.pt: Wan text-to-video" in report
@@ -52,13 +54,23 @@ def test_a_pickle_with_a_lora_loads_and_reports(comfy_server, models) -> None:
     assert outputs["1"]["text"] == [report]
 
 
+def test_another_setting_uses_the_weights_that_comfyuis_cache_still_holds(comfy_server) -> None:
+    changed = graph("model.pt")
+    comfy_server.run(changed)
+    changed["1"]["inputs"] |= {"window": 9, "kv_cache_dtype": "int8"}
+    before = comfy_server.log_path.stat().st_size
+    report = comfy_server.run(changed)["2"]["text"][0]
+    assert "window 9, sink 3" in report and "KV cache in 8 bits" in report
+    assert b"model.pt: in memory already" in comfy_server.log_path.read_bytes()[before:]
+
+
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "C:\\x.pt", "model.pt\0"])
-def test_a_path_is_refused_before_anything_runs(name: str, comfy_server, models) -> None:
+def test_a_path_is_refused_before_anything_runs(name: str, comfy_server) -> None:
     with pytest.raises(ValueError, match="ckpt_name"):
         comfy_server.queue(graph(name))
 
 
-def test_the_refusal_of_a_file_reaches_the_user(comfy_server, models) -> None:
+def test_the_refusal_of_a_file_reaches_the_user(comfy_server) -> None:
     entry = comfy_server.wait(comfy_server.queue(graph("lora.pt")))
     assert entry["status"]["status_str"] == "error"
     assert "is a LoRA" in json.dumps(entry["status"])

@@ -450,6 +450,25 @@ def test_a_text_is_followed_through_the_nodes_it_comes_from():
     assert batch_jobs.find_prompt_targets(long, []) == [batch_jobs.Target("5000", "value")]
 
 
+def test_a_schedule_that_goes_on_from_another_takes_no_prompt_without_a_time():
+    """Its server would refuse each job: the first of its rows begins where another one does."""
+    later = _node("DiagonalPromptSchedule", text="5s: b", previous=["4", 0])
+    graph = {"1": later, "2": _encoder(), "3": SAMPLER, "4": _node("DiagonalPromptSchedule", text="0: a")}
+    known = r"node 1 \(DiagonalPromptSchedule\).*--prompt-node ID.*Candidates: 1\.text .*4\.text "
+    for node in (later, _node("DiagonalPromptSchedule", text=["5", 0], previous=["4", 0])):
+        with pytest.raises(batch_jobs.BatchError, match="goes on from its previous"):
+            batch_jobs.find_prompt_targets(graph | {"1": node, "5": _node("Text", value="5s: b")}, [])
+    with pytest.raises(batch_jobs.BatchError, match=known):
+        batch_jobs.find_prompt_targets(graph, [])
+    titled = _node("DiagonalPromptSchedule", "Prompt", text="5s: b", previous=["4", 0])
+    with pytest.raises(batch_jobs.BatchError, match="goes on from its previous"):
+        batch_jobs.find_prompt_targets({"1": titled, "4": _encoder()}, [])
+    for node_id in ("1", "4"):
+        assert batch_jobs.find_prompt_targets(graph, [node_id]) == [batch_jobs.Target(node_id, "text")]
+    graph["1"] = _node("DiagonalPromptSchedule", text="0: a", previous=["8", 0])  # which is not there
+    assert batch_jobs.find_prompt_targets(graph, []) == [batch_jobs.Target("1", "text")]
+
+
 def test_a_seed_behind_a_link_that_is_not_understood_is_a_place_too():
     graph = {"1": _node(seed=3), "2": _node(seed=["4", 0]), "4": _node("Random", low=1)}
     with pytest.raises(batch_jobs.BatchError, match=r"2 places for the seed; choose with --seed-node.*1\.seed.*4\.low"):

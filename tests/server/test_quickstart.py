@@ -239,6 +239,28 @@ def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch):
         server.choose_gpu("on")
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_gpu_on_which_no_kernel_runs_is_none(runs, monkeypatch, tmp_path, capsys):
+    kernel = "lambda *given, **named: Number()" if runs else "None  # of a build without kernels for an older GPU"
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_available = staticmethod(lambda: True)\n"
+        "class Number:\n    __add__ = lambda self, other: self\n    item = lambda self: 2.0\n"
+        f"ones = {kernel}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "PYTHON", sys.executable)
+    monkeypatch.setattr(server.sys, "platform", "linux")
+    monkeypatch.setattr(server.os.path, "exists", lambda path: True)
+    assert server.choose_gpu("auto") is runs
+    if runs:
+        assert server.choose_gpu("on") and capsys.readouterr().err == ""
+        return
+    says = "GPU of AMD or Intel, or one of NVIDIA's that is older than .* use the pack in a ComfyUI of your own.*driver"
+    assert re.search(f"warning: torch cannot use this machine's GPU; using the CPU. .*{says}", capsys.readouterr().err)
+    with pytest.raises(Problem, match=f"no CUDA GPU that it can use. .*{says}, or leave --gpu out"):
+        server.choose_gpu("on")
+
+
 def test_a_wrong_comfyui_dir_is_one_line(tmp_path):
     result = quickstart("--serve", "--no-job", COMFYUI_DIR=str(tmp_path))
     assert result.returncode == 1
@@ -611,6 +633,11 @@ def test_the_requirements_are_written_once_and_pin_nothing():
     listed = re.findall(r'"(.+?)"', re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL).group(1))
     assert listed == (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     assert all(re.fullmatch(r"[\w-]+(>=[\d.]+)?", name) for name in listed)
+
+
+def test_the_pack_says_of_no_kind_of_gpu_that_it_needs_it():
+    """ComfyUI-Manager would list it as conflicting on every machine whose GPU it does not name, to the letter."""
+    assert "Environment :: GPU" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_lock_pins_everything_and_names_no_registry():

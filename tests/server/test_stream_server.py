@@ -157,6 +157,7 @@ def test_cancel_resume_and_again(comfy_server, streams):
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
     assert json.loads(metadata["workflow"]) == workflow
     assert json.loads(metadata["prompt"])["stream"]["inputs"]["seed"] == 1
+    assert all(node.keys() == {"class_type", "inputs"} for node in json.loads(metadata["prompt"]).values())
 
     # The finished graph again is ComfyUI's to answer from its cache, as with Save Video; restart makes another.
     assert asyncio.run(run(comfy_server, graph))[0] == "execution_success"
