@@ -131,6 +131,22 @@ def test_what_is_written_is_the_student_with_an_adapter(run, tmp_path):
     assert [len(row) for row in player.trained.schedule.sigmas] == [4, 3, 2] and "adapter" in player.modes
 
 
+def test_the_adapter_can_be_written_stronger(run, tmp_path):
+    files = []
+    for strength in (1, 1.5):
+        folder = tmp_path / f"{strength}"
+        flags = ["--start", str(DEMO), "--out", str(run), "--export", str(folder), "--strength", f"{strength}"]
+        assert train_follow.main([*flags, "--threads", "1"]) == 0
+        files.append(folder / demo_files.STUDENT_FILE)
+    plain, strong = map(load_file, files)
+    for name, tensor in plain.items():
+        factor = 1.5 if name in FLOW_ADAPTER_KEYS else 1.0
+        torch.testing.assert_close(strong[name].float(), factor * tensor.float(), rtol=2e-3, atol=1e-6)
+    assert any(plain[name].any() for name in FLOW_ADAPTER_KEYS)
+    with safe_open(files[1], framework="pt") as opened:
+        assert opened.metadata()["recipe"].endswith(", adapter times 1.5")
+
+
 def test_seconds_end_a_run(tmp_path):
     path = train_follow.train_follow(replace(TINY, updates=1000), DEMO, tmp_path, CPU, seconds=0.0)
     assert demo_run.load_checkpoint(path)["update"] == 0

@@ -55,7 +55,14 @@ QUALITY = 82
 THUMBNAIL_WIDTH, README_WIDTH = 1280, 1600
 README_WORKFLOW = "endless_prompts"
 # The others show what they make.
-THUMBNAILS = ("wan_1_3b_self_forcing", "wan_1_3b_stream", "wan_1_3b_image_to_video", "krea_14b", "causal_any_wan")
+THUMBNAILS = (
+    "wan_1_3b_self_forcing",
+    "wan_1_3b_stream",
+    "wan_1_3b_image_to_video",
+    "wan_1_3b_camera_motion",
+    "krea_14b",
+    "causal_any_wan",
+)
 SIZES = {
     "1.3B": WanDims(dim=1536, depth=30, ffn_dim=8960, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16),
     "14B": WanDims(dim=5120, depth=40, ffn_dim=13824, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16),
@@ -64,15 +71,21 @@ SIZES = {
 
 def place_models(models: Path) -> None:
     """Every file that a workflow's note names: a safetensors header, and a hole for the weights."""
-    from comfy.taesd.taehv import TAEHV  # ComfyUI must be on the path
+    from comfy.ldm.wan.vae import WanVAE  # ComfyUI must be on the path
+    from comfy.taesd.taehv import TAEHV
 
+    decoders = {
+        "lighttae": lambda: TAEHV(16),
+        "wan_2.1_vae": lambda: WanVAE(dim=96, z_dim=16, temperal_downsample=[False, True, True]),
+    }
     for path in sorted((ROOT / "workflows").glob("*.json")):
         for folder, name in re.findall(r"in `(\w+)/`: \*\*([^*]+)\*\*", path.read_text(encoding="utf-8")):
             shapes = {"nothing": (1,)}
             if folder == "diffusion_models":
                 shapes = expected_shapes(SIZES["14B" if "14b" in name else "1.3B"])
-            elif name.startswith("lighttae"):
-                shapes = {tensor: tuple(value.shape) for tensor, value in TAEHV(16).state_dict().items()}
+            elif make := next((decoders[start] for start in decoders if name.startswith(start)), None):
+                with torch.device("meta"):
+                    shapes = {tensor: tuple(value.shape) for tensor, value in make().state_dict().items()}
             (models / folder).mkdir(parents=True, exist_ok=True)
             if name.endswith(".pt"):
                 with FakeTensorMode():
