@@ -29,7 +29,7 @@ from ..diagonal_sampler.memory import DecoderFacts, NetworkFacts
 from ..diagonal_sampler.provenance import Provenance
 from ..diagonal_sampler.quantization import QUANTIZATION_KEY
 from ..diagonal_sampler.wan_layout import count_blocks, expected_names
-from ..diagonal_sampler.weight_files import MARK_ELEMENTS, listed, printable, read_weight_shapes
+from ..diagonal_sampler.weight_files import MARK_ELEMENTS, first_line, listed, read_weight_shapes
 from .demo import load_demo_vae
 from .loading import host_model, loader_options
 from .stream_decode import stream_decoder
@@ -187,8 +187,8 @@ def _gguf_facts(path: Path, options: dict) -> FileFacts:
         facts = network_facts(_gguf_model(named, depth, options))
     except Exception as error:  # ComfyUI recognises a Wan by some names and takes the rest for granted
         raise ValueError(
-            f"weight file {path.name!r} is no whole Wan diffusion model ({_first_line(error)}); choose a Wan 2.1 file, "
-            "or download it again."
+            f"weight file {path.name!r} is no whole Wan diffusion model ({first_line(error, 500)}); choose a Wan 2.1 "
+            "file, or download it again."
         ) from error
     parameters = sum(prod(shape) for shape in named.values())
     network = replace(facts, weight_bytes=header.data_bytes, parameters=parameters)
@@ -226,7 +226,7 @@ def _decoder_facts(path: str, changed: int, size: int, frames: int, demo: bool) 
         with stream_decoder(vae) as decoder:
             cell_bytes = decoder.memory_required((1, vae.latent_channels, frames, 1, 1))
     except RuntimeError as error:
-        raise ValueError(f"{Path(path).name!r} cannot decode video: {_first_line(error)}") from error
+        raise ValueError(f"{Path(path).name!r} cannot decode video: {first_line(error, 500)}") from error
     return DecoderFacts(weight_bytes=vae.patcher.model_size(), cell_bytes=cell_bytes)
 
 
@@ -245,17 +245,13 @@ def _empty_vae(path: str) -> comfy.sd.VAE:
         with torch.device("meta"):
             vae = comfy.sd.VAE(sd=_on_meta(file.tree), device=torch.device("cpu"))  # nothing is done on a GPU
     except Exception as error:  # ComfyUI recognises a VAE by some keys and takes the others for granted
-        raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI can read: {_first_line(error)}") from error
+        raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI can read: {first_line(error, 500)}") from error
     if vae.first_stage_model is None:
         raise ValueError(f"{Path(path).name!r} is no VAE that ComfyUI knows.")
     # The number format is that of the device it will run on; a CPU's is float32.
     vae.vae_dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), vae.working_dtypes)
     vae.first_stage_model.to(vae.vae_dtype)
     return vae
-
-
-def _first_line(error: Exception) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0], 500)
 
 
 def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

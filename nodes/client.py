@@ -24,11 +24,6 @@ def asker() -> Asker:
     return Asker(getattr(server, "client_id", None), getattr(server, "last_prompt_id", None))
 
 
-def listens() -> bool:
-    """Whether the prompt that runs has a client."""
-    return asker().client_id is not None
-
-
 def send(event: str, data: dict[str, Any], *, to: Asker | None = None) -> None:
     """Send an event, in any thread; `prompt_id` is added to its data.
 

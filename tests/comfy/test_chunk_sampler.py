@@ -1486,12 +1486,11 @@ def test_without_a_client_nothing_is_sent(pack_module, tiny_wan, monkeypatch):
         report.frames(torch.zeros(1, 2, 2, 3), 1, 16)
     pack_module("nodes.finishing").ended_early("5")
     client.tell("5", "text")
-    assert not client.listens() and sent == []
+    assert sent == []
     client.send("e", {"a": 1}, to=client.Asker("D", "Q"))
     server.client_id = "C"
     client.send("e", {"a": 1})
     client.send("e", {"a": 1}, to=client.Asker(None, "Q"))
     client.tell("5", "text")
     client.tell(None, "text")
-    assert client.listens()
     assert sent == [("e", {"prompt_id": "Q", "a": 1}, "D"), ("e", {"prompt_id": "P", "a": 1}, "C"), ("text", "5", "C")]

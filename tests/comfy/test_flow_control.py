@@ -36,13 +36,6 @@ def control(pack_module):
     return pack_module("model_patches.flow_control")
 
 
-@pytest.fixture(scope="module")
-def demo_vae(pack_module):
-    demo = pack_module("nodes.demo_loader").DEMO_DIRECTORY
-    yield pack_module("model_patches.demo").load_demo_vae(demo / "demo_autoencoder.safetensors")
-    comfy.model_management.unload_all_models()
-
-
 @pytest.fixture
 def with_adapter(pack_module, tiny_wan_path, tmp_path):
     """`with_adapter(scale)`: the tiny Wan as a file with an adapter of random weights, loaded by this pack."""
