@@ -3,6 +3,8 @@
     python queue_batch.py workflows/api/demo.json --prompts prompts.txt --seeds 0-3,7 \
         --server http://127.0.0.1:8188 --server http://127.0.0.1:8189 --output output/batch
 
+A shot list (.csv, .tsv, .jsonl) in place of the prompts is one job a row, with columns for widgets of the graph.
+
 Each finished job is one line of JSON in the log (prompt, seed, file, seconds, server, status, error); with
 ``--resume`` the jobs the log has as done are skipped. A lost connection runs no job twice: every job carries
 an id of our own, which is looked up in the server's queue and history before it is queued again. The ids in
@@ -19,6 +21,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -30,7 +33,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 try:
     import aiohttp
@@ -58,20 +61,26 @@ from batch_jobs import (  # noqa: E402
     BatchLog,
     Graph,
     Job,
+    LocalFile,
     Target,
     failure,
     find_prompt_targets,
     find_seed_targets,
     graph_digest,
     graph_for,
+    is_shot_list,
     json_object,
     load_graph,
     make_jobs,
+    make_row_jobs,
     parse_seeds,
     printable,
     read_prompts,
+    read_shots,
     refusal,
     status_text,
+    takes_uploads,
+    widget_spec,
     without_login,
 )
 from diagonal_sampler.disk import whole_file  # noqa: E402
@@ -107,6 +116,10 @@ VIDEO_SUFFIXES = frozenset(".mp4 .webm .mkv .mov .avi .gif".split())
 
 class DownloadError(Exception):
     """A result that the server does not hand over."""
+
+
+class UploadError(Exception):
+    """A file of a shot list that is not what it was, or that the server does not take."""
 
 
 class ServerUnfit(Exception):
@@ -176,6 +189,8 @@ class Server:
     heard: float = 0.0  # when it last said something of a job that it has, went on to another or was connected
     quiet: bool = False  # whether a person was told that it says nothing
     renewed: bool = False  # whether its websocket was opened anew since it last said something
+    info: dict[str, Any] = field(default_factory=dict)  # /object_info of the nodes that were asked for
+    uploaded: set[str] = field(default_factory=set)  # names of files that it has, as long as it is connected
 
     @property
     def label(self) -> str:
@@ -186,12 +201,19 @@ class Server:
         self.heard, self.quiet, self.renewed = time.monotonic(), False, False
 
     async def request(
-        self, method: str, path: str, *, timeout: aiohttp.ClientTimeout = REQUEST_TIMEOUT, body: Any = None
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: aiohttp.ClientTimeout = REQUEST_TIMEOUT,
+        body: Any = None,
+        form: aiohttp.FormData | None = None,
     ) -> tuple[int, Any]:
         """The HTTP status and the JSON answer (None where it is not JSON)."""
+        content = {"json": body} if form is None else {"data": form}
         try:
             async with self.session.request(
-                method, self.url + path, json=body, timeout=timeout, headers=self.headers, allow_redirects=False
+                method, self.url + path, **content, timeout=timeout, headers=self.headers, allow_redirects=False
             ) as response:
                 raw = await response.read()
                 status = response.status
@@ -221,6 +243,30 @@ class Server:
 
     async def finished(self, prompt_id: str) -> dict[str, Any] | None:
         return (await self.get(f"/history/{prompt_id}")).get(prompt_id)
+
+    async def widget(self, graph: Graph, target: Target) -> tuple[Any, dict[str, Any]]:
+        """The type of a widget and its options, as this server has the node."""
+        class_type = graph[target.node_id]["class_type"]
+        if class_type not in self.info:
+            self.info |= {class_type: None} | await self.get(f"/object_info/{quote(class_type, safe='')}")
+        return widget_spec(self.info, class_type, target.name)
+
+    async def upload(self, file: LocalFile) -> None:
+        """Put a file into its input folder, under a name that says what is in it. Raises UploadError."""
+        if file.name in self.uploaded:
+            return
+        try:
+            content = await asyncio.to_thread(file.path.read_bytes)
+        except OSError as error:
+            raise UploadError(f"cannot read {file.path}: {error.strerror}") from error
+        if hashlib.sha256(content).hexdigest() != file.digest:
+            raise UploadError(f"{file.path} has changed since the batch began; start it again with --resume")
+        form = aiohttp.FormData({"type": "input", "overwrite": "true"})
+        form.add_field("image", content, filename=file.name, content_type="application/octet-stream")
+        status, answer = await self.request("POST", "/upload/image", form=form, timeout=DOWNLOAD_TIMEOUT)
+        if status != 200 or not isinstance(answer, dict) or answer.get("name") != file.name:
+            raise UploadError(f"the server did not take {file.path}: {status_text(status)}")
+        self.uploaded.add(file.name)
 
     async def cancel(self, jobs: list[Job]) -> bool:
         """Take our own jobs off the server, the waiting ones first; False if it does not answer."""
@@ -333,9 +379,10 @@ class Display:
     def job(self, record: dict[str, Any]) -> None:
         self.finished += 1
         outcome = record["file"] or "no file" if record["status"] == "done" else record["error"]
+        values = "".join(f"{name} {printable(str(value), 30)}  " for name, value in record.get("values", {}).items())
         self.line(
             f"[{self.finished}/{self.total}] {record['status']} {record['seconds']:.2f} s  "
-            f"seed {record['seed']}  {printable(record['prompt'], 60)}  {record['server']}  {outcome}"
+            f"seed {record['seed']}  {printable(record['prompt'], 60)}  {values}{record['server']}  {outcome}"
         )
         if self._progress:
             self._progress.update(self._all, completed=self.finished, note=f"{self.finished}/{self.total}")
@@ -386,6 +433,7 @@ class Batch:
         self.display = display
         self.failed = 0
         self.unfinished = len(jobs)
+        self.rows = [job.row for job in jobs if job.row]
 
     @property
     def over(self) -> bool:
@@ -465,6 +513,8 @@ class Batch:
                     if not server.open:
                         lost_since, backoff = connected, FIRST_BACKOFF_SECONDS
                     server.reached, server.open = True, not server.out
+                    server.info, server.uploaded = {}, set()  # it may be another than before
+                    await self._refuse_decimals(server)
                     await self._look_around(server)
                     await self._reconcile(server)
                     await self._pump(server, socket)
@@ -653,9 +703,36 @@ class Batch:
             return None, True
         return await server.finished(job.prompt_id), False
 
+    async def _refuse_decimals(self, server: Server) -> None:
+        """Raise BatchError for a decimal number where the server has a whole one: it would cut it off unasked."""
+        for row in self.rows:
+            for target in row.decimals(self.options.graph):
+                kind, _ = await server.widget(self.options.graph, target)
+                if kind == "INT":
+                    raise BatchError(
+                        f"{row.place}: {row.values[target]} is no whole number, as {target.node_id}.{target.name} needs"
+                    )
+
+    async def _graph_for(self, server: Server, job: Job) -> Graph:
+        """The graph of a job for a server, which has the local files of its row then. Raises UploadError."""
+        graph = graph_for(self.options.graph, job, self.options.prompt_targets, self.options.seed_targets)
+        for target, file in job.row.files.items() if job.row else ():
+            kind, options = await server.widget(self.options.graph, target)
+            if takes_uploads(options):
+                listed = kind if isinstance(kind, list) else options.get("options") or []
+                if file.name not in listed:  # an earlier run may have put it there
+                    await server.upload(file)
+            else:
+                graph[target.node_id]["inputs"][target.name] = file.cell  # a text that happens to be a file's name
+        return graph
+
     async def _post(self, server: Server, job: Job) -> None:
         """Queue a job under its own id."""
-        graph = graph_for(self.options.graph, job, self.options.prompt_targets, self.options.seed_targets)
+        try:
+            graph = await self._graph_for(server, job)
+        except UploadError as error:
+            self._turn_down(server, job, str(error))
+            return
         body = {"prompt": graph, "prompt_id": job.prompt_id, "client_id": server.client_id}
         self.log.start(job, server.url)
         job.attempts += 1
@@ -801,6 +878,7 @@ class Batch:
             "index": job.index,
             "prompt": job.prompt,
             "seed": job.seed,
+            **({"values": job.values} if job.values else {}),
             "file": files[0] if files else None,
             "files": files,
             "seconds": seconds,
@@ -854,8 +932,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Queue every (prompt, seed) of an API graph on one or several ComfyUI servers."
     )
     parser.add_argument("workflow", type=Path, help="graph in API form, such as workflows/api/demo.json")
-    parser.add_argument("--prompts", type=Path, required=True, help="UTF-8 text, one prompt a line (comments: #)")
-    parser.add_argument("--seeds", default="0", help="numbers and ranges, such as 0-3,7,9 (default: 0)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text, one prompt a line (comments: #); or a shot list, one job a row: .csv, .tsv or .jsonl with "
+        "the columns prompt, seed, name (of the files) and any ID.INPUT or Title.INPUT, widgets of the graph; an empty "
+        "cell keeps the graph's value, and a picture, video or sound beside the list is uploaded",
+    )
+    parser.add_argument(
+        "--seeds", help="numbers and ranges, such as 0-3,7,9 (default: 0); not where a shot list has a column for it"
+    )
     parser.add_argument("--server", action="append", help="address of a server; may be given several times")
     parser.add_argument("--output", type=Path, help="folder to download the results to (default: leave them there)")
     parser.add_argument("--log", type=Path, help="JSON-lines log (default: batch.jsonl, in --output if given)")
@@ -958,7 +1046,18 @@ def run_command(arguments: argparse.Namespace) -> int:
     prompt_targets = find_prompt_targets(graph, arguments.prompt_node)
     seed_targets = find_seed_targets(graph, arguments.seed_node)
     digest = graph_digest(graph, [*prompt_targets, *seed_targets])
-    jobs = make_jobs(read_prompts(arguments.prompts), parse_seeds(arguments.seeds), digest)
+    seeds = parse_seeds("0" if arguments.seeds is None else arguments.seeds)
+    if is_shot_list(arguments.prompts):
+        rows = read_shots(arguments.prompts, graph, prompt_targets, seed_targets)
+        has_seeds = rows[0].seed is not None
+        if has_seeds and arguments.seeds is not None:
+            raise BatchError(f"--seeds: {arguments.prompts} has a column for the seed; leave one of the two out")
+        jobs = make_row_jobs(rows, seeds, digest)
+        repeats = len(rows) * (1 if has_seeds else len(seeds)) - len(jobs)
+        if repeats:
+            print(f"{repeats} jobs of {arguments.prompts} repeat others and are not run twice")
+    else:
+        jobs = make_jobs(read_prompts(arguments.prompts), seeds, digest)
     addresses: dict[str, dict[str, str]] = {}
     for url, headers in map(server_address, arguments.server or ["http://127.0.0.1:8188"]):
         addresses[url] = headers or addresses.get(url, {})

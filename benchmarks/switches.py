@@ -1,12 +1,13 @@
-"""How soon does a new prompt show? The demo's captions switched in mid-run, with recache.
+"""How soon does a new prompt show? The demo's captions switched in mid-run, with recache and with a cut.
 
     python benchmarks/switches.py                                          # the table of demo/README.md
     python benchmarks/switches.py --dit student.safetensors --captions 32
-    python benchmarks/switches.py --after "1, .75, .5, .357; 1, .75, .357; 1, .357"    # steps begin anew at a switch
+    python benchmarks/switches.py --after "1, .75, .5, .357; 1, .75, .357; 1, .357"    # steps begin anew at a recache
 
 A clip is made of one caption, then goes on under another, its window's keys and values written again (LongLive's KV
-recache), as Diagonal Prompt Schedule does it. In each chunk from then on: the share of sprites of the new caption that
-have colour and shape as asked for, and of the old colours, the share that is still there though no longer asked for.
+recache) or forgotten (a cut), as Diagonal Prompt Schedule does it. In each chunk from then on: the share of sprites of
+the new caption that have colour and shape as asked for, and of the old colours, the share that is still there though no
+longer asked for.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def switched_clips(
     first: Sequence[str],
     then: Sequence[str],
     seed: int,
+    switch: str,
 ) -> Tensor:
     """Latents [B, C, T, 8, 8] of BEFORE chunks of the first captions and BEHIND of the others."""
     side = sprites.FRAME_SIZE // SPACE_FACTOR
@@ -68,7 +70,7 @@ def switched_clips(
     def recache(chunk: int) -> bool:
         nonlocal now
         now = int(chunk >= BEFORE)
-        return chunk == BEFORE
+        return chunk == BEFORE and switch == "recache"
 
     chunks = stream(
         dit,
@@ -79,6 +81,7 @@ def switched_clips(
         (BEFORE + BEHIND) * trained.settings.frames_per_chunk,
         precision=PRECISION,
         recache=recache,
+        cut=lambda chunk: chunk == BEFORE and switch == "cut",
     )
     return torch.cat(list(chunks), dim=2)
 
@@ -103,17 +106,17 @@ def main() -> None:
     begins = pixel_frames(BEFORE * trained.settings.frames_per_chunk)
     per_chunk = TIME_FACTOR * trained.settings.frames_per_chunk
     print(f"{chosen.captions} captions of seed {chosen.caption_seed}, seed {chosen.seed}; {per_chunk} frames a chunk\n")
-    print("| new prompt | sigmas from there on | colour and shape right, chunk by chunk | old colours still there |")
-    print("|---|---|---|---|")
+    print("| switch | new prompt | sigmas from there on | colour and shape right, by chunk | old colours still there |")
+    print("|---|---|---|---|---|")
     schedule = trained.schedule
-    for table in chosen.after or TABLES:
+    for switch, table in [*(("recache", table) for table in chosen.after or TABLES), ("cut", TABLES[-1])]:
         rows = [schedule.chunk_sigmas(chunk) for chunk in range(BEFORE)]
         after = parse_sigmas(table) if table else (schedule.chunk_sigmas(BEFORE),)
         sampled = replace(trained, schedule=replace(schedule, sigmas=(*rows, *after)))
         for kind, then in kinds.items():
             right: list[list[list[float]]] = [[] for _ in range(BEHIND)]
             left: list[list[list[float]]] = [[] for _ in range(BEHIND)]
-            latents = switched_clips(dit, encoder, sampled, first, then, chosen.seed)
+            latents = switched_clips(dit, encoder, sampled, first, then, chosen.seed, switch)
             for latent, old, new in zip(latents, first, then, strict=True):
                 frames = decode_frames(autoencoder, latent[None])[0][begins:]
                 for chunk, part in enumerate(frames.split(per_chunk)):
@@ -124,7 +127,7 @@ def main() -> None:
                 ", ".join(f"{100 * bootstrap([row for row in rows if row]).estimate:.0f}" for rows in kept)
                 for kept in (right, left)
             )
-            print(f"| {kind} | {levels_text(after)} | {shares}% | {stays}% |", flush=True)
+            print(f"| {switch} | {kind} | {levels_text(after)} | {shares}% | {stays}% |", flush=True)
 
 
 if __name__ == "__main__":

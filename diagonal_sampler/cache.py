@@ -57,7 +57,8 @@ class KVCache:
         self.time_scale = time_scale
         self.committed = 0  # latent frames before the current chunk
         self.frames = 0
-        self.dropped = 0  # latent frames between sink and history that skip_to left out
+        self.dropped = 0  # latent frames between sink and history that skip_to left out, and those before a cut
+        self.origin = 0  # latent frames before the last cut: positions and sink begin behind them
         self._begun = 0  # of a restored snapshot
         self._window_positions = settings.window_positions(total_frames)
         self._conditions: dict[Hashable, ConditionKV] = {}
@@ -81,12 +82,12 @@ class KVCache:
     @property
     def position(self) -> float:
         """RoPE position of the current chunk's first latent frame."""
-        return (self.committed - self.moved) * self.time_scale
+        return (self.committed - self.origin - self.moved) * self.time_scale
 
     @property
     def moved(self) -> int:
         """Latent frames by which the history's keys are moved down in time, for the current chunk too."""
-        return self.evicted if self._window_positions else 0
+        return self.evicted - self.origin if self._window_positions else 0
 
     @property
     def moves(self) -> bool:
@@ -138,11 +139,14 @@ class KVCache:
         self.committed += self.frames
         self.frames = 0
 
-    def kept_before(self, committed: int, frames: int) -> tuple[range, range]:
-        """Sink and history, by latent frame, that a chunk of `frames` sees after `committed` latent frames."""
-        kept = min(committed, self.capacity - frames)
+    def kept_before(self, committed: int, frames: int, origin: int = 0) -> tuple[range, range]:
+        """Sink and history, by latent frame, that a chunk of `frames` sees after `committed` latent frames.
+
+        origin: latent frames before the last cut.
+        """
+        kept = min(committed - origin, self.capacity - frames)
         sink = min(self.settings.sink, kept)
-        return range(sink), range(committed - (kept - sink), committed)
+        return range(origin, origin + sink), range(committed - (kept - sink), committed)
 
     def rewind(self, frames: int) -> tuple[range, range]:
         """Forget all keys and values, so that those which the next chunk sees can be written again.
@@ -161,10 +165,28 @@ class KVCache:
         """
         if self.frames:
             raise RuntimeError("KVCache.rewind inside a chunk; commit() it first.")
-        kept = self.kept_before(self.committed, frames)
-        self.committed = self.dropped = self._begun = 0
-        self._mark_written()
+        kept = self.kept_before(self.committed, frames, self.origin)
+        self._begin_at(self.origin)
         return kept
+
+    def cut(self) -> None:
+        """Forget all keys and values, sink included: the next chunk is as the first one of another clip.
+
+        Positions begin anew with it, also where they count from the start of the clip.
+
+        Raises:
+            RuntimeError: inside a chunk.
+        """
+        if self.frames:
+            raise RuntimeError("KVCache.cut inside a chunk; commit() it first.")
+        self.origin = self.committed
+        self._begin_at(self.origin)
+
+    def _begin_at(self, origin: int) -> None:
+        """Stand behind `origin` latent frames, the last cut's, with nothing written."""
+        self.committed = self.dropped = origin
+        self._begun = 0
+        self._mark_written()
 
     def skip_to(self, frame: int) -> None:
         """Go on at a later latent frame, as if those between had been evicted. The sink must be full.
@@ -252,6 +274,7 @@ class KVCache:
         dropped: int = 0,
         moved: int | None = None,
         begun: int = 0,
+        origin: int = 0,
     ) -> None:
         """Continue where a snapshot was taken, in a cache of the same settings that is still unused.
 
@@ -260,8 +283,8 @@ class KVCache:
 
         Args:
             committed: latent frames that were committed then.
-            dropped, moved, begun: the cache's of these names then. moved is None where a snapshot does not say: it is
-                then as this cache would count.
+            dropped, moved, begun, origin: the cache's of these names then. moved is None where a snapshot does not say:
+                it is then as this cache would count.
 
         Raises:
             ValueError: a snapshot that does not fit this cache.
@@ -273,7 +296,9 @@ class KVCache:
             raise ValueError(f"The snapshot ends at latent frame {committed}; the clip has {self.total_frames}.")
         if not 0 <= dropped <= committed:
             raise ValueError(f"dropped is {dropped}; it must be in [0, {committed}], the latent frames committed.")
-        self.committed, self.dropped, self._begun = committed, dropped, begun
+        if not 0 <= origin <= dropped:
+            raise ValueError(f"origin is {origin}; it must be in [0, {dropped}], the latent frames dropped.")
+        self.committed, self.dropped, self._begun, self.origin = committed, dropped, begun, origin
         filled = self.filled
         if moved is None:
             self.frames = begun
@@ -310,7 +335,7 @@ class KVCache:
     def forget(self, committed: int) -> None:
         """Drop every buffer and stand behind `committed` latent frames: for a snapshot whose window is written anew."""
         self.free()
-        self.committed, self.frames, self.dropped, self._begun = committed, 0, 0, 0
+        self.committed, self.frames, self.dropped, self._begun = committed, 0, self.origin, 0
 
     def free(self) -> None:
         """Drop every buffer, also of conditions that someone still holds. The cache must not be used afterwards."""

@@ -539,7 +539,9 @@ def _refuse_longlive2(tensors: Mapping[str, torch.Tensor], name: str) -> None:
 
 def _refuse_variant(bare: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise ValueError for a Wan network that needs more than latents and text, or another latent space."""
-    remedy = "use a Wan 2.1 text-to-video checkpoint (16 latent channels)"
+    remedy = (
+        "use a Wan 2.1 text-to-video checkpoint (16 latent channels), for a start image with Diagonal Context Frames"
+    )
     for key, variant in _VARIANTS:
         if key in bare:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .frames import TIME_FACTOR
 
-SWITCHES = ("recache", "keep", "blend")
+SWITCHES = ("recache", "keep", "blend", "cut")
 UNITS = ("seconds", "chunk")
 MAX_TIME = 1e9
 _WORDS = {
@@ -121,8 +121,10 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
         head, colon, prompt = _parted(line)
         found = _TIME.fullmatch(head.strip())
         if not colon or found is None:
+            belongs = "this row belongs to the prompt above" if rows else "it goes on in the rows below"
             raise ValueError(
                 f"Row {number} is {_short(line)!r}, which does not begin with a time and a colon. {GRAMMAR}"
+                + (f" A prompt is one row: if {belongs}, put it all on one line." if len(lines) > 1 else "")
             )
         value, unit = float(found["number"]), found["unit"].lower()
         if found["chunk"] and unit or unit not in _SECONDS:
@@ -201,8 +203,8 @@ class ChunkPrompt:
         text: the prompt.
         context: [1, tokens, text_dim] its embedding.
         switch: "recache" has the window's keys and values written again under it, "keep" leaves them, "blend" leaves
-            them and goes over from the prompt before in steps.
-        blend_chunks: chunks with a mixture, at least 1; no effect on the other two.
+            them and goes over from the prompt before in steps, "cut" forgets all that came before.
+        blend_chunks: chunks with a mixture, at least 1; no effect on the others.
     """
 
     chunk: int
@@ -280,17 +282,26 @@ def recached_chunks(prompts: Iterable[PromptPlace], first: int = 1) -> list[int]
     Args:
         first: the earliest that has something in its window; 0 behind given frames.
     """
+    return _chunks_of(prompts, first, "recache")
+
+
+def cut_chunks(prompts: Iterable[PromptPlace]) -> list[int]:
+    """The chunks before which all is forgotten, rising; never the first, which nothing of a video comes before."""
+    return _chunks_of(prompts, 1, "cut")
+
+
+def _chunks_of(prompts: Iterable[PromptPlace], first: int, switch: str) -> list[int]:
     last = {prompt.chunk: prompt.switch for prompt in prompts}  # of those of one chunk, the last counts
-    return sorted(chunk for chunk, switch in last.items() if chunk >= first and switch == "recache")
+    return sorted(chunk for chunk, its in last.items() if chunk >= first and its == switch)
 
 
-def schedule_row(recached: Sequence[int], chunk: int) -> int:
-    """The chunk, from 0, whose steps of the schedule chunk `chunk` takes: from the last recache on they begin anew.
+def schedule_row(begun: Sequence[int], chunk: int) -> int:
+    """The chunk, from 0, whose steps of the schedule chunk `chunk` takes: from the last of `begun` on, anew.
 
     What a new prompt shows is decided in the chunks behind it, as a clip's is in its first ones.
 
     Args:
-        recached: see `recached_chunks`.
+        begun: chunks of `recached_chunks` and `cut_chunks`, rising.
     """
-    begun = bisect_right(recached, chunk)
-    return chunk - recached[begun - 1] if begun else chunk
+    before = bisect_right(begun, chunk)
+    return chunk - begun[before - 1] if before else chunk

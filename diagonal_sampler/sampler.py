@@ -81,14 +81,17 @@ def count_recache(
     frames_per_chunk: int,
     chunk: int,
     context_frames: int = 0,
+    cut: int | None = None,
 ) -> int:
     """Forwards that writing the window again costs before chunk `chunk`, counted from 0 (see `recache`).
 
-    The same work for a clip of any length. The arguments are those of count_forwards.
+    The same work for a clip of any length. The arguments are those of count_forwards; cut is the last chunk before this
+    one that was cut to, None without one.
     """
     start = context_frames + chunk * frames_per_chunk
+    origin = 0 if cut is None else context_frames + cut * frames_per_chunk
     found = 0
-    for run in cache.kept_before(start, min(frames_per_chunk, frames - start)):
+    for run in cache.kept_before(start, min(frames_per_chunk, frames - start), origin):
         given = range(run.start, min(run.stop, context_frames))
         made = range(max(run.start, context_frames) - context_frames, run.stop - context_frames)
         found += schedule.given_forwards * _pieces_in(given, frames_per_chunk) + _pieces_in(made, frames_per_chunk)
@@ -176,6 +179,12 @@ class _History:
                     self.write(x0, made, sigma, at, made, rows)
                 self.cache.commit()
 
+    def cut(self) -> None:
+        """Forget everything: the next chunk is as the first one of another clip."""
+        self.cache.cut()
+        if self.finished is not None:
+            self.finished.clear()
+
     def keep(self, at: int, x0: Tensor) -> None:
         """Remember finished latents, and forget those that no later chunk sees."""
         if self.finished is None:
@@ -183,7 +192,8 @@ class _History:
         self.finished[at] = x0.detach()
         sink = self.cache.settings.sink
         oldest = self.cache.committed - (self.cache.capacity - sink)
-        for old in [old for old in self.finished if old >= sink and old + self.finished[old].shape[2] <= oldest]:
+        free = [old for old in self.finished if old - self.cache.origin >= sink]
+        for old in [old for old in free if old + self.finished[old].shape[2] <= oldest]:
             del self.finished[old]
 
 
@@ -202,6 +212,7 @@ def sample_chunks(
     recache: Callable[[int], bool] | None = None,
     history: dict[int, Tensor] | None = None,
     schedule_row: Callable[[int], int] = lambda chunk: chunk,
+    cut: Callable[[int], bool] = lambda chunk: False,
 ) -> Iterator[Chunk]:
     """Denoise a clip chunk by chunk, each conditioned through the cache on the ones before it.
 
@@ -229,6 +240,9 @@ def sample_chunks(
             It is kept here; a caller that goes on at `first_chunk` gives what it was then.
         schedule_row: chunk index -> the chunk whose steps and noise levels of the schedule it takes, its own by
             default; asked after `recache`, which may begin them anew, and not to change for a chunk that is made.
+        cut: asked with a chunk's index after `recache`, whose answer then does not count. True has the cache forget all
+            that came before, context and sink too: the chunk is made as the first one of another clip, from the noise
+            of its own index.
 
     Yields:
         Chunk, in order.
@@ -259,7 +273,10 @@ def sample_chunks(
         start += piece
 
     for index, count in list(enumerate(counts))[first_chunk:]:
-        if recache is not None and recache(index):
+        again = recache is not None and recache(index)
+        if cut(index):
+            past.cut()
+        elif again:
             past.write_again(count)
         sigmas = schedule.chunk_sigmas(schedule_row(index))
         exit_at = None if exit_step is None else exit_step(index)

@@ -76,8 +76,11 @@ class Preset:
 
 
 EVEN_TIMES = None
-# The diagonal times are the release's timesteps 1000, 933, 733 and 357 snapped to the 1000-entry table of shift 5.
+# Timesteps 1000, 933, 733 and 357 of the authors' earlier code (81c5a80), snapped to the 1000-entry table of shift 5.
 _DIAGONAL = (1.0, 0.736, 0.354, 0.1)
+# The authors' code of commit 24ef1c9 warps all four by the shift: timesteps 1000, 937.5, 833.33 and 357.14. Its
+# sampling runs no cache pass; its training wrote the cache under noise of level 0.1.
+_DIAGONAL_WARPED = (1.0, 0.75, 0.5, 0.1)
 # Noise levels 1, 0.75, 0.5 and 0.357: the demo's student (distillation.train_levels).
 _DEMO = (1.0, 3 / 8, 1 / 6, 0.1)
 _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
@@ -90,6 +93,7 @@ PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2": Preset(_DIAGONAL, (4, 3, 2), "noisy"),
     "demo 4-3-2": Preset(_DEMO, (4, 3, 2), "noisy"),
     "diagonal 4-2": Preset(_DIAGONAL, (4, 2), "noisy"),
+    "diagonal 4-3-2 warped": Preset(_DIAGONAL_WARPED, (4, 3, 2), "noisy"),
     "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causvid": Preset(_CAUSVID, (3,), "clean", shift=_CAUSVID_SHIFT),
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),

@@ -176,11 +176,15 @@ def temporal_difference(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def motion_weights(difference_error: Tensor) -> Tensor:
-    """Released weights of the latent-frame differences: w = 0.7 * (1 + share) + 0.3 * 1.2^t / mean(1.2^t).
+    """Weights of the latent-frame differences: w = 0.7 * (1 + share) + 0.3 * 1.2^t / mean(1.2^t).
 
     "Cumulative error share" is read as: the sum of the errors of differences 0 to t, t itself included, over the sum
     of all errors of the same sample. It therefore rises from the first error's part to exactly 1, and a difference
     weighs more the more error has piled up before it. Without any error the share is 0. METHOD.md section 3.
+
+    The numbers are the authors', the error is not: in both versions of their code (commits 81c5a80 and 24ef1c9) it is
+    the mean of (g_m - x[t+1])^2 over C, H and W, of the normalised direction and the latent frame itself. What is
+    shipped was trained with the error here.
 
     Args:
         difference_error: [B, T-1] mean over C, H and W of |D fake - D real|, at least 0.
@@ -208,9 +212,9 @@ def motion_loss(denoised: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Flow distribution matching on latent differences: 0.5 * mean(w * (D x - stop(D x - g_m))^2).
 
     g_m = (D fake - D real) / mean|D x - D real|, the mean per sample; w from `motion_weights`. This differs from the
-    release on purpose: its mean(w * g_m^2) is made of stopped tensors, a constant in x, so no gradient of it reaches
-    the generator. The value here is half of the released one, and the gradient in D x is w * g_m / numel(D x).
-    METHOD.md section 3.
+    authors' code of commit 81c5a80 on purpose: its mean(w * g_m^2) is made of stopped tensors, a constant in x, so no
+    gradient of it reaches the generator. As of commit 24ef1c9 theirs is mean(w * (D x - stop(D x - g_m))^2), which has
+    one. The value here is half of either, and the gradient in D x is w * g_m / numel(D x). METHOD.md section 3.
 
     Args:
         denoised: [B, C, T, H, W] the generator's x0, T at least 2; the only argument that gets a gradient.

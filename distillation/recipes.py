@@ -28,6 +28,9 @@ def option(default: Any, text: str) -> Any:
 class Recipe:
     """Everything a run depends on. The released hyper-parameters (METHOD.md, section 4) are the defaults.
 
+    `motion_scale` 0.2 is from code whose motion term had no gradient (commit 81c5a80). In the authors' code as of
+    commit 24ef1c9 it has one, ten times as strong beside the spatial term's: motion_scale 2, or motion_weight 10.
+
     Raises:
         ValueError: a value out of range, named with its rule.
     """
@@ -84,9 +87,10 @@ class Recipe:
     score_high: float = option(0.98, "largest noise level of a score")
     dmd_weight: float = option(1.0, "weight of the spatial distribution matching loss")
     motion_weight: float = option(1.0, "the paper's gamma: weight of all motion terms; 0 turns them off")
-    motion_scale: float = option(0.2, "weight of the motion distribution matching loss under gamma")
-    motion_form: str = option("differences", "differences (released) or head (the paper's conv + MLP)")
+    motion_scale: float = option(0.2, "weight of the motion distribution matching loss under gamma; of 24ef1c9: 2")
+    motion_form: str = option("differences", "differences (the authors' code) or head (the paper's conv + MLP)")
     regression_weight: float = option(0.0, "weight of the regression terms: x0 and, with head, motion features")
+    motion_regression_weight: float = option(-1.0, "of the motion features' under gamma; -1: --regression-weight's")
 
     # Optimisation
     seed: int = option(0, "seed of everything")
@@ -155,6 +159,11 @@ class Recipe:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.motion_regression_weight < 0 and self.motion_regression_weight != -1:
+            raise ValueError(
+                f"motion_regression_weight is {self.motion_regression_weight}; it must be 0 or more, or -1 for "
+                "regression_weight's."
+            )
         for name in ("beta1", "beta2", "ema_decay", "flow_dropout", "opening_share", "given_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
@@ -256,6 +265,12 @@ class Recipe:
     def sample_cfg(self) -> float:
         """Guidance of sample clips: stage forcing's student is sampled like a teacher, a few-step one never guided."""
         return self.cfg if self.stage == "forcing" else 1.0
+
+    @property
+    def motion_regression(self) -> float:
+        """Weight of the regression on motion features, under gamma."""
+        own = self.motion_regression_weight
+        return self.regression_weight if own == -1 else own
 
     @property
     def distils(self) -> bool:

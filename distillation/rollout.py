@@ -217,6 +217,7 @@ def stream(
     watch: Callable[[Tensor, Forward], None] | None = None,
     source: Callable[[int, int], Tensor] | None = None,
     recache: Callable[[int], bool] | None = None,
+    cut: Callable[[int], bool] = lambda chunk: False,
     after: Callable[[Tensor, Forward], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Samples a clip as at inference and yields its chunks, [B, C, frames_per_chunk, H, W] each.
@@ -226,7 +227,7 @@ def stream(
         negative: [1, tokens, text_dim], needed where cfg is not 1.
         optical_flow: [B, 4, frames, H, W] what the adapter is given, with both; or None.
         watch: sees the input of every forward.
-        source, recache: of `sample_chunks`.
+        source, recache, cut: of `sample_chunks`.
         after: (x0, forward) -> the x0 to go on with, of every forward.
     """
     cache = KVCache(settings, frames)
@@ -250,7 +251,15 @@ def stream(
     size = settings.frames_per_chunk
     try:
         for chunk in sample_chunks(
-            denoise, noise, schedule, cache, frames=frames, frames_per_chunk=size, source=source, recache=recache
+            denoise,
+            noise,
+            schedule,
+            cache,
+            frames=frames,
+            frames_per_chunk=size,
+            source=source,
+            recache=recache,
+            cut=cut,
         ):
             yield chunk.latents
     finally:

@@ -195,7 +195,7 @@ class Trainer:
             self.learners.append(self.fake_score)
             if recipe.motion_form == "head" and recipe.motion_weight:
                 self.heads = self._motion_heads()
-                if recipe.regression_weight:  # without a regression term its features stay as they are: random
+                if recipe.motion_regression:  # without a regression term its features stay as they are: random
                     parameters = dict(self.heads[0].named_parameters())
                     self.head = Learner("motion_head", parameters, recipe.motion_head_learning_rate, recipe)
                     self.learners.append(self.head)
@@ -453,7 +453,7 @@ class Trainer:
         if recipe.motion_weight and self.heads is not None:
             motion = losses.motion_head_losses(seen, real, fake, *self.heads)
             terms["motion"] = recipe.motion_weight * recipe.motion_scale * motion.dmd
-            terms["motion_regression"] = recipe.motion_weight * recipe.regression_weight * motion.regression
+            terms["motion_regression"] = recipe.motion_weight * recipe.motion_regression * motion.regression
         elif recipe.motion_weight:
             terms["motion"] = recipe.motion_weight * recipe.motion_scale * losses.motion_loss(seen, real, fake)
         (sum(terms.values(), torch.zeros((), device=clip.device)) / self.accumulation).backward()
@@ -728,6 +728,8 @@ def doubts(recipe: Recipe, device: torch.device, prompts: PromptSet) -> Iterator
             "no --student: the few-step student starts from a teacher that sees whole clips; the method starts from "
             "one made causal by stage ode or forcing"
         )
+    if recipe.stage in ("ode", "distill", "long"):
+        yield from recipe.schedule.warnings()
     if device.type == "cpu" and recipe.dim >= SMALLEST_WAN:
         yield "torch finds no GPU here, and a network of Wan's size trains on CPUs for months"
     negative = prompts.negative_row

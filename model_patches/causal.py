@@ -360,7 +360,7 @@ def _require_text_to_video(network: torch.nn.Module) -> None:
     if kind not in (WanModel, CausalWanModel) or network.model_type != "t2v" or network.ref_conv is not None:
         raise ValueError(
             f"The MODEL is a {kind.__name__} of type {network.model_type}: only Wan 2.1 text-to-video models can "
-            "stream chunk by chunk. For a start image use a text-to-video model with ARVideoI2V."
+            "stream chunk by chunk. For a start image use a text-to-video checkpoint with Diagonal Context Frames."
         )
     # ComfyUI knows Wan 2.2's image-to-video models, and those of another VAE, as text-to-video ones.
     channels = network.in_dim, network.out_dim
@@ -368,7 +368,7 @@ def _require_text_to_video(network: torch.nn.Module) -> None:
         raise ValueError(
             f"The MODEL takes {channels[0]} latent channels and gives {channels[1]}, a Wan 2.1 text-to-video model "
             f"{LATENT_CHANNELS}: this is {variant_of(*channels)}, which cannot stream chunk by chunk. Load a Wan 2.1 "
-            "text-to-video model."
+            "text-to-video model, for a start image with Diagonal Context Frames."
         )
 
 

@@ -119,7 +119,11 @@ def _unsupported(extra: dict[str, Any]) -> str | None:
         return "an area in percent or in time. Use ConditioningSetArea, in pixels."
     for key, what in UNSUPPORTED_CONDITIONS.items():
         if extra.get(key) is not None:
-            return f"{what} ({key}), which a causal text-to-video model cannot follow chunk by chunk. Remove it."
+            instead = " For a start image use Diagonal Context Frames with a text-to-video checkpoint."
+            return (
+                f"{what} ({key}), which a causal text-to-video model cannot follow chunk by chunk. Remove it."
+                f"{instead if key == 'concat_latent_image' else ''}"
+            )
     for hook in extra["hooks"].hooks if extra.get("hooks") is not None else ():
         if len(hook.hook_keyframe.keyframes) > 1:
             return (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import comfy.model_management
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -174,3 +175,21 @@ def flow_preview(
     else:
         text = "nowhere are both motions known"
     return preview(images, fitted, measured, speed=speed), text
+
+
+def thinned(panels: Tensor, *, most: int, most_pixels: int) -> tuple[list[Tensor], int]:
+    """Fewer and smaller pictures of a video, for a quick look at it.
+
+    Args:
+        panels: [N, H, W, 3] in 0..1.
+        most: pictures; of more every second, third, ... one is taken, from the first on.
+        most_pixels: of the longer side; larger ones are made smaller, in their own shape.
+
+    Returns:
+        Pictures [h, w, 3], and how many of `panels` each stands for.
+    """
+    every = -(-len(panels) // most)
+    scale = min(1.0, most_pixels / max(panels.shape[1:3]))
+    size = [max(1, round(pixels * scale)) for pixels in panels.shape[1:3]]
+    kept = (panel.movedim(-1, 0)[None] for panel in panels[::every])
+    return [F.interpolate(panel, size, mode="area")[0].movedim(0, -1) for panel in kept], every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,17 +14,30 @@ from PIL import Image
 
 from .video_writer import png_name
 
+TOLERANCE = 1e-6
+"""Of a frame: seconds are floats, and a frame's moment is seldom one."""
+
 
 class PngVideo(Input.Video):
-    """A folder of PNG images as ComfyUI's VIDEO; the images are read when somebody asks for them."""
+    """A folder of PNG images as ComfyUI's VIDEO; the images are read when somebody asks for them.
 
-    def __init__(self, folder: Path, rate: Fraction) -> None:
+    Args:
+        folder: of images named by png_name, from 1 on.
+        rate: frames a second.
+        first: images before the video's first.
+        count: its images; None for all that follow.
+    """
+
+    def __init__(self, folder: Path, rate: Fraction, *, first: int = 0, count: int | None = None) -> None:
         self.folder = folder
         self.rate = rate
+        self.first = first
+        self.count = count
 
     def _paths(self) -> Iterator[Path]:
-        number = 1
-        while (path := self.folder / png_name(number)).is_file():
+        number = self.first + 1
+        end = math.inf if self.count is None else number + self.count
+        while number < end and (path := self.folder / png_name(number)).is_file():
             yield path
             number += 1
 
@@ -42,11 +56,26 @@ class PngVideo(Input.Video):
     def save_to(self, *args: Any, **kwargs: Any) -> None:
         return self._loaded().save_to(*args, **kwargs)
 
-    def as_trimmed(self, *args: Any, **kwargs: Any) -> Input.Video | None:
-        return self._loaded().as_trimmed(*args, **kwargs)
+    def as_trimmed(
+        self, start_time: float | None = None, duration: float | None = None, strict_duration: bool = False
+    ) -> Input.Video | None:
+        """A part of it, whose images alone are read; None where it has no frame, or with `strict_duration` too few.
+
+        Args:
+            start_time: seconds; below 0 they count from the end.
+            duration: seconds; 0 for all that follows.
+        """
+        start, duration, frames = start_time or 0.0, duration or 0.0, self.get_frame_count()
+        begins = max(start * self.rate + (frames if start < 0 else 0), 0.0)
+        first = math.ceil(begins - TOLERANCE)
+        end = min(math.ceil(begins + duration * self.rate - TOLERANCE), frames) if duration else frames
+        short = strict_duration and end - begins < duration * self.rate - TOLERANCE
+        if end <= first or short:
+            return None
+        return PngVideo(self.folder, self.rate, first=self.first + first, count=end - first)
 
     def get_dimensions(self) -> tuple[int, int]:
-        with Image.open(self.folder / png_name(1)) as image:
+        with Image.open(self.folder / png_name(self.first + 1)) as image:
             return image.size
 
     def get_frame_count(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..diagonal_sampler.prompt_schedule import (
     ChunkPrompt,
     PromptTime,
     context_at,
+    cut_chunks,
     latest_prompt,
     parse_prompts,
     recached_chunks,
@@ -46,6 +48,10 @@ ROWS_SUFFIX = ".prompts.txt"
 """Of the prompts that a video was given while it was made, as rows, beside it."""
 ROWS_HEAD = "# Prompts given meanwhile, as rows of Diagonal Prompt Schedule:"
 """How they begin; a file that begins otherwise is a person's."""
+NO_CUT = (
+    "Switch cut of Diagonal Prompt Schedule forgets the picture before, and Diagonal Flow Conditioning in mode {mode} "
+    "carries it on. Use switch recache, or the flow's mode adapter."
+)
 ENDED, CANCELLED = "The run ended before it could take the prompt.", "The run was cancelled."
 
 
@@ -130,6 +136,8 @@ def schedule_prompts(
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0 frames a second (Wan: 16).")
     rows = parse_prompts(text)
+    if len(rows) == 1 and " | " in rows[0].text:
+        log.warning("The text is one prompt, ' | ' included: each prompt takes a row of its own.")
     extra: dict[str, Any] = {}
     before: tuple[PromptEntry, ...] = ()
     source = PromptSource({})
@@ -388,8 +396,9 @@ class PromptRun:
         schedule: from the positive conditioning.
         chunks, frames_per_chunk, context_frames: of the clip; the last two in latent frames.
         set_context: puts an embedding into the run's conditions.
-        recache_forwards: chunk -> forwards that writing its window again takes.
-        levels: the run's schedule, whose steps begin anew at a recache; None where every chunk has its own.
+        recache_forwards: (chunk, the last cut before it or None) -> forwards that writing its window again takes.
+        levels: the run's schedule, whose steps begin anew at a recache and a cut; None where every chunk has its own.
+        refused_cut: why a cut cannot be; empty where it can.
         box: where live prompts come from.
         after_encoding: called when the CLIP has been used, which may have pushed the model out of memory.
         first_chunk: the run begins here; what only earlier chunks show is not encoded.
@@ -404,8 +413,9 @@ class PromptRun:
         frames_per_chunk: int,
         context_frames: int,
         set_context: ConditionSetter,
-        recache_forwards: Callable[[int], int],
+        recache_forwards: Callable[[int, int | None], int],
         levels: DiagonalSchedule | None = None,
+        refused_cut: str = "",
         box: PromptBox | None = None,
         after_encoding: Callable[[], None] = lambda: None,
         first_chunk: int = 0,
@@ -414,13 +424,14 @@ class PromptRun:
         self.schedule, self.box = schedule, box
         self._chunks = chunks
         self._set, self._recache_forwards, self._after_encoding = set_context, recache_forwards, after_encoding
-        self._levels = levels
+        self._levels, self._refused_cut = levels, refused_cut
         self._next = first_chunk  # the chunk that the next live prompt can begin with
         self._current: Tensor | None = None
         self.live = list(live)
         written = _resolve(schedule, chunks, frames_per_chunk, context_frames)
         known = sorted([*written, *live], key=lambda prompt: prompt.chunk)
-        self._recached = recached_chunks(known)
+        self._recached, self._cuts = recached_chunks(known), cut_chunks(known)
+        self._require_cuts(self._cuts)
         self._count()
         # The chunk before the first is what a live prompt would blend from.
         seen = known[seen_from(known, max(0, first_chunk - 1)) :]
@@ -436,18 +447,33 @@ class PromptRun:
         """Those of `extra_forwards` that the chunks before `chunk` took."""
         return sum(forwards for at, forwards in self._costs.items() if at < chunk)
 
+    def _require_cuts(self, cuts: Sequence[int]) -> None:
+        """Raises ValueError where there are cuts in a run that cannot have any."""
+        if cuts and self._refused_cut:
+            raise ValueError(self._refused_cut)
+
+    def last_cut(self, chunk: int) -> int | None:
+        """The last chunk before `chunk` that is cut to; None without one."""
+        before = bisect_left(self._cuts, chunk)
+        return self._cuts[before - 1] if before else None
+
+    def cuts(self, chunk: int) -> bool:
+        """Whether all is to be forgotten before `chunk`, which `begin` was called with."""
+        return chunk in self._cuts
+
     def _count(self) -> None:
-        """Forwards that all known recaches take, and the steps that begin anew behind them: by chunk, and in all."""
-        self._costs = {chunk: self._recache_forwards(chunk) for chunk in self._recached}
+        """Forwards that all known recaches take, and the steps that begin anew: by chunk, and in all."""
+        self._costs = {chunk: self._recache_forwards(chunk, self.last_cut(chunk)) for chunk in self._recached}
+        self._begun = sorted([*self._recached, *self._cuts])
         if (levels := self._levels) is not None:
-            for chunk, end in pairwise([*self._recached, self._chunks]):
+            for chunk, end in pairwise([*self._begun, self._chunks]):
                 for at in range(chunk, min(end, chunk + len(levels.sigmas) - 1)):
                     self._costs[at] = self._costs.get(at, 0) + levels.steps(at - chunk) - levels.steps(at)
         self.extra_forwards = sum(self._costs.values())
 
     def schedule_row(self, chunk: int) -> int:
         """The chunk whose steps chunk `chunk` takes."""
-        return chunk if self._levels is None else schedule_row(self._recached, chunk)
+        return chunk if self._levels is None else schedule_row(self._begun, chunk)
 
     def begin(self, chunk: int) -> bool:
         """Condition the run on what `chunk` shows; whether its window is to be written again first."""
@@ -521,14 +547,17 @@ class PromptRun:
 
     def _add(self, prompt: LivePrompt) -> None:
         added = self._encode(prompt)
+        self._require_cuts(cut_chunks([added]))
         # Of the prompts of one chunk the last counts: this one.
         prompts = sorted([*self._prompts, added], key=lambda known: known.chunk)
         for known in prompts:
             if known.switch == "blend" and known.chunk >= added.chunk:
                 context_at(prompts, known.chunk)  # refuses a blend that cannot be, before anything has changed
         self._prompts = prompts
-        kept = {chunk for chunk in self._recached if chunk != added.chunk}  # its own switch counts there
-        self._recached = sorted(kept.union(recached_chunks([added], 0 if self._behind_given else 1)))
+        recached, cuts = ({chunk for chunk in kept if chunk != added.chunk} for kept in (self._recached, self._cuts))
+        # Its own switch counts there.
+        self._recached = sorted(recached.union(recached_chunks([added], 0 if self._behind_given else 1)))
+        self._cuts = sorted(cuts.union(cut_chunks([added])))
         self._count()
         self.live.append(prompt)
 

@@ -39,14 +39,14 @@ from ..diagonal_sampler.schedule import (
     same_steps,
     shift_sigma,
 )
-from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, require_known_rotations
+from .causal import RUN_KEY, WRAPPER_KEY, CausalRun, causal_settings, require_known_rotations
 from .clip_plan import ClipPlan, memory_request, plan_clip
 from .conditionings import check_conditionings, move_texts
 from .context_frames import ContextFrames
-from .flow_control import FlowConditioning, FlowRun, load_for_chunk
+from .flow_control import ADAPTER, FlowConditioning, FlowRun, load_for_chunk
 from .loading import PROVENANCE_ATTACHMENT
 from .pace import FiniteLook, Pace
-from .prompts import SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, schedule_of
+from .prompts import NO_CUT, SCHEDULE_KEY, LivePrompt, PromptBox, PromptRun, schedule_of
 from .vae_scale import on_device
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class StreamedChunk:
         flow: FlowRun's snapshot, empty without optical flow.
         require_finite: raises ValueError if the latents are not finite; on a GPU it waits for them. The sampler does
             it by itself, on a GPU one forward later.
+        cut: nothing of the clip before it is in it.
     """
 
     index: int
@@ -90,7 +91,13 @@ class StreamedChunk:
     live: tuple[LivePrompt, ...]
     flow: Mapping[str, Tensor]
     require_finite: Callable[[], None]
+    cut: bool = False
 
+
+LOADED_ATTACHMENT = "diagonal_loaded_settings"
+"""Under this name a MODEL carries the CausalSettings that its loader gave it: what they contradict is said there."""
+DOUBT_ATTACHMENT = "diagonal_doubt"
+"""Under this name a MODEL carries a sentence that every run of it warns with: why it may not be causal."""
 
 CONTEXT = -1
 _OUTPUT_PATCHES = {"attn1_output_patch", "attn2_output_patch"}
@@ -164,11 +171,7 @@ def sample_latent(
     Raises:
         ValueError: an input that cannot be sampled, with the reason and the remedy.
     """
-    samples = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
-    if samples.is_nested:
-        raise ValueError("The latent holds several streams (video with audio); a causal Wan model makes video only.")
+    samples = _as_the_models(model, latent)
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
     empty = bool(torch.count_nonzero(samples) == 0)
@@ -222,6 +225,30 @@ def sample_latent(
         if on_early_end is not None:
             on_early_end()
     return out
+
+
+def _as_the_models(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT, an empty one as ComfyUI makes it the model's own: channels, and sizes by their ratio.
+
+    Without a ratio nothing tells the pixels that an empty latent of other channels is for (Wan 2.2's, Mochi's): that
+    one is left as it is, for `plan_clip` to refuse.
+
+    Raises:
+        ValueError: a latent of several streams.
+    """
+    given, ratio = latent["samples"], latent.get("downscale_ratio_spacial")
+    if given.is_nested:
+        raise ValueError("The latent holds several streams (video with audio); a causal Wan model makes video only.")
+    if ratio is None and given.shape[1] != model.get_model_object("latent_format").latent_channels:
+        return given
+    samples = comfy.sample.fix_empty_latent_channels(model, given, ratio, latent.get("downscale_ratio_temporal"))
+    if given.ndim == 4 and samples.ndim == 5 and samples.shape[2] == 1:
+        log.warning(
+            "The latent is an image's, of shape %s: it makes one frame. For a video use Empty AR Video Latent or "
+            "EmptyHunyuanLatentVideo.",
+            tuple(given.shape),
+        )
+    return samples
 
 
 def _mask_until(mask: Tensor, frames: int, whole: int) -> Tensor:
@@ -353,7 +380,8 @@ def _batch_rows(latent: dict[str, Any], plan: ClipPlan) -> list[int] | None:
 
 
 def _warn(model: ModelPatcher, schedule: DiagonalSchedule, cfg: float) -> None:
-    for warning in (*schedule.warnings(), *_contradictions(model, schedule)):
+    doubt = model.get_attachment(DOUBT_ATTACHMENT)
+    for warning in (*([doubt] if doubt else []), *schedule.warnings(), *_contradictions(model, schedule)):
         log.warning(warning)
     if _OUTPUT_PATCHES & model.model_options["transformer_options"].get("patches", {}).keys():
         log.warning(
@@ -427,7 +455,8 @@ def uses_negative(model: ModelPatcher, cfg: float) -> bool:
 
 
 def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[str, ...]:
-    """What the schedule does otherwise than the checkpoint's header says it was trained."""
+    """What the schedule, and settings that are not the loader's, do otherwise than the checkpoint's header says it was
+    trained."""
     provenance = model.get_attachment(PROVENANCE_ATTACHMENT)
     if provenance is None:
         return ()
@@ -435,8 +464,11 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     trained, context = provenance.sigmas, provenance.context_sigma
     # The node's widget rounds it.
     same_context = context is None or abs(schedule.context_sigma - context) <= TABLE_STEP
+    attention = _set_behind_the_loader(model)
+    if schedule.frames_per_chunk is not None:
+        attention["frames_per_chunk"] = schedule.frames_per_chunk
     found = provenance.contradictions(
-        frames_per_chunk=schedule.frames_per_chunk,
+        **attention,
         steps_per_chunk=None if trained is not None and _only_more_steps(schedule.sigmas, trained) else steps,
         shift=schedule.shift,
         context_mode=schedule.context_mode,
@@ -451,6 +483,13 @@ def _contradictions(model: ModelPatcher, schedule: DiagonalSchedule) -> tuple[st
     preset = next((f" (preset {name!r})" for name in same), "")
     levels = f"sigmas are {levels_text(schedule.sigmas)}, but the file was trained with {levels_text(trained)}{preset}"
     return (*found, levels)
+
+
+def _set_behind_the_loader(model: ModelPatcher) -> dict[str, int]:
+    """frames_per_chunk, window and sink of a causal MODEL where they are not what its loader set."""
+    now, loaded = causal_settings(model), model.get_attachment(LOADED_ATTACHMENT)
+    found = {name: getattr(now, name) for name in ("frames_per_chunk", "window", "sink")}
+    return {name: value for name, value in found.items() if loaded is None or value != getattr(loaded, name)}
 
 
 def _only_more_steps(levels: Levels, trained: Levels) -> bool:
@@ -529,6 +568,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
                 recache=None if run.prompt_run is None else run.recache,
                 history=run.history,
                 schedule_row=run.schedule_row,
+                cut=run.cut,
             ):
                 run.finished(chunk)
                 end = chunk.start_frame + chunk.latents.shape[2]
@@ -628,6 +668,8 @@ class _SamplingRun:
         self.prompt_run = self._prompt_run()
         if self.prompt_run is not None and resume is not None:
             self.done += self.prompt_run.forwards_before(resume.chunk)
+            if (cut := self.prompt_run.last_cut(resume.chunk)) is not None:
+                self.cache.origin = self.plan.context_frames + cut * self.plan.settings.frames_per_chunk
 
     def _into_run(self, latent: Tensor) -> Tensor:
         """A latent in LATENT scale, in the model's space, for each sample of the batch."""
@@ -678,6 +720,10 @@ class _SamplingRun:
         """Whether the window of a chunk that begins is to be written again, under a new prompt."""
         self._chunk = chunk
         return self.prompt_run.begin(chunk)
+
+    def cut(self, chunk: int) -> bool:
+        """Whether a chunk that begins is to know nothing of what came before."""
+        return self.prompt_run is not None and self.prompt_run.cuts(chunk)
 
     def draw(self, chunk: int, step: int, frames: int) -> Tensor:
         """The noise of one step of a chunk, [B, C, frames, H, W]."""
@@ -758,6 +804,7 @@ class _SamplingRun:
                 live=() if self.prompt_run is None else tuple(self.prompt_run.live),
                 flow={} if self.flow_run is None else self.flow_run.snapshot(),
                 require_finite=self.finite.settle,
+                cut=index != CONTEXT and self.cut(index),
             )
         )
 
@@ -792,15 +839,19 @@ class _SamplingRun:
                 load_for_chunk(patcher, (*plan.shape[:2], plan.settings.frames_per_chunk, *plan.shape[3:]))
 
         sizes = (plan.shape[2], plan.settings.frames_per_chunk)
+        mode = None if self.flow_run is None else self.flow_run.mode
         return PromptRun(
             schedule,
             chunks=plan.chunks,
             frames_per_chunk=plan.settings.frames_per_chunk,
             context_frames=plan.context_frames,
             set_context=set_context,
-            recache_forwards=lambda chunk: count_recache(cache, plan.schedule, *sizes, chunk, plan.context_frames),
+            recache_forwards=lambda chunk, cut: count_recache(
+                cache, plan.schedule, *sizes, chunk, plan.context_frames, cut
+            ),
             # In mode reference each chunk has noise levels of its own, and in mode noise a step's noise is carried on.
             levels=plan.schedule if self.flow_run is None or self.flow_run.keeps_levels else None,
+            refused_cut="" if mode in (None, ADAPTER) else NO_CUT.format(mode=mode),
             box=self.sampler.prompts,
             after_encoding=reload,
             first_chunk=self.first_chunk,

@@ -31,6 +31,7 @@ from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
 from torch import Tensor, nn
 
 from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
+from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.noise import pinned_empty
 from .vae_scale import into_decoder, warn_if_mistaken
 
@@ -257,12 +258,19 @@ class DecodeHandle:
     def __init__(self, images: Tensor, done: torch.cuda.Event | None = None) -> None:
         self._images = images
         self._done = done
+        self.held = 0  # times that the first frame comes once more
+
+    def hold(self, frames: int) -> None:
+        """Have the first frame come as often as it takes to give so many."""
+        self.held = max(0, frames - self._images.shape[1])
 
     def result(self) -> Tensor:
         """Wait for the chunk and return its images [B, T_pix, H, W, C]; see `StreamDecoder.decode`."""
         if self._done is not None:
             self._done.synchronize()
-        return self._images
+        if not self.held:
+            return self._images
+        return torch.cat([self._images[:, :1].expand(-1, self.held, -1, -1, -1), self._images], dim=1)
 
 
 class StreamDecoder:
@@ -283,6 +291,7 @@ class StreamDecoder:
         self._refusal: str | None = None
         self._stream: torch.cuda.Stream | None = None
         self._asked = False  # ComfyUI for the VAE and memory
+        self._cut = False
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next chunk of the clip.
@@ -318,10 +327,13 @@ class StreamDecoder:
         try:
             with torch.no_grad(), comfy.model_management.cuda_device_context(self.vae.device):
                 self._load(tuple(latents.shape), keeps_state=bool(kept))
-                if not self._clips:
+                if not self._clips or self._cut:
                     self._size = (latents.shape[0], *latents.shape[3:])
                     self._clips = [self._architecture.new_clip() for _ in range(latents.shape[0])]
                 handle = self._start(latents)
+                if self._cut:
+                    handle.hold(TIME_FACTOR * latents.shape[2])
+                    self._cut = False
         except BaseException as error:
             if kept and isinstance(error, (Exception, comfy.model_management.InterruptProcessingException)):
                 self._clips = [self._architecture.new_clip() for _ in kept]
@@ -341,10 +353,15 @@ class StreamDecoder:
         """Whether the next chunk can be decoded, or a snapshot taken: not where breaking off cost a large state."""
         return self._refusal is None
 
+    def cut(self) -> None:
+        """Have the next chunk decoded as another clip's first, with its first frame held: it gives 4 T frames, too."""
+        self._cut = bool(self._clips)
+
     def reset(self) -> None:
         """Free the state; the next chunk begins another clip, of any size."""
         self._wait()
         self._clips = []
+        self._cut = False
         self._size = None
         self._refusal = None
 

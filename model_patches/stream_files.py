@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import folder_paths
 
 from ..diagonal_sampler.disk import remove_file, replace_file
@@ -39,7 +41,7 @@ from .stream_state import (
     save_state,
 )
 from .video_containers import MAX_CRF, VideoHeldError, VideoSpec, VideoWriteError
-from .video_writer import FORMATS, Mark, VideoWriter, has_frames, open_writer
+from .video_writer import FORMATS, Mark, VideoWriter, has_frames, open_writer, png_name
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +261,8 @@ class Identity:
 class Opened:
     """A video open for writing: a new one, or (`again`) an unfinished or (`done`) a finished one at its last state.
 
-    `length` is in frames of the file, as all numbers of frames are in the state.
+    `length` is in frames of the file, as all numbers of frames are in the state. `replaced` are the states, with their
+    locks held, of the unfinished videos that `restart` gives up.
     """
 
     path: Path
@@ -270,6 +273,7 @@ class Opened:
     length: int
     again: bool = False
     done: bool = False
+    replaced: list[Path] = field(default_factory=list)
 
     @property
     def resumed(self) -> bool:
@@ -279,6 +283,16 @@ class Opened:
     def prompts_path(self) -> Path:
         """Where live prompts are noted."""
         return _prompts_path(self.state_path)
+
+    def remove_replaced(self) -> None:
+        """Remove the states of the videos that this one replaces; what cannot be removed is said."""
+        for path in self.replaced:
+            try:
+                remove_file(path)
+                remove_file(_prompts_path(path))
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", path.name, error.strerror or error)
+        self.replaced.clear()
 
     def live(self) -> tuple[LivePrompt, ...]:
         """Prompts that earlier runs of this video were given, perhaps after the state."""
@@ -317,6 +331,7 @@ class VideoOpener:
         stack: closes what is open and lets go of its lock.
         notes: a line for people about each unfinished video that this run could seem to go on with, and does not.
         prompts: the live prompts of a video that is left alone, for the one that is begun in its stead.
+        replaced: as in Opened.
     """
 
     place: Place
@@ -327,6 +342,7 @@ class VideoOpener:
     stack: ExitStack
     notes: list[str] = field(default_factory=list)
     prompts: list[LivePrompt] = field(default_factory=list)
+    replaced: list[Path] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -375,9 +391,10 @@ class VideoOpener:
     def _reopen(self, path: Path, state: StreamState) -> Opened | None:
         """The video of a state of this graph; None if this run cannot go on with it, which `notes` may then say.
 
-        With `restart` an unfinished one loses its state, and a finished one keeps it: its person asked for that.
+        With `restart` an unfinished one is to lose its state, once the new one has something, and a finished one keeps
+        it: its person asked for that.
         A video that stopped before its first state is left alone and loses its empty state: begun again in the same
-        file, a run that stops early would leave less than there was.
+        file, a run that stops early would leave less than there was. One that has given frames alone is begun again.
         """
         options, done = self.options, path.name.endswith(DONE_SUFFIX)
         if options.restart and done:
@@ -398,14 +415,14 @@ class VideoOpener:
                 # Another ComfyUI may have gone on with it, or finished it, since the folder was read.
                 if not path.exists() or read_state(path) != state:
                     return None
-                without_state = state.chunk == 0 and has_frames(video)
-                if options.restart or without_state:
-                    # The video stays; without its state nothing will go on with it by surprise.
-                    if not options.restart:
-                        self.notes.append(
-                            f"{video.name} has no state to go on from: it is kept, and a new video is begun."
-                        )
-                        self.prompts = self.prompts or live_prompts(path, state)
+                # In both cases the video stays; without its state nothing will go on with it by surprise.
+                if options.restart:
+                    self.replaced.append(path)
+                    self.stack.push(held.pop_all())
+                    return None
+                if state.chunk == 0 and _has_own_frames(video, options.written_context(self.plan)):
+                    self.notes.append(f"{video.name} has no state to go on from: it is kept, and a new video is begun.")
+                    self.prompts = self.prompts or live_prompts(path, state)
                     remove_file(path)
                     remove_file(_prompts_path(path))
                     return None
@@ -486,7 +503,7 @@ class VideoOpener:
                 remove_empty(path)
                 raise
             self.stack.push(held.pop_all())
-            return Opened(path, state_path, state, writer, self.place.subfolder, self.length)
+            return Opened(path, state_path, state, writer, self.place.subfolder, self.length, replaced=self.replaced)
 
     def _video(self, stem: str) -> Path:
         return self.place.folder / (stem + _suffix(self.options.format))
@@ -597,10 +614,31 @@ def _does_not_fit(state: StreamState, plan: ClipPlan, length: int, done: bool) -
     return ""
 
 
-def remove_empty(path: Path) -> None:
-    """Remove a video without a frame."""
+def _has_own_frames(video: Path, given: int) -> bool:
+    """Whether a video has frames behind so many given ones, or cannot be read."""
+    if not given or not has_frames(video):
+        return has_frames(video)
+    if video.is_dir():
+        return any(image.name > png_name(given) for image in video.glob("*.png"))
+    try:
+        with av.open(str(video)) as container:
+            packets = (packet for packet in container.demux(video=0) if packet.size)
+            frames = sum(1 for _ in itertools.islice(packets, given + 1))
+    except (av.FFmpegError, IndexError) as error:  # of a foreign file, perhaps, or one without a video
+        log.debug("The frames of %s cannot be counted: %s", video.name, error)
+        return True
+    return not 0 < frames <= given
+
+
+def remove_empty(path: Path, given: int = 0) -> None:
+    """Remove a video without a frame but so many given ones."""
     with suppress(OSError):
-        path.rmdir() if path.is_dir() else path.unlink()
+        if path.is_dir():
+            for number in range(1, given + 1):
+                remove_file(path / png_name(number))
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def for_people(options: StreamOptions, plan: ClipPlan) -> dict[str, Any]:

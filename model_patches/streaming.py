@@ -200,7 +200,11 @@ def stream_video(
                 run.mark_ended()
         except BaseException:
             # Cancel, too: what was decoded is still written, so that the file holds all that was made.
-            run.stop()
+            if lost := run.stop():
+                said = f"{opened.path.name} was stopped before its first frame: it is not kept, nor are its prompts."
+                log.warning("%s\n%s", said, lost)
+                if announce is not None:
+                    announce(f"{said}\n{lost}")
             raise
         seconds = time.perf_counter() - started
     made = run.made
@@ -386,7 +390,13 @@ class _Run:
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         settles = self._settles(chunk.index + 1)
         written = self.options.write_context or chunk.index != CONTEXT
-        self._thread.put(self._decoder.submit(chunk.latents), name, settle=settles, written=written)
+        if chunk.cut:
+            self._decoder.cut()
+        images = self._decoder.submit(chunk.latents)
+        if chunk.cut:  # the last frames are to be of one shot
+            self._thread.drain()
+            self._thread.tail = self._thread.tail[:0]
+        self._thread.put(images, name, settle=settles, written=written)
         self._newest = None
         if chunk.index == CONTEXT or chunk.index + 1 == self.plan.chunks:
             return
@@ -479,6 +489,7 @@ class _Run:
             run=for_people(self.options, self.plan),
         )
         save_state(self.opened.state_path, state, tensors)
+        self.opened.remove_replaced()
         ended = time.monotonic()
         took = ended - began
         if took > QUICK_SAVE_S:
@@ -489,6 +500,7 @@ class _Run:
         self._thread.drain()
         self._thread.end()
         self.opened.writer.close()
+        self.opened.remove_replaced()
         self._thread.report()
         return self.opened.writer.frames
 
@@ -532,29 +544,36 @@ class _Run:
         path = path.with_name(path.name.removesuffix(PROMPTS_SUFFIX) + ROWS_SUFFIX)
         return save_rows(path, self.live or self.opened.live())
 
-    def stop(self) -> None:
+    def stop(self) -> str:
         """End early: write what was decoded, so that the file plays to its end. The state stays as it was.
 
-        Where nothing was written, so does the video; a finished one is a finished one again.
+        A new video of which nothing was made, given frames apart, is removed; of one that was gone on with nothing is
+        lost, and a finished one is a finished one again.
+
+        Returns:
+            The prompts that went with a video that was removed, as rows; empty where there were none.
         """
         self._thread.end()
         with contextlib.suppress(VideoWriteError):  # the reason for stopping is what is reported
             self.opened.writer.close()
-        if self.opened.writer.frames:
+        if self.opened.resumed or self.made:
+            self.opened.remove_replaced()
             self._save_rows()
             if self.opened.done and self.opened.writer.untouched:
                 with contextlib.suppress(OSError):
                     self._name_done()
             self._thread.report()
-        else:
-            self.opened.writer.abandon()
-            remove_empty(self.opened.path)
-            try:
-                self._remove_state()
-            except OSError as error:  # the reason for stopping is what is reported
-                log.warning(
-                    "%s has no frames; its state %s cannot be removed (%s; perhaps another program has it open).",
-                    self.opened.path.name,
-                    self.opened.state_path.name,
-                    error.strerror or error,
-                )
+            return ""
+        lost = schedule_rows(self.live or self.opened.live(), most=None)
+        self.opened.writer.abandon()
+        remove_empty(self.opened.path, self.options.written_context(self.plan))
+        try:
+            self._remove_state()
+        except OSError as error:  # the reason for stopping is what is reported
+            log.warning(
+                "%s has no frames; its state %s cannot be removed (%s; perhaps another program has it open).",
+                self.opened.path.name,
+                self.opened.state_path.name,
+                error.strerror or error,
+            )
+        return lost

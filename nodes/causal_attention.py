@@ -1,10 +1,21 @@
 """DiagonalCausalAttention: any Wan MODEL becomes a causal one."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..diagonal_sampler.checkpoints import causality_warning, inspect_checkpoint
 from ..diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from ..model_patches.causal import make_causal
+from ..model_patches.loading import PROVENANCE_ATTACHMENT
+from ..model_patches.sampling import DOUBT_ATTACHMENT
 from .common import CATEGORY, kv_cache_input, window_inputs
+from .model_loader import CHECKPOINT_FOLDERS
 
 
 class DiagonalCausalAttention(io.ComfyNode):
@@ -53,4 +64,30 @@ class DiagonalCausalAttention(io.ComfyNode):
             positions=positions,
             kv_cache_dtype=kv_cache_dtype,
         )
-        return io.NodeOutput(make_causal(model, settings))
+        causal = make_causal(model, settings)
+        if (doubt := _doubt(model)) is not None:
+            causal.set_attachments(DOUBT_ATTACHMENT, doubt)
+        return io.NodeOutput(causal)
+
+
+def _doubt(model: ModelPatcher) -> str | None:
+    """Why a MODEL of ComfyUI's own loaders may not be causal, by the rules of Diagonal Model Loader, which has told of
+    its own; None for nothing, or where the file is not known (a GGUF loader's)."""
+    if model.get_attachment(PROVENANCE_ATTACHMENT) is not None:
+        return None
+    _, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    path = arguments[0] if arguments else None
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    try:
+        info = inspect_checkpoint(path).info
+    except (ValueError, OSError):  # gone, or of a kind that only the other loader reads
+        return None
+    doubt = causality_warning(info, _chosen_name(Path(path)))
+    return None if doubt is None else f"{info.file}: {doubt}"
+
+
+def _chosen_name(path: Path) -> str:
+    """A file's name as a loader lists it, below ComfyUI's folder; folders above say nothing of a model."""
+    roots = [root for kind in CHECKPOINT_FOLDERS for root in folder_paths.get_folder_paths(kind)]
+    return next((str(path.relative_to(root)) for root in roots if path.is_relative_to(root)), path.name)

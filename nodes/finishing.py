@@ -42,7 +42,11 @@ def finishable(node_id: str) -> Iterator[threading.Event]:
 
 def early_ends(node_id: str, widgets: dict[str, Any]) -> int:
     """How often this node, so set, was ended early: part of its fingerprint, for ComfyUI would otherwise answer the
-    same graph from its cache with the shorter result."""
+    same graph from its cache with the shorter result.
+
+    What comes by links is not known here: graphs that differ there alone, as in their prompts, share the count, and an
+    early end of one makes the finished result of the others once more when they are queued again.
+    """
     while len(_NEWEST) >= MOST_NODES:
         del _NEWEST[next(iter(_NEWEST))]
     _NEWEST.pop(node_id, None)

@@ -2,9 +2,8 @@
 
 from comfy_api.latest import io, ui
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from ..model_patches.flow_sources import flow_preview
+from ..model_patches.flow_sources import flow_preview, thinned
 from .client import tell
 from .common import CATEGORY, FlowType, own_id
 from .flow_conditioning import OpticalFlowModel
@@ -81,14 +80,9 @@ def _played(panels: Tensor) -> tuple[ui.SavedImages, int]:
     """What the node itself plays, as an animation in ComfyUI's temporary folder, and how many pictures it has.
 
     Args:
-        panels: [N, H, W, 3] in 0..1. Of more than MOST_SHOWN every second, third, ... one is taken, in the same time.
+        panels: [N, H, W, 3] in 0..1. Those that are left of more than MOST_SHOWN take the same time.
     """
-    every = -(-len(panels) // MOST_SHOWN)
-    scale = min(1.0, MOST_PIXELS / max(panels.shape[1:3]))
-    size = [max(1, round(pixels * scale)) for pixels in panels.shape[1:3]]
-    pictures = [
-        interpolate(panel.movedim(-1, 0)[None], size, mode="area")[0].movedim(0, -1) for panel in panels[::every]
-    ]
+    pictures, every = thinned(panels, most=MOST_SHOWN, most_pixels=MOST_PIXELS)
     saved = ui.ImageSaveHelper.save_animated_webp(
         pictures,
         "diagonal_flow_preview",

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..diagonal_sampler.checkpoints import (
     WEIGHTS,
+    CheckpointInfo,
     bidirectional_by_name,
     causality_warning,
     frame_by_frame,
@@ -17,10 +18,12 @@ from ..diagonal_sampler.checkpoints import (
 )
 from ..diagonal_sampler.lora_files import peft_config
 from ..diagonal_sampler.provenance import causal_settings
+from ..diagonal_sampler.schedule import DEFAULT_PRESET
 from ..diagonal_sampler.settings import INT8, KV_CACHE_DTYPES, POSITIONS, CausalSettings
 from ..diagonal_sampler.weight_files import READABLE_SUFFIXES
 from ..model_patches.causal import make_causal
 from ..model_patches.loading import WEIGHT_DTYPES, apply_lora, base_wan, is_trained_as
+from ..model_patches.sampling import LOADED_ATTACHMENT
 from .client import tell
 from .common import CATEGORY, kv_cache_input, own_id
 
@@ -137,7 +140,11 @@ class DiagonalModelLoader(io.ComfyNode):
                 kv_cache_input(),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL"),
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="For Diagonal Chunk Sampler and Diagonal Stream Video; any other sampler denoises all "
+                    "frames at once.",
+                ),
                 io.String.Output(id="info", display_name="info", tooltip="What was recognised, and warnings."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -195,11 +202,14 @@ class DiagonalModelLoader(io.ComfyNode):
         warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions, *by_name]
         for warning in warnings:
             log.warning("%s: %s", info.file, warning)
-        lines = [info.summary(), *lora_lines, _in_words(settings, unsaid), *(f"warning: {each}" for each in warnings)]
+        lines = [info.summary(), *lora_lines, _in_words(settings, unsaid), *_of_no_preset(info)]
+        lines += [f"warning: {each}" for each in warnings]
         report = "\n".join(lines)
         log.info("%s", report)
         tell(own_id(cls), report)
-        return io.NodeOutput(make_causal(model, settings), report, ui=ui.PreviewText(report))
+        model = make_causal(model, settings)
+        model.set_attachments(LOADED_ATTACHMENT, settings)
+        return io.NodeOutput(model, report, ui=ui.PreviewText(report))
 
 
 def _file_names(folders: tuple[str, ...]) -> list[str]:
@@ -222,6 +232,17 @@ def _heard_in_names(ckpt_name: str, lora_name: str, *, unsaid: bool) -> list[str
             "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
         )
     return warnings
+
+
+def _of_no_preset(info: CheckpointInfo) -> list[str]:
+    """A line where neither a header nor the layout tells how the model was distilled, as in most published files."""
+    stated = info.provenance
+    if info.suggested_preset or stated.steps_per_chunk or stated.sigmas or stated.context_mode:
+        return []
+    return [
+        f"preset: the file does not say; Diagonal Schedule's default, {DEFAULT_PRESET}, is for Diagonal Distillation's "
+        "files only: see the table in that node's help"
+    ]
 
 
 def _in_words(settings: CausalSettings, unsaid: bool) -> str:

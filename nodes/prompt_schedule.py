@@ -40,7 +40,7 @@ class DiagonalPromptSchedule(io.ComfyNode):
                     tooltip="What becomes of the frames that the model remembers. recache: they are computed again "
                     "under the new prompt and steps begin anew, so that it is followed at once (a few more forwards). "
                     "keep: they stay, and the picture changes slowly. blend: they stay, and the prompts are mixed over "
-                    "blend_chunks.",
+                    "blend_chunks. cut: they are forgotten wholly, and a new shot begins (no forwards more).",
                 ),
                 io.Int.Input(
                     "blend_chunks",

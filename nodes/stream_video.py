@@ -100,7 +100,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                     "again is up to ComfyUI's cache: while it knows the graph, only where this is set in the node "
                     "itself, not by a link; it may forget a graph when memory is short (on most machines once another "
                     "runs), does so when the server restarts, and then the whole video is made again. To work on with "
-                    "a finished video, load its file.",
+                    "a finished video, load its file: Load Video (upload it there), Trim Video (start_time -2 for the "
+                    "end), Get Video Components.",
                 ),
                 io.Boolean.Input(
                     "keep_state",
@@ -220,7 +221,9 @@ class DiagonalStreamVideo(io.ComfyNode):
             folder = f"{result.subfolder}/{result.path.name}".lstrip("/")
             last = result.video.get_frame_count()
             result_of = ui.SavedResult(png_name(last), folder, io.FolderType.output)
-            shown = {"images": [{**result_of, "in_sequence": True}]}  # queue_batch.py fetches those before it too
+            images = [{**result_of, "in_sequence": True}]  # queue_batch.py fetches those before it too
+            # The keys of the other formats: of a list of formats ComfyUI merges the results by the first one's.
+            shown = {"images": images, "animated": (False,)}
         else:
             saved = ui.SavedResult(result.path.name, result.subfolder, io.FolderType.output)
             shown = ui.PreviewVideo([saved]).as_dict()

@@ -77,6 +77,7 @@ class PromptField {
   clear() {
     this.running = false;
     this.promptId = null;
+    this.instance = null; // the id that the node has in the run, as inside a subgraph or a loop
     this.words = phrase("prompt_idle");
     this.lost = false;
     this.refusal = null; // why the last prompt was not taken
@@ -87,8 +88,8 @@ class PromptField {
 
   /** Goes on as the field did before its workflow was left for another one, with what came since. */
   adopt(former) {
-    const { running, promptId, words, lost, refusal } = former;
-    Object.assign(this, { running, promptId, lost, refusal });
+    const { running, promptId, instance, words, lost, refusal } = former;
+    Object.assign(this, { running, promptId, instance, lost, refusal });
     if (promptId !== null) this.words = words; // before any run they are in the language of today
     if (!this.text.value) this.text.value = this.adopted = former.text.value;
     this.refresh();
@@ -110,7 +111,8 @@ class PromptField {
   }
 
   onEvent(data) {
-    if (!data.nodes.some((id) => isNode(id, this.node)) || !away.hears(this, data.prompt_id)) return;
+    const instance = data.nodes.find((id) => isNode(id, this.node));
+    if (instance === undefined || !away.hears(this, data.prompt_id)) return;
     if (data.refused) {
       // After "the run has not read the prompt yet", and after the text has left the field.
       this.text.value ||= data.text;
@@ -120,6 +122,7 @@ class PromptField {
     const wasRunning = this.running;
     this.running = data.running;
     this.promptId = data.prompt_id;
+    this.instance = instance;
     if (wasRunning && !data.running) this.refusal = null; // the end is the newer word
     if (data.running) this.words = phrase("prompt_now", data);
     else if (wasRunning) this.words = phrase("run_ended");
@@ -149,7 +152,7 @@ class PromptField {
         body: JSON.stringify({
           client_id: api.clientId,
           prompt_id: this.promptId,
-          node: String(this.node.id),
+          node: this.instance,
           text,
           switch: this.value("switch"),
           blend_chunks: this.value("blend_chunks"),

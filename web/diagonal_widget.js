@@ -270,7 +270,23 @@ export function addDrawing(drawing, name, { style, height, maxHeight = height, b
   if (node.graph) begin();
 }
 
-/** Whether an event that names a node, perhaps one inside a subgraph ("5:3"), means this one. */
+const shownBy = new Map(); // id of a node that was made in a run -> id of the one that shows it on the canvas
+const MOST_MADE = 10_000; // that are remembered, for ComfyUI says nothing of those that its cache answers for
+
+// Nodes of other packs make further ones, as loops do for their later rounds ("9.0.0.3"). ComfyUI says before each node
+// that runs, and at each of its steps, what those of the run so far are shown by.
+api.addEventListener("progress_state", ({ detail }) => {
+  for (const { node_id: id, display_node_id: shown } of Object.values(detail.nodes)) {
+    shownBy.delete(id);
+    if (shown !== id) shownBy.set(id, shown);
+  }
+  for (const id of shownBy.keys()) {
+    if (shownBy.size <= MOST_MADE) break;
+    shownBy.delete(id);
+  }
+});
+
+/** Whether an event means this node: it names one, perhaps one inside a subgraph ("5:3"), or made by a loop. */
 export function isNode(id, node) {
-  return String(id).split(":").at(-1) === String(node.id);
+  return String(shownBy.get(id) ?? id).split(":").at(-1) === String(node.id);
 }

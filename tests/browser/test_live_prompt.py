@@ -131,6 +131,38 @@ def test_comfyuis_own_shortcuts_work_in_the_field_and_a_linked_switch_is_left_to
     assert frontend.errors == []
 
 
+def test_a_loops_copy_that_its_cache_answers_for_is_steered_under_its_own_id(page, frontend):
+    """ComfyUI said in an earlier run what shows it, and says nothing of it in this one."""
+    sent = []
+
+    def answer(route):
+        sent.append(route.request.post_data_json)
+        route.fulfill(json={"text": BLUE, "chunk": 3, "switch": "keep"})
+
+    copies = page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((found) => found.type === "DiagonalPromptSchedule");
+            const copies = ["90.0.0.copy", `90.0.0.${node.id}`];
+            const say = (...states) => app.api.dispatchCustomEvent("progress_state", { prompt_id: "P",
+                nodes: Object.fromEntries(states.map(([id, shown]) => [id, { node_id: id, display_node_id: shown,
+                    real_node_id: id, parent_node_id: null, prompt_id: "P", state: "finished", value: 1, max: 1 }])) });
+            say([copies[0], String(node.id)], [copies[1], "90"]);
+            say(["90", "90"]);
+            return copies;
+        }"""
+    )
+    page.route("**/diagonal/prompt", answer)
+    page.locator(".diagonal-prompt textarea").fill(BLUE)
+    tell(page, nodes=copies[1:], prompt_id="P", running=True)
+    assert page.locator(".diagonal-prompt button").is_disabled(), "another node shows it"
+    tell(page, nodes=copies, prompt_id="P", running=True)
+    page.locator(".diagonal-prompt textarea").press("Control+Enter")
+    wait_line(page, "(keep): ")
+    page.unroute("**/diagonal/prompt")
+    assert [body["node"] for body in sent] == copies[:1]
+    assert frontend.errors == []
+
+
 def test_a_run_of_another_workflow_is_steered_from_there_alone(page, frontend):
     """And from there still when a person comes back, with the text that they had begun."""
     page.route("**/api/prompt", lambda route: route.fulfill(json={"prompt_id": "P", "number": 1, "node_errors": {}}))

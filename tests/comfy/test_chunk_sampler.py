@@ -22,6 +22,7 @@ import torch
 from ar_video import ArVideoNoise, ar_video
 from comfy.ldm.wan.ar_model import CausalWanAttentionBlock
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
+from comfy_extras import nodes_mochi, nodes_wan
 from safetensors.torch import load_file
 
 from diagonal_sampler import noise as noise_module
@@ -718,6 +719,33 @@ def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_on
 
 
 @pytest.mark.parametrize(
+    ("node", "sizes"),
+    [("Wan22ImageToVideoLatent", (None, 64, 64, 9, 1)), ("EmptyMochiLatentVideo", (64, 64, 9, 1))],
+)
+def test_an_empty_latent_of_another_model_that_does_not_tell_its_pixels_is_refused(
+    tiny_wan, causal, prompt, sample_latent, node, sizes
+):
+    """ComfyUI would take its cells for Wan's, and the video have another size than was asked for."""
+    found = (module for module in (nodes_wan, nodes_mochi) if hasattr(module, node))
+    (latent,) = getattr(next(found), node).execute(*sizes).result
+    with pytest.raises(ValueError, match=r"needs \[batch, 16, frames, height, width\]. Use Empty AR Video Latent"):
+        sample_latent(causal(tiny_wan), prompt(), [], latent, DIAGONAL, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "ratio", "told"),
+    [((1, 4, 4, 4), 8, True), ((1, 16, 4, 4), None, True), ((1, 16, 1, 4, 4), None, False)],
+)
+def test_an_images_latent_is_told_to_make_one_frame(
+    tiny_wan, causal, prompt, sample_latent, caplog, samples, ratio, told
+):
+    latent = {"samples": torch.zeros(samples)} | ({} if ratio is None else {"downscale_ratio_spacial": ratio})
+    made = sample_latent(causal(tiny_wan), prompt(), [], latent, UNIFORM, seed=1)
+    assert made["samples"].shape == (1, 16, 1, 4, 4)
+    assert ("it makes one frame" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
     "extra, name",
     [
         ({"start_percent": 0.2}, "timestep range"),
@@ -725,7 +753,10 @@ def test_a_latent_keeps_what_others_left_in_it_but_not_the_ratios_of_an_empty_on
         ({"mask": torch.ones(1, 4, 4)}, "mask"),
         ({"area": ("percentage", 0.5, 0.5, 0, 0)}, "area in percent"),
         ({"control": object()}, "ControlNet"),
-        ({"concat_latent_image": torch.zeros(1)}, "image to concatenate"),
+        (
+            {"concat_latent_image": torch.zeros(1)},
+            "image to concatenate.*For a start image use Diagonal Context Frames",
+        ),
         ({"gligen": object()}, "GLIGEN"),
         ({"reference_latents": [torch.zeros(1)]}, "reference latents"),
         ({"time_dim_concat": torch.zeros(1)}, "frames to concatenate"),
@@ -868,7 +899,7 @@ def test_a_model_that_is_not_causal_or_not_wan_is_refused(tiny_wan, causal, prom
     other = torch.nn.Module()
     other.diffusion_model = torch.nn.Linear(2, 2)
     tiny_wan.model.diffusion_model.ref_conv = torch.nn.Conv2d(16, 128, 2)  # Wan Fun's, for a reference image
-    with pytest.raises(ValueError, match="only Wan 2.1 text-to-video models can stream"):
+    with pytest.raises(ValueError, match="only Wan 2.1 text-to-video.*text-to-video checkpoint with Diagonal Context"):
         causal(tiny_wan)
     with pytest.raises(ValueError, match="Linear, not a Wan"):
         causal(comfy.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu")))

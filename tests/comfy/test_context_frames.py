@@ -153,6 +153,58 @@ def test_the_node_gives_the_frames_and_how_many_to_drop(pack_module, demo_vae, c
     assert context.latent.shape == (1, 16, 3, 8, 8) and frames == 9
 
 
+def test_a_latent_is_continued_as_it_is(
+    pack_module, tiny_wan, causal, prompt, sample_latent, empty_latent, given_frames
+):
+    """Chained samplers: neither decoded nor encoded between them."""
+    node = pack_module("nodes.context_frames").DiagonalContextFrames
+    model = causal(tiny_wan)
+    first = sample_latent(model, prompt(), [], empty_latent(7), DIAGONAL, seed=3)
+    context, frames = node.execute(latent=first, latent_frames=3).result
+    assert frames == 9
+    second = sample_latent(model, prompt(), [], empty_latent(9), DIAGONAL, seed=4, context=context)["samples"]
+    given = given_frames(first["samples"][:, :, -3:])
+    expected = sample_latent(model, prompt(), [], empty_latent(9), DIAGONAL, seed=4, context=given)["samples"]
+    assert torch.equal(second, expected)
+    torch.testing.assert_close(second[:, :, :3], first["samples"][:, :, -3:])
+
+
+@pytest.mark.parametrize(
+    ("frames", "asked", "taken", "still"), [(7, 3, 3, False), (2, 6, 2, False), (7, 1, 1, True), (1, 3, 1, False)]
+)
+def test_the_last_frames_of_a_latent_are_taken(context_frames, frames, asked, taken, still):
+    """One of the middle of a video tells the level that what follows begins at; the first of a video has its own."""
+    samples = torch.randn(2, 16, frames, 4, 4, generator=torch.Generator().manual_seed(2))
+    found = context_frames.context_of(None, None, asked, {"samples": samples})
+    assert torch.equal(found.latent, samples[:, :, -taken:])
+    assert torch.equal(found.still, found.latent) if still else found.still is None
+
+
+def test_images_or_a_latent_and_what_they_need(context_frames, demo_vae, clip):
+    from comfy.nested_tensor import NestedTensor
+
+    samples = torch.zeros(1, 16, 3, 8, 8)
+    latent = {"samples": samples}
+    with pytest.raises(ValueError, match="Both images and latent are connected.*remove the other"):
+        context_frames.context_of(clip, demo_vae, 3, latent)
+    with pytest.raises(ValueError, match="connect images and a vae, or a latent"):
+        context_frames.context_of(None, demo_vae, 3)
+    with pytest.raises(ValueError, match="images need the vae"):
+        context_frames.context_of(clip, None, 3)
+    for wrong in (samples[:, :, 0], samples[:, :, :0]):
+        with pytest.raises(ValueError, match="latent is of shape .*connect a video's"):
+            context_frames.take_context({"samples": wrong}, 3)
+    with pytest.raises(ValueError, match="latent is of several parts"):
+        context_frames.take_context({"samples": NestedTensor([samples, samples])}, 3)
+    with pytest.raises(ValueError, match="latent_frames is 0"):
+        context_frames.take_context(latent, 0)
+    broken = samples.clone()
+    broken[:, :, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite values in its last frames"):
+        context_frames.take_context({"samples": broken}, 2)
+    context_frames.take_context({"samples": broken}, 1)
+
+
 def test_behind_given_frames_what_a_mask_protects_stays(tiny_wan, causal, prompt, sample_latent, given_frames):
     """The level of the first chunk is not moved there: it would move what is not to change."""
     video = torch.randn(1, 16, 7, 4, 4, generator=torch.Generator().manual_seed(2))

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from concurrent.futures import Future
 from copy import copy
 from dataclasses import replace
 
@@ -704,6 +705,43 @@ def test_a_new_prompt_begins_steps_anew_but_where_each_chunk_has_its_own(
         on_progress=lambda p: found.update({p.chunk: max(p.steps, found.get(p.chunk, 0))}),
     )
     assert list(found.values()) == steps
+
+
+@pytest.mark.parametrize("mode", ["adapter", "reference", "noise", "adapter+blend"])
+def test_a_cut_is_refused_where_motion_carries_something_across_it(
+    tiny_wan, with_adapter, causal, sample_latent, control, demo_vae, pack_module, prompt, mode
+):
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, text):
+            return prompt()
+
+    prompts, clean = pack_module("model_patches.prompts"), DiagonalSchedule.preset("self forcing", steps=(2,))
+    model = causal(with_adapter(0.5)[0] if "adapter" in mode else tiny_wan, **SETTINGS)
+    flow, box = control.FlowConditioning(optical_flow=PAN, mode=mode, vae=demo_vae), prompts.PromptBox()
+
+    def run(text, **more):
+        positive = prompts.schedule_prompts(Clip(), text, fps=16.0, switch="cut", blend_chunks=1)
+        latent = {"samples": torch.zeros(SHAPE)}
+        return sample_latent(model, positive, [], latent, clean, seed=3, optical_flow=flow, **more)["samples"]
+
+    answer = Future()
+
+    def steer(progress):
+        if (progress.chunk, progress.step) == (0, 1):
+            box.post(prompts.PromptRequest(text="bc", node="7", answer=answer))
+
+    whole = run("0: a", prompts=box, on_progress=steer)
+    if mode == "adapter":
+        assert answer.result().chunk == 1 and torch.equal(whole, run("0: a\nchunk 2: bc"))
+        return
+    words = f"cut of Diagonal Prompt Schedule.*Diagonal Flow Conditioning in mode {re.escape(mode)} carries it on"
+    for refused in (answer.result, lambda: run("0: a\nchunk 2: bc")):
+        with pytest.raises(ValueError, match=words):
+            refused()
+    assert torch.equal(whole, run("0: a"))
 
 
 @pytest.fixture

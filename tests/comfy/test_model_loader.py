@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from wan_files import CONFIG, DIMS, LAYOUTS, LORA_LAYERS, LORA_LAYOUTS, lora_pairs, prefixed, tiny_wan, write_lora
 
 from diagonal_sampler.provenance import Provenance
+from diagonal_sampler.schedule import DEFAULT_PRESET, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
 
 PARITY = sorted((Path(__file__).parents[1] / "data").rglob("*.model.safetensors"))
@@ -429,6 +430,36 @@ def test_defaults_come_from_the_file_and_a_contradiction_warns(node, folders, ca
         assert any(sentence in record.getMessage() for record in caplog.records)
 
 
+def test_another_window_set_behind_the_loader_is_told_where_it_samples(
+    node, folders, pack_module, sample_latent, prompt, empty_latent, caplog
+) -> None:
+    """What is set at the loader is told there, and not once more."""
+    header = {"config": CONFIG, "frames_per_chunk": "3", "window": "12", "sink": "3"}
+    save_file(tiny_wan(0), folders["checkpoints"] / "own.safetensors", metadata=header)
+    attention = pack_module("nodes.causal_attention").DiagonalCausalAttention
+    schedule = DiagonalSchedule.preset("self forcing", steps=(1,))
+
+    def told(loader: dict[str, int], behind: tuple[int, int, int] | None, **changes: int) -> list[str]:
+        model = node.execute(ckpt_name="own.safetensors", **(WIDGETS | loader)).args[0]
+        if behind is not None:
+            (model,) = attention.execute(model, *behind, "auto").result
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            sample_latent(model, prompt(), [], empty_latent(3), replace(schedule, **changes), seed=1)
+        return [line for line in caplog.messages if "trained with" in line]
+
+    chunk, window, sink = (
+        f"{name} is set to {value}, but the file was trained with {own}"
+        for name, value, own in (("frames_per_chunk", 1, 3), ("window", 4, 12), ("sink", 0, 3))
+    )
+    assert told({}, None) == told({}, (3, 12, 3)) == []
+    assert told({}, (1, 4, 0)) == [chunk, window, sink]
+    assert told({"window": 6}, None) == []
+    assert told({"window": 6}, (1, 6, 3)) == [chunk]
+    assert told({}, (1, 12, 3), frames_per_chunk=3) == []
+    assert told({}, None, frames_per_chunk=1) == [chunk]
+
+
 def test_a_lora_that_says_how_it_was_trained_is_followed(node, folders) -> None:
     """Its base is of another kind, or an ordinary Wan, which nothing marks as causal."""
     base = {"window": "12", "sink": "3", "frames_per_chunk": "3", "steps_per_chunk": "4", "context_mode": "clean"}
@@ -480,7 +511,24 @@ def test_a_name_that_says_frame_by_frame_is_heard(node, folders, name: str, chun
     (torch.save if path.suffix == ".pt" else save_file)(tiny_wan(), path)
     info = node.execute(ckpt_name=name, **(WIDGETS | {"frames_per_chunk": chunk})).args[1]
     assert ("preset 'causal forcing framewise'" in info) == told
-    assert ("the file does not say" in info) == (chunk == 0)
+    assert ("(the usual; the file does not say)" in info) == (chunk == 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({}, True),
+        ({"frames_per_chunk": "3", "window": "12"}, True),
+        ({"steps_per_chunk": "4", "context_mode": "clean"}, False),
+        ({"steps_per_chunk": "5,1", "context_mode": "clean"}, False),
+        ({"context_mode": "clean"}, False),
+    ],
+)
+def test_a_file_that_does_not_say_its_preset_is_told_whose_the_default_is(node, folders, header, told: bool) -> None:
+    save_file(tiny_wan(0), folders["diffusion_models"] / "self_forcing.safetensors", metadata=header)
+    info = node.execute(ckpt_name="self_forcing.safetensors", **WIDGETS).args[1]
+    line = f"preset: the file does not say; Diagonal Schedule's default, {DEFAULT_PRESET}, is for Diagonal Dist"
+    assert [each.startswith(line) for each in info.splitlines() if "default" in each] == [True] * told
 
 
 def test_names_that_say_bidirectional_are_heard(node, folders) -> None:
@@ -498,6 +546,41 @@ def test_names_that_say_bidirectional_are_heard(node, folders) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "marked", "words"),
+    [
+        ("wan2.1_t2v_1.3B_bf16", False, "nothing in the file says that it was trained causally"),
+        ("lightx2v_step_distill/model", False, "its name says that it is bidirectional"),
+        ("wan2.2_t2v_low_noise", True, "its name says that it is of Wan 2.2"),
+        ("causal_forcing/model", False, None),
+        ("wan2.1_t2v_1.3B_bf16", True, None),
+    ],
+)
+def test_causal_attention_behind_comfyuis_loader_tells_the_loaders_doubt_where_it_samples(
+    name: str, marked: bool, words: str | None, folders, pack_module, sample_latent, prompt, empty_latent, caplog
+) -> None:
+    path = folders["diffusion_models"] / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    header = CONFIG if marked else json.dumps({"transformer": {"text_dim": DIMS.text_dim}})
+    save_file(tiny_wan(0), path, metadata={"config": header})
+    model = comfy.sd.load_diffusion_model(str(path))
+    (model,) = pack_module("nodes.causal_attention").DiagonalCausalAttention.execute(model, 3, 12, 3, "auto").result
+    schedule = DiagonalSchedule.preset("self forcing", steps=(1,))
+    with caplog.at_level(logging.WARNING):
+        sample_latent(model.clone(), prompt(), [], empty_latent(3), schedule, seed=1)
+    told = [line for line in caplog.messages if line.startswith(f"{path.name}: ")]
+    assert len(told) == (words is not None) and all(words in line for line in told)
+
+
+def test_a_model_whose_file_is_gone_or_not_known_becomes_causal_without_doubt(pack_module, tmp_path: Path) -> None:
+    model = comfyui_model(tmp_path, tiny_wan(0))
+    node = pack_module("nodes.causal_attention").DiagonalCausalAttention
+    for load in (model.cached_patcher_init, (comfy.sd.load_diffusion_model, ()), None):
+        model.cached_patcher_init = load
+        (tmp_path / "reference.safetensors").unlink(missing_ok=True)
+        assert node.execute(model, 3, 12, 3, "auto").result[0].get_attachment("diagonal_doubt") is None
+
+
+@pytest.mark.parametrize(
     ("channels", "words"),
     [((36, 16), "36 latent channels and gives 16.*image-to-video"), ((48, 48), "48 latent channels.*Wan 2.2 5B")],
 )
@@ -506,7 +589,8 @@ def test_causal_attention_refuses_what_the_loader_refuses(channels, words: str, 
     dims = replace(DIMS, in_channels=channels[0], out_channels=channels[1])
     model = comfyui_model(tmp_path, tiny_wan(0, dims), {"config": json.dumps({"transformer": {"text_dim": 64}})})
     assert model.model.diffusion_model.model_type == "t2v"
-    with pytest.raises(ValueError, match=f"The MODEL takes {words}.*Load a Wan 2.1 text-to-video model"):
+    remedy = "Load a Wan 2.1 text-to-video model, for a start image with Diagonal Context Frames."
+    with pytest.raises(ValueError, match=f"The MODEL takes {words}.*{remedy}"):
         pack_module("model_patches.causal").make_causal(model, CausalSettings())
 
 

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import comfy.samplers
 import node_helpers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diagonal_sampler.sampler import count_forwards
 from diagonal_sampler.schedule import DiagonalSchedule
@@ -88,7 +90,7 @@ def test_a_standard_sampler_takes_the_first_prompt(tiny_wan, clip, schedule):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-@pytest.mark.parametrize("switch", ["recache", "keep", "blend"])
+@pytest.mark.parametrize("switch", ["recache", "keep", "blend", "cut"])
 def test_a_prompt_switches_at_its_chunk(sample, clip, schedule, switch, cfg):
     plain = sample(clip("a"), clip("not this"), cfg=cfg)
     found = sample(schedule(f"0: a\nchunk {SWITCH + 1}: b", switch), clip("not this"), cfg=cfg)
@@ -194,6 +196,44 @@ def test_steps_begin_anew_at_a_recache(sample, schedule):
     assert seen("0: a\nchunk 2: b\nchunk 3: c", "recache") == [4, 4, 4, 3, 2, 2]
     for switch in ("keep", "blend"):
         assert seen("0: a\nchunk 4: b", switch) == [4, 3, 2, 2, 2, 2]
+    assert seen("0: a\nchunk 2: b\nchunk 5: c", "cut") == [4, 4, 3, 2, 4, 3], "nothing is written again"
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("switch", ["cut", "recache"])
+def test_behind_a_cut_a_clip_is_that_of_a_new_run(sample, clip, schedule, switch, cfg):
+    """Bit for bit, for the same noise, also behind a recache: sink, window, positions and steps begin anew."""
+
+    def noise(chunk, step, frames):
+        made = torch.Generator().manual_seed(1000 * (chunk - first) + step + 10)
+        return torch.randn(1, 16, frames, 4, 4, generator=made)
+
+    more = {"negative": clip("no"), "cfg": cfg, "noise": noise, "noise_schedule": DIAGONAL}
+    settings, behind = {**WINDOW, "positions": "window"}, schedule("chunk 6: c", switch, previous=schedule("0: b"))
+    first = 0
+    fresh = sample(behind, frames=21, settings=settings, **more)
+    first = 5
+    both = schedule("chunk 11: c", switch, previous=schedule("chunk 6: b", "cut", previous=schedule("0: a")))
+    found = sample(both, frames=36, settings=settings, **more)
+    assert torch.equal(found[:, :, 15:], fresh)
+
+
+def test_a_live_cut_is_as_a_written_one_and_costs_nothing(sample, schedule, prompts):
+    box, totals, answers = prompts.PromptBox(), [], []
+
+    def steer(progress):
+        totals.append((progress.forwards, progress.total))
+        if progress.chunk == 1 and progress.step == 1:
+            answers.append(post(prompts, box, "b", switch="cut"))
+
+    found = sample(schedule("0: a"), prompts=box, on_progress=steer)
+    later = schedule("chunk 3: b", "cut", previous=schedule("0: a"))
+    assert torch.equal(found, sample(later)) and answers[0].result().switch == "cut"
+    assert {total for _, total in totals} == {count_forwards(CLEAN, FRAMES, 3)} and totals[-1][0] == totals[-1][1]
+    plain = sample(schedule("0: a\nchunk 3: b"))
+    assert same_until(found, plain) == 6
+    first = schedule("0: a", "cut")
+    assert torch.equal(sample(first), sample(schedule("0: a"))), "nothing comes before the first chunk"
 
 
 def test_times_chain_and_areas(sample, clip, schedule, tiny_wan, causal, sample_latent):
@@ -211,6 +251,11 @@ def test_times_chain_and_areas(sample, clip, schedule, tiny_wan, causal, sample_
     assert same_until(found, other) == 3
 
 
+def test_one_row_that_looks_like_several_is_said(schedule, caplog):
+    schedule("0s: a | 5s: b")
+    assert "each prompt takes a row of its own" in caplog.text
+
+
 def test_a_prompt_after_the_end_or_in_the_same_chunk_is_said(sample, clip, schedule, caplog):
     found = sample(schedule("0: a\n0.6s: b\nchunk 9: c", "keep"))
     assert same_until(found, sample(clip("a"))) == 3
@@ -226,7 +271,7 @@ def test_a_prompt_after_the_end_or_in_the_same_chunk_is_said(sample, clip, sched
         ("5s: a", {}, "Row 1 begins at 5s and nothing comes before it"),
         ("0: a\n3s: a dog", {}, r"Row 2 \(3s\): dog is unknown; known words are cat"),
         ("0: a\n3: long", {"switch": "blend"}, "'long' has 24 tokens and the one before it 16"),
-        ("0: a", {"switch": "cut"}, "switch is 'cut'"),
+        ("0: a", {"switch": "wipe"}, "switch is 'wipe'"),
         ("0: a", {"fps": 0.0}, "fps is 0.0"),
         ("0: a\n5: b\n2: c", {}, r"Row 3 \(2s\) comes after Row 2 \(5s\)"),
     ],
@@ -395,7 +440,7 @@ def test_a_live_prompt_switches_as_the_node_does_that_it_names(prompts, schedule
         frames_per_chunk=3,
         context_frames=0,
         set_context=lambda context: None,
-        recache_forwards=lambda chunk: 1,
+        recache_forwards=lambda chunk, cut: 1,
         box=box,
     )
     answers = [post(prompts, box, "c", node) for node in ("3", "7")]
@@ -473,7 +518,7 @@ def prompt_run(prompts, schedule, clip):
             frames_per_chunk=3,
             context_frames=0,
             set_context=shown.append,
-            recache_forwards=lambda chunk: 5,
+            recache_forwards=lambda chunk, cut: 5,
             levels=DIAGONAL,
             **more,
         )
@@ -497,7 +542,7 @@ def test_embeddings_that_no_chunk_shows_any_more_are_dropped(prompt_run, prompts
 
 def test_a_run_that_goes_on_knows_its_prompts_and_encodes_those_it_will_show(prompt_run, prompts, clip):
     text = "0: a\nchunk 4: b\nchunk 11: c\nchunk 23: d\nchunk 24: e"
-    given = {3: "keep", 7: "blend", 9: "blend", 10: "recache", 11: "blend", 20: "recache", 22: "blend", 25: "blend"}
+    given = {3: "keep", 7: "blend", 9: "blend", 10: "recache", 11: "blend", 20: "cut", 22: "blend", 25: "blend"}
     for written in ("recache", "blend"):
         box = prompts.PromptBox()
         whole, _ = prompt_run(text, written, box=box)
@@ -516,6 +561,7 @@ def test_a_run_that_goes_on_knows_its_prompts_and_encodes_those_it_will_show(pro
                 if chunk in given:
                     post(prompts, box, f"live {chunk}", switch=given[chunk], blend_chunks=4)
                 assert run.begin(chunk) == again[chunk], (first, chunk)
+                assert run.cuts(chunk) == (chunk == 20) and run.schedule_row(chunk) == whole.schedule_row(chunk)
                 assert torch.equal(run._current, shown[chunk]), (first, chunk)
             assert run.extra_forwards == whole.extra_forwards
             assert run.forwards_before(first) == whole.forwards_before(first)
@@ -590,11 +636,14 @@ def stop_at(chunk, *, box=None, prompts=None, at=None):
 TEXT = "0: a red circle moves right\nchunk 5: a blue square moves up"
 
 
-@pytest.mark.parametrize(("switch", "schedule"), [("recache", CLEAN), ("recache", DIAGONAL), ("blend", CLEAN)])
+RESUMED = [("recache", CLEAN), ("recache", DIAGONAL), ("blend", CLEAN), ("cut", CLEAN), ("cut", DIAGONAL)]
+
+
+@pytest.mark.parametrize(("switch", "schedule"), RESUMED)
 def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch, schedule):
     whole = stream(TEXT, switch, schedule)
     assert len(whole) == 7
-    for stopped in (3, 4, 5):
+    for stopped in (3, 4, 5, 6) if switch == "cut" else (3, 4, 5):
         lines, seen = [], []
         made = stream(TEXT, switch, schedule, on_progress=stop_at(stopped))
         made += stream(TEXT, switch, schedule, announce=lines.append, on_progress=seen.append)
@@ -603,7 +652,7 @@ def test_a_stream_resumes_bit_by_bit_before_at_and_after_a_switch(stream, switch
         assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
 
 
-@pytest.mark.parametrize("switch", ["recache", "keep"])
+@pytest.mark.parametrize("switch", ["recache", "keep", "cut"])
 def test_a_cancel_loses_no_chunk_of_a_stream_with_prompts(stream, switch):
     """Wherever it comes in the fifth: while the window is written again, in a step, while the chunk is decoded."""
     seen = []
@@ -621,6 +670,56 @@ def test_a_cancel_loses_no_chunk_of_a_stream_with_prompts(stream, switch):
         made = stream(TEXT, switch, state_every=99, announce=lines.append)
         assert "after chunk 4" in lines[0], f"cancelled at forward {forwards}"
         assert len(made) == 3 and all(torch.equal(a, b) for a, b in zip(made, whole[4:], strict=True))
+
+
+@pytest.mark.parametrize("stopped", [3, 5, 6])
+def test_a_stream_with_a_live_cut_and_a_recache_behind_it_resumes_bit_by_bit(stream, prompts, stopped):
+    text, then = "0: a red circle moves right", [("chunk 7: a green cross moves left", "recache")]
+
+    def steered(box, stopped):
+        def report(progress):
+            if (progress.chunk, progress.step) == (2, 0):
+                post(prompts, box, "a blue square moves up", switch="cut")
+            if (progress.chunk, progress.step) == (stopped, 1):
+                raise Stop
+
+        return {"prompts": box, "on_progress": report, "then": then, "schedule": DIAGONAL}
+
+    whole = stream(text, **steered(prompts.PromptBox(), 99))
+    made = stream(text, **steered(prompts.PromptBox(), stopped))
+    seen = []
+    made += stream(text, then=then, schedule=DIAGONAL, on_progress=seen.append)
+    assert len(made) == 7 and all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+    assert seen[-1].forwards == seen[-1].total
+
+
+def test_a_stream_decodes_each_shot_by_itself(stream, pack_module, demo, output, monkeypatch):
+    """At a cut the first frame is held, so that the video keeps its length; its last frames are of one shot."""
+    streaming, last = pack_module("model_patches.streaming"), []
+    usual = streaming.encode_context
+    monkeypatch.setattr(streaming, "encode_context", lambda vae, x, n: (last.append(x), usual(vae, x, n))[1])
+    latents = stream(TEXT, "cut")
+    with pack_module("model_patches.stream_decode").stream_decoder(demo[2]) as decoder:
+        before = torch.cat([decoder.decode(x)[0] for x in latents[:4]])
+        decoder.reset()
+        behind = torch.cat([decoder.decode(x)[0] for x in latents[4:]])
+    assert (len(before), len(behind)) == (45, 33)
+    wanted = torch.cat([before, behind[:1].expand(3, -1, -1, -1), behind])[:80]  # of 5 s
+    found = frames_in(output / "v_00001_")
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 1 / 128
+    for stopped, number in ((4, 2), (5, 3)):
+        stream(TEXT, "cut", on_progress=stop_at(stopped))
+        stream(TEXT, "cut")
+        assert torch.equal(frames_in(output / f"v_0000{number}_"), found)
+    stream(TEXT.replace("chunk 5", "chunk 7"), "cut")
+    assert len(last[-1]) == 11, "of the last shot alone, which the held frames begin"
+    assert all(torch.equal(held, last[-1][3]) for held in last[-1][:3])
+    assert torch.equal(last[1], last[0]) and torch.equal(last[2], last[0])
+
+
+def frames_in(folder):
+    """The frames of a folder of PNG images, [T, H, W, 3] in 0..1."""
+    return torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.glob("*.png"))]) / 255
 
 
 @pytest.mark.parametrize(("text", "fps", "said"), [("2s", 24.0, True), ("2s", 16.0, False), ("chunk 5", 24.0, False)])
@@ -704,6 +803,17 @@ def test_a_cancelled_streams_prompts_are_rows_beside_it_too(stream, prompts, out
     text = (output / "v_00001_.prompts.txt").read_text(encoding="utf-8")
     assert text.endswith("\n# switch: recache\nchunk 3: a blue square moves up\n")
     assert (output / "v_00001_.prompts.json").exists(), "to go on with"
+
+
+def test_a_stream_stopped_in_its_first_chunk_says_the_prompts_that_go_with_it(stream, prompts, output, caplog):
+    box, lines, text = prompts.PromptBox(), [], "0: a red circle moves right"
+    steer = stop_at(0, box=box, prompts=prompts, at=0)
+    stream(text, prompts=box, on_progress=steer, announce=lines.append)
+    assert list(output.iterdir()) == []
+    assert "v_00001_ was stopped before its first frame: it is not kept, nor are its prompts." in lines[-1]
+    assert "\nchunk 2: a blue square moves up" in lines[-1] and lines[-1] in caplog.text
+    stream(text, on_progress=stop_at(0), announce=lines.append)
+    assert len(lines) == 3, "nothing to say without prompts"
 
 
 def test_a_persons_file_of_that_name_stays_and_the_prompts_are_kept(stream, prompts, output, caplog):
@@ -853,7 +963,8 @@ def test_a_run_takes_prompts_of_its_own_client_while_it_goes_on(steering, schedu
         ({"text": None}, 400, "text is None; it must be text"),
         ({"client_id": 3}, 400, "client_id is 3; it must be text"),
         ({"node": True}, 400, "node is True; it must be text or a whole number"),
-        ({"switch": "cut"}, 400, "switch is 'cut'"),
+        ({"switch": "cut"}, 0, ""),
+        ({"switch": "wipe"}, 400, "switch is 'wipe'; choose one of recache, keep, blend, cut"),
         ({"blend_chunks": 0}, 400, "blend_chunks is 0"),
         ({"blend_chunks": True}, 400, "blend_chunks is True; it must be a whole number"),
     ],

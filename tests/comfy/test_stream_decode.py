@@ -421,6 +421,27 @@ def test_an_end_in_between_frees_a_large_state_and_keeps_a_small_one(
     assert difference(got, whole(vae, latents)) < TOLERANCE
 
 
+def test_behind_a_cut_a_clip_is_decoded_as_another_one_and_keeps_its_count_of_frames(streaming, vae, whole):
+    before, behind = latents_of(1), latents_of(2)
+    wanted = whole(vae, behind)
+    decoder = streaming.stream_decoder(vae)
+    decoder.cut()
+    assert decoder.decode(before[:, :, :2]).shape[1] == 5, "nothing comes before the first chunk"
+    decoder.cut()
+    kept = decoder.snapshot()
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            decoder.decode(behind[:, :, :2])
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    again = decoder.snapshot()
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    first, rest = decoder.decode(behind[:, :, :2]), decoder.decode(behind[:, :, 2:])
+    assert first.shape[1] == 8 and difference(first[:, :4], wanted[:, :1].expand(-1, 4, -1, -1, -1)) < TOLERANCE
+    assert difference(torch.cat([first[:, 3:], rest], dim=1), wanted) < TOLERANCE
+
+
 def test_the_demo_stops_when_cancelled(streaming, demo_vae):
     comfy.model_management.interrupt_current_processing(True)
     try:

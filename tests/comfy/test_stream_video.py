@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,6 +27,7 @@ import comfy_host
 import numpy as np
 import pytest
 import torch
+from comfy_api.latest import InputImpl
 from PIL import Image
 from processes import still_running
 from safetensors import SafetensorError
@@ -171,6 +173,43 @@ def test_an_encoded_video_shows_the_same_frames(streaming, stream, options, outp
     assert result.video.get_frame_rate() == FPS
     assert abs(result.video.get_duration() - 2.0) < 0.07
     assert len(result.video.get_components().images) == 32
+
+
+@pytest.fixture
+def numbered(pack_module, tmp_path):
+    """20 images, each 10 levels redder than the one before: a folder, and ComfyUI's own video of the same."""
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    for number in range(1, 21):
+        image = Image.new("RGB", (32, 16), (10 * number, 0, 0))
+        image.save(folder / pack_module("model_patches.video_writer").png_name(number))
+    images = pack_module("model_patches.png_video").PngVideo(folder, Fraction(16))
+    images.save_to(str(tmp_path / "numbered.mp4"), crf=1.0)
+    return images, InputImpl.VideoFromFile(str(tmp_path / "numbered.mp4"))
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 0.3, -0.5, -9.0])
+@pytest.mark.parametrize("duration", [0.0, 0.25])
+def test_a_part_of_a_folder_of_images_is_that_of_a_file(numbered, start, duration):
+    def reds(video) -> list[int]:
+        return [round(float(image[..., 0].mean()) * 25.5) for image in video.get_components().images]
+
+    images, file = (video.as_trimmed(start, duration, strict_duration=False) for video in numbered)
+    assert reds(images) == reds(file)
+    assert images.get_frame_count() == len(reds(images)) and images.get_dimensions() == (32, 16)
+    assert reds(images.as_trimmed(0.125)) == reds(images)[2:]
+
+
+def test_only_the_images_of_a_part_are_read(numbered):
+    """Trim Video before Get Video Components, so that the end of a long video does not take the memory of all."""
+    video = numbered[0]
+    for path in sorted(video.folder.iterdir())[:12]:
+        path.write_bytes(b"no image")
+    end = video.as_trimmed(-0.5)
+    assert len(end.get_components().images) == end.get_frame_count() == 8 and end.get_duration() == 0.5
+    assert video.as_trimmed(1.25) is None, "behind the last"
+    assert video.as_trimmed(1.0, 0.5, strict_duration=True) is None
+    assert video.as_trimmed(1.0, 0.5).get_frame_count() == 4
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm", "png"])
@@ -1650,6 +1689,59 @@ def test_restart_begins_anew_and_a_finished_video_is_never_touched(stream, optio
     assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4"]
 
 
+@pytest.mark.parametrize("ending", [CANCELLED, FAILED])
+def test_a_restart_that_makes_nothing_leaves_the_video_that_it_would_replace(stream, options, output, ending):
+    """Until the new video has something to go on from; with two unfinished ones, as two servers leave them."""
+    at, error = ending
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    for end in (".mp4", ".state.safetensors"):
+        (output / f"v_00002_{end}").write_bytes((output / f"v_00001_{end}").read_bytes())
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    there = []
+    for forwards in (1, FORWARDS_A_CHUNK):
+
+        def report(progress, forwards=forwards):
+            there.append({name for name in files(output) if name.endswith(".state.safetensors")})
+            at(forwards)(progress)
+
+        with pytest.raises(error):
+            stream(options(restart=True), on_progress=report)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    with pytest.raises(error):
+        stream(options(restart=True), on_progress=at(FORWARDS_A_CHUNK + 1))
+    assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00003_.mp4", "v_00003_.state.safetensors"]
+    assert there == [{f"v_{n:05}_.state.safetensors" for n in (1, 2, 3)}] * (1 + FORWARDS_A_CHUNK)
+
+
+def test_a_restart_of_one_chunk_replaces_the_unfinished_video_when_it_is_done(stream, options, output):
+    """It saves no state."""
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    assert stream(options(seconds=0.5, restart=True)).path.name == "v_00002_.mp4"
+    assert files(output) == ["v_00001_.mp4", "v_00002_.mp4"]
+
+
+def test_a_restart_that_ends_with_frames_replaces_the_unfinished_video_without_a_state_too(stream, options, output):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    with pytest.raises(Stop):
+        stream(options(restart=True, state_every=9), on_progress=stop_at(1))
+    assert len(decoded(output / "v_00002_.mp4")) == 9
+    assert files(output) == ["v_00001_.mp4", "v_00002_.mp4", "v_00002_.state.safetensors"]
+
+
+def test_a_replaced_state_that_another_program_holds_does_not_end_the_run(
+    stream, options, output, monkeypatch, caplog, pack_module
+):
+    with pytest.raises(Stop):
+        stream(options(), on_progress=stop_at(2))
+    monkeypatch.setattr(pack_module("model_patches.stream_files"), "remove_file", lambda path: path.exists() and held())
+    assert len(decoded(stream(options(restart=True)).path)) == 32
+    assert "v_00001_.state.safetensors cannot be removed: in use" in caplog.text
+    assert "v_00001_.state.safetensors" in files(output)
+
+
 def test_restart_leaves_the_kept_state_of_a_finished_video(stream, options, output):
     stream(options(keep_state=True))
     assert stream(options(restart=True)).path.name == "v_00002_.mp4"
@@ -1821,7 +1913,7 @@ NOTED = {"chunk": 1, "text": "a", "node": "2", "switch": "blend", "blend_chunks"
 @pytest.mark.parametrize(
     "content",
     ["[" * 100_000, *(json.dumps([NOTED | changed]) for changed in (
-        {"chunk": "1"}, {"chunk": -1}, {"text": 5}, {"node": None}, {"switch": "cut"}, {"blend_chunks": 0}
+        {"chunk": "1"}, {"chunk": -1}, {"text": 5}, {"node": None}, {"switch": "jump"}, {"blend_chunks": 0}
     ))],
     ids=range(7),
 )  # fmt: skip
@@ -1966,6 +2058,65 @@ def test_a_file_without_its_context_begins_with_the_first_new_frame(stream, opti
     assert max(away) == 0 if format == "png" else max(away) < 2, "an encoder's frames depend on those before them"
     assert torch.equal(whole.context.latent, result.context.latent)
     assert torch.equal(whole.context.latent, unstopped.context.latent)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+@pytest.mark.parametrize("ending", [CANCELLED, FAILED])
+def test_a_run_stopped_while_its_file_has_given_frames_alone_leaves_nothing(
+    stream, options, output, nine_frames, format, ending
+):
+    at, error = ending
+    with pytest.raises(error):
+        stream(options(format=format), context=nine_frames, on_progress=at(FORWARDS_A_CHUNK))
+    assert files(output) == []
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_a_run_killed_while_its_file_has_given_frames_alone_begins_again_in_it(
+    stream, options, output, nine_frames, format, tmp_path
+):
+    wanted, lines = options(format=format, seconds=1.0), []
+    left, there = tmp_path / "left", threading.Event()
+
+    def kill(progress):
+        assert progress.forwards < 2 * FORWARDS_A_CHUNK and (progress.chunk or there.wait(30))
+        shutil.copytree(output, left, ignore=shutil.ignore_patterns("*.lock"), dirs_exist_ok=True)
+        if progress.chunk or progress.step:
+            raise Stop
+
+    def leave():
+        shutil.rmtree(output)
+        shutil.copytree(left, output)
+
+    with pytest.raises(Stop):
+        stream(wanted, context=nine_frames, on_progress=kill, on_frames=lambda progress: there.set())
+    assert files(output) == []
+    leave()
+    video = output / f"v_00001_{'' if format == 'png' else '.' + format}"
+    assert 0 < len(decoded(video)) <= 9
+    with pytest.raises(Stop):
+        stream(wanted, context=nine_frames, on_progress=stop_at(0), announce=lines.append)
+    assert files(output) == []
+    leave()
+    result = stream(wanted, context=nine_frames, announce=lines.append)
+    assert result.path == video and len(decoded(video)) == 16 and files(output) == [video.name]
+    assert all("Begun again" in line for line in lines[:2])
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "png"])
+def test_only_a_video_of_few_frames_counts_as_given_frames_alone(pack_module, video_writer, tmp_path, format):
+    has_own_frames = pack_module("model_patches.stream_files")._has_own_frames
+    spec = video_writer.VideoSpec(width=SIZE, height=SIZE, rate=Fraction(FPS), crf=20.0, metadata={})
+    path = tmp_path / f"v_{'' if format == 'png' else '.' + format}"
+    writer = video_writer.open_writer(path, spec)
+    writer.write(torch.rand(9, SIZE, SIZE, 3))
+    writer.close()
+    assert [has_own_frames(path, given) for given in (0, 8, 9, 10)] == [True, True, False, False]
+    if format == "png":
+        (path / "note.png").write_bytes(b"")
+    else:
+        path.write_bytes(b"not ours" * 9)
+    assert has_own_frames(path, 9)
 
 
 def test_a_file_without_its_context_counts_its_own_frames(stream, options, output, nine_frames):
@@ -2340,6 +2491,9 @@ def test_the_nodes_widgets_and_inputs_reach_the_stream(pack_module, monkeypatch,
     assert output.result == (result.video, "X")
     (shown,) = output.ui["images"]
     assert (shown["filename"], shown["subfolder"], shown["in_sequence"]) == ("00000009.png", "a/v_00001_", True)
+    as_video = nodes.DiagonalStreamVideo.execute("M", [], "N", "V", "S", length=3.0, **{**widgets, "format": "mp4"})
+    assert output.ui.keys() == as_video.ui.keys(), "ComfyUI merges those of a list of formats by the first one's"
+    assert (list(output.ui["animated"]), list(as_video.ui["animated"])) == ([False], [True])
 
 
 def test_only_restart_and_an_early_end_make_a_finished_video_again(pack_module, monkeypatch):

@@ -655,13 +655,13 @@ def test_weights_that_share_a_byte_count_as_two(layer: str, tmp_path: Path) -> N
     ("extra", "match"),
     [
         ({"vace_patch_embedding.weight": (4,)}, "Wan VACE"),
-        ({"img_emb.proj.0.bias": (4,)}, "image-to-video"),
+        ({"img_emb.proj.0.bias": (4,)}, "image-to-video.*for a start image with Diagonal Context Frames$"),
         ({"control_adapter.conv.weight": (4,)}, "Fun Camera"),
         ({"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "Animate"),
         ({"patch_embedding.weight": (128, 36, 1, 2, 2)}, "36 in and 16 out.*image-to-video"),
         (
             {"patch_embedding.weight": (128, 48, 1, 2, 2), "head.head.weight": (192, 128), "head.head.bias": (192,)},
-            "48 in and 48 out.*Wan 2.2 5B or LongLive 2",
+            "48 in and 48 out.*Wan 2.2 5B or LongLive 2.*for a start image with Diagonal Context Frames$",
         ),
         ({"blocks.0.self_attn.q.quantized_weight_values": (4,)}, "LongLive 2.*NVFP4"),
     ],

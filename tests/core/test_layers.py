@@ -123,6 +123,38 @@ def test_only_nodes_and_model_patches_know_comfyui(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & HOST_MODULES
 
 
+# What a person drags turns widgets into one call: how tensors are computed with is of the packages below.
+TENSOR_MATHS = ("torch.nn", "torch.fft", "torch.linalg", "torch.special", "einops", "numpy")
+
+
+def tensor_maths(tree: ast.Module) -> set[str]:
+    """The names of TENSOR_MATHS that a module imports or reaches through `torch`."""
+    used = {*imported(tree, ("nodes", "a"), False)}
+    used |= {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in TENSOR_MATHS if any(f"{found}.".startswith(f"{name}.") for found in used)}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from torch.nn.functional import interpolate", {"torch.nn"}),
+        ("import torch.nn.functional as F", {"torch.nn"}),
+        ("import torch\ntorch.nn.functional.pad(x, (1, 1))", {"torch.nn"}),
+        ("from torch import linalg", {"torch.linalg"}),
+        ("from einops import rearrange", {"einops"}),
+        ("import torch\n@torch.inference_mode()\ndef f(x: torch.Tensor): ...", set()),
+        ("from .numpy import x", set()),
+    ],
+)
+def test_tensor_maths_is_found(source, found):
+    assert tensor_maths(ast.parse(source)) == found
+
+
+@pytest.mark.parametrize("path", [p for p in REPOSITORY if package_of(p) == "nodes"], ids=name_of)
+def test_nodes_leave_tensor_maths_to_the_packages_below(path):
+    assert not tensor_maths(ast.parse(path.read_text(encoding="utf-8")))
+
+
 def test_no_module_imports_itself_through_others():
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -8,6 +8,7 @@ from diagonal_sampler.prompt_schedule import (
     ChunkPrompt,
     PromptTime,
     context_at,
+    cut_chunks,
     parse_prompts,
     recached_chunks,
     require_order,
@@ -106,8 +107,8 @@ def test_a_single_row_may_have_its_time(text):
     [
         ("", "text has no prompt"),
         ("# only this", "text has no prompt"),
-        ("0: a\nb goes on", "Row 2 is 'b goes on'"),
-        ("a\nb", "Row 1 is 'a'"),
+        ("0: a\nb goes on", "Row 2 is 'b goes on'.* if this row belongs to the prompt above, put it all on one line"),
+        ("a\nb", "Row 1 is 'a'.* A prompt is one row: if it goes on in the rows below, put it all on one line"),
         ("a scene: a cat\n5: b", "Row 1 is 'a scene: a cat'"),
         ("0: a\nb: c", "Row 2 is 'b: c'"),
         ("0: a\n1:30 a blue circle", "Row 2 begins with '1:30' and no colon behind it. Write '1:30: ...', or a blank"),
@@ -117,7 +118,7 @@ def test_a_single_row_may_have_its_time(text):
         ("chunk 0: c", "chunk is 0; chunks are whole numbers and count from 1"),
         ("chunk 1.5: c", "chunk is 1.5"),
         (f"0: a\n{'9' * 300}h: b", "it must be from 0 to 1e.09"),
-        ("-1: c", "Row 1 is '-1: c'"),
+        ("-1: c", "Row 1 is '-1: c'.*count from 1\\)\\.$"),
         ("0: a\n3:  ", "Row 2 \\(3s\\) has no prompt"),
     ],
 )
@@ -211,15 +212,27 @@ def test_only_recache_recaches_and_the_last_of_a_chunk_counts():
     assert context_at(found, 3) is found[3].context
 
 
-def test_steps_begin_anew_at_a_recache_only():
-    found = prompts((0, "recache", 1), (2, "recache", 1), (4, "keep", 1), (5, "blend", 2), (7, "recache", 1))
-    recached = recached_chunks(found)
-    assert [schedule_row(recached, chunk) for chunk in range(9)] == [0, 1, 0, 1, 2, 3, 4, 0, 1]
+def test_a_cut_is_at_once_and_never_in_the_first_chunk():
+    found = prompts((0, "cut", 1), (2, "cut", 1), (3, "cut", 1), (3, "recache", 1), (5, "blend", 2), (6, "cut", 1))
+    assert cut_chunks(found) == [2, 6] and cut_chunks(found[:1]) == []
+    assert recached_chunks(found, 0) == [3], "of those of one chunk, the last counts"
+    assert context_at(found, 2) is found[1].context and context_at(found, 6) is found[5].context
+    assert [seen_from(found, chunk) for chunk in range(7)] == [0, 0, 1, 3, 3, 3, 5]
+
+
+def test_steps_begin_anew_at_a_recache_and_a_cut_only():
+    found = prompts((0, "recache", 1), (2, "recache", 1), (4, "keep", 1), (5, "blend", 2), (7, "cut", 1))
+    begun = [*recached_chunks(found), *cut_chunks(found)]
+    assert [schedule_row(begun, chunk) for chunk in range(9)] == [0, 1, 0, 1, 2, 3, 4, 0, 1]
     assert [schedule_row([], chunk) for chunk in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"switch": "cut"}, "switch is 'cut'"), ({"blend_chunks": 0}, "blend_chunks is 0")]
+    ("change", "words"),
+    [
+        ({"switch": "wipe"}, "switch is 'wipe'; choose one of recache, keep, blend, cut"),
+        ({"blend_chunks": 0}, "blend_chunks is 0"),
+    ],
 )
 def test_bad_switches_are_named(change, words):
     with pytest.raises(ValueError, match=words):

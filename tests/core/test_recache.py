@@ -8,6 +8,7 @@ from tiny_wan import ListKV, caption, latent, tiny_dit
 
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.noise import CONTEXT_STEP, SeededNoise
+from diagonal_sampler.prompt_schedule import schedule_row
 from diagonal_sampler.sampler import count_forwards, count_recache, mix, sample_chunks
 from diagonal_sampler.schedule import CONTEXT_MODES, DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
@@ -235,3 +236,83 @@ def test_a_rewind_needs_a_closed_chunk_and_a_skip_a_full_sink():
     fresh = KVCache(CASES[1], FRAMES)
     with pytest.raises(ValueError, match="sink's 3 frames must be written first"):
         fresh.skip_to(6)
+
+
+class Cut:
+    """A run that is cut to at some chunks: noise as `DRAW`, counted from an index on, and steps that begin anew."""
+
+    def __init__(self, settings, frames, cuts=(), recaches=(), first_draw=0, cache=None):
+        self.cache = KVCache(settings, frames) if cache is None else cache
+        self.model, self.history = Model(self.cache, BEFORE), {}
+        self.frames, self.cuts, self.recaches, self.first_draw = frames, cuts, recaches, first_draw
+
+    def chunks(self, **more):
+        begun = sorted([*self.cuts, *self.recaches])
+        return sample_chunks(
+            self.model,
+            lambda chunk, *at: DRAW(chunk + self.first_draw if chunk >= 0 else chunk, *at),
+            SCHEDULE,
+            self.cache,
+            frames=self.frames,
+            frames_per_chunk=3,
+            recache=self.begin,
+            history=self.history,
+            schedule_row=lambda chunk: schedule_row(begun, chunk),
+            cut=lambda chunk: chunk in self.cuts,
+            **more,
+        )
+
+    def begin(self, chunk):
+        self.model.text = caption(1 + chunk + self.first_draw)
+        return chunk in self.recaches
+
+
+CUT_CASES = [*CASES, CausalSettings(window=6, sink=3, positions="window", kv_cache_dtype="int8")]
+
+
+@pytest.mark.parametrize("settings", CUT_CASES, ids=str)
+@pytest.mark.parametrize("given", [0, 4])
+def test_behind_a_cut_a_clip_is_bit_for_bit_a_new_one(settings, given):
+    cut, again, chunks = 4, 8, 11  # the ring wraps before and behind the cut, and the window is written again behind it
+    context = latent(9, given) if given else None
+    run = Cut(settings, given + 3 * chunks, (cut,), (again,))
+    found = list(run.chunks(context=context))
+    fresh = Cut(settings, 3 * (chunks - cut), recaches=(again - cut,), first_draw=cut)
+    expected = list(fresh.chunks())
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(found[cut:], expected, strict=True))
+    assert [at.sigma for at in run.model.calls if at.chunk >= cut] == [at.sigma for at in fresh.model.calls]
+    assert sorted(run.history) == [at + given + 3 * cut for at in sorted(fresh.history)]
+    extra = count_recache(run.cache, SCHEDULE, run.frames, 3, again, given, cut)
+    assert extra == count_recache(fresh.cache, SCHEDULE, fresh.frames, 3, again - cut)
+    assert len(run.model.calls) == count_forwards(SCHEDULE, run.frames, 3, given) + extra, "a cut costs nothing"
+
+
+@pytest.mark.parametrize("settings", CUT_CASES, ids=str)
+@pytest.mark.parametrize("stop", [4, 5, 8, 9])
+def test_a_run_goes_on_bit_by_bit_before_and_behind_a_cut(settings, stop):
+    frames, cuts, recaches = 33, (4,), (8,)
+    whole = list(Cut(settings, frames, cuts, recaches).chunks())
+    run = Cut(settings, frames, cuts, recaches)
+    for chunk in run.chunks():
+        if chunk.index == stop - 1:
+            break
+    cache, kept = run.cache, KVCache(settings, frames)
+    more = {name: getattr(cache, name) for name in ("dropped", "moved", "begun", "origin")}
+    kept.restore(cache.committed, cache.snapshot(), **more)
+    other = Cut(settings, frames, cuts, recaches, cache=kept)
+    other.history.update(run.history)
+    for chunk in other.chunks(first_chunk=stop):
+        assert torch.equal(chunk.latents, whole[chunk.index].latents)
+
+
+def test_a_cut_needs_a_closed_chunk_and_what_is_forgotten_stays_behind_it():
+    cache = KVCache(CASES[1], FRAMES)
+    cache.begin(3)
+    with pytest.raises(RuntimeError, match="KVCache.cut inside a chunk"):
+        cache.cut()
+    cache.commit()
+    cache.cut()
+    cache.forget(6)
+    assert (cache.origin, cache.dropped, cache.moved, cache.position) == (3, 3, 0, 3)
+    with pytest.raises(ValueError, match=r"origin is 4; it must be in \[0, 3\]"):
+        KVCache(CASES[1], FRAMES).restore(6, {}, dropped=3, origin=4)

@@ -26,11 +26,13 @@ FOUR = (1000.0, 933.063, 732.616, 357.143)
 THREE = (1000.0, 933.063, 357.143)
 TWO = (1000.0, 357.143)
 SELF_FORCING = (1000.0, 937.5, 833.3333, 625.0)
+WARPED = (1000.0, 937.5, 833.3333, 357.143)
 KREA = (1000.0, 937.0, 833.0, 625.0)
 
 PUBLISHED = {
     "diagonal 4-3-2": ((FOUR, THREE, TWO, TWO, TWO, TWO, TWO), "noisy", None, 17),
     "diagonal 4-2": ((FOUR, TWO, TWO, TWO, TWO, TWO, TWO), "noisy", None, 16),
+    "diagonal 4-3-2 warped": ((WARPED, (*WARPED[:2], WARPED[3]), *(TWO,) * 5), "noisy", None, 17),
     "self forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causvid": (((1000.0, 756.757, 521.739),) * 7, "clean", None, 28),
     "longlive": ((SELF_FORCING,) * 7, "clean", None, 35),
@@ -48,6 +50,8 @@ def flat(rows) -> list[float]:
 def test_every_preset_is_checked():
     assert set(PUBLISHED) | {"undistilled", DEMO_PRESET} == set(PRESETS)
     assert DEFAULT_PRESET == "diagonal 4-3-2"
+    # Of presets with the same steps a file that states no levels is taken for the first one's.
+    assert next(iter(PRESETS)) == DEFAULT_PRESET
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

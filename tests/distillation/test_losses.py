@@ -27,6 +27,7 @@ from distillation.losses import (
     temporal_difference,
     update_ema_head,
 )
+from distillation.recipes import Recipe
 
 SHAPE = (2, 3, 4, 2, 3)  # [B, C, T, H, W]
 NEAR_FLOAT32 = {"rtol": 2e-5, "atol": 1e-6}
@@ -209,7 +210,7 @@ def test_temporal_difference() -> None:
     assert got.dtype == torch.float32 and got.flatten().tolist() == [1, 3, 5]
 
 
-def test_motion_weights_follow_the_release() -> None:
+def test_motion_weights_follow_their_formula() -> None:
     error = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     got = motion_weights(error)
     near(got, weights(f64(error)))
@@ -254,25 +255,38 @@ def test_motion_loss_sees_motion_and_not_a_constant_offset() -> None:
     assert dmd_loss(x, real, real + offset).item() > 1e-2
 
 
-def test_the_released_motion_form_gives_the_generator_no_gradient() -> None:
+def test_the_motion_form_of_81c5a80_gives_the_generator_no_gradient() -> None:
     """Why `motion_loss` differs: mean(w * g_m^2) changes with x, yet autograd sees a constant."""
 
-    def released(x: Tensor) -> Tensor:
+    def earlier(x: Tensor) -> Tensor:
         d, d_real, d_fake = (temporal_difference(clip) for clip in (x, real, fake))
         w = motion_weights((d_fake - d_real).abs().mean(dim=(1, 3, 4)))
         return (w[:, None, :, None, None] * dmd_gradient(d, d_real, d_fake).square()).mean()
 
     x, real, fake = clips(3)
-    loss = released(x)
+    loss = earlier(x)
     assert not loss.requires_grad
-    assert not torch.isclose(loss, released(2 * x), rtol=1e-2)
+    assert not torch.isclose(loss, earlier(2 * x), rtol=1e-2)
     torch.testing.assert_close(loss, 2 * motion_loss(x, real, fake))
 
     spatial = torch.autograd.grad(dmd_loss(x, real, fake), x)[0]
-    with_released = torch.autograd.grad(dmd_loss(x, real, fake) + 0.2 * released(x), x)[0]
+    with_earlier = torch.autograd.grad(dmd_loss(x, real, fake) + 0.2 * earlier(x), x)[0]
     with_ours = torch.autograd.grad(dmd_loss(x, real, fake) + 0.2 * motion_loss(x, real, fake), x)[0]
-    assert torch.equal(with_released, spatial)
+    assert torch.equal(with_earlier, spatial)
     assert float((with_ours - spatial).norm()) > 0.01 * float(spatial.norm())
+
+
+def test_a_motion_weight_of_10_has_the_ratio_of_24ef1c9() -> None:
+    """Its loss is 4 times the spatial one and 4 times mean(w * (D x - stop(D x - g_m))^2), without our half."""
+    x, real, fake = clips(3)
+    d, d_real, d_fake = (temporal_difference(clip) for clip in (x, real, fake))
+    w = motion_weights((d_fake - d_real).abs().mean(dim=(1, 3, 4)))[:, None, :, None, None]
+    motion = (w * (d - (d - dmd_gradient(d, d_real, d_fake)).detach()).square()).mean()
+    theirs = torch.autograd.grad(4 * dmd_loss(x, real, fake) + 4 * motion, x)[0]
+    recipe = Recipe(name="", motion_weight=10.0)
+    weight = recipe.motion_weight * recipe.motion_scale
+    ours = recipe.dmd_weight * dmd_loss(x, real, fake) + weight * motion_loss(x, real, fake)
+    torch.testing.assert_close(4 * torch.autograd.grad(ours, x)[0], theirs, rtol=1e-4, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------------

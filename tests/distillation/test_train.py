@@ -459,6 +459,18 @@ def test_each_loss_counts_by_its_weight(inputs, tmp_path, form):
     found = terms(dmd_weight=2.0, motion_weight=3.0, motion_scale=5.0, regression_weight=7.0)
     factors = {"dmd": 2, "regression": 7, "motion": 15} | ({"motion_regression": 21} if form == "head" else {})
     assert {name: value / usual[name] for name, value in found.items()} == pytest.approx(factors)
+    own = terms(regression_weight=0.0, motion_regression_weight=5.0)
+    factors = {"dmd": 1, "motion": 1} | ({"motion_regression": 5} if form == "head" else {})
+    assert {name: value / usual[name] for name, value in own.items()} == pytest.approx(factors)
+
+
+def test_a_motion_head_learns_by_a_regression_weight_of_its_own(inputs, tmp_path):
+    weights = ({}, {"motion_regression_weight": 1.0}, {"regression_weight": 1.0, "motion_regression_weight": 0.0})
+    found = [trainer_of(tiny_recipe(inputs, motion_form="head", **given), tmp_path).head for given in weights]
+    assert [head is not None for head in found] == [False, True, False]
+    assert recipes.demo(regression_weight=0.5).motion_regression == 0.5
+    with pytest.raises(ValueError, match="motion_regression_weight is -0.5; it must be 0 or more, or -1"):
+        recipes.demo(motion_regression_weight=-0.5)
 
 
 def test_each_network_has_its_own_rate_and_the_recipes_adamw(inputs, tmp_path):
@@ -1267,6 +1279,18 @@ def test_doubtful_runs_are_told(monkeypatch):
     assert "the negative prompt is empty" in unlike
     for recipe in (replace(student, cfg=1.0), replace(student, stage="forcing")):
         assert list(train.doubts(recipe, cuda, empty)) == list(train.doubts(recipe, cuda, none)) == []
+
+
+@pytest.mark.parametrize("stage", recipes.STAGES)
+def test_a_context_of_almost_pure_noise_is_doubted_where_the_student_trains_with_it(stage):
+    prompts, device = PromptSet(("a",), 9, 4, list, None), torch.device("cpu")
+    found = list(train.doubts(recipes.demo(stage=stage, steps="4,1"), device, prompts))
+    if stage in ("teacher", "forcing"):  # neither reads the steps
+        assert found == []
+    else:
+        (noise,) = found
+        assert "ends at sigma 1.000 with noisy context" in noise
+    assert list(train.doubts(recipes.demo(stage=stage), device, prompts)) == []
 
 
 def test_more_processes_than_gpus_are_one_line(inputs, tmp_path, capsys, monkeypatch):

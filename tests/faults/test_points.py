@@ -20,9 +20,9 @@ import torch
 FORWARDS, CHUNKS = 15, 6
 STEPS = (4, 3, 2, 2, 2, 2)
 FORMATS = ("mp4", "webm", "png")
-ALLOWED_S = 5.0
-"""From the end of the forward that was under way to the end of the run: generous, for the machine may be busy. That no
-forward begins is counted."""
+ALLOWED_S, ALLOWED_BUSY_S = 0.25, 5.0
+"""From the end of the forward that was under way to the end of the run: where all cases run, and where a few do, on
+every change, for the machine may be busy then. That no forward begins is counted."""
 
 
 def where(point: int) -> tuple[str, int]:
@@ -142,6 +142,7 @@ def test_row_cancel(six_chunks, faults, sound, content, playable):
     points = [(point, format) for format in FORMATS for point in range(fault_rows.POINTS)]
     # A few cases are spread over all kinds of points.
     order = sorted(range(len(points)), key=lambda number: (number * 38) % len(points))
+    allowed = ALLOWED_S if fault_rows.in_full("cancel") else ALLOWED_BUSY_S
 
     def cancel(value=None):
         began.append(time.perf_counter())
@@ -194,7 +195,7 @@ def test_row_cancel(six_chunks, faults, sound, content, playable):
         assert content(video) == sound[format], f"{told}: the next run left another file"
         assert not list(six_chunks.output.glob(f"{prefix}_*.state*")), "a state was left"
         clean(six_chunks.output, prefix)
-        assert late <= ALLOWED_S, f"{told}: stopped {late:.1f} s after the end of a forward"
+        assert late <= allowed, f"{told}: stopped {late:.2f} s after the end of a forward; {allowed:g} s are allowed"
         return late
 
     fault_rows.run_cases("cancel", check)

@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DiagonalChunkSampler": {"context": None, "optical_flow": None},
     "DiagonalFlowConditioning": {"width": 64, "height": 64, "length": 9, "pan_x": 1.0, "previous": None},
     "DiagonalPromptSchedule": {"previous": None},
-    "DiagonalContextFrames": {"latent_frames": 1},
+    "DiagonalContextFrames": {"latent_frames": 1, "latent": None},
     "DiagonalModelLoader": {"ckpt_name": CHECKPOINT},
 }
 """Values other than the defaults; None leaves an optional input out."""

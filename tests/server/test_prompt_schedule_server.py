@@ -123,7 +123,7 @@ def test_a_live_prompt_changes_the_picture_and_others_are_refused(comfy_server, 
         {"text": BLUE},
         own(text=" "),
         own(text=3),
-        own(text=BLUE, switch="cut"),
+        own(text=BLUE, switch="wipe"),
         own(text=BLUE, node="99"),
         own(text=BLUE, prompt_id="not this"),
         own(text="a purple dog"),
@@ -136,7 +136,7 @@ def test_a_live_prompt_changes_the_picture_and_others_are_refused(comfy_server, 
     assert end == "execution_success"
     assert [status for status, _ in answers] == [403, 400, 400, 400, 400, 404, 404, 422, 400, 400, 413, 200]
     words = (
-        "another client", "client_id is missing", "text is empty", "text is 3", "switch is 'cut'", "those that do are "
+        "another client", "client_id is missing", "text is empty", "text is 3", "switch is 'wipe'", "those that do are "
         "prompts", "does not run now", "triangle", "not JSON", "no JSON object", "larger than",
     )  # fmt: skip
     assert all(said in answer["error"] for said, (_, answer) in zip(words, answers, strict=False))

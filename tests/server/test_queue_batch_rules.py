@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import uuid
@@ -482,6 +483,208 @@ def test_a_seed_behind_a_link_that_is_not_understood_is_a_place_too():
     assert batch_jobs.find_seed_targets({"2": graph["2"], "4": graph["4"], "5": graph["5"]}, []) == [
         batch_jobs.Target("5", "value")
     ]
+
+
+# --------------------------------------------------------------------------------------------------- shot lists
+
+
+SHOT_GRAPH = {
+    "1": _node("CLIPTextEncode", "Positive", text="a dog", clip=["9", 0]),
+    "2": _node("CLIPTextEncode", "Negative (v1.5)", text="bad"),
+    "3": _node(positive=["1", 0], negative=["2", 0], seed=5, cfg=1, denoise=0.5, tiled=False),
+    "4": _node("LoadImage", "Start", image="example.png"),
+    "5": _node("SaveVideo", "Start 2", filename_prefix="v", **{"codec.encoding": "auto"}),
+    "6": _node("Note", "Twin", text="x"),
+    "7": _node("Note", "Twin", text="x"),
+}
+PROMPT_PLACE, SEED_PLACE = [batch_jobs.Target("1", "text")], [batch_jobs.Target("3", "seed")]
+
+
+def _shots(folder: Path, text: str | bytes, name: str = "shots.csv") -> list[batch_jobs.Row]:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return batch_jobs.read_shots(folder / name, SHOT_GRAPH, PROMPT_PLACE, SEED_PLACE)
+
+
+def test_tables_of_every_kind_say_the_same(tmp_path):
+    header = ["Prompt", " seed", "name", "negative (V1.5).text", "3.tiled", "5.codec.encoding"]
+    cells = ["a cat, black;\nthen white", "7", "first", 'say "no"', "Yes", "slow"]
+
+    def table(delimiter: str, end: str) -> str:
+        quoted = ['"' + cell.replace('"', '""') + '"' for cell in cells]
+        return end.join((delimiter.join(header), delimiter.join(quoted), delimiter * 5, delimiter.join(["", "8"]), ""))
+
+    line = json.dumps({"prompt": cells[0], "seed": 7, "name": "first", "2.text": cells[3], "3.tiled": True})
+    line = line[:-1] + ', "5.codec.encoding": "slow"}\r\n\n{"seed": 8, "2.text": null}'
+    files = [("a.csv", table(",", "\n")), ("b.CSV", "\ufeff" + table(";", "\r\n")), ("c.csv", table("\t", "\r"))]
+    for name, text in [*files, ("d.tsv", table("\t", "\n")), ("e.jsonl", line), ("f.ndjson", line)]:
+        assert batch_jobs.is_shot_list(tmp_path / name)
+        first, second = _shots(tmp_path, text, name)
+        assert (first.prompt, first.seed, first.name) == (cells[0], 7, "first")
+        assert first.values_by_name == {"2.text": 'say "no"', "3.tiled": True, "5.codec.encoding": "slow"}
+        assert (second.prompt, second.seed, second.name, second.values) == ("a dog", 8, "", {}), name
+    assert not batch_jobs.is_shot_list(tmp_path / "a.txt")
+
+
+def test_a_cell_becomes_what_it_replaces(tmp_path):
+    table = "3.cfg,3.denoise,3.tiled,2.text\n2,1,false,5\n2.0,.25,1,TRUE\n1.5,1e-1,ON,1.0\n"
+    rows = [list(row.values.values()) for row in _shots(tmp_path, table)]
+    assert rows == [[2, 1.0, False, "5"], [2, 0.25, True, "TRUE"], [1.5, 0.1, True, "1.0"]]
+    assert [[type(value) for value in row] for row in rows[:2]] == [[int, float, bool, str]] * 2
+    lines = '{"3.cfg": 2, "3.denoise": 1, "3.tiled": false, "2.text": ""}\n{"3.cfg": "2.0", "3.denoise": "1"}'
+    rows = [list(row.values.values()) for row in _shots(tmp_path, lines, "a.jsonl")]
+    assert rows == [[2, 1.0, False, ""], [2, 1.0]]
+    decimals = [row.decimals(SHOT_GRAPH) for row in _shots(tmp_path, "3.cfg,3.denoise\n1.5,1\n2,0.5\n")]
+    assert decimals == [[batch_jobs.Target("3", "cfg")], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt,3.cfg\na,1\nb,much\n", r"a\.csv row 3, column 3\.cfg: 'much' is no number; write it like 81"),
+        ("a.csv", "prompt;3.denoise\na;0,5\n", r"row 2, column 3\.denoise: '0,5' is no number; write it like 0\.5"),
+        ("a.csv", "3.denoise\n1e999\n", "'1e999' is too large"),
+        ("a.csv", "3.denoise\n1_0\n", "'1_0' is no number"),
+        ("a.csv", "3.tiled\nmaybe\n", "row 2, column 3.tiled: 'maybe' is neither true nor false"),
+        ("a.csv", "prompt,seed\na,1.5\n", "row 2, column seed: '1.5' is no seed"),
+        ("a.csv", "prompt,seed\na,-1\n", "'-1' is no seed"),
+        ("a.csv", f"prompt,seed\na,{2**64}\n", "is no seed"),
+        ("a.csv", "prompt,3.steps\na,1\n", r"the column '3\.steps': 'steps' is no widget there; it has: seed, cfg"),
+        ("a.csv", "prompt,3.positive\na,1\n", "'positive' is a link there"),
+        ("a.csv", "prompt,notes\na,1\n", "'notes' names no node"),
+        ("a.csv", "prompt,Twin.text\na,1\n", r"names 2 nodes \(ids 6, 7\)"),
+        ("a.csv", "prompt,1.text\na,1\n", "the column '1.text' is the prompt; call it prompt"),
+        ("a.csv", "prompt,3.seed\na,1\n", "the column '3.seed' is the seed; call it seed"),
+        ("a.csv", "4.image,Start.image\na,1\n", "'Start.image' sets what another column sets"),
+        ("a.csv", "prompt,Prompt\na,1\n", "has the column 'Prompt' twice"),
+        ("a.csv", "prompt,,seed\na,1,1\n", "column 2 has no name"),
+        ("a.csv", "\nprompt\na\n", "row 1 has no name"),
+        (
+            "a.csv",
+            "prompt,seed\na cat, black,1\n",
+            "row 2 has 3 cells and the header 2; a text with ',' in it needs quotes",
+        ),
+        ("a.csv", 'prompt\n"a\n', "is no table, behind row 1"),
+        ("a.csv", "prompt\n\n", "holds no row"),
+        ("a.csv", "prompt\na\0\n", "holds a zero byte"),
+        ("a.csv", b"prompt\n\xff\n", "is not UTF-8 text: byte 0xff in line 2"),
+        ("a.jsonl", '{"prompt": "a"}\n["a"]', "row 2 is no JSON object"),
+        ("a.jsonl", "\n", "holds no line"),
+        ("a.jsonl", '{"prompt": 5}', "row 1, column prompt: '5' is no text; write it in quotes"),
+        ("a.jsonl", '{"2.text": "\\ud800"}', "half a character"),
+        ("a.jsonl", '{"2.text": "\\u0000"}', "a zero byte"),
+        ("a.jsonl", '{"3.cfg": true}', "'true' is no number"),
+        ("a.jsonl", '{"3.cfg": NaN}', "'NaN' is no number"),
+        ("a.jsonl", '{"3.tiled": 1}', "'1' is neither true nor false"),
+        ("a.jsonl", '{"3.cfg": [1]}', "is no number"),
+        ("a.jsonl", '{"": 1}', "column 1 has no name"),
+    ],
+)
+def test_a_shot_list_that_says_something_else_is_refused(tmp_path, name, text, message):
+    with pytest.raises(batch_jobs.BatchError, match=f"--prompts: .*{message}"):
+        _shots(tmp_path, text, name)
+
+
+def test_the_kept_prompt_of_several_places_is_one(tmp_path):
+    (tmp_path / "a.csv").write_text("seed\n1\n")
+    places = [*PROMPT_PLACE, batch_jobs.Target("6", "text")]
+    with pytest.raises(batch_jobs.BatchError, match="row 2 has no prompt, and the graph has several"):
+        batch_jobs.read_shots(tmp_path / "a.csv", SHOT_GRAPH, places, SEED_PLACE)
+
+
+def test_rows_are_jobs_that_repeats_leave_one_of_and_without_values_they_are_those_of_before(tmp_path):
+    rows = _shots(tmp_path, "prompt,seed,name,3.cfg\na,1\na,1,other\na,1,third,2\na,1,,2\na,1,,3\n")
+    first, second, third = jobs = batch_jobs.make_row_jobs(rows, [0], "g")
+    (before,) = batch_jobs.make_jobs(["a"], [1], "g")
+    assert (first.key, first.name) == (before.key, before.name) == (("a", 1), "0001_s1_a_1d96e8f6")
+    assert [job.values for job in jobs] == [{}, {"3.cfg": 2}, {"3.cfg": 3}] and len({job.key for job in jobs}) == 3
+    assert second.name.startswith("0002_s1_third_") and third.name[:-8] == "0003_s1_a_"
+    assert second.name[-8:] != third.name[-8:] != first.name[-8:]
+    graph = batch_jobs.graph_for(SHOT_GRAPH, second, PROMPT_PLACE, SEED_PLACE)
+    assert graph["3"]["inputs"] == {**SHOT_GRAPH["3"]["inputs"], "seed": 1, "cfg": 2}
+    assert SHOT_GRAPH["3"]["inputs"]["cfg"] == 1
+    rows = _shots(tmp_path, "prompt,3.cfg\na,1\nb,1\n")
+    jobs = batch_jobs.make_row_jobs(rows, [4, 5], "g")
+    assert [(job.prompt, job.seed) for job in jobs] == [("a", 4), ("a", 5), ("b", 4), ("b", 5)]
+
+
+def test_the_log_tells_rows_apart_by_their_values(tmp_path):
+    jobs = batch_jobs.make_row_jobs(_shots(tmp_path, "prompt,3.cfg,2.text\na,,\na,2,\u00e9\na,3,\n"), [1], "g")
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=False)
+    for job in jobs[:2]:
+        values = {"values": dict(reversed(job.values.items()))} if job.values else {}
+        log.append({"prompt": "a", "seed": 1, "status": "done", "graph": "g", **values})
+    log.start(jobs[2], "http://a")
+    log.close()
+    log = batch_jobs.BatchLog(tmp_path / "batch.jsonl", "g", resume=True)
+    assert log.done == {jobs[0].key, jobs[1].key} and jobs[0].key == ("a", 1)
+    assert log.inflight == {jobs[2].key: (jobs[2].prompt_id, "http://a")}
+    log.close()
+
+
+def test_a_cell_names_a_file_beside_the_list_and_the_server_hears_a_plain_name(tmp_path):
+    folder = tmp_path / "list"
+    folder.mkdir()
+    picture = tmp_path / "\u00c9t\u00e9 $(x) ..PNG"
+    picture.write_bytes(b"one")
+    (folder / "note").write_bytes(b"one")
+    (folder / "folder.png").mkdir()
+    cells = [f"../{picture.name}", str(picture), "note", "folder.png", "away.png", "x" * 5000 + ".png"]
+    rows = _shots(folder, "4.image\n" + "\n".join(f'"{cell}"' for cell in cells) + "\n")
+    values = [row.values[batch_jobs.Target("4", "image")] for row in rows]
+    assert values[0] == values[1] == f"ete-x_{hashlib.sha256(b'one').hexdigest()[:16]}.png"
+    assert values[2:] == cells[2:] and [len(row.files) for row in rows] == [1, 1, 0, 0, 0, 0]
+    picture.write_bytes(b"two")
+    assert _shots(folder, f"4.image\n{picture}\n")[0].values_by_name["4.image"] != values[0]
+
+
+def test_a_list_with_seeds_takes_no_other_seeds(tmp_path, capsys):
+    (tmp_path / "graph.json").write_text(json.dumps(SHOT_GRAPH))
+    (tmp_path / "a.csv").write_text("prompt,seed\na,1\nb,\n")
+    command = [str(tmp_path / "graph.json"), "--prompts", str(tmp_path / "a.csv"), "--seeds", "0"]
+    assert queue_batch.main([*command, "--log", str(tmp_path / "log")]) == 2
+    assert "has a column for the seed; leave one of the two out" in capsys.readouterr().err
+    assert not (tmp_path / "log").exists()
+
+
+def test_what_a_server_says_of_a_widget():
+    old = {"N": {"input": {"required": {"a": [["x.png"], {"image_upload": True}]}, "optional": {"b": ["INT", {}]}}}}
+    assert batch_jobs.widget_spec(old, "N", "a") == (["x.png"], {"image_upload": True})
+    assert batch_jobs.widget_spec(old, "N", "b") == ("INT", {})
+    for info in ({}, {"N": None}, {"N": {}}, {"N": {"input": {"required": {"c": []}}}}):
+        assert batch_jobs.widget_spec(info, "N", "c") == (None, {})
+    assert batch_jobs.takes_uploads({"video_upload": True}) and not batch_jobs.takes_uploads({"image_upload": False})
+    assert batch_jobs.takes_uploads({"image_upload": True, "image_folder": "input"})
+    assert not batch_jobs.takes_uploads({"image_upload": True, "image_folder": "output"})
+
+
+def test_a_file_that_changed_or_that_a_server_refuses_fails_its_row_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"one")
+    (row,) = _shots(tmp_path, "4.image\na.png\n")
+    (file,) = row.files.values()
+    bench = Bench(tmp_path, 1, servers=1)
+    (server,) = bench.servers
+    answers = [(413, None), (200, {"name": "other.png"}), (200, {"name": file.name})]
+
+    async def request(method, path, **content):
+        sent.append((method, path, content["form"]))
+        return answers[len(sent) - 1]
+
+    sent, server.request = [], request
+    for _ in range(2):
+        with pytest.raises(queue_batch.UploadError, match="the server did not take .*a.png: HTTP"):
+            asyncio.run(server.upload(file))
+    for _ in range(2):
+        asyncio.run(server.upload(file))
+    assert len(sent) == 3, "sent once"
+    server.uploaded.clear()
+    (tmp_path / "a.png").write_bytes(b"two")
+    bench.batch.options = replace(bench.batch.options, graph=SHOT_GRAPH)
+    server.info = {"LoadImage": {"input": {"required": {"image": [[], {"image_upload": True}]}}}}
+    job = bench.give(server)
+    job.row = row
+    asyncio.run(bench.batch._post(server, job))
+    ((_, _, error),) = bench.records()
+    assert "a.png has changed since the batch began" in error and len(sent) == 3 and not server.jobs
 
 
 # ------------------------------------------------------------------------------------------------------ the log

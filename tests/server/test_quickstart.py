@@ -656,6 +656,7 @@ def test_comfyui_reads_our_metadata(comfyui_dir):
     assert config.project.supported_os == ["OS Independent"]
     assert config.tool_comfy.publisher_id and config.tool_comfy.display_name == "Diagonal Distillation"
     assert config.tool_comfy.web is None, "WEB_DIRECTORY alone names the web folder"
+    assert f"git clone {config.project.urls.repository} " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ no process left
