@@ -25,6 +25,8 @@ from distillation.evidence.report import build, load_scores
 from distillation.evidence.rows import (
     GIVEN,
     GIVEN_STEPS,
+    INITIAL,
+    INITIAL_AGAIN,
     NAMES,
     ROWS,
     SUBJECTS,
@@ -73,8 +75,9 @@ def run(chosen: argparse.Namespace) -> None:
     runs, demo, out = chosen.runs, chosen.demo, chosen.out
     if chosen.commands:
         teacher = find_checkpoint(row_named(TEACHER), runs, demo) or demo / demo_files.TEACHER_FILE
-        print("# what all of them begin with: the teacher after causal initialisation")
-        print(initial_command(runs, teacher=teacher) + "\n")
+        print("# what all of them begin with: the teacher after causal initialisation, made twice")
+        for weights in (INITIAL, INITIAL_AGAIN):
+            print(initial_command(runs, teacher=teacher, weights=weights) + "\n")
         trained = [row for row in ROWS if row.training is not None]
         at = trained.index(row_named(GIVEN))
         for row in (*trained[:at], *GIVEN_STEPS, *trained[at:]):

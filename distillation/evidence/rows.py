@@ -34,6 +34,8 @@ log = logging.getLogger("evaluate")
 TRAIN, LEVELS, FOLLOW = "train", "train_levels", "train_follow"
 INITIAL = "initial.safetensors"
 """Weights that the training of rows begins with: the teacher after causal initialisation."""
+INITIAL_AGAIN = "initial-again.safetensors"
+"""The same made once more: rows that were added later begin with it, and are compared with one another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,7 @@ NO_FORCING, NO_MOTION, UNIFORM_2, UNIFORM_4 = "without-diagonal-forcing", "witho
 STEPS_4_2 = "steps-4-2"
 DECODED = "true-clips-decoded"
 LONG_DIAGONAL, LONG_SELF_FORCING, FIVE_FAKE = "diagonal-380", "self-forcing-380", "fake-updates-5"
+FULL_AGAIN, NO_MOTION_AGAIN = f"{FULL}-again", f"{NO_MOTION}-again"
 LONG_ROLLOUTS, LONG_SINK, LONG_OPENING = "long-rollouts", "long-sink", "long-opening"
 LOW_GUIDANCE, LOW_GUIDANCE_220, LOW_GUIDANCE_340 = "low-guidance", "low-guidance-220", "low-guidance-340"
 GIVEN, LEVELS_416, LEVELS_512 = "given-280", "levels-416", "levels-512"
@@ -137,6 +140,8 @@ UNDISTILLED_CFG = demo_files.TEACHER_CFG
 
 
 LONG_BUDGET = "--updates 380 --cooldown 80"
+RIVAL_SIGMAS = (DEFAULT_CONTEXT_SIGMA, 0.6)
+"""Of the context: the paper's best and what was best here with the shared budget."""
 DEMO_SCHEDULE = DiagonalSchedule.preset(DEMO_PRESET)
 FIRST_MOVE = DiagonalSchedule.from_steps((4, 3, 2), times=(1.0, 4 / 9, 3 / 13, 0.1))
 """Noise levels 1, 0.8, 0.6 and 0.357."""
@@ -318,6 +323,33 @@ ROWS: tuple[Row, ...] = (
         budget=LONG_BUDGET,
     ),
     _trained(FIVE_FAKE, "4-3-2, five updates of the fake score for each of the student's", others=FAKE_UPDATES),
+    # From the initialisation made once more.
+    _trained(FULL_AGAIN, f"{FULL}, once more from the beginning", start=INITIAL_AGAIN),
+    _trained(
+        NO_MOTION_AGAIN,
+        f"{NO_MOTION}, once more from the beginning",
+        motion_weight=0,
+        reference=FULL_AGAIN,
+        start=INITIAL_AGAIN,
+    ),
+    _trained("motion-10", "4-3-2, motion weight 10", motion_weight=10, reference=FULL_AGAIN, start=INITIAL_AGAIN),
+    *(
+        _trained(
+            f"context-{sigma:.2g}-{name}",
+            f"4-3-2, context renoised to sigma {sigma:.2g}, {words}",
+            context_mode="renoise",
+            context_sigma=sigma,
+            others=others,
+            budget=budget,
+            reference=FULL_AGAIN,
+            start=INITIAL_AGAIN,
+        )
+        for name, words, others, budget in (
+            ("380", "380 updates", (), LONG_BUDGET),
+            ("fake-5", "five updates of the fake score for each of the student's", FAKE_UPDATES, ""),
+        )
+        for sigma in RIVAL_SIGMAS
+    ),
     _trained(
         LONG_ROLLOUTS,
         f"{LONG_DIAGONAL}, then windows of rollouts of up to 63 latent frames",
@@ -447,15 +479,16 @@ NAMES: tuple[str, ...] = tuple(subject.name for subject in SUBJECTS)
 CONTEXT_SIGMAS: dict[str, float] = {NO_FORCING: 0.0} | {
     row.name: row.schedule.context_sigma
     for row in ROWS
-    if row.schedule.context_mode == "renoise" and "context" in row.name
+    if row.schedule.context_mode == "renoise" and row.name == f"context-{row.schedule.context_sigma:.2g}"
 }
 """Rows of the context sweep; a clean context is sigma 0."""
 MOTION_WEIGHTS: dict[str, float] = {NO_MOTION: 0.0, "motion-0.5": 0.5, FULL: 1.0, "motion-2": 2.0}
 
 
-def initial_command(runs: Path, *, teacher: Path) -> str:
-    """The shell commands of the causal initialisation that all trained rows share, and of its export."""
-    run, clips, target = (shlex.quote(os.fspath(runs / name)) for name in ("initial", "initial_clips", INITIAL))
+def initial_command(runs: Path, *, teacher: Path, weights: str = INITIAL) -> str:
+    """The shell commands of a causal initialisation that trained rows share, and of its export to `weights`."""
+    name = weights.removesuffix(".safetensors")
+    run, clips, target = (shlex.quote(os.fspath(runs / path)) for path in (name, f"{name}_clips", weights))
     return (
         f"python -m distillation.train --recipe demo --stage ode --out {run} --clips {clips} "
         f"--teacher {shlex.quote(os.fspath(teacher))} --ode-clips 384 --ode-steps 12 --batch 16 --micro-batch 16 "

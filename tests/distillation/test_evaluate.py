@@ -31,9 +31,11 @@ from distillation.evidence.rows import (
     CONTROLS,
     FOLLOW,
     FULL,
+    FULL_AGAIN,
     GIVEN,
     GIVEN_STEPS,
     INITIAL,
+    INITIAL_AGAIN,
     LEVELS,
     LONG_SELF_FORCING,
     LOW_GUIDANCE_340,
@@ -41,6 +43,7 @@ from distillation.evidence.rows import (
     NAMES,
     NO_FORCING,
     NO_MOTION,
+    NO_MOTION_AGAIN,
     ROWS,
     SELF_FORCING,
     SHIPPED,
@@ -275,15 +278,16 @@ def test_every_trained_row_is_what_its_flags_train() -> None:
         assert flags.pop("--recipe") == "demo" and flags["--updates"] == (own[1] if own else "7")
         run = flags.pop("--out")
         assert flags["--student"] == f"runs/e/{row.start}"
-        known = row.start in (INITIAL, *(other.checkpoint for other in ROWS if other is not row))
+        known = row.start in (INITIAL, INITIAL_AGAIN, *(other.checkpoint for other in ROWS if other is not row))
         assert known or f"--to {row.start}\n" in commands
         changes = {fields[flag[2:]]: parse_field(fields[flag[2:]], value) for flag, value in flags.items()}
         recipe = recipes.demo(**changes)
         assert (recipe.schedule, recipe.settings) == (row.schedule, row.settings)
-        weights = {SELF_FORCING: 0, LONG_SELF_FORCING: 0, LOW_GUIDANCE_340: 3, GIVEN: 3} | MOTION_WEIGHTS
+        weights = MOTION_WEIGHTS | {NO_MOTION_AGAIN: 0, "motion-10": 10, LOW_GUIDANCE_340: 3, GIVEN: 3}
+        weights |= {SELF_FORCING: 0, LONG_SELF_FORCING: 0}
         assert recipe.motion_weight == weights.get(row.name, 1)
         assert export[-4:] == ["--run", run, "--to", f"runs/e/{row.checkpoint}"]
-    trainings = [(row.training, row.budget) for row in ROWS if row.training is not None]
+    trainings = [(row.training, row.budget, row.start) for row in ROWS if row.training is not None]
     assert len(set(trainings)) == len(trainings)  # nothing is trained twice
 
 
@@ -435,6 +439,24 @@ def test_a_claim_that_fails_says_what_was_tried() -> None:
     remedy = claims.answer_claims(rows, 81)[0].remedies[0]
     assert remedy.answer == "not tested" and LONG_SELF_FORCING in remedy.findings[0]
     assert claims.answer_claims(results(), 81)[0].remedies == ()
+
+
+def test_a_rival_context_is_compared_with_what_was_trained_as_it_was() -> None:
+    """Rows of another budget say nothing beside the two of this one; and two alone never make a yes."""
+    better = {"context_0_6": {"everything": 1}, "context_0_36": {"everything": 0.2}}
+    better |= {"context_0.6_380": {"everything": 1}, "context_0.36_380": {"everything": 0.2}}
+    claim = claims.answer_claims(results(**better), 81)[4]
+    assert claim.answer == "no" and [remedy.answer for remedy in claim.remedies] == ["no", "unclear"]
+    for remedy in claim.remedies:
+        assert [line.split(":")[0] for line in remedy.findings[1:]] == [
+            "above sigma 0.6 (context-0.6)", "the other sigmas were not trained so"
+        ]  # fmt: skip
+
+
+def test_what_the_same_commands_gave_once_more_is_said() -> None:
+    (line,) = report._trained_again(results(diagonal_4_3_2_again={"shape": 0.5}))
+    assert "once more" in line and FULL in line
+    assert report._trained_again({name: row for name, row in results().items() if name != FULL_AGAIN}) == []
 
 
 def test_the_shipped_student_is_held_to_its_goals() -> None:
@@ -735,7 +757,7 @@ def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
     assert printed.count("distillation.train_follow ") == 2
     assert printed.count(" --export ") == moved + 1
     trained += len(GIVEN_STEPS)
-    assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 1
+    assert printed.count("distillation.train ") == printed.count("distillation.export ") == trained + 2
     assert printed.count("--updates 30") == trained - sum(bool(row.budget) for row in (*GIVEN_STEPS, *ROWS))
     made = set()
     for line in printed.replace(" && \\\n", "\n").splitlines():
@@ -743,7 +765,7 @@ def test_commands_are_printed_for_every_trained_row(tmp_path, capsys) -> None:
         if "--student" in words:
             assert words[words.index("--student") + 1] in made, f"nothing before makes what this starts from: {line}"
         made |= {words[words.index(flag) + 1] for flag in ("--to", "--export") if flag in words}
-    assert printed.count("--updates 380 --cooldown 80") == 2
+    assert printed.count("--updates 380 --cooldown 80") == 4
     initial = shlex.split(initial_command(tmp_path, teacher=Path("t")))
     flags = initial[3 : initial.index("&&")]
     changes = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
