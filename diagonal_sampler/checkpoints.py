@@ -118,6 +118,10 @@ _ATTENTION_KEY = re.compile(r"blocks\.\d+\.(?:self|cross)_attn\.comfy_attention\
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(\d{5})\.")
 _FRAME_BY_FRAME = re.compile(r"frame[-_ ]?wise|(?<![a-z0-9])c1-1(?![0-9])", re.IGNORECASE)
 
+_UNDISTILLED = re.compile(r"ar[-_ ]?diffusion|tf[-_ ]?diffusion", re.IGNORECASE)
+# Causal Forcing's `chunkwise/longvideo.pt` is trained and run by Rolling Forcing's code.
+_JOINT_WINDOW = re.compile(r"rolling[-_ ]?forcing|(?<![a-z])longvideo(?![a-z])", re.IGNORECASE)
+
 _QUANTIZED_ELSEWHERE = re.compile(r"scales?(?:_2)?$|^scale_(?:weight|input)$|zeros?$|^qweight$")
 """In the last component of a name: what quantised layers of other programs have."""
 
@@ -337,13 +341,41 @@ def bidirectional_by_name(path: str) -> bool:
     return bool(_BIDIRECTIONAL.search(path) or step_distilled or by_publisher)
 
 
-def causality_warning(info: CheckpointInfo, path: str, *, causal_lora: bool = False) -> str | None:
+def causal_by_name(path: str) -> bool:
+    """Whether a file's name, or its folder's, is that of a family of causal models, or of their LoRAs."""
+    return bool(_KNOWN_CAUSAL.search(path)) and not bidirectional_by_name(path)
+
+
+def recipe_warning(info: CheckpointInfo, path: str, *, chunk_known: bool) -> str | None:
+    """What a file's name, or its folder's, says of how to sample it, where no header does; None for nothing.
+
+    path: as of `causality_warning`. chunk_known: the frames per chunk need no more be told.
+    """
+    if info.suggested_preset is None and _JOINT_WINDOW.search(path):
+        return (
+            "its name is that of a Rolling Forcing model, which denoises a window of chunks jointly: it loads, but no "
+            "preset fits"
+        )
+    if chunk_known or not frame_by_frame(path):
+        return None
+    if _UNDISTILLED.search(path):
+        return (
+            "its name says that it makes one latent frame at a time and is not distilled: choose the preset "
+            "'undistilled' with frames_per_chunk 1, and window -1 with sink 0"
+        )
+    return (
+        "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "
+        "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
+    )
+
+
+def causality_warning(info: CheckpointInfo, path: str, *, causal_lora: bool = False, lora_path: str = "") -> str | None:
     """What a person should know of a file that does not say for certain that it is causal, and is whole; None for
     nothing.
 
     path: of the file, below the folder that its user chose it from. Of causality a header is believed, a name next;
     neither a header nor a tensor tells Wan 2.2's networks from Wan 2.1's. causal_lora: it gets a LoRA that was trained
-    causally.
+    causally. lora_path: as path, of a LoRA that it gets; empty for none.
     """
     if _WAN22.search(path):
         return (
@@ -357,7 +389,7 @@ def causality_warning(info: CheckpointInfo, path: str, *, causal_lora: bool = Fa
             "its name says that it is bidirectional: made to denoise all frames at once, it gives poor video chunk by "
             "chunk; use a causal one, such as Self Forcing's"
         )
-    if _KNOWN_CAUSAL.search(path):
+    if causal_by_name(path) or causal_by_name(lora_path):
         return None
     if info.causal_marker == "section":
         return (
@@ -401,6 +433,11 @@ def _choose_section(file: WeightFile, weights: str) -> tuple[str, dict[str, torc
                 f"{listed(_path(leaf[0]) for leaf in wan)}; choose auto"
             )
         path, tensors = min(wanted[weights], key=lambda leaf: _preference(leaf[0]))
+    elif not _lora_keys(file.tree) and (strange := _strange_sections(file.tree)):
+        raise ValueError(
+            f"weight file {file.name!r}: its dict {listed(strange)} holds a Wan network under a name that does not say "
+            "that it is the generator; if it is the one that makes video, save it as 'generator_ema'"
+        )
     elif leaves:
         # Nothing is Wan: take the largest dict, so that the refusal describes what is really in the file.
         path, tensors = max(leaves, key=lambda leaf: len(leaf[1]))
@@ -450,6 +487,34 @@ def _own_leaves(tree: Mapping[str, Any], path: tuple[str, ...], name: str) -> tu
     return leaves, others
 
 
+def _strange_sections(tree: Mapping[str, Any]) -> list[str]:
+    """The paths of dicts below this one that hold a Wan network, whatever their names; each dict once."""
+    found: list[str] = []
+    met = {id(tree)}
+    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), tree)]
+    for _ in range(_MAX_NESTING):
+        inner = [
+            ((*path, str(key)), value)
+            for path, around in level
+            for key, value in around.items()
+            if isinstance(value, Mapping)
+        ]
+        level = []
+        for path, inside in inner:
+            if id(inside) in met:
+                continue
+            met.add(id(inside))
+            level.append((path, inside))
+            keys = {
+                from_diffusers(strip_wrappers(key))
+                for key, value in inside.items()
+                if isinstance(key, str) and isinstance(value, torch.Tensor)
+            }
+            if _find_prefix(keys) is not None or _prefixes(keys):
+                found.append(_path(path))
+    return found
+
+
 def _is_ema(path: tuple[str, ...]) -> bool:
     return any(part in EMA_SECTIONS for part in path)
 
@@ -463,10 +528,13 @@ def _path(path: tuple[str, ...]) -> str:
     return "/".join(path) or _FLAT
 
 
+def _lora_keys(tree: Mapping[Any, Any]) -> list[str]:
+    return [key for key in tree if isinstance(key, str) and "lora" in key.lower()]
+
+
 def _no_section(file: WeightFile) -> str:
     inside = list(file.tree)
-    lora = [key for key in inside if isinstance(key, str) and "lora" in key.lower()]
-    if lora:
+    if lora := _lora_keys(file.tree):
         return _is_lora(file.name, f"its dict {lora[0]!r}")
     return (
         f"weight file {file.name!r} has no dict of weights; found "
@@ -679,6 +747,11 @@ def _check_names(
     if left_over:
         problems.append(f"{len(left_over)} are left over: {listed(left_over)}")
     remedy = "download the file again, or use one without additions"
+    if others := _prefixes(set(left_over)):
+        remedy = (
+            f"what lies behind {listed(others)} is a Wan network too, under a name that does not say whether it is the "
+            "generator: save the one that makes video alone, without the prefix"
+        )
     if any(_QUANTIZED_ELSEWHERE.search(key.rpartition(".")[2]) for key in left_over):
         remedy = (
             "it is quantised for another program, such as LightX2V, WanVideoWrapper or Nunchaku: use the bf16 file, or "

@@ -230,6 +230,8 @@ def _choose_section(file: WeightFile) -> tuple[str, dict[str, torch.Tensor], lis
             tree, section = tree[candidate], candidate
             break
     tensors, others = flat_tensors(_with_number_alphas(tree), file.name, f"dict {section or 'flat'!r}")
+    if not section:
+        tensors.pop(ALPHA_KEY, None)  # a setting, which `_scaling` reads
     refuse_inflated(tensors, file.name)
     beside = [str(key) for key in file.tree if section and key != section]
     return section, tensors, [key for key in others if key not in _SETTINGS] + beside

@@ -87,6 +87,9 @@ _SELF_FORCING = (1.0, 0.75, 0.5, 0.25)
 # CausVid's timesteps 1000, 757 and 522, not shifted again, as its scheduler finds them in the table of its shift.
 _CAUSVID_SHIFT = 8.0
 _CAUSVID = (1.0, 0.28, 0.12)
+# Timesteps 1000, 934, 862, 756, 603, 410, 250, 140 and 74, which LightX2V's 14B was trained at (CausVid-Plus,
+# wan_14b_causal_dmd.yaml): entries of the table of shift 8 again, at 0, 36, 56, 72, 84, 92, 96, 98 and 99 of 100.
+_CAUSVID_14B = (1.0, 0.64, 0.44, 0.28, 0.16, 0.08, 0.04, 0.02, 0.01)
 # Its two-step list is its own; with one step a later frame has the first level alone.
 _CAUSAL_FORCING_PLUS = MappingProxyType({4: _SELF_FORCING, 2: (1.0, 0.5)})
 PRESETS: dict[str, Preset] = {
@@ -96,6 +99,7 @@ PRESETS: dict[str, Preset] = {
     "diagonal 4-3-2 warped": Preset(_DIAGONAL_WARPED, (4, 3, 2), "noisy"),
     "self forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causvid": Preset(_CAUSVID, (3,), "clean", shift=_CAUSVID_SHIFT),
+    "causvid 14b": Preset(_CAUSVID_14B, (9,), "clean", shift=_CAUSVID_SHIFT),
     "longlive": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing": Preset(_SELF_FORCING, (4,), "clean"),
     "causal forcing framewise": Preset(_SELF_FORCING, (4,), "clean", frames_per_chunk=1),
@@ -137,9 +141,10 @@ def select_times(times: Times, steps: int) -> tuple[float, ...]:
         at = i * (len(times) - 1) / (steps - 1)
         low = min(int(at), len(times) - 2)
         value = times[low] + (times[low + 1] - times[low]) * (at - low)
-        # The table has 1000 entries; more than a few hundred steps need a finer one to stay descending.
-        out.append(round(value, 3 if steps <= 100 else 6))
-    return tuple(out)
+        out.append(value)
+    # The table has 1000 entries; many steps, or low times that lie close, need a finer one to stay descending.
+    rounded = tuple(round(value, 3) for value in out)
+    return rounded if steps <= 100 and len(set(rounded)) == steps else tuple(round(value, 6) for value in out)
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

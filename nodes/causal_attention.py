@@ -9,7 +9,7 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..diagonal_sampler.checkpoints import causality_warning, inspect_checkpoint
+from ..diagonal_sampler.checkpoints import causality_warning, inspect_checkpoint, recipe_warning
 from ..diagonal_sampler.settings import KV_CACHE_DTYPES, CausalSettings
 from ..model_patches.causal import make_causal
 from ..model_patches.loading import PROVENANCE_ATTACHMENT
@@ -65,14 +65,15 @@ class DiagonalCausalAttention(io.ComfyNode):
             kv_cache_dtype=kv_cache_dtype,
         )
         causal = make_causal(model, settings)
-        if (doubt := _doubt(model)) is not None:
+        if (doubt := _doubt(model, frames_per_chunk)) is not None:
             causal.set_attachments(DOUBT_ATTACHMENT, doubt)
         return io.NodeOutput(causal)
 
 
-def _doubt(model: ModelPatcher) -> str | None:
-    """Why a MODEL of ComfyUI's own loaders may not be causal, by the rules of Diagonal Model Loader, which has told of
-    its own; None for nothing, or where the file is not known (a GGUF loader's)."""
+def _doubt(model: ModelPatcher, frames_per_chunk: int) -> str | None:
+    """Why a MODEL of ComfyUI's own loaders may not be causal, and what its name says of how to sample it, by the rules
+    of Diagonal Model Loader, which has told of its own; None for nothing, or where the file is not known (a GGUF
+    loader's)."""
     if model.get_attachment(PROVENANCE_ATTACHMENT) is not None:
         return None
     _, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
@@ -83,8 +84,10 @@ def _doubt(model: ModelPatcher) -> str | None:
         info = inspect_checkpoint(path).info
     except (ValueError, OSError):  # gone, or of a kind that only the other loader reads
         return None
-    doubt = causality_warning(info, _chosen_name(Path(path)))
-    return None if doubt is None else f"{info.file}: {doubt}"
+    name = _chosen_name(Path(path))
+    told = (causality_warning(info, name), recipe_warning(info, name, chunk_known=frames_per_chunk == 1))
+    heard = [each for each in told if each]
+    return f"{info.file}: {'; '.join(heard)}" if heard else None
 
 
 def _chosen_name(path: Path) -> str:

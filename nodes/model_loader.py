@@ -12,8 +12,9 @@ from ..diagonal_sampler.checkpoints import (
     WEIGHTS,
     CheckpointInfo,
     bidirectional_by_name,
+    causal_by_name,
     causality_warning,
-    frame_by_frame,
+    recipe_warning,
     trained_as,
 )
 from ..diagonal_sampler.lora_files import peft_config
@@ -41,6 +42,8 @@ SINK_FROM_FILE = -1
 MAX_FRAMES = 4096
 MAX_FRAMES_PER_CHUNK = 64
 _DEFAULTS = CausalSettings()
+_WINDOWS = {"krea": "krea: -1 and 0, or 6 and 0, the size that Krea's own server samples with"}
+"""Preset that a file without a header points to -> its window and sink."""
 
 
 class DiagonalModelLoader(io.ComfyNode):
@@ -185,7 +188,11 @@ class DiagonalModelLoader(io.ComfyNode):
         if lora_path is not None:
             model, lora = apply_lora(model, lora_path, lora_strength, info)
             by_lora = is_trained_as(lora, lora_strength)
-            followed = "; its header says how the model was trained" if by_lora else ""
+            followed = ""
+            if by_lora:
+                followed = "; its header says how the model was trained"
+            elif lora_strength and causal_by_name(lora_name):
+                followed = "; its name is that of a causal family: use that family's preset, and its base if it has one"
             lora_lines = [f"{lora.summary()}, strength {lora_strength:g}{followed}"]
             info = trained_as(info, lora.provenance) if by_lora else info
         settings, contradictions = causal_settings(
@@ -196,13 +203,19 @@ class DiagonalModelLoader(io.ComfyNode):
             positions=positions,
             kv_cache_dtype=kv_cache_dtype,
         )
-        unsaid = frames_per_chunk == FRAMES_FROM_FILE and info.provenance.frames_per_chunk is None
-        doubt = causality_warning(info, ckpt_name, causal_lora=by_lora)
-        by_name = _heard_in_names(ckpt_name, lora_name, unsaid=unsaid)
-        warnings = [*([doubt] if doubt else []), *info.warnings, *contradictions, *by_name]
+        stated = info.provenance
+        chunk_known = frames_per_chunk != FRAMES_FROM_FILE or stated.frames_per_chunk is not None
+        window_known = window != WINDOW_FROM_FILE or stated.window is not None
+        sink_known = sink != SINK_FROM_FILE or stated.sink is not None
+        applied = "" if lora_path is None or lora_strength == 0 else lora_name
+        doubt = causality_warning(info, ckpt_name, causal_lora=by_lora, lora_path=applied)
+        recipe = recipe_warning(info, ckpt_name, chunk_known=chunk_known)
+        told = (doubt, *info.warnings, *contradictions, _of_lora_name(lora_name), recipe)
+        warnings = [each for each in told if each]
         for warning in warnings:
             log.warning("%s: %s", info.file, warning)
-        lines = [info.summary(), *lora_lines, _in_words(settings, unsaid), *_of_no_preset(info)]
+        attention = _in_words(settings, info, chunk_known=chunk_known, window_known=window_known and sink_known)
+        lines = [info.summary(), *lora_lines, attention, *_of_no_preset(info)]
         lines += [f"warning: {each}" for each in warnings]
         report = "\n".join(lines)
         log.info("%s", report)
@@ -218,20 +231,14 @@ def _file_names(folders: tuple[str, ...]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.lower().endswith(READABLE_SUFFIXES)]
 
 
-def _heard_in_names(ckpt_name: str, lora_name: str, *, unsaid: bool) -> list[str]:
-    """What the names of the files warn of. unsaid: neither file nor widget says the frames per chunk."""
-    warnings = []
-    if bidirectional_by_name(lora_name):
-        warnings.append(
-            f"{lora_name}: its name says that it was made for a bidirectional Wan, which denoises all frames at "
-            "once; it makes no model causal, and a causal one has its own few steps"
-        )
-    if unsaid and frame_by_frame(ckpt_name):
-        warnings.append(
-            "its name says that it makes one latent frame at a time: choose the preset 'causal forcing framewise', "
-            "or 'causal forcing++' for a file of two steps, which set that, and window -1 with sink 0"
-        )
-    return warnings
+def _of_lora_name(lora_name: str) -> str | None:
+    """What the name of a LoRA warns of; None for nothing."""
+    if not bidirectional_by_name(lora_name):
+        return None
+    return (
+        f"{lora_name}: its name says that it was made for a bidirectional Wan, which denoises all frames at "
+        "once; it makes no model causal, and a causal one has its own few steps"
+    )
 
 
 def _of_no_preset(info: CheckpointInfo) -> list[str]:
@@ -245,12 +252,16 @@ def _of_no_preset(info: CheckpointInfo) -> list[str]:
     ]
 
 
-def _in_words(settings: CausalSettings, unsaid: bool) -> str:
-    """The causal attention, for a person. unsaid: as of `_heard_in_names`."""
+def _in_words(settings: CausalSettings, info: CheckpointInfo, *, chunk_known: bool, window_known: bool) -> str:
+    """The causal attention, for a person. chunk_known, window_known: the file or a widget says frames per chunk, and
+    both window and sink."""
     window = "all" if settings.window < 0 else settings.window
+    usual = "" if chunk_known else " (the usual; the file does not say)"
+    wanted = _WINDOWS.get(info.suggested_preset or "", "most four-step models want -1 and 0 for five seconds")
+    guessed = "" if window_known else f" (the file does not say; {wanted})"
     return (
-        f"attention: {settings.frames_per_chunk} latent frames a chunk"
-        f"{' (the usual; the file does not say)' if unsaid else ''}, window {window}, sink {settings.sink}, "
+        f"attention: {settings.frames_per_chunk} latent frames a chunk{usual}, window {window}, sink {settings.sink}"
+        f"{guessed}, "
         f"positions {settings.positions}{', KV cache in 8 bits' if settings.kv_cache_dtype == INT8 else ''}"
     )
 

@@ -406,7 +406,8 @@ def test_node_makes_a_causal_model_and_reports(node, folders, caplog) -> None:
     assert (settings.frames_per_chunk, settings.window, settings.sink) == (3, 12, 3)
     assert "self_forcing_dmd.pt: Wan text-to-video" in report and "'generator_ema'" in report
     assert "lora.pt: PEFT" in report and "rank 4, strength 0.5" in report
-    assert "3 latent frames a chunk (the usual; the file does not say), window 12, sink 3" in report
+    assert "3 latent frames a chunk (the usual; the file does not say), window 12, sink 3 (the file does not" in report
+    assert "most four-step models want -1 and 0 for five seconds)" in report
     assert "warning" not in report and not [r for r in caplog.records if "model_loader" in r.name]
     assert len(model.patches) == len(LORA_LAYERS)
 
@@ -503,6 +504,7 @@ def test_an_unmarked_file_warns(node, folders) -> None:
         ("framewise/model.pt", 0, True),
         ("causal_forcing-framewise.safetensors", 1, False),
         ("chunkwise/model.pt", 0, False),
+        ("framewise/ar_diffusion.pt", 0, False),
     ],
 )
 def test_a_name_that_says_frame_by_frame_is_heard(node, folders, name: str, chunk: int, told: bool) -> None:
@@ -511,7 +513,42 @@ def test_a_name_that_says_frame_by_frame_is_heard(node, folders, name: str, chun
     (torch.save if path.suffix == ".pt" else save_file)(tiny_wan(), path)
     info = node.execute(ckpt_name=name, **(WIDGETS | {"frames_per_chunk": chunk})).args[1]
     assert ("preset 'causal forcing framewise'" in info) == told
+    assert ("preset 'undistilled' with frames_per_chunk 1" in info) == ("ar_diffusion" in name)
     assert ("(the usual; the file does not say)" in info) == (chunk == 0)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "header", "told"),
+    [
+        ({}, {}, True),
+        ({"window": 12}, {}, True),
+        ({"window": 12, "sink": 3}, {}, False),
+        ({}, {"window": "12", "sink": "3"}, False),
+        ({"sink": 3}, {"window": "12"}, False),
+    ],
+)
+def test_a_window_that_nothing_says_is_told(node, folders, widgets: dict, header: dict, told: bool) -> None:
+    save_file(tiny_wan(), folders["diffusion_models"] / "self_forcing.safetensors", metadata=header)
+    info = node.execute(ckpt_name="self_forcing.safetensors", **(WIDGETS | widgets)).args[1]
+    assert ("sink 3 (the file does not say; most four-step models want -1 and 0" in info) == told
+
+
+def test_the_window_of_a_preset_that_the_layout_tells_is_named(pack_module, tmp_path: Path) -> None:
+    _, info = pack_module("model_patches.loading").load_wan(LAYOUTS["krea, flat model."](tmp_path, tiny_wan(), {}))
+    info = replace(info, suggested_preset="krea")
+    words = pack_module("nodes.model_loader")._in_words(CausalSettings(), info, chunk_known=False, window_known=False)
+    assert "(the file does not say; krea: -1 and 0, or 6 and 0" in words
+
+
+def test_a_lora_of_a_causal_family_is_told_in_place_of_the_doubt(node, folders) -> None:
+    save_file(tiny_wan(0), folders["diffusion_models"] / "wan2.1_t2v.safetensors")
+    path, _ = write_lora(folders["loras"], "comfyui, no alpha")
+    path.rename(path.with_name("Wan21_CausVid_14B_T2V_lora_rank32.safetensors"))
+    for strength, heard in ((1.0, True), (0.0, False)):
+        lora = {"lora_name": "Wan21_CausVid_14B_T2V_lora_rank32.safetensors", "lora_strength": strength}
+        report = node.execute(ckpt_name="wan2.1_t2v.safetensors", **lora, **WIDGETS).args[1]
+        assert ("its name is that of a causal family: use that family's preset" in report) == heard
+        assert ("warning: nothing in the file says" in report) == (not heard)
 
 
 @pytest.mark.parametrize(
@@ -552,6 +589,9 @@ def test_names_that_say_bidirectional_are_heard(node, folders) -> None:
         ("lightx2v_step_distill/model", False, "its name says that it is bidirectional"),
         ("wan2.2_t2v_low_noise", True, "its name says that it is of Wan 2.2"),
         ("causal_forcing/model", False, None),
+        ("causal_forcing/framewise", True, "makes one latent frame at a time: choose the preset 'causal forcing fra"),
+        ("framewise/wan", False, "causally; an ordinary (bidirectional) Wan gives poor video chunk by chunk; its name"),
+        ("causal_forcing/longvideo", True, "no preset fits"),
         ("wan2.1_t2v_1.3B_bf16", True, None),
     ],
 )
@@ -569,6 +609,14 @@ def test_causal_attention_behind_comfyuis_loader_tells_the_loaders_doubt_where_i
         sample_latent(model.clone(), prompt(), [], empty_latent(3), schedule, seed=1)
     told = [line for line in caplog.messages if line.startswith(f"{path.name}: ")]
     assert len(told) == (words is not None) and all(words in line for line in told)
+
+
+def test_causal_attention_of_one_frame_a_chunk_needs_no_word_on_it(folders, pack_module) -> None:
+    path = folders["diffusion_models"] / "causal_forcing-framewise.safetensors"
+    save_file(tiny_wan(0), path, metadata={"config": CONFIG})
+    node = pack_module("nodes.causal_attention").DiagonalCausalAttention
+    (model,) = node.execute(comfy.sd.load_diffusion_model(str(path)), 1, -1, 0, "auto").result
+    assert model.get_attachment("diagonal_doubt") is None
 
 
 def test_a_model_whose_file_is_gone_or_not_known_becomes_causal_without_doubt(pack_module, tmp_path: Path) -> None:

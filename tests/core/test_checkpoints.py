@@ -13,7 +13,7 @@ import safetensors
 import torch
 import wan_files
 from safetensors.torch import save_file
-from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, write_lora
+from wan_files import DIMS, LAYOUTS, LORA_LAYOUTS, lora_pairs, peft, prefixed, tiny_wan, wrapped, write_lora
 
 from diagonal_sampler import checkpoints, weight_files
 from diagonal_sampler.checkpoints import (
@@ -22,6 +22,7 @@ from diagonal_sampler.checkpoints import (
     frame_by_frame,
     inspect_checkpoint,
     load_checkpoint,
+    recipe_warning,
     recognise,
 )
 from diagonal_sampler.lora_files import convert_lora, read_lora
@@ -173,6 +174,44 @@ def test_a_name_may_say_frame_by_frame(name: str, single: bool) -> None:
     assert frame_by_frame(name) == single
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Causal-Forcing/chunkwise/longvideo.pt", "no preset fits"),
+        ("RollingForcing/rolling_forcing_dmd.pt", "no preset fits"),
+        ("rolling-forcing.pt", "no preset fits"),
+        ("Causal-Forcing/framewise/ar_diffusion.pt", "preset 'undistilled' with frames_per_chunk 1"),
+        ("Causal_rCM_TF_Diffusion_c1-1.pt", "preset 'undistilled' with frames_per_chunk 1"),
+        ("Causal-Forcing/framewise/causal_forcing.pt", "preset 'causal forcing framewise'"),
+        ("Causal-Forcing/chunkwise/ar_diffusion.pt", None),
+        ("wan_longvideos.pt", None),
+    ],
+)
+def test_a_name_may_say_how_a_model_is_sampled(name: str, said: str | None, tmp_path: Path) -> None:
+    info = load_checkpoint(save(tmp_path, tiny_wan())).info
+    found = recipe_warning(info, name, chunk_known=False)
+    assert (found is None) == (said is None) and (said or "") in (found or "")
+    known = recipe_warning(info, name, chunk_known=True)
+    assert known == (found if said == "no preset fits" else None)
+    stated = replace(info, suggested_preset="self forcing")
+    assert "no preset fits" not in (recipe_warning(stated, name, chunk_known=True) or "")
+
+
+@pytest.mark.parametrize(
+    ("lora", "silent"),
+    [
+        ("Wan21_CausVid_14B_T2V_lora_rank32.safetensors", True),
+        ("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors", False),
+        ("style.safetensors", False),
+        ("", False),
+    ],
+)
+def test_a_loras_name_may_say_that_it_makes_an_ordinary_wan_causal(lora: str, silent: bool, tmp_path: Path) -> None:
+    info = load_checkpoint(save(tmp_path, tiny_wan())).info
+    assert (causality_warning(info, "wan2.1_t2v_14B.safetensors", lora_path=lora) is None) == silent
+    assert "bidirectional" in (causality_warning(info, "lightx2v_step_distill.pt", lora_path=lora) or "")
+
+
 def test_what_rcm_saves_beside_the_weights_is_named(tmp_path: Path) -> None:
     weights = tiny_wan()
     checkpoint = load_checkpoint(LAYOUTS["causal rcm, flat net."](tmp_path, weights, {}))
@@ -203,6 +242,30 @@ def test_a_network_under_a_strange_name_is_not_taken_for_the_model(prefix: str, 
     assert torch.equal(checkpoint.state_dict["head.head.weight"], tiny_wan(0)["head.head.weight"])
     with pytest.raises(ValueError, match="weights='generator'.*holds only generator_ema"):
         load_checkpoint(path, weights="generator")
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        (lambda w: {"ema": w}, "ema"),
+        (lambda w: {"model_ema": prefixed(w, "model."), "step": torch.zeros(1)}, "model_ema"),
+        (lambda w: {"student": wrapped(w), "critic": {"a": torch.zeros(2)}}, "student"),
+        (lambda w: {"model": {"net": prefixed(w, "net_ema.")}}, "model/net"),
+        (lambda w: {"ema": {wan_files.diffusers_name(key): value for key, value in w.items()}}, "ema"),
+    ],
+)
+def test_a_network_in_a_dict_of_an_unknown_name_is_named(tree, path: str, tmp_path: Path) -> None:
+    torch.save(tree(tiny_wan()), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=f"its dict {path} holds a Wan network .* save it as 'generator_ema'"):
+        load_checkpoint(tmp_path / "model.pt")
+    torch.save(tree(tiny_wan(1)) | {"generator": tiny_wan(0)}, tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt").info.source == "generator"
+
+
+def test_a_second_network_beside_the_first_is_told_by_its_prefix(tmp_path: Path) -> None:
+    both = prefixed(tiny_wan(0), "net.") | prefixed(tiny_wan(1), "net_ema.")
+    with pytest.raises(ValueError, match="what lies behind net_ema. is a Wan network too, .* without the prefix"):
+        load_checkpoint(save(tmp_path, both))
 
 
 @pytest.mark.parametrize("flow_adapter", [False, True])
@@ -1078,6 +1141,9 @@ def test_alpha_outside_the_tensors_is_used(tmp_path: Path) -> None:
     lora = load_lora(tmp_path / "lora.pt")
     assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 8
     assert "step" in lora.unused
+    torch.save(peft(lora_pairs()) | {"lora_alpha": torch.tensor(6)}, tmp_path / "lora.pt")
+    lora = load_lora(tmp_path / "lora.pt")
+    assert lora.tensors["diffusion_model.blocks.0.ffn.0.alpha"].item() == 6
 
 
 def test_a_lora_says_how_it_was_trained(tmp_path: Path) -> None:

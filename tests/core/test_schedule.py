@@ -1,7 +1,9 @@
 """The schedule against METHOD's numbers, its counts, and what it says of bad input."""
 
 import random
+import re
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,12 @@ PUBLISHED = {
     "diagonal 4-3-2 warped": ((WARPED, (*WARPED[:2], WARPED[3]), *(TWO,) * 5), "noisy", None, 17),
     "self forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causvid": (((1000.0, 756.757, 521.739),) * 7, "clean", None, 28),
+    "causvid 14b": (
+        ((1000.0, 934.307, 862.745, 756.757, 603.774, 410.256, 250.0, 140.351, 74.766),) * 7,
+        "clean",
+        None,
+        70,
+    ),
     "longlive": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing": ((SELF_FORCING,) * 7, "clean", None, 35),
     "causal forcing framewise": ((SELF_FORCING,) * 7, "clean", 1, 35),
@@ -52,6 +60,31 @@ def test_every_preset_is_checked():
     assert DEFAULT_PRESET == "diagonal 4-3-2"
     # Of presets with the same steps a file that states no levels is taken for the first one's.
     assert next(iter(PRESETS)) == DEFAULT_PRESET
+
+
+def table_rows(page: str, title: str) -> list[tuple[str | None, list[str]]]:
+    """The rows of a page's table of checkpoints: the preset, None for none, and the numbers for window and sink."""
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    lines = text[text.index(f"| {title} |") :].split("\n\n")[0].splitlines()[2:]
+    rows = []
+    for line in lines:
+        preset, window = [cell.strip() for cell in line.split("|")][2:4]
+        named = [name for name in PRESETS if preset.startswith(name)]
+        rows.append((max(named, key=len, default=None), re.findall(r"-?\d+", window)))
+    return rows
+
+
+def test_the_tables_of_checkpoints_name_every_preset_and_agree():
+    english, chinese = (
+        table_rows(f"web/docs/DiagonalSchedule{page}", title)
+        for page, title in ((".md", "checkpoint"), ("/zh.md", "\u6743\u91cd"))
+    )
+    readme = table_rows("README.md", "checkpoint")
+    assert english == chinese
+    assert {name for name, _ in english} == {*PRESETS, None}
+    assert {name for name, _ in readme} == {*PRESETS, None} - {"diagonal 4-2"}
+    own = [[window[:2] for name, window in rows if name == "undistilled"] for rows in (english, readme)]
+    assert own == [[["12", "3"], ["-1", "0"]]] * 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
