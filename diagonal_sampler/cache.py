@@ -24,6 +24,8 @@ from .weight_files import printable
 
 _SNAPSHOT_NAME = re.compile(r"([0-9]+)/([0-9]+)/(keys|values)(.*)", re.DOTALL)
 """condition/layer/what it is and the ending of its buffer's tensor."""
+MOVED_FRAMES = 9
+"""Latent frames whose keys are moved in time at once: what that takes besides does not grow with the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,8 +498,9 @@ class ConditionKV:
             first = cache.settings.sink * tokens
             for run in self._kept_runs(segments, tokens):
                 moved = slice(max(run.start, first), run.stop)
-                if moved.start < moved.stop:
-                    layer.keys.move(moved, -delta * cache.time_scale)
+                for start in range(moved.start, moved.stop, MOVED_FRAMES * tokens):
+                    piece = slice(start, min(start + MOVED_FRAMES * tokens, moved.stop))
+                    layer.keys.move(piece, -delta * cache.time_scale)
             layer.shift = cache.moved
         layer.written_until = cache.committed + cache.frames
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import WanDiT
-from diagonal_sampler.noise import NoiseSource, SeededNoise, send
+from diagonal_sampler.noise import CONTEXT_STEP, NoiseSource, SeededNoise, send
 from diagonal_sampler.sampler import Forward, sample_chunks
 from diagonal_sampler.schedule import DiagonalSchedule
 from diagonal_sampler.settings import CausalSettings
@@ -118,6 +118,10 @@ class Rollout:
 
     def _run(self, network: WanDiT, gradient: Tensor | None) -> Tensor:
         def denoise(x: Tensor, at: Forward) -> Tensor:
+            # Of the last chunk only the exit is seen, by the losses: no later chunk reads what is written behind it.
+            is_last = at.start_frame + at.frames >= self.last_frame
+            if is_last and (at.step == CONTEXT_STEP or at.step > self.exits[at.chunk]):
+                return x
             inside = self.first_frame <= at.start_frame < self.last_frame
             with torch.set_grad_enabled(torch.is_grad_enabled() and inside):
                 x0 = predict_x0(

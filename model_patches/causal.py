@@ -47,6 +47,8 @@ ROPE_PATH = "diffusion_model.rope_encode"
 FORWARD_PATH = "diffusion_model.forward_orig"
 NETWORK = -1
 """Beside the numbers of blocks: what belongs to the network as a whole."""
+KEPT_LEVELS = 32
+"""Noise levels whose modulations a run keeps: more than those of any preset, 2.5 MB each in bf16 with Wan 14B."""
 KNOWN_FORWARDS = frozenset(
     (
         # WanModel.forward_orig of ComfyUI 0.24.1, of 0.26.0 and 0.27.0, of 0.30.0
@@ -174,12 +176,12 @@ class CausalRun:
     def of_level(self, part: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What follows from the current noise level alone: a block's by its number, NETWORK's for all of them.
 
-        A run of few levels computes each once.
+        A run of up to KEPT_LEVELS levels computes each once.
         """
         assert self.sigma is not None
         if self.sigma not in self._levels:
-            if len(self._levels) >= 8:
-                self._levels.clear()
+            if len(self._levels) >= KEPT_LEVELS:
+                del self._levels[next(iter(self._levels))]  # the oldest
             self._levels[self.sigma] = {}
         parts = self._levels[self.sigma]
         if part not in parts:
@@ -682,6 +684,7 @@ class _CausalSelfAttention(_AttentionPatch):
                     **wish,
                 )
             )
+            del keys, values  # in 8 bits written out: not to be there beside the next condition's
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
             try:

@@ -14,6 +14,13 @@ from ..diagonal_sampler.sampler import Chunk, Forward
 allow_pinning(not args.disable_pinned_memory)
 
 
+def mark_behind(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind all that is queued on a stream by now."""
+    event = torch.cuda.Event(blocking=True)  # what waits for it is to sleep, not to keep a core busy
+    event.record(stream)
+    return event
+
+
 class Pace:
     """Keeps the host at most one forward ahead of a GPU.
 
@@ -33,7 +40,7 @@ class Pace:
     def mark(self) -> None:
         """After a forward was queued."""
         if self._events is not None:
-            self._events.append(torch.cuda.current_stream(self.device).record_event())
+            self._events.append(mark_behind(torch.cuda.current_stream(self.device)))
 
 
 class FiniteLook:
@@ -61,7 +68,7 @@ class FiniteLook:
         answer = pinned_empty((), torch.bool)
         # Without pinned memory it stays on the GPU until it is asked for, and is then behind what is queued by then.
         answer = finite if answer is None else answer.copy_(finite, non_blocking=True)
-        self._waiting = (chunk, steps, answer, torch.cuda.current_stream(finite.device).record_event())
+        self._waiting = (chunk, steps, answer, mark_behind(torch.cuda.current_stream(finite.device)))
 
     def settle(self) -> None:
         """Wait for the last look's answer; one that is bad stays, for whoever asks again.

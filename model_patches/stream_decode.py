@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..diagonal_sampler.demo_autoencoder import DemoAutoencoder
 from ..diagonal_sampler.frames import TIME_FACTOR
 from ..diagonal_sampler.noise import pinned_empty
+from .pace import mark_behind
 from .vae_scale import into_decoder, warn_if_mistaken
 
 log = logging.getLogger(__name__)
@@ -317,8 +318,9 @@ class StreamDecoder:
 
         On CUDA this returns while the GPU decodes, on a stream of its own (without pinned memory it waits). If ComfyUI
         holds the VAE fully and statically on the GPU, what is queued next runs beside it; else it runs behind it,
-        because ComfyUI shares the buffers that weights are copied to. If anything fails, or the person cancels, a
-        decoder with a small state (MOST_KEPT_BYTES) stays as it was before this chunk; a larger one is freed at once.
+        because ComfyUI shares the buffers that weights are copied to. With the VAE on the CPU, as under --cpu-vae, the
+        chunk is decoded when this returns. If anything fails, or the person cancels, a decoder with a small state
+        (MOST_KEPT_BYTES) stays as it was before this chunk; a larger one is freed at once.
         """
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
@@ -507,8 +509,7 @@ class StreamDecoder:
             images = self._images(latents)
             host = pinned_empty(images.shape, images.dtype)
             host = images.to("cpu") if host is None else host.copy_(images, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(self._stream)
+            done = mark_behind(self._stream)
         latents.record_stream(self._stream)
         if self.vae.patcher.is_dynamic() or not self._resident():
             current.wait_stream(self._stream)

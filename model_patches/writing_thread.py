@@ -147,7 +147,10 @@ class WritingThread:
         if written:
             images = images[: self.opened.length - writer.submitted]
             self._append(images, name)
-        self.tail = torch.cat([self.tail, images[..., :3].float()])[-self._tail_frames :]
+        newest = images[-self._tail_frames :, ..., :3].float()
+        # Cut before they are joined: a part of a larger tensor would keep all of it.
+        older = self.tail[max(0, len(self.tail) + len(newest) - self._tail_frames) :]
+        self.tail = torch.cat([older, newest])
         self.report()
         if settle:
             writer.settle()

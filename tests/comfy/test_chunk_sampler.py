@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import threading
+import weakref
 from types import SimpleNamespace
 
 import comfy.conds
@@ -605,6 +606,24 @@ def test_a_kv_cache_in_eight_bits_changes_the_video_by_little(tiny_wan, causal, 
     assert 1e-6 < error < 0.01
 
 
+def test_one_conditions_keys_and_values_are_written_out_at_a_time(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, pack_module, monkeypatch
+):
+    cached, written, held = pack_module("diagonal_sampler.cache").ConditionKV, [], []
+    update = cached.update
+
+    def watched(self, *args, **kwargs):
+        held.append(sum(tensor() is not None for tensor in written))
+        found = update(self, *args, **kwargs)
+        written[:] = map(weakref.ref, found)
+        return found
+
+    monkeypatch.setattr(cached, "update", watched)
+    model = causal(tiny_wan, window=6, sink=3, kv_cache_dtype="int8")
+    sample_latent(model, prompt(), prompt(1), empty_latent(), DIAGONAL, seed=1, cfg=2.0)
+    assert len(held) == 2 * 2 * DIAGONAL.nfe(3) and not any(held), "two layers of two conditions"
+
+
 def test_video_to_video_keeps_what_the_mask_protects(tiny_wan, causal, prompt, sample_latent):
     generator = torch.Generator().manual_seed(3)
     video = torch.randn(1, 16, 9, 4, 8, generator=generator)
@@ -989,18 +1008,19 @@ def test_a_gpus_answer_is_waited_for_before_it_is_read(pack_module):
 def test_the_host_is_at_most_one_forward_ahead_of_a_gpu(pack_module, monkeypatch):
     queued, done = [], []
 
-    class Stream:
-        def record_event(self):
-            return Event(len(queued) - 1)
-
     class Event:
-        def __init__(self, forward):
-            self.forward = forward
+        def __init__(self, *, blocking):
+            assert blocking, "what waits for it would keep a core busy"
+
+        def record(self, stream):
+            assert stream == "stream of cuda:1"
+            self.forward = len(queued) - 1
 
         def synchronize(self):
             done.append(self.forward)
 
-    monkeypatch.setattr(torch.cuda, "current_stream", {torch.device("cuda:1"): Stream()}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_stream", {torch.device("cuda:1"): "stream of cuda:1"}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     pace = pack_module("model_patches.pace").Pace(torch.device("cuda:1"))
     for forward in range(5):
         pace.wait()
@@ -1063,7 +1083,10 @@ def test_a_block_that_another_pack_changed_stays_theirs(tiny_wan, causal, prompt
     assert (plain - without).abs().max() > 0.01
 
 
-def test_noise_levels_and_text_are_embedded_once(tiny_wan, causal, prompt, sample_latent, empty_latent):
+@pytest.mark.parametrize(("schedule", "levels"), [(DIAGONAL, 4), (DiagonalSchedule.preset("undistilled"), 12 + 1)])
+def test_noise_levels_and_text_are_embedded_once(
+    tiny_wan, causal, prompt, sample_latent, empty_latent, schedule, levels
+):
     path = "diffusion_model.forward_orig"
     network, calls = tiny_wan.model.diffusion_model, {"time": 0, "text": 0}
     network.time_embedding.register_forward_pre_hook(lambda *_: calls.update(time=calls["time"] + 1))
@@ -1074,14 +1097,14 @@ def test_noise_levels_and_text_are_embedded_once(tiny_wan, causal, prompt, sampl
     def run(model, **options):
         calls.update(time=0, text=0)
         latent = empty_latent(batch=2)
-        out = sample_latent(model, prompt(), prompt(1), latent, DIAGONAL, seed=1, **options)["samples"]
+        out = sample_latent(model, prompt(), prompt(1), latent, schedule, seed=1, **options)["samples"]
         return out, tuple(calls.values())
 
     for options in ({}, {"cfg": 3.0}):
         found, few = run(lean, **options)
         expected, many = run(theirs, **options)
         assert (found - expected).abs().max() < EXACT and expected.std() > 0.1
-        assert few == (4, 1) and many == (DIAGONAL.nfe(3), DIAGONAL.nfe(3))
+        assert few == (levels, 1) and many == (schedule.nfe(3), schedule.nfe(3))
 
 
 def test_of_many_noise_levels_only_the_newest_are_kept(
@@ -1092,12 +1115,14 @@ def test_of_many_noise_levels_only_the_newest_are_kept(
     monkeypatch.setattr(
         sampling, "CausalRun", lambda *a, **k: runs.append(causal_module.CausalRun(*a, **k)) or runs[-1]
     )
+    monkeypatch.setattr(causal_module, "KEPT_LEVELS", 8)
     steps = DiagonalSchedule.uniform(20)
     sample_latent(
         causal(tiny_wan), prompt(), [], empty_latent(3), steps, seed=1,
-        on_progress=lambda progress: kept.append(len(runs[0]._levels)),
+        on_progress=lambda progress: kept.append(list(runs[0]._levels)),
     )  # fmt: skip
-    assert kept[:8] == list(range(1, 9)) and max(kept) == 8
+    sigmas = [*steps.chunk_sigmas(0), steps.cache_pass_sigma]
+    assert kept == [sigmas[max(0, at - 8) : at] for at in range(1, 22)]
     assert not runs[0]._levels and not runs[0]._text and not runs[0]._rope, "nothing is left when it returns"
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_wan import ListKV, kept_frames, normal, split
 
+from diagonal_sampler import cache as cache_module
 from diagonal_sampler.cache import ConditionKV, KVCache
 from diagonal_sampler.dit import causal_views
 from diagonal_sampler.kv_buffers import Int8Buffer
@@ -277,6 +278,42 @@ def test_a_thousand_frames_in_bf16_keep_memory_and_precision():
     early, late = max(errors[:6]), max(errors[6:])
     assert late < 0.05
     assert late < 2 * early
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_keys_of_a_wide_window_are_moved_in_pieces_and_bit_for_bit_as_at_once(kv_cache_dtype, monkeypatch):
+    """What is moved at once bounds what moving takes besides; a window of 12 needs no pieces."""
+    lengths = []
+
+    def watched(keys, frames):
+        lengths.append(keys.shape[1] // TOKENS)
+        rotate_time_(keys, frames)
+
+    monkeypatch.setattr("diagonal_sampler.kv_buffers.rotate_time_", watched)
+
+    def moved(window: int, at_once: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(cache_module, "MOVED_FRAMES", at_once)
+        lengths.clear()
+        cache = KVCache(settings_of(window, 3, 3, "window", kv_cache_dtype), 2 * window)
+        condition, found = cache.condition("only"), []
+        for seed, (start, stop) in enumerate(split(2 * window, 3)):
+            cache.begin(stop - start)
+            own = normal(seed, 2, 1, (stop - start) * TOKENS, HEADS, HEAD_DIM).bfloat16()
+            found.append(condition.update(0, *own)[0].clone())
+            cache.commit()
+        return found
+
+    at_once = cache_module.MOVED_FRAMES
+    whole = moved(48, 1000)
+    assert max(lengths) == 42
+    pieces = moved(48, at_once)
+    assert max(lengths) == at_once < 42
+    assert all(torch.equal(one, other) for one, other in zip(pieces, whole, strict=True))
+    moved(12, 1000)
+    runs = lengths.copy()
+    moved(12, at_once)
+    assert lengths == runs and max(runs) == 6
 
 
 # Overwriting and memory
