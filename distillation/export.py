@@ -3,8 +3,9 @@
     python -m distillation.export --run runs/student --to ComfyUI/models/diffusion_models/student.safetensors
     python -m distillation.export --run runs/lora --to ComfyUI/models/loras/student.safetensors
 
-The averaged (EMA) weights of the last checkpoint, under bare Wan names, with the provenance and ComfyUI's mark of a
-causal model in the header. A run with adapters gives a LoRA in ComfyUI's layout, or, with --merge, whole weights.
+The averaged (EMA) weights of the last checkpoint, or of --update's, under bare Wan names, with the provenance and
+ComfyUI's mark of a causal model in the header. A run with adapters gives a LoRA in ComfyUI's layout, or, with --merge,
+whole weights.
 """
 
 from __future__ import annotations
@@ -84,25 +85,45 @@ def header_of(recipe: Recipe, updates: int, *, whole: bool, commit: str | None =
     return header
 
 
-def export(run: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16, merge: bool = False) -> None:
+def export(
+    run: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    merge: bool = False,
+    update: int | None = None,
+) -> None:
     """Writes the averaged student of a run under a temporary name, then renames.
 
     Args:
         run: folder of the run.
         target: a .safetensors file.
         merge: add the adapters to the base weights instead of writing them as a LoRA.
+        update: of the checkpoint, counted as its folder's name is; None is the last one.
 
     Raises:
-        ValueError: no run or no checkpoint there, or a target that is no .safetensors file or, on Windows, in use.
+        ValueError: no run or no such checkpoint there; base weights that are no longer those of the training; or a
+            target that is no .safetensors file, one that the run was trained from or, on Windows, in use.
     """
     if target.suffix != ".safetensors":
         raise ValueError(f"to is {os.fspath(target)!r}; name a .safetensors file.")
     recipe = run_folder.read_recipe(run)
+    for name in ("teacher", "student", "fake_score"):
+        path = Path(getattr(recipe, name))
+        if target.exists() and path.is_file() and target.samefile(path):
+            raise ValueError(f"to is {os.fspath(target)!r}, which the run was trained from ({name}); choose another.")
     found = run_folder.checkpoints(run)
     if not found:
         when = f"one every {recipe.save_every} updates" if recipe.save_every else "none: its save_every is 0"
         raise ValueError(f"{run} has no checkpoint yet; it writes {when}.")
     updates, path = found[-1]
+    if update is not None:
+        if update not in dict(found):
+            known = ", ".join(str(number) for number, _ in found)
+            raise ValueError(f"update is {update}, of which {run} has no checkpoint; it has those of {known}.")
+        updates, path = update, dict(found)[update]
+    if recipe.lora_rank and merge:
+        run_folder.require_same_file(run, recipe, "student" if recipe.student else "teacher")
     averaged = run_folder.load_whole(path, "ema/")
     tensors: dict[str, Tensor] = averaged
     if recipe.lora_rank and merge:
@@ -142,9 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, help=".safetensors file to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--merge", action="store_true", help="adapters: write whole weights instead of a LoRA")
+    parser.add_argument("--update", type=int, help="take the checkpoint after this many updates; default: the last")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge)
+    export(options.run, options.to, dtype=DTYPES[options.dtype], merge=options.merge, update=options.update)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ FREE_FIELDS = frozenset(
 # Of these only the name counts, and what some of them hold (`input_digests`): a run may move with its files.
 FILE_FIELDS = frozenset(("teacher", "student", "fake_score", "prompts", "text_encoder", "clips"))
 BEGAN = "began"
-"""Entry of recipe.json beside the recipe's fields: `git_commit`, and `files` as `input_digests` gives them."""
+"""Entry of recipe.json beside the recipe's fields: `git_commit`, and `files` by field, `clips` among them."""
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a weight file that are looked at, and at how many places
 _NAME = re.compile(r"^update_(\d{6,})$")
 _ADAMW = ("exp_avg", "exp_avg_sq")
@@ -81,6 +81,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent))
 
 
+CLIP_FILES = "clips-*.safetensors"
 SPRITE_PROMPTS = "prompts.txt"
 """A run's own captions of the demo world."""
 
@@ -118,6 +119,35 @@ def other_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name, digest in now.items() if before.get(name, digest) != digest]
 
 
+def clips_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the clips of the run in `folder` are."""
+    return Path(recipe.clips) if recipe.clips else folder / "clips"
+
+
+def _clips_digest(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """Which clips stage forcing draws from, by their files' names and sizes; nothing of other stages or without any."""
+    paths = sorted(clips_folder(folder, recipe).glob(CLIP_FILES)) if recipe.stage == "forcing" else []
+    sizes = [(path.name, path.stat().st_size) for path in paths]
+    return {"clips": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]} if sizes else {}
+
+
+def require_same_file(folder: Path, recipe: Recipe, name: str) -> None:
+    """Checks that a field's file holds what it held when the run in `folder` began, as far as both are known.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    now = {field: digest for field, digest in input_digests(recipe).items() if field == name}
+    if other_files(read_beginning(folder).get("files", {}), now):
+        raise ValueError(f"{folder}: {_holds_else(recipe, name)}; put that file back in its place.")
+
+
+def _holds_else(recipe: Recipe, name: str) -> str:
+    if name == "clips":
+        return "the clips are other files, or of other sizes, than when the run began"
+    return f"the file {getattr(recipe, name)!r} ({name}) holds something else than when the run began"
+
+
 def settle_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes the recipe of a new run, or compares it with the one the run began with.
 
@@ -127,7 +157,7 @@ def settle_recipe(folder: Path, recipe: Recipe) -> None:
         ValueError: a field that decides what is computed has another value than before, or a file holds something
             else.
     """
-    path, files = folder / "recipe.json", input_digests(recipe)
+    path, files = folder / "recipe.json", input_digests(recipe) | _clips_digest(folder, recipe)
 
     def write() -> None:
         write_json(path, {**asdict(recipe), BEGAN: {"git_commit": git_commit(), "files": files}})
@@ -142,10 +172,7 @@ def settle_recipe(folder: Path, recipe: Recipe) -> None:
         for name, value in asdict(recipe).items()
         if name not in FREE_FIELDS and not _same(name, value, getattr(before, name))
     ]
-    differences += [
-        f"the file {getattr(recipe, name)!r} ({name}) holds something else than when the run began"
-        for name in other_files(began.get("files", {}), files)
-    ]
+    differences += [_holds_else(recipe, name) for name in other_files(began.get("files", {}), files)]
     if not checkpoints(folder):
         if differences:
             (folder / SPRITE_PROMPTS).unlink(missing_ok=True)  # of another seed

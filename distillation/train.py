@@ -6,7 +6,7 @@
 Every field of a recipe is a flag (`--recipe NAME --help` lists them). A run that was stopped, killed or crashed goes
 on from its last checkpoint when the same command is given again: every random number of update i follows from
 (seed, i, clip), so nothing but weights and moments has to be kept. SIGTERM, SIGUSR1 and --seconds end a run after an
-update, with a checkpoint.
+update, with a checkpoint, or after a file of trajectories.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diagonal_sampler.captions import caption_of, load_caption_encoder
+from diagonal_sampler.frames import TIME_FACTOR, pixel_frames
+from diagonal_sampler.provenance import PROVENANCE_KEYS, Provenance
 from diagonal_sampler.sampler import count_chunks, split_frames
+from diagonal_sampler.schedule import levels_text, same_levels
+from diagonal_sampler.wan_layout import WAN_CELL
+from diagonal_sampler.weight_files import read_weight_shapes
 from distillation import losses, run_folder, sprites
 from distillation.common import Stopwatch, generator_at, keep_freed_memory, write_text
+from distillation.demo_files import KEPT_NOISE, NOISE_KEY
 from distillation.flow_fields import FlowFields
 from distillation.networks import Role, build_networks, local, precision_of, whole
 from distillation.prompts import PromptSet, batch_rows, read_prompts
@@ -43,7 +49,7 @@ from distillation.ranks import Ranks, any_rank, barrier, join_ranks, leave_ranks
 from distillation.recipes import RECIPES, Recipe, parse_field
 from distillation.rollout import BatchNoise, Rollout, exit_steps, predict_x0, sample_seed, spread_sigma, stream
 from distillation.samples import write_samples
-from distillation.trajectories import ClipFolder, make_trajectories, schedule_sigmas
+from distillation.trajectories import ClipFolder, Unfinished, make_trajectories, schedule_sigmas
 
 log = logging.getLogger("train")
 
@@ -166,7 +172,20 @@ class Learner:
 class Trainer:
     """One stage of a recipe: networks, optimisers, and the update."""
 
-    def __init__(self, recipe: Recipe, prompts: PromptSet, folder: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: PromptSet,
+        folder: Path,
+        ranks: Ranks,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Reads networks and clips; makes the trajectories that are missing, as long as not `stops`.
+
+        Raises:
+            ValueError: as `build_networks`, `ClipFolder` and `FlowFields`.
+            Unfinished: as `make_trajectories`.
+        """
         self.recipe, self.prompts, self.folder, self.ranks = recipe, prompts, folder, ranks
         self.accumulation = recipe.accumulation(ranks.count)
         self.stopwatch = Stopwatch(ranks.device)
@@ -202,7 +221,7 @@ class Trainer:
                 else:
                     self.heads[0].requires_grad_(False)
         else:
-            self.clips = self._clips()
+            self.clips = self._clips(stops)
         self.ema = Ema(self.student.parameters, recipe.ema_decay, recipe.ema_start)
 
     def _motion_heads(self) -> tuple[losses.MotionHead, losses.MotionHead]:
@@ -215,9 +234,9 @@ class Trainer:
         teacher_head.load_state_dict(head.state_dict())
         return head, teacher_head.requires_grad_(False)
 
-    def _clips(self) -> ClipFolder:
+    def _clips(self, stops: Callable[[], bool]) -> ClipFolder:
         recipe = self.recipe
-        folder = Path(recipe.clips) if recipe.clips else self.folder / "clips"
+        folder = run_folder.clips_folder(self.folder, recipe)
         if recipe.stage == "ode":
             assert self.networks.teacher is not None
             with self.networks.teacher.active() as teacher:
@@ -233,6 +252,7 @@ class Trainer:
                     rank=self.ranks.rank,
                     ranks=self.ranks.count,
                     report=lambda done, total: log.info("trajectories: %d of %d files", done, total),
+                    stops=stops,
                 )
         clips = ClipFolder(folder, recipe, with_trajectory=recipe.stage == "ode", prompts=len(self.prompts))
         if clips.undated and self.ranks.main:
@@ -629,7 +649,7 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
 
     Args:
         time_is_up: asked after every update; True, on any rank, ends the run there as if that update were the recipe's
-            last. So do SIGTERM and SIGUSR1, on any rank.
+            last. So do SIGTERM and SIGUSR1, on any rank. Where trajectories are made, asked after each file, too.
 
     Raises:
         ValueError: bad input, or a loss that is not finite.
@@ -639,20 +659,34 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
         run_folder.settle_recipe(folder, recipe)
     barrier()
     prompts = read_all_prompts(recipe, folder, ranks)
-    trainer = Trainer(recipe, prompts, folder, ranks)
-    first = 0
     found = run_folder.checkpoints(folder)
     require_same("checkpoints", [update for update, _ in found[-1:]])
-    if found:
-        first, path = found[-1]
-        run_folder.load(path, trainer.tensors())
-        log.info("resumed %s", path)
-    if first >= recipe.updates:
-        log.info("the run has %d updates already; set --updates higher to go on", first)
-        return
-    if ranks.main:
+    first = found[-1][0] if found else 0
+    if ranks.main and first < recipe.updates:
         for warning in doubts(recipe, ranks.device, prompts):
             log.warning("%s", warning)
+    with stop_signals() as told_to_stop:
+
+        def stops() -> bool:
+            return any_rank(told_to_stop() or (time_is_up is not None and time_is_up()), ranks)
+
+        try:
+            trainer = Trainer(recipe, prompts, folder, ranks, stops)
+        except Unfinished as stopped:
+            log.info("%s", stopped)
+            return
+        if found:
+            run_folder.load(found[-1][1], trainer.tensors())
+            log.info("resumed %s", found[-1][1])
+        if first >= recipe.updates:
+            log.info("the run has %d updates already; set --updates higher to go on", first)
+            return
+        _run_updates(trainer, first, stops)
+
+
+def _run_updates(trainer: Trainer, first: int, stops: Callable[[], bool]) -> None:
+    """Updates from `first` on, until the recipe's last or the first after which `stops`."""
+    recipe, folder, ranks = trainer.recipe, trainer.folder, trainer.ranks
     journal = run_folder.Log(folder, first) if ranks.main else None
     board = tensorboard(folder, first) if ranks.main and recipe.tensorboard else None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -661,7 +695,7 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
     bar = Progress(*columns, TextColumn("{task.fields[losses]}"), disable=not ranks.main)
     lines = ranks.main and not bar.console.is_terminal  # there the bar shows nothing before the end
     try:
-        with bar, stop_signals() as told_to_stop:
+        with bar:
             task = bar.add_task(f"{recipe.name} {recipe.stage}", total=recipe.updates, completed=first, losses="")
             for update in range(first, recipe.updates):
                 started = time.perf_counter()
@@ -672,8 +706,7 @@ def run(recipe: Recipe, folder: Path, ranks: Ranks, *, time_is_up: Callable[[], 
                 if lines:
                     log.info("update %d of %d, %.1f s: %s", update + 1, recipe.updates, seconds, shown)
                 done = update + 1
-                stops = any_rank(told_to_stop() or (time_is_up is not None and time_is_up()), ranks)
-                last = done == recipe.updates or stops
+                last = stops() or done == recipe.updates
                 _keep_what_is_due(trainer, done, last=last)
                 if last:
                     if done < recipe.updates:
@@ -697,11 +730,12 @@ def _note_update(
     """Writes an update's values and times to log.jsonl and TensorBoard; the seconds since `started`."""
     parts, device = trainer.stopwatch.take(), trainer.ranks.device
     seconds = time.perf_counter() - started  # after `take`, which waits for the device
+    peak = {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+    entry = {**values, "seconds": seconds, **parts, **peak}
     if journal:
-        peak = {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
-        journal.write({"update": update, **values, "seconds": seconds, **parts, **peak})
+        journal.write({"update": update, **entry})
     if board:
-        for name, value in values.items():
+        for name, value in entry.items():
             board.add_scalar(f"{trainer.recipe.stage}/{name}", value, update)
     return seconds
 
@@ -719,6 +753,8 @@ def _keep_what_is_due(trainer: Trainer, done: int, *, last: bool) -> None:
 
 SMALLEST_WAN = 1536
 """Width of Wan 2.1 1.3B."""
+LARGEST_LATENT, LONGEST_CLIP = 4 * 60 * 104, 2 * 21
+"""Height times width, and frames: larger ones may be pixels. 1280x720 is 2.3 times 832x480."""
 
 
 def doubts(recipe: Recipe, device: torch.device, prompts: PromptSet) -> Iterator[str]:
@@ -730,6 +766,14 @@ def doubts(recipe: Recipe, device: torch.device, prompts: PromptSet) -> Iterator
         )
     if recipe.stage in ("ode", "distill", "long"):
         yield from recipe.schedule.warnings()
+    yield from _otherwise_than_the_student(recipe)
+    large = recipe.height * recipe.width > LARGEST_LATENT or recipe.frames > LONGEST_CLIP
+    if large and recipe.dim >= SMALLEST_WAN:
+        yield (
+            f"--height {recipe.height}, --width {recipe.width} and --frames {recipe.frames} are of the latent: "
+            f"{recipe.width * WAN_CELL}x{recipe.height * WAN_CELL} pixels, {pixel_frames(recipe.frames)} pixel frames; "
+            f"give pixels / {WAN_CELL} and (pixel frames + 3) / {TIME_FACTOR}"
+        )
     if device.type == "cpu" and recipe.dim >= SMALLEST_WAN:
         yield "torch finds no GPU here, and a network of Wan's size trains on CPUs for months"
     negative = prompts.negative_row
@@ -742,6 +786,32 @@ def doubts(recipe: Recipe, device: torch.device, prompts: PromptSet) -> Iterator
     here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.type == "cuda" and here < there:
         yield f"{here} of this machine's {there} GPUs are used; torchrun --nproc-per-node {there} uses all"
+
+
+def _otherwise_than_the_student(recipe: Recipe) -> Iterator[str]:
+    """What the stage does otherwise than --student's header says it was trained.
+
+    Raises:
+        ValueError: a file or a header that is not sound.
+    """
+    path = Path(recipe.student)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return
+    header = read_weight_shapes(path, wanted_metadata=(*PROVENANCE_KEYS, NOISE_KEY)).metadata
+    trained = Provenance.from_metadata(header, path.name)
+    found = trained.contradictions(frames_per_chunk=recipe.frames_per_chunk, window=recipe.window, sink=recipe.sink)
+    # Stage forcing trains at every noise level, and what comes from it is made a few-step student by the next stage.
+    if recipe.stage != "forcing" and header.get(NOISE_KEY) != KEPT_NOISE:
+        schedule = recipe.schedule
+        found += trained.contradictions(
+            shift=schedule.shift,
+            context_mode=schedule.context_mode,
+            context_sigma=schedule.context_sigma if schedule.context_mode == "renoise" else None,
+        )
+        if trained.sigmas is not None and not same_levels(schedule.sigmas, trained.sigmas):
+            levels, before = levels_text(schedule.sigmas), levels_text(trained.sigmas)
+            found += (f"sigmas are {levels}, but the file was trained with {before}",)
+    yield from (f"--student {path.name}: {sentence}; each stage needs these flags again" for sentence in found)
 
 
 def try_samples(folder: Path, clips: Tensor, captions: list[str], autoencoder: str) -> None:
@@ -762,7 +832,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Recipe, argparse.Names
     parser.add_argument("--recipe", required=True, choices=tuple(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--seconds", type=float, help="end after the first update that ends later than this")
+    parser.add_argument("--seconds", type=float, help="end after the first update, or trajectories, ending later")
     chosen = parser.add_argument_group("fields of the recipe")
     for item in fields(Recipe):
         if item.name != "name":

@@ -33,11 +33,10 @@ from distillation.prompts import PromptSet
 from distillation.ranks import barrier, require_same
 from distillation.recipes import Recipe
 from distillation.rollout import BatchNoise, sample_seed, stream
-from distillation.run_folder import input_digests, other_files
+from distillation.run_folder import CLIP_FILES, input_digests, other_files
 
 MADE_FOR = "made_for"
 FILES = "files"  # entry of MADE_FOR: digests of the files that its names stand for
-CLIP_FILES = "clips-*.safetensors"
 _CLOSE = 1e-6  # noise levels nearer than this are one
 
 
@@ -56,6 +55,13 @@ def trajectory_schedule(recipe: Recipe) -> DiagonalSchedule:
     # A teacher that sees the whole clip at once leaves nothing in a cache, so it needs no pass to write it.
     mode = "noisy" if recipe.score_attention == "bidirectional" else "clean"
     return DiagonalSchedule(sigmas=(tuple(merged),), context_mode=mode, shift=recipe.shift, fresh_noise=False)
+
+
+class Unfinished(Exception):
+    """The making of trajectories was told to stop; those that are done stay."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"{done} of {total} trajectories; the same command goes on")
 
 
 def made_for(recipe: Recipe) -> dict[str, Any]:
@@ -139,11 +145,18 @@ def make_trajectories(
     ranks: int,
     flows: FlowFields | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    stops: Callable[[], bool] = lambda: False,
 ) -> None:
     """Fills `folder` with `ode_clips` trajectories, a file a micro-batch; clips that are there are kept.
 
     Clip n follows from its number alone, so that a folder may be filled in parts, by any number of ranks and with other
     micro-batches.
+
+    Args:
+        stops: asked on all ranks, which are told the same, after each file that is not the last.
+
+    Raises:
+        Unfinished: it said so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     barrier()
@@ -175,18 +188,18 @@ def make_trajectories(
             if flow is not None:
                 tensors["optical_flow"] = flow.half()
             write_weights(folder / f"clips-{indices[0]:06d}.safetensors", tensors, stated)
-        report(min(first + ranks, len(batches)), len(batches))
+        left = batches[first + ranks :]
+        report(len(batches) - len(left), len(batches))
+        if left and stops():
+            raise Unfinished(recipe.ode_clips - sum(map(len, left)), recipe.ode_clips)
     barrier()
 
 
 def _missing(folder: Path, recipe: Recipe, prompts: int) -> list[range]:
     """Runs of at most `micro_batch` clips that no file of the folder holds; ValueError as ClipFolder."""
-    there: set[int] = set()
+    there: dict[int, tuple[Path, int]] = {}
     if any(folder.glob(CLIP_FILES)):
-        for path, row in ClipFolder(folder, recipe, with_trajectory=True, prompts=prompts).rows:
-            first = path.stem.removeprefix("clips-")
-            if first.isdecimal():
-                there.add(int(first) + row)
+        there = ClipFolder(folder, recipe, with_trajectory=True, prompts=prompts).numbered
     out: list[range] = []
     for clip in range(recipe.ode_clips):
         if clip in there:
@@ -211,12 +224,16 @@ class ClipFolder:
     A recipe with an optical-flow adapter needs `optical_flow`; another does not look at it.
 
     Attributes:
+        rows: file and place of each clip. With trajectories those numbered below `ode_clips` alone, in that order:
+            another run may put more into the folder at any time.
+        numbered: with trajectories, the same of every clip there by its number.
         undated: trajectory files of a time when they did not say what teacher and prompts held; taken for the same.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, with_trajectory: bool, prompts: int) -> None:
         self.with_trajectory, self.with_flow = with_trajectory, bool(recipe.flow_adapter)
         self.rows: list[tuple[Path, int]] = []
+        self.numbered: dict[int, tuple[Path, int]] = {}
         self.undated = 0
         made = made_for(recipe) if with_trajectory else {}
         wanted = [recipe.model.in_channels, recipe.frames, recipe.height, recipe.width]
@@ -247,8 +264,13 @@ class ClipFolder:
                         f"{prompts - 1}; it was made for another prompts file."
                     )
                 self.rows += [(path, row) for row in range(shape[0])]
+                if with_trajectory and (first := path.stem.removeprefix("clips-")).isdecimal():
+                    for row in range(shape[0]):
+                        self.numbered.setdefault(int(first) + row, (path, row))
         if not self.rows:
             raise ValueError(f"clips is {str(folder)!r}, which has no clips-*.safetensors; see distillation/README.md.")
+        if with_trajectory:
+            self.rows = [self.numbered[number] for number in sorted(self.numbered) if number < recipe.ode_clips]
 
     def _require_made_for(self, text: str | None, made: dict[str, Any], path: Path) -> None:
         """ValueError if a file's MADE_FOR is another; counts the files that do not say what their inputs held."""

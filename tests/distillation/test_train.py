@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from diagonal_sampler.cache import KVCache
 from diagonal_sampler.dit import WanConfig
 from diagonal_sampler.noise import CONTEXT_STEP, INITIAL_STEP
-from diagonal_sampler.sampler import sample_chunks, split_frames
+from diagonal_sampler.sampler import count_forwards, sample_chunks, split_frames
 from diagonal_sampler.schedule import DEFAULT_CONTEXT_SIGMA
 from diagonal_sampler.settings import CausalSettings
-from distillation import demo_files, export, recipes, run_folder, train, train_demo
+from distillation import demo_files, export, recipes, run_folder, train, train_demo, trajectories
 from distillation.common import generator_at
 from distillation.networks import build_networks, read_wan
 from distillation.prompts import PromptSet, prompts_digest
@@ -136,6 +136,33 @@ def test_replayed_gradient_equals_one_backward_through_all_exit_forwards(inputs,
     for name, value in network.named_parameters():
         torch.testing.assert_close(value.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+
+
+@pytest.mark.parametrize("exit_at", (0, 1))
+@pytest.mark.parametrize("context_mode", ("noisy", "clean", "renoise"))
+def test_what_nobody_sees_of_the_last_chunk_is_not_made_and_changes_nothing(inputs, tmp_path, context_mode, exit_at):
+    """Against a rollout that would go on, in which the same chunk is made to its end."""
+    trainer = trainer_of(tiny_recipe(inputs, context_mode=context_mode), tmp_path)
+    network, forwards = trainer.networks.student.network, []
+    network.register_forward_pre_hook(lambda *_: forwards.append(1))
+    given = torch.randn(4, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    ends = rollout_of(trainer, frames=8, first_frame=4, last_frame=8, exits=[1, 0, exit_at], given=given)
+    goes_on = replace(ends, last_frame=9)
+    gradient = torch.randn(4, 16, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def run(rollout: Rollout) -> tuple[Tensor, list[Tensor], int]:
+        network.zero_grad(set_to_none=True)
+        forwards.clear()
+        with torch.no_grad():
+            clip = rollout._run(network, None)
+        rollout.backward(network, gradient)
+        return clip, [value.grad for value in network.parameters()], len(forwards)
+
+    (clip, grads, few), (expected, expected_grads, many) = run(ends), run(goes_on)
+    assert torch.equal(clip, expected) and clip.std() > 0.1
+    assert all(torch.equal(one, other) for one, other in zip(grads, expected_grads, strict=True))
+    left_out = (1 - exit_at) + (context_mode != "noisy")  # the last of its two steps, its cache pass; clip and replay
+    assert many - few == 2 * left_out and many == 2 * count_forwards(ends.schedule, 8, 2, context_frames=2)
 
 
 def test_a_window_at_the_end_of_a_long_rollout_is_all_that_gets_gradients(inputs, tmp_path):
@@ -741,6 +768,42 @@ def test_trajectories_are_filled_up_with_another_micro_batch_or_number_of_clips(
         trainer_of(replace(recipe, seed=5, ode_clips=10**9), tmp_path / "d")
 
 
+def test_a_run_draws_from_its_own_number_of_trajectories_whatever_else_the_folder_holds(inputs, tmp_path):
+    """Resumed when another run has added some, it is bit by bit what it would have been."""
+    recipe = tiny_recipe(inputs, stage="ode", clips=str(tmp_path / "clips"), updates=3, ode_clips=3, micro_batch=2)
+    whole = train_here(recipe, tmp_path / "whole")
+    train_here(replace(recipe, updates=1), tmp_path / "parts")
+    trainer_of(replace(recipe, ode_clips=11), tmp_path / "other")
+    names = [path.name for path in sorted((tmp_path / "clips").iterdir())]
+    assert len(names) == 6 and names[0] == "clips-000000.safetensors"
+    shutil.copy(tmp_path / "clips" / names[0], tmp_path / "clips" / "clips-mine.safetensors")  # of no number
+    shutil.copy(tmp_path / "clips" / names[0], tmp_path / "clips" / "clips-0.safetensors")  # of numbers that are there
+    clips = trainer_of(recipe, tmp_path / "again").clips
+    assert len(clips) == 3 and len(clips.numbered) == 11
+    assert largest_difference(whole, train_here(recipe, tmp_path / "parts")) == 0
+    (tmp_path / "clips" / names[0]).unlink()
+    (tmp_path / "clips" / "clips-0.safetensors").unlink()
+    few = trainer_of(replace(recipe, ode_clips=1), tmp_path / "few").clips  # the folder holds later ones alone
+    assert [(path.name, row) for path, row in few.rows] == [(names[0], 0)]
+
+
+@pytest.mark.parametrize("own", (False, True))
+def test_stage_forcing_does_not_go_on_with_other_clips(inputs, tmp_path, capsys, own):
+    run = tmp_path / "run"
+    folder = run / "clips" if own else tmp_path / "clips"
+    folder.mkdir(parents=True)
+    recipe = tiny_recipe(inputs, stage="forcing", clips="" if own else str(folder), updates=1)
+    tensors = {"latents": torch.zeros(2, 16, 5, 4, 4), "prompt_rows": torch.tensor([0, 2])}
+    save_file(tensors, folder / "clips-00000.safetensors")
+    train_here(recipe, run)
+    train_here(replace(recipe, updates=2), run)
+    save_file(tensors, folder / "clips-00001.safetensors")
+    assert train.main([*flags(replace(recipe, updates=3)), "--out", str(run)]) == 1
+    assert "the clips are other files, or of other sizes, than when the run began" in capsys.readouterr().err
+    (folder / "clips-00001.safetensors").unlink()
+    train_here(replace(recipe, updates=3), run)
+
+
 def test_clips_of_other_prompts_or_with_nan_are_refused_by_file(inputs, tmp_path):
     recipe = tiny_recipe(inputs, stage="forcing", clips=str(tmp_path), ode_clips=1)
     path = tmp_path / "clips-00000.safetensors"
@@ -1281,6 +1344,55 @@ def test_doubtful_runs_are_told(monkeypatch):
         assert list(train.doubts(recipe, cuda, empty)) == list(train.doubts(recipe, cuda, none)) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    (
+        ({"height": 480, "width": 832}, "6656x3840 pixels, 81 pixel frames; give pixels / 8"),
+        ({"frames": 81}, "832x480 pixels, 321 pixel frames"),
+        ({"height": 90, "width": 160, "frames": 42}, None),
+        ({"frames": 81, "dim": 128}, None),
+    ),
+)
+def test_sizes_in_pixels_are_doubted(changes, said):
+    prompts, cuda = PromptSet(("a",), 9, 4, list, None), torch.device("cuda")
+    found = list(train.doubts(recipes.wan_1_3b(student="x", **changes), cuda, prompts))
+    assert len(found) == (said is not None) and all(said in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    (
+        ({}, ()),
+        ({"updates": 9, "steps": "3,2,2"}, ()),  # the last repeats
+        ({"steps": "3"}, ("sigmas are 1, 0.933, 0.357, but the file was trained with 1, 0.933, 0.357; 1, 0.357",)),
+        ({"shift": 3.0}, ("shift is set to 3.0, but the file was trained with 5.0", "sigmas are 1, ")),
+        ({"context_mode": "clean"}, ("context_mode is set to clean, but the file was trained with renoise",)),
+        ({"context_sigma": 0.5}, ("context_sigma is set to 0.5, but the file was trained with 0.2",)),
+        ({"frames_per_chunk": 1}, ("frames_per_chunk is set to 1, but",)),
+        ({"window": -1, "sink": 0}, ("window is set to -1, but", "sink is set to 0, but")),
+        # Stage forcing asks for every noise level.
+        ({"stage": "forcing", "steps": "1", "shift": 3.0, "context_mode": "noisy", "window": 5}, ("window is set",)),
+    ),
+)
+@pytest.mark.parametrize("stage", ("ode", "distill", "long"))
+def test_a_stage_that_trains_otherwise_than_its_student_was_trained_is_told(inputs, tmp_path, stage, changes, said):
+    before = tiny_recipe(inputs, context_mode="renoise", context_sigma=0.2, frames=6)
+    file, prompts, cuda = tmp_path / "s.safetensors", PromptSet(("a",), 9, 4, list, None), torch.device("cuda")
+    weights = {"x": torch.zeros(1)}
+    recipe = replace(before, **{"stage": stage, "student": str(file), **changes})
+    save_file(weights, file, export.header_of(before, 1, whole=True))
+    found = list(train.doubts(recipe, cuda, prompts))
+    assert len(found) == len(said)
+    for sentence, part in zip(found, said, strict=True):
+        assert f"--student s.safetensors: {part}" in sentence
+    # An undistilled one is made a few-step student by this stage.
+    save_file(weights, file, export.header_of(replace(before, stage="forcing"), 1, whole=True))
+    about = ("frames_per_chunk", "window", "sink")
+    assert len(list(train.doubts(recipe, cuda, prompts))) == sum(name in changes for name in about)
+    save_file(weights, file)
+    assert list(train.doubts(recipe, cuda, prompts)) == []
+
+
 @pytest.mark.parametrize("stage", recipes.STAGES)
 def test_a_context_of_almost_pure_noise_is_doubted_where_the_student_trains_with_it(stage):
     prompts, device = PromptSet(("a",), 9, 4, list, None), torch.device("cpu")
@@ -1464,6 +1576,50 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(inputs, tmp_path, mo
     assert [number for number, _ in run_folder.checkpoints(tmp_path)] == [2, 3, 4]
 
 
+def test_a_run_that_is_told_to_stop_while_it_makes_trajectories_goes_on_later(inputs, tmp_path, caplog, monkeypatch):
+    """By a signal or after --seconds: after a file, with status 0 and no update."""
+    write, made = trajectories.write_weights, []
+
+    def signalled(*arguments) -> None:
+        write(*arguments)
+        made.append(arguments[0].name)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    recipe = tiny_recipe(inputs, stage="ode", updates=1, ode_clips=7, micro_batch=2)
+    arguments = [*flags(recipe), "--out", str(tmp_path / "run")]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    monkeypatch.setattr(trajectories, "write_weights", signalled)
+    caplog.set_level(logging.INFO)
+    assert train.main(arguments) == 0
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    assert len(made) == 2 and caplog.messages[-1] == "4 of 7 trajectories; the same command goes on"
+    assert train.main([*arguments, "--seconds", "0.001"]) == 0
+    assert len(made) == 3 and caplog.messages[-1] == "6 of 7 trajectories; the same command goes on"
+    assert run_folder.checkpoints(tmp_path / "run") == []
+    assert train.main(arguments) == 0
+    assert len(made) == 4 and [number for number, _ in run_folder.checkpoints(tmp_path / "run")] == [1]
+
+
+@several_ranks
+def test_a_signal_to_one_rank_ends_the_making_of_trajectories_on_all(inputs, tmp_path):
+    told = (
+        "from distillation import trajectories\n"
+        "made, usual = [], trajectories.trajectories\n"
+        "def stop(*arguments):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 2 and dist.get_rank() == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return usual(*arguments)\n"
+        "trajectories.trajectories = stop"
+    )
+    recipe = tiny_recipe(inputs, stage="ode", updates=1, ode_clips=7, micro_batch=1)
+    process = start(changed_command(recipe, tmp_path / "run", told, ranks=2))
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == 0 and "4 of 7 trajectories; the same command goes on" in output, output
+    assert len(list((tmp_path / "run" / "clips").iterdir())) == 4
+    train_here(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_a_second_signal_acts_as_it_usually_does(signum):
     came = []
@@ -1571,6 +1727,16 @@ def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path, monkeypatch):
     assert made == [(str(tmp_path / "tensorboard"), 7)]
 
 
+def test_tensorboard_has_every_number_of_the_log(inputs, tmp_path, monkeypatch):
+    told: dict[str, float] = {}
+    board = SimpleNamespace(add_scalar=lambda name, value, update: told.update({name: value}), close=lambda: None)
+    monkeypatch.setattr(train, "tensorboard", lambda folder, first: board)
+    train_here(tiny_recipe(inputs, updates=1, tensorboard=True), tmp_path)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line.pop("update") == 0 and {"seconds", "rollout_seconds"} <= line.keys()
+    assert told == {f"distill/{name}": value for name, value in line.items()}
+
+
 def test_an_export_says_how_it_was_trained_and_at_which_commit(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "git_commit", lambda: "of the start")
     recipe = tiny_recipe(inputs, updates=1, student=str(inputs / "teacher.safetensors"), cfg=2.5)
@@ -1593,6 +1759,41 @@ def test_an_export_says_how_it_was_trained_and_at_which_commit(inputs, tmp_path,
     assert plain["data"].endswith("; student s; fake_score f")
     run_folder.write_json(tmp_path / "run" / "recipe.json", asdict(recipe))  # as runs began before
     assert header()["git_commit"] == "unknown; exported at of the export"
+
+
+def test_an_earlier_checkpoint_is_exported_by_its_update(inputs, tmp_path, capsys):
+    run, target = tmp_path / "run", tmp_path / "x.safetensors"
+    train_here(tiny_recipe(inputs, updates=3, keep=2), run)
+    arguments = ["--run", str(run), "--to", str(target), "--dtype", "float32", "--update"]
+    assert export.main([*arguments, "1"]) == 1
+    assert f"update is 1, of which {run} has no checkpoint; it has those of 2, 3" in capsys.readouterr().err
+    assert export.main([*arguments, "2"]) == 0
+    ema = run_folder.load_whole(run / "checkpoints" / "update_000002", "ema/")
+    found = load_file(target)
+    assert found.keys() == ema.keys() and all(torch.equal(found[name], value) for name, value in ema.items())
+    with safe_open(target, "pt") as file:
+        assert ", 2 updates of" in file.metadata()["recipe"]
+
+
+@pytest.mark.parametrize("own_base", (False, True))
+def test_adapters_are_merged_with_the_weights_they_were_trained_on_alone(inputs, tmp_path, capsys, own_base):
+    run, base = tmp_path / "run", write_teacher(tmp_path / "base.safetensors", seed=9)
+    files = {"student": str(base)} if own_base else {"teacher": str(base)}
+    train_here(tiny_recipe(inputs, updates=1, lora_rank=2, **files), run)
+    before = base.read_bytes()
+    for merge in ([], ["--merge"]):
+        assert export.main(["--run", str(run), "--to", str(base), *merge]) == 1
+        assert f"to is {str(base)!r}, which the run was trained from" in capsys.readouterr().err
+    assert base.read_bytes() == before
+    merged = ["--run", str(run), "--merge", "--to", str(tmp_path / "x.safetensors")]
+    assert export.main(merged) == 0
+    write_teacher(base, seed=8)
+    assert export.main(merged) == 1
+    (name,) = files
+    assert f"({name}) holds something else than when the run began" in capsys.readouterr().err
+    assert export.main(["--run", str(run), "--to", str(tmp_path / "lora.safetensors")]) == 0  # reads no base
+    base.write_bytes(before)
+    assert export.main(merged) == 0
 
 
 @pytest.mark.parametrize("code", (5, 1224))
