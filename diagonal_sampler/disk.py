@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+PARTIAL_SUFFIX = ".partial"
+"""Of a file that is not whole yet."""
 BUSY_SECONDS = 2.0  # a virus scanner, an indexer or a cloud folder may hold a new file on Windows for so long
 _BINARY = getattr(os, "O_BINARY", 0)
 _LOST = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -71,7 +73,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     It is on the disk before it has the name: a power cut then leaves the file of before, or this one. A temporary file
     that cannot be removed is no error; the next one of this name takes its place.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         yield partial
         insist(lambda: sync_path(partial))

@@ -51,7 +51,8 @@ class PromptTime:
             raise ValueError(f"The time is {self.value:g}; it must be from 0 to {MAX_TIME:g}.")
 
     def __str__(self) -> str:
-        return f"chunk {self.value:g}" if self.unit == "chunk" else f"{self.value:g}s"
+        # As many digits as MAX_TIME has, so that none has an exponent.
+        return f"chunk {self.value:.10g}" if self.unit == "chunk" else f"{self.value:.10g}s"
 
     @property
     def is_start(self) -> bool:
@@ -116,21 +117,26 @@ def parse_prompts(text: str) -> tuple[PromptRow, ...]:
                     f"{digit}...' or '{parts[0]}: {':'.join(parts[1:])}:{digit}...', with a blank behind the colon "
                     f"that ends the time. {GRAMMAR}"
                 )
-            seconds = sum(float(part) * 60**place for place, part in enumerate(reversed(parts)))
-            line = f"{seconds:g}:{clock['prompt']}"
-        head, colon, prompt = _parted(line)
-        found = _TIME.fullmatch(head.strip())
-        if not colon or found is None:
-            belongs = "this row belongs to the prompt above" if rows else "it goes on in the rows below"
-            raise ValueError(
-                f"Row {number} is {_short(line)!r}, which does not begin with a time and a colon. {GRAMMAR}"
-                + (f" A prompt is one row: if {belongs}, put it all on one line." if len(lines) > 1 else "")
-            )
-        value, unit = float(found["number"]), found["unit"].lower()
-        if found["chunk"] and unit or unit not in _SECONDS:
-            raise ValueError(f"Row {number} begins with {head.strip()!r}, whose unit {unit!r} is unknown. {GRAMMAR}")
+            head, prompt, unit = clock["time"], clock["prompt"], "seconds"
+            value = sum(float(part) * 60**place for place, part in enumerate(reversed(parts)))
+        else:
+            head, colon, prompt = _parted(line)
+            found = _TIME.fullmatch(head.strip())
+            if not colon or found is None:
+                belongs = "this row belongs to the prompt above" if rows else "it goes on in the rows below"
+                raise ValueError(
+                    f"Row {number} is {_short(line)!r}, which does not begin with a time and a colon. {GRAMMAR}"
+                    + (f" A prompt is one row: if {belongs}, put it all on one line." if len(lines) > 1 else "")
+                )
+            word = found["unit"].lower()
+            if found["chunk"] and word or word not in _SECONDS:
+                raise ValueError(
+                    f"Row {number} begins with {head.strip()!r}, whose unit {word!r} is unknown. {GRAMMAR}"
+                )
+            unit = "chunk" if found["chunk"] else "seconds"
+            value = float(found["number"]) * _SECONDS[word]
         try:
-            at = PromptTime(value, "chunk") if found["chunk"] else PromptTime(value * _SECONDS[unit])
+            at = PromptTime(value, unit)
         except ValueError as error:
             raise ValueError(f"Row {number} begins with {head.strip()!r}: {error} {GRAMMAR}") from None
         if not prompt.strip():

@@ -402,6 +402,7 @@ class PromptRun:
         box: where live prompts come from.
         after_encoding: called when the CLIP has been used, which may have pushed the model out of memory.
         first_chunk: the run begins here; what only earlier chunks show is not encoded.
+        first_has_begun: an earlier run had begun that chunk and given up its window: live prompts begin behind it.
         live: prompts that an earlier part of this run was given.
     """
 
@@ -419,13 +420,14 @@ class PromptRun:
         box: PromptBox | None = None,
         after_encoding: Callable[[], None] = lambda: None,
         first_chunk: int = 0,
+        first_has_begun: bool = False,
         live: Sequence[LivePrompt] = (),
     ) -> None:
         self.schedule, self.box = schedule, box
         self._chunks = chunks
         self._set, self._recache_forwards, self._after_encoding = set_context, recache_forwards, after_encoding
         self._levels, self._refused_cut = levels, refused_cut
-        self._next = first_chunk  # the chunk that the next live prompt can begin with
+        self._next = first_chunk + first_has_begun  # the chunk that the next live prompt can begin with
         self._current: Tensor | None = None
         self.live = list(live)
         written = _resolve(schedule, chunks, frames_per_chunk, context_frames)
@@ -477,7 +479,7 @@ class PromptRun:
 
     def begin(self, chunk: int) -> bool:
         """Condition the run on what `chunk` shows; whether its window is to be written again first."""
-        self._next = chunk
+        self._next = max(self._next, chunk)
         self.listen()
         self._next = chunk + 1
         self._forget_before(chunk)

@@ -172,17 +172,13 @@ def sample_latent(
         ValueError: an input that cannot be sampled, with the reason and the remedy.
     """
     samples = _as_the_models(model, latent)
-    if not 0 < denoise <= 1:
-        raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    started = _started(schedule, denoise)
     empty = bool(torch.count_nonzero(samples) == 0)
-    started = schedule
-    if denoise < 1:
-        if empty:
-            raise ValueError(
-                f"denoise is {denoise} but the latent is empty: there is nothing to start from. Use denoise 1, or "
-                "encode a video with VAE Encode."
-            )
-        started = schedule.start_at(shift_sigma(denoise, schedule.shift))
+    if denoise < 1 and empty:
+        raise ValueError(
+            f"denoise is {denoise} but the latent is empty: there is nothing to start from. Use denoise 1, or encode a "
+            "video with VAE Encode."
+        )
     plan = plan_clip(model, samples.shape, started, context)
     _warn(model, schedule, cfg)  # as it was set: `denoise` leaves steps out on purpose
     rows = _batch_rows(latent, plan)
@@ -225,6 +221,17 @@ def sample_latent(
         if on_early_end is not None:
             on_early_end()
     return out
+
+
+def _started(schedule: DiagonalSchedule, denoise: float) -> DiagonalSchedule:
+    """The schedule of a clip that is made over a video.
+
+    Raises:
+        ValueError: `denoise` out of range.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+    return schedule if denoise == 1 else schedule.start_at(shift_sigma(denoise, schedule.shift))
 
 
 def _as_the_models(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
@@ -317,6 +324,8 @@ def stream_latent(
     prompts: PromptBox | None = None,
     on_stop: Callable[[], None] | None = None,
     finish: Callable[[], bool] | None = None,
+    source: Callable[[int, int], Tensor] | None = None,
+    denoise: float = 1.0,
 ) -> bool:
     """Make a new clip and give each chunk away as it is finished: nothing here grows with the clip's length.
 
@@ -331,6 +340,9 @@ def stream_latent(
         live: prompts that earlier runs of this clip were given while they went on.
         on_stop: called when ComfyUI's Cancel, an error or `finish` ends the run, while the last chunk that was given
             away still is valid.
+        source: gives latent frames of a video (the first one's number, how many), [1, C, n, H, W] in LATENT scale,
+            which chunks begin with below `denoise` 1. It may load other models.
+        denoise: as in sample_latent, for `source`.
         positive, negative, seed, cfg, callback, on_progress, optical_flow, prompts, finish: as in sample_latent.
             Progress counts on when resumed.
 
@@ -341,13 +353,18 @@ def stream_latent(
         ValueError: an input that cannot be sampled, with the reason and the remedy.
     """
     _warn(model, plan.schedule, cfg)
+    if source is not None:
+        plan = replace(plan, schedule=_started(plan.schedule, denoise))
     batch, channels, frames, height, width = plan.shape
     chunk = torch.zeros(batch, channels, min(frames, plan.settings.frames_per_chunk), height, width)
     run_model = _run_clone(model, positive, negative)
-    flow_run, plan, draws = _flow_run(optical_flow, run_model, plan, _seeded_noise(plan, seed), seed)
+    flow_run, plan, draws = _flow_run(
+        optical_flow, run_model, plan, _seeded_noise(plan, seed), seed, 1.0 if source is None else denoise
+    )
     sampler = DiagonalSampler(
         plan,
         draws,
+        source=source,
         on_progress=on_progress,
         stream=on_chunk,
         resume=resume,
@@ -510,6 +527,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
 
     Args:
         starts_from_latent: the latent is a video that a schedule below sigma 1 may start from, not an empty one.
+        source: with `stream`, in the latent's place; see stream_latent.
 
     Attributes:
         frames: latent frames of the clip that `sample` leaves, the whole plan's unless `finish` ended it earlier; what
@@ -520,6 +538,7 @@ class DiagonalSampler(comfy.samplers.Sampler):
     noise: NoiseSource
     _: KW_ONLY
     starts_from_latent: bool = False
+    source: Callable[[int, int], Tensor] | None = None
     on_progress: Callable[[Progress], None] | None = None
     on_chunk: Callable[[Chunk], None] | None = None
     stream: Callable[[StreamedChunk], None] | None = None
@@ -637,6 +656,7 @@ class _SamplingRun:
         self.blocks = len(model.diffusion_model.blocks)
         self.context: Tensor | None = None
         self.history: dict[int, Tensor] = {}
+        self._without_window = False  # resumed in a chunk that was cut, or whose window was being written again
         self.prompt_run: PromptRun | None = None
         self.done, self._forwards = 0, plan.forwards
         self.pace, self.finite = Pace(noise.device), FiniteLook(plan.chunks)
@@ -665,6 +685,7 @@ class _SamplingRun:
             self.flow_run.finished(self.context)
         if resume is not None:
             self._restore(resume)
+        self._reload = _reloading(self.model_wrap.model_patcher, self.plan)
         self.prompt_run = self._prompt_run()
         if self.prompt_run is not None and resume is not None:
             self.done += self.prompt_run.forwards_before(resume.chunk)
@@ -678,9 +699,11 @@ class _SamplingRun:
 
     def _restore(self, resume: Resume) -> None:
         plan, device = self.plan, self.noise.device
+        snapshot = resume.load()
+        self._without_window = not snapshot
         self.cache.restore(
             resume.committed,
-            resume.load(),
+            snapshot,
             device,
             dropped=resume.dropped,
             moved=resume.moved,
@@ -707,7 +730,14 @@ class _SamplingRun:
         """What chunks below sigma 1 start from, None where there is nothing (see sample_chunks)."""
         if self.flow_run is not None and self.flow_run.starts_chunks:
             return self.flow_run.source
+        if self.sampler.source is not None:
+            return self._latent_of_source
         return self._latent_image_of if self.sampler.starts_from_latent else None
+
+    def _latent_of_source(self, start: int, frames: int) -> Tensor:
+        latent = self.sampler.source(start, frames)
+        self._reload()
+        return self._into_run(latent)
 
     def _latent_image_of(self, start: int, frames: int) -> Tensor:
         return self.latent_image[:, :, start : start + frames]
@@ -828,16 +858,6 @@ class _SamplingRun:
                 cond["model_conds"] = {**cond["model_conds"], "c_crossattn": type(text)(context.to(text.cond))}
             causal.forget_text()
 
-        patcher = self.model_wrap.model_patcher
-        loaded = patcher.loaded_size()
-
-        def reload() -> None:
-            resident = any(other is patcher for other in comfy.model_management.loaded_models())
-            # In dynamic VRAM the size says nothing here: weights come with the first forward, and what was pushed out
-            # stays out until the model is asked for.
-            if not resident or patcher.is_dynamic() or patcher.loaded_size() < loaded:
-                load_for_chunk(patcher, (*plan.shape[:2], plan.settings.frames_per_chunk, *plan.shape[3:]))
-
         sizes = (plan.shape[2], plan.settings.frames_per_chunk)
         mode = None if self.flow_run is None else self.flow_run.mode
         return PromptRun(
@@ -853,10 +873,25 @@ class _SamplingRun:
             levels=plan.schedule if self.flow_run is None or self.flow_run.keeps_levels else None,
             refused_cut="" if mode in (None, ADAPTER) else NO_CUT.format(mode=mode),
             box=self.sampler.prompts,
-            after_encoding=reload,
+            after_encoding=self._reload,
             first_chunk=self.first_chunk,
+            first_has_begun=self._without_window,
             live=self.sampler.live,
         )
+
+
+def _reloading(patcher: ModelPatcher, plan: ClipPlan) -> Callable[[], None]:
+    """What loads a run's model again where another model, used between its forwards, has pushed some of it out."""
+    loaded = patcher.loaded_size()
+
+    def reload() -> None:
+        resident = any(other is patcher for other in comfy.model_management.loaded_models())
+        # In dynamic VRAM the size says nothing here: weights come with the first forward, and what was pushed out
+        # stays out until the model is asked for.
+        if not resident or patcher.is_dynamic() or patcher.loaded_size() < loaded:
+            load_for_chunk(patcher, (*plan.shape[:2], plan.settings.frames_per_chunk, *plan.shape[3:]))
+
+    return reload
 
 
 def _wraps_forwards(options: dict[str, Any]) -> bool:

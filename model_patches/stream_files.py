@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import av
+import comfy.model_management
 import folder_paths
 
-from ..diagonal_sampler.disk import remove_file, replace_file
+from ..diagonal_sampler.disk import PARTIAL_SUFFIX, remove_file, replace_file
 from ..diagonal_sampler.frames import TIME_FACTOR, pixel_frames
 from ..diagonal_sampler.prompt_schedule import require_switch
 from .clip_plan import ClipPlan
@@ -50,6 +51,8 @@ MAX_FPS = 240.0
 KEYS_VALUES, DECODER, TAIL, HISTORY, FLOW = "keys_values/", "decoder/", "tail/", "history/", "flow/"
 TAIL_FRAMES = "frames"
 SYSTEM = os.name
+LONGEST_NAME = 255
+"""Of a file, where its file system does not say: in bytes, on Windows in UTF-16's units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +170,29 @@ class Place:
             raise VideoWriteError(
                 f"The folder of filename_prefix {prefix!r} cannot be used: {error.strerror or error}. Choose another."
             ) from error
+        _require_short(folder, filename, counter)
         return cls(Path(folder), filename, counter, subfolder)
+
+
+def _require_short(folder: str, filename: str, counter: int) -> None:
+    """Refuse a name whose state could not be written: its is the longest of all that belong to a video.
+
+    Raises:
+        ValueError: how much shorter it must be.
+    """
+    most = LONGEST_NAME
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no pathconf, and a file system may not know
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    added = _stem_of("", counter) + STATE_SUFFIX + PARTIAL_SUFFIX
+    name = filename + added
+    length = len(name.encode("utf-16-le")) // 2 if SYSTEM == "nt" else len(os.fsencode(name))
+    if 0 < most < length:
+        unit, hint = ("characters", "") if SYSTEM == "nt" else ("bytes", " (a Chinese character has 3)")
+        raise ValueError(
+            f"filename_prefix is too long: make its last part, {filename[:16] + '...'!r}, {length - most} {unit} "
+            f"shorter{hint}. With {added!r}, which is added to it, a file's name would have {length} {unit}, and "
+            f"{most} is the most here."
+        )
 
 
 def refused_characters(prefix: str, system: str) -> list[str]:
@@ -215,6 +240,7 @@ _WORDS = {
     "size": "width or height",
     "rate": "fps",
     "optical_flow": "optical_flow (the motion, or a setting)",
+    "video": "video (its pictures or its part)",
     _GRAPH: "a node before it",
 }
 _MOST_CHANGED = 2
@@ -431,6 +457,7 @@ class VideoOpener:
                     return None
                 writer = open_writer(video, self.spec, Mark(frames=state.frames, size=state.size))
                 held.callback(writer.abandon)
+                writer.given = options.written_context(self.plan)
                 if done:
                     path = self._no_longer_done(path)
                 self.stack.push(held.pop_all())
@@ -466,12 +493,13 @@ class VideoOpener:
         )
         counter = self.place.counter
         while (opened := self._begin_at(counter, state)) is None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
             counter += 1
         return opened
 
     def _begin_at(self, counter: int, state: StreamState) -> Opened | None:
         """A new video of this number; None if it is not free."""
-        stem = f"{self.place.filename}_{counter:05}_"
+        stem = _stem_of(self.place.filename, counter)
         path, state_path = self._video(stem), self._state(stem)
         with ExitStack() as held:
             lock = self._lock(stem)
@@ -487,13 +515,17 @@ class VideoOpener:
                     f"{path.name} cannot be written: {error.strerror or error}. Choose another filename_prefix."
                 ) from error
             held.callback(writer.abandon)
+            writer.given = self.options.written_context(self.plan)
             try:
                 remove_file(_prompts_path(state_path))  # of a video of this number that is gone
-            except OSError as error:  # they must not be taken for the new video's: it gets the next number
-                log.warning("%s cannot be removed: %s", _prompts_path(state_path).name, error.strerror or error)
+            except OSError as error:  # they must not be taken for the new video's
+                said = f"{_prompts_path(state_path).name} cannot be removed: {error.strerror or error}"
                 writer.abandon()
                 remove_empty(path)
-                return None
+                if not isinstance(error, (PermissionError, IsADirectoryError)):
+                    raise VideoWriteError(f"{said}. Choose another filename_prefix.") from error
+                log.warning(said)
+                return None  # another program has them, which the next number does not meet
             try:
                 if self.prompts:
                     save_prompts(_prompts_path(state_path), [asdict(prompt) for prompt in self.prompts])
@@ -580,6 +612,10 @@ def _live_prompt(**fields: Any) -> LivePrompt:
     return prompt
 
 
+def _stem_of(filename: str, counter: int) -> str:
+    return f"{filename}_{counter:05}_"
+
+
 def _stem(state_path: Path) -> str:
     return state_path.name.removesuffix(STATE_SUFFIX).removesuffix(DONE_SUFFIX)
 
@@ -594,6 +630,8 @@ def _suffix(format: str) -> str:
 
 def _does_not_fit(state: StreamState, plan: ClipPlan, length: int, done: bool) -> str:
     """Why this run cannot go on from a state of the same graph; empty if it can. length: frames of the file."""
+    if state.is_whole and length >= state.frames:
+        return "" if length == state.frames else "all its frames are made, and only keep_state keeps more."
     if length <= state.frames or (done and length <= state.length):
         return f"it has {state.frames} frames already, and {length} are asked for."
     begun = plan.context_frames + state.chunk * plan.settings.frames_per_chunk

@@ -53,6 +53,7 @@ INPUTS_ADDED_LATER = {
     ("DiagonalModelLoader", "kv_cache_dtype"): KV_CACHE_DTYPES[0],
     ("DiagonalCausalAttention", "kv_cache_dtype"): KV_CACHE_DTYPES[0],
     ("DiagonalStreamVideo", "write_context"): True,
+    ("DiagonalStreamVideo", "denoise"): 0.3,
 }
 """Inputs that a node got later, and their defaults: ComfyUI's page puts those into every graph that it queues."""
 _COUNTS = dict(length=1, latent_frames=1) | dict.fromkeys(
@@ -64,6 +65,8 @@ _COUNTS = dict(length=1, latent_frames=1) | dict.fromkeys(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
     """A stream after some whole chunks; the tensors are beside it in the file.
+
+    After the last chunk these are the last frames alone: what is left to do is to encode them as context.
 
     Attributes:
         digest: of everything that decides the result, except the length.
@@ -96,6 +99,11 @@ class StreamState:
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ended: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every chunk is made."""
+        return self.committed == self.latent_frames
 
 
 def save_state(path: Path, state: StreamState, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Samples, decodes and writes a video chunk by chunk, in memory that does not depend on its length, and resumes it.
 
-The caller's thread samples and decodes; another one waits for decoded chunks and writes them, so that on a GPU the
-decoding of a chunk, and everywhere its encoding, goes on beside the sampling of the next one.
+The caller's thread samples and decodes; another one waits for decoded chunks and writes them, so that with the VAE on a
+GPU the decoding of a chunk, and everywhere its encoding, goes on beside the sampling of the next one.
 """
 
 from __future__ import annotations
@@ -63,12 +63,15 @@ from .stream_state import (
     save_prompts,
     save_state,
 )
+from .vae_scale import require_fitting
 from .video_containers import VideoSpec, VideoWriteError
+from .video_source import VideoSource
+from .video_writer import Mark
 from .writing_thread import StreamProgress, WritingThread
 
 log = logging.getLogger(__name__)
 
-GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context", "optical_flow")
+GRAPH_INPUTS = ("model", "positive", "negative", "vae", "schedule", "context", "optical_flow", "video")
 """The inputs whose nodes decide the result, where they are used; all others are in StreamOptions."""
 QUICK_SAVE_S = 1.0
 SAVE_REST = 10
@@ -116,6 +119,8 @@ def stream_video(
     announce: Callable[[str], None] | None = None,
     prompts: PromptBox | None = None,
     finish: Callable[[], bool] | None = None,
+    video: Input.Video | None = None,
+    denoise: float = 1.0,
 ) -> StreamResult:
     """Make a video, or go on with the one that the same graph left unfinished.
 
@@ -133,11 +138,19 @@ def stream_video(
         announce: gets one line when the run begins.
         finish: asked after every chunk but the last; where it says True the video ends there, and its state stays as
             after a Cancel, so that the same graph goes on with it.
+        video: another that this one is made over, frame for frame from the beginning, given frames included; its end
+            ends this one.
+        denoise: in (0, 1], how much of it is made anew; no effect without it.
 
     Raises:
         ValueError: an input that cannot be used, with the reason and the remedy.
-        VideoWriteError: ffmpeg or the disk failed; what was written is kept.
+        VideoWriteError: ffmpeg or the disk failed; what was made is kept.
     """
+    source, notes = None, []
+    if video is not None:
+        require_fitting(vae, model.get_model_object("latent_format"))
+        source = VideoSource(video, vae, width=options.width, height=options.height, rate=options.rate)
+        options, notes = _no_longer(options, source)
     plan = _plan(model, schedule, options, context)
     _warn_about_rate(positive, options)
     spec = VideoSpec(
@@ -154,9 +167,13 @@ def stream_video(
         optical_flow=optical_flow,
         prompt=prompt,
         node_id=node_id,
+        source=source,
+        denoise=denoise,
     )
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(stream_decoder(vae))  # refuses a wrong VAE before anything is written
+        if source is not None:
+            stack.callback(source.close)
         opener = VideoOpener(
             place=Place.find(options), options=options, plan=plan, identity=identity, spec=spec, stack=stack
         )
@@ -165,7 +182,7 @@ def stream_video(
             log.warning(note)
         headline = opened.announcement(options)
         log.info(headline)
-        message = "\n".join([headline, *opener.notes])
+        message = "\n".join([headline, *notes, *opener.notes])
         if announce is not None:
             announce(message)
         started = time.perf_counter()
@@ -174,7 +191,7 @@ def stream_video(
         if prompts is not None:
             prompts.on_taken = run.note_prompts
         try:
-            whole = stream_latent(
+            whole = opened.state.is_whole or stream_latent(
                 model,
                 positive,
                 negative,
@@ -190,9 +207,12 @@ def stream_video(
                 prompts=prompts,
                 on_stop=run.stopped,
                 finish=finish,
+                source=None if source is None else source.latents,
+                denoise=denoise,
             )
             # While there still is a state to go on from, should this fail.
-            last = encode_context(vae, run.tail, CONTEXT_LATENT_FRAMES)
+            tail, run.is_whole = run.tail, whole
+            last = encode_context(vae, tail, CONTEXT_LATENT_FRAMES)
             frames = run.close()
             if whole:
                 run.put_state_away()
@@ -213,12 +233,20 @@ def stream_video(
         message += f"\n{rows}"
     log.info("%s: %d frames, %d of them made now in %.0f s.", opened.path.name, frames, made, seconds)
     if options.format == "png":
-        video: Input.Video = PngVideo(opened.path, options.rate)
+        made_video: Input.Video = PngVideo(opened.path, options.rate)
     else:
-        video = InputImpl.VideoFromFile(str(opened.path))
+        made_video = InputImpl.VideoFromFile(str(opened.path))
     return StreamResult(
-        path=opened.path, subfolder=opened.subfolder, video=video, context=last, message=message, whole=whole
+        path=opened.path, subfolder=opened.subfolder, video=made_video, context=last, message=message, whole=whole
     )
+
+
+def _no_longer(options: StreamOptions, source: VideoSource) -> tuple[StreamOptions, list[str]]:
+    """The options with a length that does not go beyond the video that theirs is made over, and what is said of it."""
+    if options.frames <= source.frames:
+        return options, []
+    shorter = replace(options, seconds=float(source.frames / options.rate))
+    return shorter, [f"The video that it is made over ends after {shorter.seconds:.1f} s, and so does this one."]
 
 
 def _identity(
@@ -233,6 +261,8 @@ def _identity(
     optical_flow: FlowConditioning | None,
     prompt: Mapping[str, Any] | None,
     node_id: str | None,
+    source: VideoSource | None,
+    denoise: float,
 ) -> Identity:
     """What decides the video's frames; the arguments are stream_video's."""
     flow = _flow_parts(optical_flow, model)
@@ -247,6 +277,7 @@ def _identity(
         context=plan.given,
         **flow,
         **({} if options.write_context or plan.given is None else {"write_context": False}),
+        **({} if source is None else {"video": source.digest(), "denoise": denoise}),
         size=plan.shape[3:],
         seed=options.seed,
         cfg=options.cfg,
@@ -331,7 +362,11 @@ def _plan(
 
 
 class _Run:
-    """One run's decoder, writing thread and states."""
+    """One run's decoder, writing thread and states.
+
+    Attributes:
+        is_whole: the last chunk is made, and its frames are in the file.
+    """
 
     def __init__(
         self,
@@ -347,16 +382,23 @@ class _Run:
         self._decoder = decoder
         tail = None
         if opened.resumed:
-            try:
-                decoder.restore(load_tensors(opened.state_path, DECODER, "size"))
-            except KeyError as error:
-                raise lacks(opened.state_path, f"{DECODER}.../{error.args[0]}") from error
+            if not opened.state.is_whole:
+                self._restore_decoder()
             # A copy: what was read still is the state's file, which Windows then does not let be replaced.
             tail = load_tensors(opened.state_path, TAIL, TAIL_FRAMES)[TAIL_FRAMES].clone()
         self._thread = WritingThread(opened, options, tail, plan, on_frames)
         self._newest: StreamedChunk | None = None  # decoded, and in no state yet
         self._rests_until = -math.inf  # no state is saved before (time.monotonic)
         self._live: Sequence[LivePrompt] | None = None  # all that this run was given
+        self.is_whole = opened.state.is_whole
+        self._forwards = opened.state.forwards
+
+    def _restore_decoder(self) -> None:
+        path = self.opened.state_path
+        try:
+            self._decoder.restore(load_tensors(path, DECODER, "size"))
+        except KeyError as error:
+            raise lacks(path, f"{DECODER}.../{error.args[0]}") from error
 
     @property
     def tail(self) -> Tensor:
@@ -387,6 +429,7 @@ class _Run:
     def take(self, chunk: StreamedChunk) -> None:
         """Decode a chunk, have it written, and save the state if it is time."""
         self._decoder.keep_loaded([chunk.patcher])
+        self._forwards = chunk.forwards
         name = "The context" if chunk.index == CONTEXT else f"Chunk {chunk.index + 1} of {self.plan.chunks}"
         settles = self._settles(chunk.index + 1)
         written = self.options.write_context or chunk.index != CONTEXT
@@ -495,6 +538,29 @@ class _Run:
         if took > QUICK_SAVE_S:
             self._rests_until = ended + SAVE_REST * took
 
+    def _save_whole(self, mark: Mark) -> None:
+        """Save a state of the whole video, from which nothing is made again; what cannot be saved is said."""
+        state = replace(
+            self.opened.state,
+            length=self.opened.length,
+            latent_frames=self.plan.shape[2],
+            chunk=self.plan.chunks,
+            committed=self.plan.shape[2],
+            frames=mark.frames,
+            size=mark.size,
+            forwards=self._forwards,
+            dropped=0,
+            moved=0,
+            begun=0,
+            live=[asdict(prompt) for prompt in self.live or self.opened.live()],
+            run=for_people(self.options, self.plan),
+            ended=False,
+        )
+        try:
+            save_state(self.opened.state_path, state, {TAIL + TAIL_FRAMES: self._thread.tail})
+        except VideoWriteError as error:
+            log.warning("No state could be saved when the run was stopped: %s", error)
+
     def close(self) -> int:
         """End the video; the frames it has. The state stays as it was."""
         self._thread.drain()
@@ -508,7 +574,7 @@ class _Run:
         """What a finished video needs no more, or under another name. What cannot be put away is said: the video is."""
         written = self._save_rows()
         try:
-            if self.options.keep_state:
+            if self.options.keep_state and not self.opened.state.is_whole:
                 self._name_done()
             else:
                 self._remove_state(with_prompts=written)
@@ -555,7 +621,10 @@ class _Run:
         """
         self._thread.end()
         with contextlib.suppress(VideoWriteError):  # the reason for stopping is what is reported
+            mark = self.opened.writer.settle()
             self.opened.writer.close()
+            if self.is_whole and not self.options.keep_state:  # the state that a longer one needs stays
+                self._save_whole(mark)
         if self.opened.resumed or self.made:
             self.opened.remove_replaced()
             self._save_rows()

@@ -63,12 +63,14 @@ class VideoWriter(ABC):
         frames: frames that are in the file and can be played.
         submitted: frames given to `write`.
         untouched: the video still is as it was found: it is cut back to its mark with the first frame, not before.
+        given: how many of its first frames were given, not made: alone they are not kept.
     """
 
     path: Path
     frames: int
     submitted: int
     untouched: bool
+    given: int = 0
 
     @abstractmethod
     def write(self, images: Tensor) -> None:
@@ -88,10 +90,15 @@ class VideoWriter(ABC):
 
     def _disk_error(self, error: OSError) -> VideoWriteError:
         return VideoWriteError(
-            f"{self.path.name} cannot be written: {error.strerror or error}. The {self.frames} frames before are kept; "
+            f"{self.path.name} cannot be written: {error.strerror or error}. {self._what_stays()}; "
             f"{way_out(error, self.path.name)}, then queue the graph again: it goes on from the last state, or begins "
             "a new video where there is none yet. Or choose another filename_prefix."
         )
+
+    def _what_stays(self) -> str:
+        if self.frames > self.given:
+            return f"The {self.frames} frames before are kept"
+        return "No frame had been made yet, and nothing is kept"
 
     def _opening_error(self, error: OSError, mark: Mark | None) -> VideoWriteError:
         if mark is not None and isinstance(error, PermissionError):
@@ -418,8 +425,8 @@ class EncodedWriter(VideoWriter):
         reason = said.splitlines()[-1] if said else "it said nothing"
         how = "is stuck" if code is None else f"stopped (code {code})"
         return VideoWriteError(
-            f"ffmpeg {how} at frame {self.submitted} of {self.path.name}: {reason}. The frames before are kept. To go "
-            "on, queue the same graph again: from the last state, or with a new video where there is none yet."
+            f"ffmpeg {how} at frame {self.submitted} of {self.path.name}: {reason}. {self._what_stays()}. "
+            "To go on, queue the same graph again: from the last state, or with a new video where there is none yet."
         )
 
     def _stop(self) -> None:

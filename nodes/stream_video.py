@@ -20,6 +20,7 @@ from .steering import steerable
 
 STREAM_EVENT = "diagonal.stream"
 DEFAULT_STATE_EVERY = 20
+DEFAULT_DENOISE = 0.3
 
 
 class DiagonalStreamVideo(io.ComfyNode):
@@ -131,6 +132,25 @@ class DiagonalStreamVideo(io.ComfyNode):
                     "length by them: 6 latent frames are 21 frames.",
                     advanced=True,
                 ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A video that this one is made over (video to video): at each moment it begins with that "
+                    "one's picture. It is cut to width and height at the edges, taken at fps, read as it is needed, "
+                    "and ends this one where length goes beyond it.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=DEFAULT_DENOISE,
+                    min=0.01,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip="How much of video is made anew: the share of the schedule that is left. 0.3 keeps where "
+                    "things are and how they move, lower keeps colours too, higher the rough motion, 1 nothing. No "
+                    "effect without video.",
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The saved video."),
@@ -170,6 +190,8 @@ class DiagonalStreamVideo(io.ComfyNode):
         context=None,
         optical_flow=None,
         write_context: bool = True,
+        video=None,
+        denoise: float = DEFAULT_DENOISE,
     ) -> io.NodeOutput:
         options = StreamOptions(
             width=width,
@@ -213,6 +235,8 @@ class DiagonalStreamVideo(io.ComfyNode):
                 announce=reporter.announce,
                 prompts=prompts,
                 finish=finish.is_set,
+                video=video,
+                denoise=denoise,
             )
         if not result.whole:
             ended_early(node_id)

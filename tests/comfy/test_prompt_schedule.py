@@ -672,6 +672,32 @@ def test_a_cancel_loses_no_chunk_of_a_stream_with_prompts(stream, switch):
         assert len(made) == 3 and all(torch.equal(a, b) for a, b in zip(made, whole[4:], strict=True))
 
 
+@pytest.mark.parametrize("live", ["recache", "keep"])
+@pytest.mark.parametrize("switch", ["recache", "cut"])
+def test_a_prompt_sent_to_a_run_that_resumes_without_its_window_begins_behind_the_chunk(stream, prompts, switch, live):
+    """That chunk's own switch has given the window up: another one in its place would find nothing there."""
+
+    def steered(report):
+        box = prompts.PromptBox()
+        return {"prompts": box, "on_progress": lambda progress: report(box, progress)}
+
+    def send(box, progress):
+        if (progress.chunk, progress.step) == (4, 0):
+            post(prompts, box, "a green cross moves left", switch=live)
+
+    def cancel(box, progress):
+        if progress.chunk == 4:
+            comfy.model_management.interrupt_current_processing()
+
+    whole = stream(TEXT, switch, state_every=99, **steered(send))
+    stream(TEXT, switch, state_every=99, **steered(cancel))
+    box, lines = prompts.PromptBox(), []
+    answer = post(prompts, box, "a green cross moves left", switch=live)
+    made = stream(TEXT, switch, state_every=99, prompts=box, announce=lines.append)
+    assert "after chunk 4" in lines[0] and answer.result().chunk == 5
+    assert len(made) == 3 and all(torch.equal(a, b) for a, b in zip(made, whole[4:], strict=True))
+
+
 @pytest.mark.parametrize("stopped", [3, 5, 6])
 def test_a_stream_with_a_live_cut_and_a_recache_behind_it_resumes_bit_by_bit(stream, prompts, stopped):
     text, then = "0: a red circle moves right", [("chunk 7: a green cross moves left", "recache")]

@@ -661,6 +661,32 @@ def test_prompts_of_an_earlier_video_that_cannot_be_removed_are_not_the_new_ones
     assert files(output) == ["v_00002_.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "v_00001_.prompts.json cannot be removed: File name too"),
+        (PermissionError(errno.EACCES, "in use"), None),
+    ],
+    ids=["another number does not help", "cancelled"],
+)
+def test_a_run_does_not_look_for_a_free_number_for_ever(
+    stream, options, output, monkeypatch, pack_module, video_writer, error, ends
+):
+    asked = []
+
+    def refuses(path):
+        asked.append(path)
+        if len(asked) == 3:
+            comfy.model_management.interrupt_current_processing()
+        raise error
+
+    monkeypatch.setattr(pack_module("model_patches.stream_files"), "remove_file", refuses)
+    expected = video_writer.VideoWriteError if ends else comfy.model_management.InterruptProcessingException
+    with pytest.raises(expected, match=ends):
+        stream(options())
+    assert len(asked) == (1 if ends else 3) and files(output) == []
+
+
 def test_a_video_that_cannot_be_opened_leaves_no_lock(stream, options, output, monkeypatch, pack_module, video_writer):
     """Else the next run would begin under another number."""
 
@@ -782,20 +808,42 @@ def test_a_video_that_stopped_before_its_first_state_keeps_all_that_it_has(strea
     assert content(video) == before and "no state" not in lines[1]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])
-def test_a_run_that_stops_when_all_its_frames_are_there_keeps_them(
-    streaming, stream, options, output, monkeypatch, error
+@pytest.mark.parametrize(
+    ("error", "format", "state_every", "longer"),
+    [
+        (torch.OutOfMemoryError, "mp4", 9, False),
+        (torch.OutOfMemoryError, "png", 9, True),
+        (comfy.model_management.InterruptProcessingException, "webm", 1, False),
+    ],
+)
+def test_a_run_that_stops_when_all_its_frames_are_made_makes_none_of_them_again(
+    streaming, stream, options, output, monkeypatch, error, format, state_every, longer
 ):
+    """A longer one needs keys and values, which are gone: it is another video."""
+    wanted = options(format=format, state_every=state_every)
+    whole = stream(wanted)
+    video = whole.path.name.replace("1", "2")
+
     def fails(*_):
         raise error("while the last frames are encoded")
 
     with monkeypatch.context() as patched:
         patched.setattr(streaming, "encode_context", fails)
-        with pytest.raises(error):
-            stream(options(state_every=9))
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        stream(options(state_every=9), on_progress=cancelled_at(1))
-    assert files(output) == ["v_00001_.mp4"] and len(decoded(output / "v_00001_.mp4")) == 32
+        for made in (3 * FORWARDS_A_CHUNK, 0):  # the second time there is nothing left to make
+            seen, lines = [], []
+            with pytest.raises(error):
+                stream(wanted, on_progress=seen.append, announce=lines.append)
+            assert len(seen) == made
+    assert content(output / video) == content(whole.path) and "after chunk 3" in lines[0]
+    if longer:
+        assert stream(dataclasses.replace(wanted, seconds=2.1), announce=lines.append).path.name != video
+        assert f"{video} is unfinished and is not resumed: all its frames are made" in lines[-1]
+        return
+    seen = []
+    result = stream(dataclasses.replace(wanted, keep_state=True), on_progress=seen.append)
+    assert result.path.name == video and content(result.path) == content(whole.path) and not seen
+    assert torch.equal(result.context.latent, whole.context.latent) and result.whole
+    assert files(output) == sorted([whole.path.name, video])
 
 
 def test_a_kept_video_of_one_chunk_survives_a_longer_one_that_is_cancelled(stream, options, output):
@@ -1075,6 +1123,7 @@ def test_what_is_written_beside_the_sampling_is_cut_counted_and_shown_once(pack_
             thread.drain()
         assert torch.cat(written)[:, 0, 0, 0].tolist() == list(range(11))
         assert thread.tail[:, 0, 0].tolist() == [[float(frame)] * 3 for frame in range(6, 11)], "two latent frames"
+        assert thread.tail.untyped_storage().nbytes() == thread.tail.nbytes, "no earlier frames stay with them"
         assert [(progress.frames, progress.made) for progress in shown] == [(5, 0), (9, 4), (11, 6)]
         assert [len(progress.newest) for progress in shown] == [5, 4, 2]
         opened.length = 99
@@ -1342,17 +1391,20 @@ def test_an_error_in_the_last_chunk_ends_the_run_in_order(stream, options, outpu
     assert stream(options()).path.name == "v_00001_.mp4"
 
 
-def test_a_context_that_cannot_be_encoded_does_not_lose_the_video(streaming, stream, options, output, monkeypatch):
+def test_a_context_that_cannot_be_encoded_does_not_lose_a_state_that_is_to_be_kept(
+    streaming, stream, options, output, monkeypatch
+):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no memory for the context")
 
     with monkeypatch.context() as patched:
         patched.setattr(streaming, "encode_context", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
-            stream(options())
+            stream(options(keep_state=True))
     lines = []
-    result = stream(options(), announce=lines.append)
-    assert result.path.name == "v_00001_.mp4" and "Resumed" in lines[0] and len(decoded(result.path)) == 32
+    result = stream(options(keep_state=True), announce=lines.append)
+    assert result.path.name == "v_00001_.mp4" and "after chunk 2" in lines[0] and len(decoded(result.path)) == 32
+    assert stream(options(keep_state=True, seconds=4.0)).path == result.path, "what a longer one needs is kept"
 
 
 def test_memory_does_not_depend_on_the_length(stream, options):
@@ -2071,6 +2123,26 @@ def test_a_run_stopped_while_its_file_has_given_frames_alone_leaves_nothing(
     assert files(output) == []
 
 
+@pytest.mark.parametrize("format", ["mp4", "png"])
+def test_a_disk_that_is_full_in_the_first_chunk_behind_given_frames_promises_nothing(
+    stream, options, output, nine_frames, video_writer, format, monkeypatch
+):
+    name, room = ("replace_file", 9) if format == "png" else ("_write_all", 10)  # a file's header, too
+    usual, calls = getattr(video_writer, name), []
+
+    def fills_up(*arguments):
+        calls.append(arguments)
+        if len(calls) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return usual(*arguments)
+
+    monkeypatch.setattr(video_writer, name, fills_up)
+    with pytest.raises(video_writer.VideoWriteError) as error:
+        stream(options(format=format), context=nine_frames)
+    assert "No frame had been made yet, and nothing is kept; free some space" in str(error.value)
+    assert files(output) == []
+
+
 @pytest.mark.parametrize("format", ["mp4", "webm", "png"])
 def test_a_run_killed_while_its_file_has_given_frames_alone_begins_again_in_it(
     stream, options, output, nine_frames, format, tmp_path
@@ -2171,6 +2243,10 @@ def test_a_file_with_and_one_without_its_context_are_two_videos(stream, options,
         ({"filename_prefix": "a/../../v"}, "leaves ComfyUI's output folder"),
         ({"filename_prefix": ""}, "filename_prefix is '', which is no file's name; use one such as video/ComfyUI"),
         ({"filename_prefix": "."}, "which is no file's name"),
+        ({"filename_prefix": "x" * 240}, "too long: make its last part, 'xxxxxxxxxxxxxxxx...', 18 bytes shorter"),
+        ({"filename_prefix": "x" * 223}, ", 1 bytes shorter.* '_00001_.state.safetensors.partial', which is added"),
+        ({"filename_prefix": "x" * 219 + "%date:yyyy%"}, ", 1 bytes shorter"),
+        ({"filename_prefix": "\u4e2d" * 77}, r", 9 bytes shorter \(a Chinese character has 3\)"),
         ({"filename_prefix": "\udcff" + "a" * 300}, r"filename_prefix is '\\udcffa+', which is no Unicode text"),
     ],
 )
@@ -2178,6 +2254,29 @@ def test_values_that_do_not_fit_are_refused_before_anything_is_written(stream, o
     with pytest.raises(ValueError, match=words):
         stream(options(**change))
     assert files(output) == [] and [path for path in output.parent.iterdir() if path != output] == []
+
+
+def test_the_longest_prefix_makes_a_video_and_its_state(stream, options, output):
+    wanted = options(filename_prefix="x" * 222, keep_state=True)
+    with pytest.raises(Stop):
+        stream(wanted, on_progress=stop_at(1))
+    assert stream(wanted).path.name == "x" * 222 + "_00001_.mp4"
+    assert len(files(output)) == 2 and files(output)[0].endswith("x_00001_.done.safetensors")
+
+
+@pytest.mark.parametrize(("system", "most", "refused"), [("posix", 143, 36), ("posix", -1, 0), ("nt", None, 0)])
+def test_a_prefix_may_be_as_long_as_its_file_system_and_system_let_it_be(
+    options, output, pack_module, monkeypatch, system, most, refused
+):
+    """On Windows 77 Chinese characters are 77, not 231."""
+    files_module = pack_module("model_patches.stream_files")
+    monkeypatch.setattr(files_module, "SYSTEM", system)
+    monkeypatch.delattr(files_module.os, "pathconf", raising=False)
+    if most is not None:
+        monkeypatch.setattr(files_module.os, "pathconf", lambda folder, name: most, raising=False)
+    prefix = "\u4e2d" * 77 if system == "nt" else "x" * 146
+    with pytest.raises(ValueError, match=f"{refused} bytes shorter") if refused else contextlib.nullcontext():
+        assert files_module.Place.find(options(filename_prefix=prefix)).filename == prefix
 
 
 def test_a_context_that_does_not_fit_is_refused(stream, options, output, given_frames):

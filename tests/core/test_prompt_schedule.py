@@ -90,8 +90,11 @@ def test_a_single_prompt_may_have_colons(text):
 
 
 def test_a_time_may_be_a_clocks():
-    rows = parse_prompts("0:00: a\n1:30: b: c\n2:00:05 : 30: d")
-    assert [(row.at.value, row.text) for row in rows] == [(0, "a"), (90, "b: c"), (7205, "30: d")]
+    rows = parse_prompts("0:00: a\n1:30: b: c\n2:00:05 : 30: d\n277:46:41: e\n277777:46:39: f")
+    assert [(row.at.value, row.text) for row in rows] == [
+        (0, "a"), (90, "b: c"), (7205, "30: d"), (1_000_001, "e"), (999_999_999, "f"),
+    ]  # fmt: skip
+    assert [str(row.at) for row in rows[3:]] == ["1000001s", "999999999s"]
     (row,) = parse_prompts("0:00: alone")
     assert (row.at.value, row.text) == (0, "alone")
 
@@ -118,6 +121,8 @@ def test_a_single_row_may_have_its_time(text):
         ("chunk 0: c", "chunk is 0; chunks are whole numbers and count from 1"),
         ("chunk 1.5: c", "chunk is 1.5"),
         (f"0: a\n{'9' * 300}h: b", "it must be from 0 to 1e.09"),
+        ("0: a\n277777:46:41: b", "Row 2 begins with '277777:46:41': The time is 1e.09; it must be from 0 to 1e.09"),
+        (f"0: a\n{'9' * 400}:00: b", "Row 2 begins with '9+:00': The time is inf; it must be"),
         ("-1: c", "Row 1 is '-1: c'.*count from 1\\)\\.$"),
         ("0: a\n3:  ", "Row 2 \\(3s\\) has no prompt"),
     ],

@@ -139,6 +139,18 @@ def test_row_hostile_inputs(comfy_server, watched):
     assert comfy_server.get("/system_stats")
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 232, chr(0x4E2D) * 80], ids=["240", "232", "Chinese"])
+def test_a_prefix_that_is_too_long_for_a_state_is_refused_at_once(comfy_server, name):
+    graph = node_graphs.sound_graph(comfy_server.get("/object_info", timeout=60), "DiagonalStreamVideo")
+    graph["tested"]["inputs"]["filename_prefix"] = f"v/{name}"
+    status, answer = comfy_server.post("/prompt", {"prompt": graph})
+    assert status == 200
+    entry = comfy_server.wait(answer["prompt_id"], PATIENCE_S)
+    said = json.dumps(entry["status"]["messages"])
+    assert "filename_prefix is too long: make its last part" in said and "shorter" in said
+    assert not list((comfy_server.output_dir / "v").iterdir())
+
+
 PICTURE = {
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "x"}, "_meta": {"title": "Prompt"}},
     "2": {"class_type": "PrimitiveInt", "inputs": {"value": 1}, "_meta": {"title": "Seed"}},

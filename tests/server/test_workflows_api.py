@@ -49,8 +49,8 @@ def _model_files(graph: dict) -> dict[str, str]:
 
 NEED_MODELS = [path for path in API if _model_files(_graph(path))]
 BUNDLED = {
-    "demo", "compare", "endless_prompts", "extend_video", "image_to_video", "stream_to_disk", "drive_by_track",
-    "transfer_motion", "camera_motion",
+    "demo", "compare", "endless_prompts", "extend_video", "image_to_video", "restyle_video", "stream_to_disk",
+    "drive_by_track", "transfer_motion", "camera_motion",
 }  # fmt: skip
 
 
@@ -270,6 +270,33 @@ def test_a_square_moves_as_another_video_does(comfy_server):
     )
     moved, other, usual = (np.diff(path, axis=0) for path in (red, cyan, free))
     assert np.linalg.norm(other - moved, axis=1).mean() < 0.6 * np.linalg.norm(usual - moved, axis=1).mean()
+
+
+def _save_the_first_video(graph: dict) -> None:
+    """Saves the video that another is made over, in place of that one."""
+    (number,) = [number for number, node in graph.items() if node["class_type"] == "DiagonalStreamVideo"]
+    video = graph.pop(number)["inputs"]["video"]
+    inputs = {"video": video, "filename_prefix": "video/first", "format": "mp4", "codec": "h264"}
+    graph["save"] = {"class_type": "SaveVideo", "inputs": inputs}
+
+
+def _make_all_anew(graph: dict) -> None:
+    (stream,) = [node for node in graph.values() if node["class_type"] == "DiagonalStreamVideo"]
+    stream["inputs"]["denoise"] = 1
+
+
+def test_a_video_is_made_over_another(comfy_server):
+    frames, rate, graph = _run(comfy_server, "restyle_video")
+    (prompt,) = [node["inputs"]["text"] for node in graph.values() if node["_meta"]["title"] == "New prompt"]
+    assert prompt == "a red cross moves right" and frames.shape == (81, 64, 64, 3) and rate == 16
+    (sprite,) = _sprites(frames, prompt)
+    assert sprite.colour_right and sprite.shape_right
+    first, free = (_other(comfy_server, graph, change) for change in (_save_the_first_video, _make_all_anew))
+    assert len(first) == 81, "it ends with the video that it is made over"
+    apart, usual = (
+        np.linalg.norm(_path(video, "red") - _path(first, "red"), axis=1).mean() for video in (frames, free)
+    )
+    assert apart < 2 and usual > 4, (apart, usual)
 
 
 def test_a_camera_slows_the_picture_down(comfy_server):
