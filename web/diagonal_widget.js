@@ -246,6 +246,9 @@ export function addDrawing(drawing, name, { style, height, maxHeight = height, b
   function begin() {
     if (living.has(held)) return;
     if (node.graph.rootGraph !== app.rootGraph) return; // inserting a workflow reads it into a graph that nobody sees
+    // Pasting a subgraph makes its nodes twice: first in one of the copied one's id, and tells nothing to those.
+    const known = app.rootGraph.subgraphs?.get(node.graph.id);
+    if (known && known !== node.graph) return;
     living.add(held);
     watch(node.graph.rootGraph);
     const former = kept.get(place(held));

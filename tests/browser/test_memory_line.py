@@ -354,6 +354,20 @@ def test_nodes_that_are_gone_ask_nothing(page, frontend):
         for _ in range(2):
             frontend.undo_a_move()
             assert ticking() == 4
+        # Pasted, a subgraph's nodes are made twice.
+        page.evaluate(
+            """() => {
+                app.canvas.selectItems(app.graph.nodes.filter((node) => node.isSubgraphNode?.()));
+                app.canvas.copyToClipboard();
+                app.canvas.pasteFromClipboard();
+            }"""
+        )
+        assert page.evaluate("() => app.graph.nodes.filter((node) => node.isSubgraphNode?.()).length") == 2
+        assert ticking() == 6, "the sampler's two once more"
+        page.evaluate(
+            "() => app.graph.nodes.filter((node) => node.isSubgraphNode?.()).forEach((node) => app.graph.remove(node))"
+        )
+        assert ticking() == 2
     finally:
         page.evaluate("() => restoreIntervals()")
     assert frontend.errors == []
