@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -44,16 +45,17 @@ class VideoSource:
         frames: pixel frames of a new video of its length.
 
     Raises:
-        ValueError: a file without pictures.
+        ValueError: a file that cannot be read, or has no pictures.
     """
 
     def __init__(self, video: Input.Video, vae: comfy.sd.VAE, *, width: int, height: int, rate: Fraction) -> None:
         self.video = video
         self.vae = vae
         self.width, self.height, self.rate = width, height, rate
-        self._of_video = Fraction(video.get_frame_rate())
-        # Not its frame count, which is 1 where ComfyUI's Trim Video has set the start alone.
-        self._pictures = round(video.get_duration() * float(self._of_video))
+        with _readable("The video"):
+            self._of_video = Fraction(video.get_frame_rate())
+            # Not its frame count, which is 1 where ComfyUI's Trim Video has set the start alone.
+            self._pictures = round(video.get_duration() * float(self._of_video))
         if self._pictures < 1:
             raise ValueError("The video has no pictures; connect another one.")
         self.frames = math.floor((self._pictures - 1) * rate / self._of_video) + 1
@@ -148,7 +150,8 @@ class _FilePictures:
         found: list[np.ndarray] = []
         last = None
         for moment in moments:
-            self._go_to(moment)
+            with _readable(f"The video at {float(moment):.1f} s"):
+                self._go_to(moment)
             found.append(found[-1] if self._shown is last else _array(self._shown))
             last = self._shown
         return torch.from_numpy(np.stack(found)).float() / 255
@@ -180,6 +183,15 @@ class _FilePictures:
         self._shown, self._next = next(self._decoded, None), next(self._decoded, None)
         if self._shown is None:
             raise ValueError("The video has no pictures; connect another one.")
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Raise ValueError, which names no folder, where a file is damaged."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{what} cannot be read: {error.strerror}. Connect another one, or a part of it.") from error
 
 
 def _time(frame: av.VideoFrame) -> Fraction:

@@ -329,7 +329,35 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(stream, clip, d
         stream(as_video(clip[:0]), denoise=0.5)
     with pytest.raises(ValueError, match="video has no pictures|No video stream"):
         stream(InputImpl.VideoFromFile(io.BytesIO(_sound())), denoise=0.5)
+    with pytest.raises(ValueError, match="The video cannot be read: Invalid data found.*Connect another one"):
+        stream(InputImpl.VideoFromFile(io.BytesIO(b"no video" * 100)), denoise=0.5)
     assert not list(output.iterdir())
+
+
+def test_a_file_that_is_damaged_behind_its_beginning_says_where(source, numbered, tmp_path, monkeypatch):
+    video = as_file(numbered, tmp_path / "v.mp4")
+    decode = av.container.InputContainer.decode
+
+    def failing(self, stream):
+        for number, frame in enumerate(decode(self, stream)):
+            if number == 20:
+                raise av.error.InvalidDataError(1094995529, "Invalid data found when processing input")
+            yield frame
+
+    over = source(video, Pictures())
+    opened = av.open
+
+    def open_damaged(*args, **more):
+        container = opened(*args, **more)
+        return type("Damaged", (), {
+            "streams": container.streams, "close": container.close, "seek": container.seek,
+            "decode": lambda self, stream: failing(container, stream),
+        })()  # fmt: skip
+
+    monkeypatch.setattr(av, "open", open_damaged)
+    over.latents(0, 3)
+    with pytest.raises(ValueError, match=r"The video at 1\.\d s cannot be read: Invalid data"):
+        over.latents(3, 3)
 
 
 def _sound() -> bytes:
