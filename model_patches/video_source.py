@@ -137,9 +137,8 @@ class _FilePictures:
         self.video = video
         self.begin = Fraction(_trimmed_start(video))
         self._container: av.container.InputContainer | None = None
-        self._begins = self._at = Fraction(
-            0
-        )  # the video's first moment on the file's clock; that of `_shown` since then
+        self._begins = Fraction(0)  # the video's first moment on the file's clock
+        self._at = Fraction(0)  # the moment that was asked for last
         self._decoded: Iterator[av.VideoFrame] = iter(())
         self._shown: av.VideoFrame | None = None
         self._next: av.VideoFrame | None = None
@@ -172,15 +171,19 @@ class _FilePictures:
             self._shown, self._next = self._next, next(self._decoded, None)
 
     def _open(self, moment: Fraction) -> None:
-        self.close()
-        self._container = av.open(self.video.get_stream_source())
-        stream = self._container.streams.video[0]
-        stream.thread_type = "AUTO"
-        self._begins = max(self.begin, (stream.start_time or 0) * stream.time_base)
-        if moment or self.begin:
-            self._container.seek(math.floor((self._begins + moment) / stream.time_base), stream=stream)
-        self._decoded = (frame for frame in self._container.decode(stream) if frame.pts is not None)
-        self._shown, self._next = next(self._decoded, None), next(self._decoded, None)
+        """Begin at a key frame before the moment, or, where seeking goes too far, at the file's first."""
+        for seeks in (True, False) if moment or self.begin else (False,):
+            self.close()
+            self._container = av.open(self.video.get_stream_source())
+            stream = self._container.streams.video[0]
+            stream.thread_type = "AUTO"
+            self._begins = max(self.begin, (stream.start_time or 0) * stream.time_base)
+            if seeks:
+                self._container.seek(math.floor((self._begins + moment) / stream.time_base), stream=stream)
+            self._decoded = (frame for frame in self._container.decode(stream) if frame.pts is not None)
+            self._shown, self._next = next(self._decoded, None), next(self._decoded, None)
+            if self._shown is not None and _time(self._shown) <= self._begins + moment + NEARLY:
+                return
         if self._shown is None:
             raise ValueError("The video has no pictures; connect another one.")
 
