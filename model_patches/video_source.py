@@ -135,7 +135,7 @@ class _FilePictures:
 
     def __init__(self, video: InputImpl.VideoFromFile) -> None:
         self.video = video
-        self.begin = Fraction(_trimmed_start(video))
+        self.begin = Fraction(video.get_active_trim_window()[0])  # as ComfyUI's Trim Video sets it
         self._container: av.container.InputContainer | None = None
         self._begins = Fraction(0)  # the video's first moment on the file's clock
         self._at = Fraction(0)  # the moment that was asked for last
@@ -204,17 +204,6 @@ def _time(frame: av.VideoFrame) -> Fraction:
 def _array(frame: av.VideoFrame) -> np.ndarray:
     """[H, W, 3] uint8, turned as the file says."""
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)).copy()
-
-
-def _trimmed_start(video: InputImpl.VideoFromFile) -> float:
-    """Seconds of its file that a VIDEO begins at, as ComfyUI's Trim Video sets it."""
-    if (window := getattr(video, "get_active_trim_window", None)) is not None:
-        return window()[0]
-    start = getattr(video, "_VideoFromFile__start_time", 0.0)  # ComfyUI before it had a method for it
-    if start >= 0:
-        return start
-    whole = InputImpl.VideoFromFile(video.get_stream_source())
-    return max(whole.get_duration() + start, 0.0)
 
 
 def _file_digest(source: str | io.BytesIO) -> str:
